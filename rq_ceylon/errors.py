@@ -1,0 +1,136 @@
+"""
+Every error that rq_ceylon raises on purpose. Each message names what was wrong, the value, and what to do about it;
+`exit_code` is what a command ends with when the error reaches it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class CeylonError(Exception):
+    """
+    Base of all errors of this package.
+    """
+
+    exit_code = 1
+
+
+class InvalidInputError(CeylonError, ValueError):
+    """
+    A value that a user gave cannot be used. Nothing was written.
+    """
+
+    exit_code = 2
+
+
+class PayloadTooLargeError(InvalidInputError):
+    """
+    The arguments of a task, or its result, are larger than the limit (1 MiB by default).
+    """
+
+
+class GoalImpossibleError(InvalidInputError):
+    """
+    A goal could hold in no outcome of its group, so the group was refused. Nothing is kept of it.
+    """
+
+
+class GroupExistsError(InvalidInputError):
+    """
+    The same `key` was submitted before with other content.
+    """
+
+
+class NotFoundError(InvalidInputError):
+    """
+    No group or task of this id is known: never submitted, or pruned after its retention.
+    """
+
+
+class GroupFileError(InvalidInputError):
+    """
+    A group file is not valid. `problems` holds one line per problem, `file:line:column: where: what; remedy`.
+    """
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = list(problems)
+
+
+class RedisError(CeylonError):
+    """
+    Redis is not configured, not reachable, refuses us, or is not fit for this work.
+    """
+
+    exit_code = 3
+
+
+class ConnectionLostError(RedisError):
+    """
+    Redis did not answer. Whether what was asked for has happened is unknown; asking again is safe.
+    """
+
+
+class QueueFullError(RedisError):
+    """
+    Redis is at its memory limit and takes no new tasks. What is queued goes on and frees memory; submit again later.
+    """
+
+
+class AppImportError(CeylonError):
+    """
+    The application named on the command line cannot be imported, or is not one.
+    """
+
+    exit_code = 4
+
+
+class UnknownTaskError(InvalidInputError):
+    """
+    No task is registered under this name.
+    """
+
+    exit_code = 4
+
+
+class WaitTimeoutError(CeylonError, TimeoutError):
+    """
+    What was waited for did not happen within the given time. It goes on all the same.
+    """
+
+    exit_code = 5
+
+
+class NoWorkerError(CeylonError):
+    """
+    No live worker serves a role that the tasks need.
+    """
+
+    exit_code = 6
+
+
+class TaskFailedError(CeylonError):
+    """
+    The awaited task ended as failed. `error_type`, `error_message` and `traceback` are the remote ones, as text.
+    """
+
+    def __init__(
+        self, task_id: str, reason: str, *, error_type: str = "", error_message: str = "", traceback: str = ""
+    ) -> None:
+        what = f"{error_type}: {error_message}" if error_type else error_message
+        super().__init__(f"task {task_id} failed ({reason}){': ' + what if what else ''}")
+        self.task_id, self.reason = task_id, reason
+        self.error_type, self.error_message, self.traceback = error_type, error_message, traceback
+        if traceback:
+            self.add_note("Remote traceback:\n" + traceback.rstrip())
+
+
+class TaskCancelledError(CeylonError):
+    """
+    The awaited task ended as cancelled, so it has no result. `reason` is closed, cancelled, expired or skipped.
+    """
+
+    def __init__(self, task_id: str, reason: str) -> None:
+        super().__init__(f"task {task_id} was cancelled ({reason})")
+        self.task_id, self.reason = task_id, reason

@@ -1,0 +1,394 @@
+"""
+The values that users build and read: tasks, groups, goals, results and progress. No I/O, no protocol.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from datetime import timedelta
+from enum import StrEnum
+from typing import Any, Literal
+
+from rq_ceylon.errors import InvalidInputError
+
+ID_PATTERN = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+"""What ids, roles, namespaces and names may look like: no braces, so that a name never moves a Redis slot."""
+
+Duration = int | float | str | timedelta
+"""Seconds as a number, a `timedelta`, or text such as `30s`, `5m`, `1h30m`, `250ms`, `2d`."""
+
+GoalPolicy = Literal["continue", "drain", "cancel"]
+"""What happens to the rest of a group when a goal settles: go on; finish what runs and cancel the rest; stop it all."""
+
+DEFAULT_ROLE = "default"
+DEFAULT_TIMEOUT_S = 3600.0
+DEFAULT_MAX_ATTEMPTS = 3
+DEFAULT_CRASH_LIMIT = 3
+DEFAULT_RETENTION_S = 24 * 3600.0
+
+
+class TaskStatus(StrEnum):
+    """
+    State of a task. Anything finer is its reason (see `TaskResult.reason`).
+    """
+
+    WAITING = "waiting"
+    PENDING = "pending"
+    IN_PROGRESS = "in_progress"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_final(self) -> bool:
+        return self in (TaskStatus.COMPLETED, TaskStatus.FAILED, TaskStatus.CANCELLED)
+
+
+class GroupStatus(StrEnum):
+    """
+    State of a group: staging → active → closing → finished (`waiting` on other groups, `paused` by a user).
+    """
+
+    STAGING = "staging"
+    WAITING = "waiting"
+    ACTIVE = "active"
+    PAUSED = "paused"
+    CLOSING = "closing"
+    FINISHED = "finished"
+
+
+class GoalStatus(StrEnum):
+    """
+    State of a goal. Achieved and failed are final.
+    """
+
+    NOT_STARTED = "not_started"
+    IN_PROGRESS = "in_progress"
+    ACHIEVED = "achieved"
+    FAILED = "failed"
+
+
+class Priority(StrEnum):
+    """
+    Which of a role's three streams a task waits in.
+    """
+
+    HIGH = "high"
+    NORMAL = "normal"
+    LOW = "low"
+
+
+_UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_DURATION = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|[smhd]))+")
+_DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|[smhd])")
+
+
+def seconds(value: Duration, name: str) -> float:
+    """
+    Turn a duration into seconds.
+
+    Args:
+        value: a number of seconds, a `timedelta`, or text such as `30s` or `1h30m`.
+        name: what the value is called where the user wrote it; used in the error.
+
+    Raises:
+        InvalidInputError: not a duration, negative, infinite, or over 10 years.
+    """
+    remedy = "give seconds (30) or text such as 30s, 5m, 1h30m, 250ms, 2d"
+    match value:
+        case bool():
+            raise InvalidInputError(f"{name}: {value!r} is not a duration; {remedy}")
+        case int() | float():
+            result = float(value)
+        case timedelta():
+            result = value.total_seconds()
+        case str() if _DURATION.fullmatch(value.strip()):
+            result = sum(float(number) * _UNIT_S[unit] for number, unit in _DURATION_PART.findall(value))
+        case str() if re.fullmatch(r"\d+(\.\d+)?", value.strip()):
+            result = float(value)
+        case _:
+            raise InvalidInputError(f"{name}: {value!r} is not a duration; {remedy}")
+    if not math.isfinite(result) or not 0 <= result <= 10 * 365 * 86400:
+        raise InvalidInputError(f"{name}: {value!r} is out of range (0 to 10 years); {remedy}")
+    return result
+
+
+def check_id(value: object, name: str) -> str:
+    """
+    Return `value` if it may serve as an id or name in Redis.
+
+    Raises:
+        InvalidInputError: it is not text of 1 to 64 letters, digits and `. _ : -`.
+    """
+    if not isinstance(value, str) or not ID_PATTERN.fullmatch(value):
+        raise InvalidInputError(f"{name}: {value!r} is not usable; use 1 to 64 letters, digits and . _ : -")
+    return value
+
+
+@dataclass(kw_only=True)
+class Task:
+    """
+    One unit of work. What is None is decided elsewhere: by the group's defaults, then by the registered handler,
+    then by the package.
+
+    Attributes:
+        uses: registered name of the handler; None runs the worker's default handler, which sleeps `duration`.
+        arguments: keyword arguments for the handler; JSON values.
+        id: unique in its group; None: a short position is given.
+        role: which workers run it.
+        needs: ids of tasks of the same group that must complete first.
+        duration: expected run time; the default handler sleeps that long.
+        timeout: limit of one attempt.
+        max_attempts: attempts in all, the first included.
+        priority: high, normal or low.
+        delay: earliest start, counted from the submission.
+        expires: latest start, counted from the submission; a task not started by then is cancelled (expired).
+        metadata: anything JSON; handed to the handler and shown, never interpreted.
+    """
+
+    uses: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    id: str | None = None
+    role: str | None = None
+    needs: Sequence[str] = ()
+    duration: Duration | None = None
+    timeout: Duration | None = None
+    max_attempts: int | None = None
+    priority: Priority | str | None = None
+    delay: Duration | None = None
+    expires: Duration | None = None
+    metadata: Mapping[str, Any] | None = None
+
+
+@dataclass
+class Goal:
+    """
+    When the purpose of a group is met.
+
+    Attributes:
+        when: an expression over the group's counters, such as `completed >= 95% and failed < 10`.
+        call: instead of `when`, the registered name of a callable that a monitor runs.
+        name: unique in its group; default `goal`, or `goal2` and so on by position.
+        deadline: counted from the group's start; a goal not achieved by then has failed.
+        fail_when: an expression; once it holds for certain the goal has failed.
+        on_achieved: what happens to the rest of the group then.
+        on_failed: what happens to the rest of the group then.
+        success_message: shown when the goal is achieved.
+        failure_message: shown when the goal has failed.
+    """
+
+    when: str | None = None
+    _: KW_ONLY
+    call: str | None = None
+    name: str | None = None
+    deadline: Duration | None = None
+    fail_when: str | None = None
+    on_achieved: GoalPolicy = "continue"
+    on_failed: GoalPolicy = "continue"
+    success_message: str | None = None
+    failure_message: str | None = None
+
+
+@dataclass
+class TaskGroup:
+    """
+    Tasks with a common purpose.
+
+    Attributes:
+        name: for people; need not be unique.
+        tasks: any iterable; a generator is submitted in parts, in constant memory.
+        goal: none, one, or several; text is short for `Goal(text)`.
+        key: makes the submission repeatable: the same key with the same content is the same group.
+        defaults: fields for tasks that leave them None.
+        priority: for tasks that name none.
+        retention: how long the group is kept after it finished; default 24 h.
+        description: for people.
+    """
+
+    name: str
+    tasks: Iterable[Task]
+    goal: Goal | str | Sequence[Goal | str] = ()
+    _: KW_ONLY
+    key: str | None = None
+    defaults: Task = field(default_factory=Task)
+    priority: Priority | str | None = None
+    retention: Duration = DEFAULT_RETENTION_S
+    description: str = ""
+
+
+COUNTERS = ("waiting", "pending", "in_progress", "completed", "failed", "cancelled")
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """
+    How many tasks of a group are in each state; the six sum to `total` at every instant.
+    `attempts` and `crashes` count starts and lost workers over the whole group.
+    """
+
+    total: int = 0
+    waiting: int = 0
+    pending: int = 0
+    in_progress: int = 0
+    completed: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    attempts: int = 0
+    crashes: int = 0
+
+    @property
+    def ended(self) -> int:
+        return self.completed + self.failed + self.cancelled
+
+    @property
+    def open(self) -> int:
+        return self.waiting + self.pending + self.in_progress
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """
+    How a goal was settled: when (server time, epoch ms), by which event of the group, by what
+    (`commit`, `deadline`, `callable`, ...), and the counters at that instant.
+    """
+
+    at_ms: int
+    seq: int
+    by: str
+    counters: Counters
+
+
+@dataclass(frozen=True, slots=True)
+class GoalView:
+    """
+    A goal as it stands. `when` is the expression, or `call: name`.
+    """
+
+    name: str
+    when: str
+    status: GoalStatus
+    deadline_ms: int | None = None
+    settled: Settled | None = None
+    success_message: str | None = None
+    failure_message: str | None = None
+    fail_when: str | None = None
+    call: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GroupView:
+    """
+    A group as it stands. Times are server time, epoch ms.
+
+    Attributes:
+        outcome: completed, failed or cancelled once finished, else None.
+        events: length of the group's event list.
+    """
+
+    id: str
+    name: str
+    status: GroupStatus
+    counters: Counters
+    goals: Sequence[GoalView] = ()
+    key: str | None = None
+    outcome: str | None = None
+    description: str = ""
+    created_ms: int | None = None
+    finished_ms: int | None = None
+    events: int = 0
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status is GroupStatus.FINISHED
+
+    def __str__(self) -> str:
+        goals = "".join(f", goal {goal.name} {goal.status}" for goal in self.goals)
+        outcome = f" ({self.outcome})" if self.outcome else ""
+        return (
+            f"{self.name}: {self.status}{outcome}, {self.counters.completed} of {self.counters.total} completed{goals}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TaskResult:
+    """
+    How a task ended. Times are server time, epoch ms; `value` is the JSON value that the handler returned.
+
+    Attributes:
+        status: completed, failed or cancelled.
+        reason: why, if not completed: error, timeout, poison, unroutable, invalid; closed, cancelled, expired, skipped.
+        wait_ms: from ready to started. `run_ms`: the last attempt, by the worker's monotonic clock.
+        error: `{"type", "message", "traceback"}` of a failed task.
+    """
+
+    task_id: str
+    status: TaskStatus
+    reason: str = ""
+    role: str = ""
+    attempts: int = 0
+    worker: str = ""
+    started_ms: int | None = None
+    ended_ms: int | None = None
+    wait_ms: int = 0
+    run_ms: int = 0
+    value: Any = None
+    error: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TaskView:
+    """
+    A task as it stands; `result` once it ended. `due_ms` is set while it waits for a delay or a retry.
+    """
+
+    id: str
+    status: TaskStatus
+    role: str = ""
+    uses: str = ""
+    reason: str = ""
+    attempt: int = 1
+    crashes: int = 0
+    worker: str = ""
+    started_ms: int | None = None
+    due_ms: int | None = None
+    needs: int = 0
+    result: TaskResult | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerView:
+    """
+    A live worker or monitor as its heartbeat tells. `tasks` maps `<gid>/<tid>` to the start (epoch ms).
+    """
+
+    name: str
+    kind: str
+    host: str
+    pid: int
+    version: str
+    roles: Sequence[str]
+    slots: int
+    task_names: Sequence[str]
+    tasks: Mapping[str, int]
+    started_ms: int
+    stopping: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RoleView:
+    """
+    A role as it stands: entries in its streams not yet delivered and delivered, due later, workers, and totals by
+    outcome since the role exists (statistics, not accounting).
+    """
+
+    name: str
+    queued: int
+    delivered: int
+    delayed: int
+    workers: int
+    slots: int
+    busy: int
+    totals: Mapping[str, int]

@@ -1,0 +1,84 @@
+"""
+The texts that travel in scripts' arguments and replies, packed and unpacked. JSON is opaque to the scripts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic_core import from_json, to_json
+
+from rq_ceylon.models import COUNTERS, Counters, GoalStatus, Settled, TaskResult, TaskStatus
+
+COUNTER_NAMES = ("total", *COUNTERS, "attempts", "crashes")
+"""The counters in the order in which a settled goal keeps them."""
+
+
+def encode(value: Any) -> bytes:
+    """
+    JSON of a value that is known to be JSON.
+    """
+    return to_json(value)
+
+
+def decode(text: str | bytes) -> Any:
+    return from_json(text)
+
+
+def counters_of(fields: Mapping[str, str]) -> Counters:
+    """
+    The counters among the fields of a group's meta hash.
+    """
+    return Counters(**{name: int(fields.get(name) or 0) for name in COUNTER_NAMES})
+
+
+def settled_of(text: str) -> tuple[GoalStatus, Settled]:
+    """
+    A settled goal: `status|at ms|event number|by|counters`.
+    """
+    status, at, seq, by, counts = text.split("|")
+    counters = Counters(**dict(zip(COUNTER_NAMES, map(int, counts.split(",")), strict=True)))
+    return GoalStatus(status), Settled(at_ms=int(at), seq=int(seq), by=by, counters=counters)
+
+
+def result_of(tid: str, text: str) -> TaskResult:
+    """
+    A result record: `outcome|reason|role|attempts|worker|started|ended|wait ms|run ms|[value]`, or `[error, payload]`
+    of a failed task.
+    """
+    outcome, reason, role, attempts, worker, started, ended, wait, run, blob = text.split("|", 9)
+    values = from_json(blob)
+    failed = outcome == TaskStatus.FAILED
+    return TaskResult(
+        task_id=tid,
+        status=TaskStatus(outcome),
+        reason=reason,
+        role=role,
+        attempts=int(attempts),
+        worker=worker,
+        started_ms=int(started) if started else None,
+        ended_ms=int(ended),
+        wait_ms=int(float(wait)),
+        run_ms=int(float(run)),
+        value=None if failed or not values else values[0],
+        error=values[0] if failed else None,
+    )
+
+
+def task_text(
+    role: str, priority: int, delay_ms: int | None, expires_ms: int | None, crash_limit: int | None, body: bytes
+) -> bytes:
+    """
+    A task as `submit` takes it: `role|priority|delay|expires|crash limit|JSON`.
+    """
+    numbers = "|".join("" if number is None else str(number) for number in (delay_ms, expires_ms, crash_limit))
+    return f"{role}|{priority}|{numbers}|".encode() + body
+
+
+def task_parts(text: str) -> tuple[str, int, int | None, int | None, str]:
+    """
+    A stored task: role, priority 1..3, not before, expiry (epoch ms), JSON.
+    """
+    role, priority, not_before, expiry, _, body = text.split("|", 5)
+    return role, int(priority), int(not_before) if not_before else None, int(expiry) if expiry else None, body

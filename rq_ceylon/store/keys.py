@@ -1,0 +1,71 @@
+"""
+Names of all keys and channels.
+
+`ceylon:<namespace>:{g:<gid>}:<part>` for a group, `ceylon:<namespace>:{r:<role>}:<part>` for a role: the braces put all
+parts of one group, or of one role, into one slot of a cluster, and no script touches two slots.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+GROUP_PARTS = ("meta", "tasks", "claims", "results", "needs", "children", "outbox", "events")
+ROLE_PARTS = ("high", "normal", "low", "delayed", "meta", "bell", "quarantine")
+INDEX_SHARDS = 16
+
+STREAMS = {"high": 1, "normal": 2, "low": 3}
+"""The number of a priority's stream, as entries are named: `2:1764000000000-0`."""
+
+
+class Keys:
+    """
+    The keys of one namespace.
+    """
+
+    def __init__(self, namespace: str) -> None:
+        self.namespace = namespace
+        self.prefix = f"ceylon:{namespace}:"
+        self.roles = f"{self.prefix}{{i}}:roles"
+        self.workers = f"{self.prefix}{{i}}:workers"
+        self.control_channel = f"{self.prefix}control"
+
+    def group(self, gid: str) -> list[str]:
+        """
+        All parts of a group, in the order in which its scripts take them.
+        """
+        start = f"{self.prefix}{{g:{gid}}}:"
+        return [start + part for part in GROUP_PARTS]
+
+    def group_part(self, gid: str, part: str) -> str:
+        return f"{self.prefix}{{g:{gid}}}:{part}"
+
+    def role(self, role: str) -> list[str]:
+        """
+        All parts of a role, in the order in which its scripts take them.
+        """
+        start = f"{self.prefix}{{r:{role}}}:"
+        return [start + part for part in ROLE_PARTS]
+
+    def role_part(self, role: str, part: str) -> str:
+        return f"{self.prefix}{{r:{role}}}:{part}"
+
+    def index(self, shard: int) -> str:
+        """
+        The sorted set of groups of one shard, by the time (server epoch ms) of the next look at them.
+        """
+        return f"{self.prefix}{{i:{shard}}}:groups"
+
+    def index_of(self, gid: str) -> str:
+        return self.index(zlib.crc32(gid.encode()) % INDEX_SHARDS)
+
+    def worker(self, name: str) -> str:
+        """
+        The heartbeat of a worker or monitor: JSON with a TTL.
+        """
+        return f"{self.prefix}{{w:{name}}}"
+
+    def events_channel(self, gid: str) -> str:
+        """
+        Tells, with the number of the newest event, that a group has events. A notification, never the record.
+        """
+        return f"{self.prefix}events:{gid}"

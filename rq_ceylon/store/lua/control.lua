@@ -1,0 +1,78 @@
+-- control: what users and maintenance do to a group.
+-- KEYS: the group's.
+-- ARGV: cancel                     end the group: cancel what has not started, ask what runs to stop
+--       cancel_tasks tid...        the same for single tasks
+--       seal untouched-ms          a rolling group takes no more parts, if none came for that long
+--       prune staging-ms           remove a group past its retention, or a staged one that no part reached for that long
+-- Reply: GONE | OK status ... | NO status. cancel_tasks: OK status, then per tid: cancelled, stopping, ended or unknown.
+--        prune: NO status and when to look again (epoch ms, 0: not by time).
+-- Repeatable: each is a compare-and-set.
+local action = ARGV[1]
+
+local function tell_workers(what)
+  local namespace, gid = string.match(KEYS[1], '^ceylon:(.-):{g:(.-)}:')
+  call('PUBLISH', 'ceylon:' .. namespace .. ':control', what .. ' ' .. gid)
+end
+
+if not load() then return {'GONE'} end
+
+if action == 'prune' then
+  local facts = call('HMGET', META, 'finished', 'retention', 'touched')
+  local due = 0
+  if group.status == 'finished' then due = tonumber(facts[1]) + tonumber(facts[2])
+  elseif group.status == 'staging' then due = tonumber(facts[3]) + tonumber(ARGV[2]) end
+  if due == 0 or now < due then return {'NO', group.status, text(due)} end
+  call('UNLINK', unpack(KEYS))
+  return {'OK', 'pruned'}
+end
+
+drain()
+if action == 'seal' then
+  if group.open ~= '1' or tonumber(call('HGET', META, 'touched')) > now - tonumber(ARGV[2]) then return {'NO', group.status} end
+  group.open = '0'
+  call('HSET', META, 'open', '0')
+  tail('seal', now)
+  return {'OK', group.status}
+end
+
+if action == 'cancel' then
+  if group.status == 'staging' then
+    call('UNLINK', unpack(KEYS))
+    return {'OK', 'pruned'}
+  end
+  if group.status == 'finished' then return {'NO', group.status} end
+  local open = group.waiting + group.pending + group.in_progress
+  local undecided = group.goals ~= '' or (call('HEXISTS', META, 'specs') == 0 and open > 0)
+  if undecided and not group.outcome then group.outcome = 'cancelled'; call('HSET', META, 'outcome', 'cancelled') end
+  group.open = '0'
+  call('HSET', META, 'open', '0')
+  close(true)
+  tail('cancel', now)
+  tell_workers('stop')
+  return {'OK', group.status}
+end
+
+-- cancel_tasks
+local replies, stopping = {'OK', group.status}, false
+for i = 2, #ARGV do
+  local tid = ARGV[i]
+  local task, record = call('HGET', TASKS, tid), call('HGET', CLAIMS, tid)
+  local claim = record and claim_of(record)
+  local word
+  if not task or is_ended[tid] then word = (is_ended[tid] or call('HEXISTS', RESULTS, tid) == 1) and 'ended' or 'unknown'
+  elseif running(claim) then
+    word = 'stopping'; stopping = true
+    claim.state = 'c'
+    call('HSET', CLAIMS, tid, claim_text(claim))
+  elseif closed() or group.status == 'staging' then word = 'ended'
+  else
+    word = 'cancelled'
+    local waiting = call('HDEL', NEEDS, tid) == 1
+    settle(tid, waiting and 'waiting' or 'pending', 'cancelled', 'cancelled', head_of(task), claim, 0, '')
+  end
+  replies[#replies + 1] = word
+end
+tail('cancel', now)
+if stopping then tell_workers('cancel') end
+replies[2] = group.status
+return replies

@@ -1,0 +1,23 @@
+-- enqueue: hand outbox pages to a role.
+-- KEYS: the role's.
+-- ARGV: per page: gid, due ms ('' now), items 'priority,tid,issue ...'.
+-- Reply: the horizon, the largest entry ms or due ms that any of them got.
+-- Repeatable: it only doubles entries, and the claim decides.
+drain()
+local horizon, added = 0, 0
+for i = 1, #ARGV, 3 do
+  local gid, due = ARGV[i], tonumber(ARGV[i + 1]) or 0
+  for priority, tid, issue in string.gmatch(ARGV[i + 2], '([123]),([^, ]+),(%d+)') do
+    local task = gid .. ' ' .. tid .. ' ' .. issue
+    if due > now then
+      call('ZADD', DELAYED, text(due), priority .. ' ' .. task)
+      horizon = math.max(horizon, due)
+    else
+      local id = call('XADD', KEYS[tonumber(priority)], '*', 'task', task)
+      horizon = math.max(horizon, tonumber(string.match(id, '^%d+')))
+      added = added + 1
+    end
+  end
+end
+if added > 0 then ring(added) end
+return text(horizon)

@@ -1,0 +1,329 @@
+-- Shared by the scripts of the group slot: the state of a group, one read at the start and one write in the tail;
+-- records, outbox pages, ends of tasks, dependents, goals, closing and finishing.
+-- KEYS: meta tasks claims results needs children outbox events, all of one group.
+local META, TASKS, CLAIMS, RESULTS, NEEDS, CHILDREN, OUTBOX, EVENTS = unpack(KEYS)
+local LAYOUT = '1'
+local PAGE_ITEMS = 100       -- entries in one outbox page
+local CHILDREN_MAX = 1000    -- dependents looked at in one call; the rest waits in an internal page
+local CALLABLE_WAIT = 3600000 -- ms a finished group waits for the verdict of a callable goal without a deadline
+
+local NUMBERS = {'total', 'waiting', 'pending', 'in_progress', 'completed', 'failed', 'cancelled', 'attempts', 'crashes',
+                 'pages', 'goals_failed'}
+local group, before = {}, {}
+
+-- Reads the group; false if there is none. Nothing is ever written for an absent group or an unknown layout.
+local function load()
+  local found = call('HMGET', META, 'v', 'status', 'open', 'dag', 'goals', 'outcome', unpack(NUMBERS))
+  if not found[2] then return false end
+  if found[1] ~= LAYOUT then error('LAYOUT group has layout ' .. tostring(found[1]) .. ', this version knows ' .. LAYOUT) end
+  group.status, group.open, group.dag, group.goals, group.outcome = found[2], found[3], found[4], found[5] or '', found[6]
+  for i, name in ipairs(NUMBERS) do
+    group[name] = tonumber(found[6 + i] or 0); before[name] = group[name]
+  end
+  before.status = group.status
+  return true
+end
+
+-- At maxmemory a script is refused at its first write, if that write may allocate. Every script but submit opens with
+-- this one, so that a full server can still drain (redis: scripts may finish what they began).
+local function drain() call('HDEL', META, '') end
+
+local function closed() return group.status == 'closing' or group.status == 'finished' end
+local function move(from, to) group[from] = group[from] - 1; group[to] = group[to] + 1 end
+
+-- ---- records ------------------------------------------------------------------------------------------------------
+-- Task: role|priority 1..3|not before|expiry|crash limit|opaque JSON.   Times are epoch ms; '' where there is none.
+local function head_of(task)
+  local role, priority, not_before, expiry, limit = string.match(task, '^([^|]*)|(%d)|(%d*)|(%d*)|(%d*)|')
+  return role, priority, tonumber(not_before), tonumber(expiry), tonumber(limit)
+end
+
+-- Claim: state|attempt|fence|worker|lineage|started|crashes|releases|due|role|priority.
+-- State: p in progress, c in progress and asked to cancel, s in progress at a worker that was told to stop, r retrying,
+-- l released.
+local function claim_of(record)
+  local state, attempt, fence, worker, lineage, started, crashes, releases, due, role, priority = string.match(record,
+    '^(%a)|(%d+)|(%d+)|([^|]*)|([^|]*)|(%d+)|(%d+)|(%d+)|(%d*)|([^|]*)|(%d)$')
+  return {state = state, attempt = tonumber(attempt), fence = tonumber(fence), worker = worker, lineage = lineage,
+          started = started, crashes = tonumber(crashes), releases = tonumber(releases), due = due, role = role,
+          priority = priority}
+end
+local function claim_text(c)
+  return table.concat({c.state, c.attempt, text(c.fence), c.worker, c.lineage, c.started, c.crashes, c.releases, c.due,
+                       c.role, c.priority}, '|')
+end
+local function running(claim) return claim and (claim.state == 'p' or claim.state == 'c' or claim.state == 's') end
+
+-- The issue of a stream entry. A retry and a release raise it, so every older entry of the task is OUTDATED.
+local function issue_of(claim) return claim and claim.attempt + claim.releases or 1 end
+
+-- ---- outbox: what must reach a role ----------------------------------------------------------------------------------
+-- Page: number|role|due|priority,tid,issue priority,tid,issue ...    Internal page: number|#step|position|tid.
+local queued, queued_keys = {}, {}   -- entries of this call by role|due, and the order these came up in
+local pages = {}                     -- pages written by this call
+
+local function enqueue_later(tid, role, priority, issue, due)
+  local key = role .. '|' .. (due and text(due) or '')
+  local items = queued[key]
+  if not items then items = {}; queued[key] = items; queued_keys[#queued_keys + 1] = key end
+  items[#items + 1] = priority .. ',' .. tid .. ',' .. issue
+end
+
+local function add_page(body, visible)
+  group.pages = group.pages + 1
+  local page = group.pages .. '|' .. body
+  call('ZADD', OUTBOX, text(visible), page)
+  return page
+end
+
+-- Pages become visible to relays only later: whoever gets them in this call's reply is expected to enqueue them.
+local function write_pages(visible)
+  for _, key in ipairs(queued_keys) do
+    local items = queued[key]
+    for first = 1, #items, PAGE_ITEMS do
+      local last = math.min(first + PAGE_ITEMS - 1, #items)
+      pages[#pages + 1] = add_page(key .. '|' .. table.concat(items, ' ', first, last), visible)
+    end
+  end
+end
+
+-- ARGV from `first`: count, then per acknowledged page: page, role, horizon (the largest entry or due ms it got).
+-- Returns the position after them.
+local function acknowledge_pages(first)
+  local count = tonumber(ARGV[first])
+  for i = first + 1, first + 3 * count, 3 do
+    call('ZREM', OUTBOX, ARGV[i])
+    local field, horizon = 'horizon:' .. ARGV[i + 1], tonumber(ARGV[i + 2])
+    if horizon > tonumber(call('HGET', META, field) or 0) then call('HSET', META, field, text(horizon)) end
+  end
+  return first + 3 * count + 1
+end
+
+-- ---- ends of tasks ---------------------------------------------------------------------------------------------------
+-- Result: outcome|reason|role|attempts|worker|started|ended|wait ms|run ms|JSON array (value, or error and payload).
+local log = {}                       -- what the event of this call tells: tid,outcome,role,wait,run
+local results, ended, is_ended = {}, {}, {}
+local walks = {}                     -- dependents still to look at: {step, tid, position}
+local more = '0'                     -- '1': an internal page is left, the caller should call `outbox` at once
+
+local function log_task(tid, what, role, wait, run)
+  log[#log + 1] = table.concat({tid, what, role, wait or 0, run or 0}, ',')
+end
+
+-- Ends a task. `claim` is its record or nil, `run` the handler's ms, `blob` a JSON value or ''.
+local function settle(tid, from, outcome, reason, role, claim, run, blob)
+  local attempts, worker, started, wait = 0, '', '', 0
+  if claim then
+    attempts, worker, started = claim.attempt, claim.worker, claim.started
+    wait = math.max(0, tonumber(started) - tonumber(string.match(claim.lineage, ':(%d+)') or started))
+  end
+  if outcome == 'failed' then
+    local task = call('HGET', TASKS, tid)
+    blob = (blob == '' and 'null' or blob) .. ',' .. string.match(task, '^[^|]*|[^|]*|[^|]*|[^|]*|[^|]*|(.*)$')
+  end
+  move(from, outcome)
+  is_ended[tid] = true
+  ended[#ended + 1] = tid
+  results[#results + 1] = tid
+  results[#results + 1] = table.concat({outcome, reason, role, attempts, worker, started, text(now), wait, run,
+                                        '[' .. blob .. ']'}, '|')
+  log_task(tid, outcome, role, wait, run)
+  if group.dag == '1' and not closed() then
+    walks[#walks + 1] = {outcome == 'completed' and 'release' or 'skip', tid, 1}
+  end
+end
+
+-- Releases the dependents of completed tasks, skips those of others and theirs in turn.
+local function walk_dependents()
+  local left = CHILDREN_MAX
+  while #walks > 0 do
+    local step, parent, position = unpack(table.remove(walks))
+    local children = call('HGET', CHILDREN, parent) or ''
+    local first, last, tid = string.find(children, '(%S+)', position)
+    while first and left > 0 do
+      left = left - 1; position = last + 1
+      local unmet, task = call('HGET', NEEDS, tid), call('HGET', TASKS, tid)
+      if unmet and task then
+        local role, priority, not_before = head_of(task)
+        if step == 'skip' then
+          call('HDEL', NEEDS, tid); call('HDEL', TASKS, tid)
+          call('HSET', RESULTS, tid, table.concat({'cancelled', 'skipped', role, 0, '', '', text(now), 0, 0, '[]'}, '|'))
+          move('waiting', 'cancelled'); log_task(tid, 'cancelled', role)
+          walks[#walks + 1] = {'skip', tid, 1}
+        elseif tonumber(unmet) > 1 then call('HINCRBY', NEEDS, tid, -1)
+        else
+          call('HDEL', NEEDS, tid); move('waiting', 'pending')
+          enqueue_later(tid, role, priority, 1, not_before and not_before > now and not_before)
+        end
+      end
+      first, last, tid = string.find(children, '(%S+)', position)
+    end
+    if first then add_page('#' .. step .. '|' .. position .. '|' .. parent, now); more = '1'
+    elseif children ~= '' then call('HDEL', CHILDREN, parent) end
+  end
+end
+
+-- ---- goals -----------------------------------------------------------------------------------------------------------
+-- An undecided goal: name|on achieved|on failed|deadline ms (0 none)|program|fail program;   programs are reverse Polish.
+-- Runs a program over intervals, [what is certain now, what the open tasks can still make of it].
+-- 1 holds in every outcome, 0 in none, nil undecided.
+local function verdict(program)
+  local open = group.waiting + group.pending + group.in_progress
+  local more = group.open == '1' and not closed() and math.huge or 0
+  local stack = {}
+  local function push(low, high) stack[#stack + 1] = {low, high} end
+  local function pop() return table.remove(stack) end
+  local function bit(condition) return condition and 1 or 0 end
+  for token in string.gmatch(program, '[^,]+') do
+    local number = tonumber(token)
+    if number then push(number, number)
+    elseif token == 'total' then push(group.total, group.total + more)
+    -- A failure in a closed group counts as cancelled, so `failed` stands still there.
+    elseif token == 'failed' then push(group.failed, group.failed + (closed() and 0 or open + more))
+    elseif token == 'completed' or token == 'cancelled' then push(group[token], group[token] + open + more)
+    elseif token == 'attempts' or token == 'crashes' then
+      push(group[token], open + more > 0 and math.huge or group[token])
+    elseif token == 'call' then push(0, 1)
+    elseif token == 'not' then local a = pop(); push(1 - a[2], 1 - a[1])
+    else
+      local b, a = pop(), pop()
+      if token == 'and' then push(math.min(a[1], b[1]), math.min(a[2], b[2]))
+      elseif token == 'or' then push(math.max(a[1], b[1]), math.max(a[2], b[2]))
+      elseif token == '*' then push(a[1] * b[1], a[2] * b[2])
+      elseif token == '>=' then push(bit(a[1] >= b[2]), bit(a[2] >= b[1]))
+      elseif token == '>' then push(bit(a[1] > b[2]), bit(a[2] > b[1]))
+      elseif token == '<=' then push(bit(a[2] <= b[1]), bit(a[1] <= b[2]))
+      elseif token == '<' then push(bit(a[2] < b[1]), bit(a[1] < b[2]))
+      else error('unknown token ' .. token) end
+    end
+  end
+  local result = pop()
+  if result[1] == result[2] then return result[1] end
+end
+
+local function goal_of(line)
+  local name, on_achieved, on_failed, deadline, program, fail_program =
+    string.match(line, '^([^|]*)|([^|]*)|([^|]*)|(%d+)|([^|]*)|([^|]*)$')
+  return {name = name, on_achieved = on_achieved, on_failed = on_failed, deadline = tonumber(deadline),
+          program = program, fail_program = fail_program}
+end
+
+-- Deadline first, then what makes it fail, then what makes it achieved. Returns the status and what settled it.
+local function decide(goal, kind)
+  if goal.deadline > 0 and now >= goal.deadline then return 'failed', 'deadline' end
+  if goal.fail_program ~= '' and verdict(goal.fail_program) == 1 then return 'failed', 'fail_when' end
+  local holds = verdict(goal.program)
+  if holds == 1 then return 'achieved', kind elseif holds == 0 then return 'failed', kind end
+end
+
+-- Cancels what has not started, in O(1): with a closed group, `cancelled` is what an open task without a claim is.
+local function close(stop)
+  if stop then call('HSET', META, 'stop', '1') end
+  if closed() then return end
+  group.cancelled = group.cancelled + group.waiting + group.pending
+  group.waiting = 0; group.pending = 0; group.status = 'closing'
+  call('UNLINK', OUTBOX); pages = {}
+end
+
+local settled, event_number = {}, nil
+local function settle_goal(goal, status, by)
+  event_number = event_number or call('LLEN', EVENTS) + 1
+  local counts = {}
+  for i = 1, 9 do counts[i] = text(group[NUMBERS[i]]) end
+  call('HSET', META, 'goal:' .. goal.name, table.concat({status, text(now), event_number, by, table.concat(counts, ',')}, '|'))
+  if status == 'failed' then group.goals_failed = group.goals_failed + 1 end
+  settled[#settled + 1] = goal.name .. ':' .. status
+  local policy = status == 'achieved' and goal.on_achieved or goal.on_failed
+  if policy ~= 'continue' then close(policy == 'cancel') end
+end
+
+-- A settled goal may close the group, and closing may decide others: judge until nothing moves.
+local function judge_goals(kind)
+  local moved = group.goals ~= ''
+  while moved do
+    moved = false
+    local kept = {}
+    for line in string.gmatch(group.goals, '[^;]+') do
+      local goal = goal_of(line)
+      local status, by = decide(goal, kind)
+      if status then settle_goal(goal, status, by); moved = true else kept[#kept + 1] = line end
+    end
+    group.goals = table.concat(kept, ';')
+    if moved then call('HSET', META, 'goals', group.goals) end
+  end
+end
+
+-- ---- finishing ---------------------------------------------------------------------------------------------------------
+-- All tasks ended but a callable goal is undecided: its owner gets until the goal's deadline, or an hour.
+local function await_callables()
+  group.status = 'closing'
+  local lines, changed = {}, false
+  for line in string.gmatch(group.goals, '[^;]+') do
+    local goal = goal_of(line)
+    if goal.deadline == 0 then
+      changed = true
+      line = table.concat({goal.name, goal.on_achieved, goal.on_failed, text(now + CALLABLE_WAIT), goal.program,
+                           goal.fail_program}, '|')
+    end
+    lines[#lines + 1] = line
+  end
+  if not changed then return end
+  group.goals = table.concat(lines, ';')
+  call('HSET', META, 'goals', group.goals)
+end
+
+local function finish()
+  local facts = call('HMGET', META, 'retention', 'goals_total')
+  if not group.outcome then
+    local good = group.completed == group.total
+    if tonumber(facts[2] or 0) > 0 then good = group.goals_failed == 0 end
+    group.outcome = good and 'completed' or 'failed'
+  end
+  group.status = 'finished'
+  call('HSET', META, 'outcome', group.outcome, 'finished', text(now))
+  -- A backstop only: maintenance prunes after the retention, an hour earlier.
+  local ttl = text(tonumber(facts[1]) + 3600000)
+  for _, key in ipairs(KEYS) do call('PEXPIRE', key, ttl) end
+end
+
+local function end_of_group()
+  local open = group.waiting + group.pending + group.in_progress
+  if group.status == 'finished' or open > 0 then return end
+  if group.status ~= 'closing' and (group.status ~= 'active' or group.open == '1') then return end
+  if group.goals ~= '' then await_callables() else finish() end
+end
+
+-- The shared tail of every script that may end tasks: results, dependents, pages, goals, closing, finishing, counters,
+-- event, notification. `visible`: when a relay may take the pages that this call hands to its caller.
+local function tail(kind, visible)
+  if #ended > 0 then
+    call('HSET', RESULTS, unpack(results)); call('HDEL', TASKS, unpack(ended)); call('HDEL', CLAIMS, unpack(ended))
+  end
+  walk_dependents()
+  if not closed() then write_pages(visible) end
+  judge_goals(kind)
+  end_of_group()
+  local changes, changed = {}, #log > 0 or #settled > 0 or group.status ~= before.status
+  for _, name in ipairs(NUMBERS) do
+    if group[name] ~= before[name] then changes[#changes + 1] = name; changes[#changes + 1] = text(group[name]) end
+  end
+  local status = ''
+  if group.status ~= before.status then status = group.status; changes[#changes + 1] = 'status'; changes[#changes + 1] = status end
+  if #changes > 0 then call('HSET', META, unpack(changes)) end
+  if not changed then return end
+  local event = table.concat({text(now), kind, table.concat(log, ' '), table.concat(settled, ' '), status}, '|')
+  local number = call('RPUSH', EVENTS, event)
+  local namespace, gid = string.match(KEYS[1], '^ceylon:(.-):{g:(.-)}:')
+  call('PUBLISH', 'ceylon:' .. namespace .. ':events:' .. gid, number)
+  if group.status == 'finished' and number == 1 then call('PEXPIRE', EVENTS, call('PTTL', META)) end
+end
+
+-- The nearest deadline of an undecided goal, 0 if there is none.
+local function next_deadline()
+  local nearest = 0
+  for line in string.gmatch(group.goals, '[^;]+') do
+    local deadline = goal_of(line).deadline
+    if deadline > 0 and (nearest == 0 or deadline < nearest) then nearest = deadline end
+  end
+  return nearest
+end

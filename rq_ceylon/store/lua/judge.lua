@@ -1,0 +1,24 @@
+-- judge: look at the goals again (a deadline may have passed), and take the verdict of a callable goal.
+-- KEYS: the group's.
+-- ARGV: goal name ('' to look only), achieved | failed.
+-- Reply: GONE | OK status next-deadline-ms | NO status (the goal is settled or unknown).
+-- Repeatable: only an undecided goal can be settled, once.
+local name, status = ARGV[1], ARGV[2]
+
+if not load() then return {'GONE'} end
+if group.status == 'staging' or group.status == 'finished' then return {name == '' and 'OK' or 'NO', group.status, '0'} end
+drain()
+if name ~= '' then
+  judge_goals('deadline')
+  local kept, goal = {}, nil
+  for line in string.gmatch(group.goals, '[^;]+') do
+    local candidate = goal_of(line)
+    if candidate.name == name then goal = candidate else kept[#kept + 1] = line end
+  end
+  if not goal then tail('judge', now); return {'NO', group.status, text(next_deadline())} end
+  group.goals = table.concat(kept, ';')
+  call('HSET', META, 'goals', group.goals)
+  settle_goal(goal, status, 'callable')
+end
+tail('judge', now)
+return {'OK', group.status, text(next_deadline())}

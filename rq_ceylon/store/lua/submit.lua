@@ -1,0 +1,127 @@
+-- submit: one part of a group. A staged group takes parts 1, 2, ... and becomes active with its last one, all or
+-- nothing; a rolling group (single tasks of one client) is active from its first part until it is sealed.
+-- KEYS: the group's.
+-- ARGV: part, last (1|0), rolling (1|0), digest of all parts so far, relay lease ms, page acknowledgements (see
+--       acknowledge_pages), n, n meta fields and values, goals (see goal_of; deadlines relative),
+--       then per task: tid, text (role|priority|delay ms|expires ms|crash limit|JSON), tids it needs ('' or 'a b c').
+-- Reply: OK status pages | REPEAT status (known: nothing written, enqueue nothing) | GAP (parts before it are unknown, or
+--        the number is known with another digest) | CLOSED (sealed meanwhile) | EXISTS (the key is taken by other content)
+--        | REFUSED what name (nothing is kept of the group).
+-- Repeatable by part number and digest. The only script that is refused at maxmemory: its first write may allocate.
+local part, last, rolling, digest = tonumber(ARGV[1]), ARGV[2] == '1', ARGV[3] == '1', ARGV[4]
+local visible = now + tonumber(ARGV[5])
+local acknowledgements = 6
+local meta_first = acknowledgements + 1 + 3 * tonumber(ARGV[acknowledgements])
+local meta_count = tonumber(ARGV[meta_first])
+local goals_at = meta_first + 1 + meta_count
+local first_task = goals_at + 1
+
+local known = load()
+if known then
+  local stored = call('HMGET', META, 'parts', 'digest')
+  local parts = tonumber(stored[1])
+  if rolling then
+    if part == parts and digest == stored[2] then acknowledge_pages(acknowledgements); return {'REPEAT', group.status} end
+    if part ~= parts + 1 then return {'GAP'} end
+    if closed() or group.open == '0' then return {'CLOSED'} end
+  else
+    if part < parts and not last then return {'REPEAT', group.status} end
+    if part == parts and digest == stored[2] and last == (group.status ~= 'staging') then return {'REPEAT', group.status} end
+    if part <= parts or group.status ~= 'staging' then return {'EXISTS'} end
+    if part > parts + 1 then return {'GAP'} end
+  end
+elseif part ~= 1 then return {'GAP'}
+else
+  group.status, group.open, group.dag, group.goals = rolling and 'active' or 'staging', rolling and '1' or '0', '0', ''
+  for _, name in ipairs(NUMBERS) do group[name] = 0 end
+end
+
+local function refused(what, name)
+  if rolling then return {'GAP'} end
+  call('UNLINK', unpack(KEYS))
+  return {'REFUSED', what, name}
+end
+
+local tids, here, needed = {}, {}, {}
+for i = first_task, #ARGV, 3 do
+  local tid = ARGV[i]
+  if here[tid] then return refused('duplicate', tid) end
+  for need in string.gmatch(ARGV[i + 2], '%S+') do
+    if not here[need] then needed[#needed + 1] = need end
+  end
+  here[tid] = true; tids[#tids + 1] = tid
+end
+if known then
+  for i, task in ipairs(call('HMGET', TASKS, unpack(tids))) do if task then return refused('duplicate', tids[i]) end end
+end
+for first = 1, #needed, 1000 do
+  for i, task in ipairs(call('HMGET', TASKS, unpack(needed, first, math.min(first + 999, #needed)))) do
+    if not task then return refused('unknown need', needed[first + i - 1]) end
+  end
+end
+
+local tasks, unmet, children, parents, roles = {}, {}, {}, {}, {}
+for i = first_task, #ARGV, 3 do
+  local tid, task, count = ARGV[i], ARGV[i + 1], 0
+  local role, priority, delay, expires, limit = head_of(task)
+  if delay or expires then
+    task = table.concat({role, priority, delay and text(now + delay) or '', expires and text(now + expires) or '',
+                         limit or '', string.match(task, '^[^|]*|[^|]*|[^|]*|[^|]*|[^|]*|(.*)$')}, '|')
+  end
+  for need in string.gmatch(ARGV[i + 2], '%S+') do
+    count = count + 1
+    if not children[need] then children[need] = {}; parents[#parents + 1] = need end
+    table.insert(children[need], tid)
+  end
+  tasks[#tasks + 1] = tid; tasks[#tasks + 1] = task
+  roles[role] = true
+  if count > 0 then
+    unmet[#unmet + 1] = tid; unmet[#unmet + 1] = count
+    group.waiting = group.waiting + 1; group.dag = '1'
+  else
+    group.pending = group.pending + 1
+    enqueue_later(tid, role, priority, 1, delay and delay > 0 and now + delay)
+  end
+end
+group.total = group.total + #tids
+
+-- The goals start with the group, so that deadlines count from here; an impossible one refuses the whole group.
+local active = rolling or last
+if last and not rolling then
+  local lines = {}
+  for line in string.gmatch(ARGV[goals_at], '[^;]+') do
+    local goal = goal_of(line)
+    if goal.deadline > 0 then goal.deadline = now + goal.deadline end
+    if verdict(goal.program) == 0 then return refused('goal', goal.name) end
+    lines[#lines + 1] = table.concat({goal.name, goal.on_achieved, goal.on_failed, text(goal.deadline), goal.program,
+                                      goal.fail_program}, '|')
+  end
+  group.goals = table.concat(lines, ';')
+  group.status = 'active'
+end
+
+-- From here on: writes only. The first must be one that may be refused at maxmemory.
+call('HSET', META, 'v', LAYOUT, 'status', group.status, 'open', rolling and not last and '1' or '0', 'dag', group.dag,
+     'parts', part, 'digest', digest, 'touched', text(now))
+if not known then call('HSET', META, 'created', text(now), unpack(ARGV, meta_first + 1, meta_first + meta_count)) end
+group.open = rolling and not last and '1' or '0'
+acknowledge_pages(acknowledgements)
+if group.goals ~= '' and active then call('HSET', META, 'goals', group.goals) end
+call('HSET', TASKS, unpack(tasks))
+if #unmet > 0 then call('HSET', NEEDS, unpack(unmet)) end
+for _, parent in ipairs(parents) do
+  local before_these = call('HGET', CHILDREN, parent)
+  call('HSET', CHILDREN, parent, (before_these and before_these .. ' ' or '') .. table.concat(children[parent], ' '))
+end
+for role in pairs(roles) do call('HSETNX', META, 'horizon:' .. role, '0') end
+-- Pages of a staged part belong to any relay as soon as the group is active; `outbox` withholds them until then.
+if not active or part > 1 and not rolling then visible = now end
+if active then
+  if part == 1 or not rolling then before.status = 'staging' end
+  tail('submit', visible)
+  return {'OK', group.status, (rolling or part == 1) and not closed() and pages or {}}
+end
+write_pages(visible)
+call('HSET', META, 'total', text(group.total), 'waiting', text(group.waiting), 'pending', text(group.pending),
+     'pages', text(group.pages))
+return {'OK', group.status, {}}

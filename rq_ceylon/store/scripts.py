@@ -1,0 +1,64 @@
+"""
+The Lua scripts, and calls as values: what to run, not yet sent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+GROUP_SCRIPTS = ("submit", "claim", "commit", "outbox", "judge", "control")
+ROLE_SCRIPTS = ("enqueue", "fetch", "renew", "release")
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """
+    One script call, or one plain command where `script` is empty.
+
+    Attributes:
+        keys: what the call touches; all in one slot.
+        args: ARGV of the script; the whole command with its keys where it is plain.
+    """
+
+    script: str
+    keys: Sequence[str]
+    args: Sequence[Any]
+
+
+def command(*words: Any) -> Call:
+    """
+    A plain command; its second word is its key.
+    """
+    return Call("", (words[1],), words)
+
+
+@cache
+def source(script: str) -> str:
+    """
+    The full text of a script: the prelude, what its slot's scripts share, and its own body.
+    """
+    shared = "group" if script in GROUP_SCRIPTS else "role"
+    folder = resources.files(__package__) / "lua"
+    return "\n".join((folder / f"{name}.lua").read_text("utf-8") for name in ("prelude", shared, script))
+
+
+@cache
+def digest(script: str) -> str:
+    """
+    The SHA-1 under which Redis caches a script.
+    """
+    return hashlib.sha1(source(script).encode(), usedforsecurity=False).hexdigest()
+
+
+def words(call: Call) -> Sequence[Any]:
+    """
+    The command of a call, as it goes over the wire.
+    """
+    if not call.script:
+        return call.args
+    return ("EVALSHA", digest(call.script), len(call.keys), *call.keys, *call.args)

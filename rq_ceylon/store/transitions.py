@@ -1,0 +1,414 @@
+"""
+Every state change as a call to its script, and what the script answers. The only writer.
+
+Nothing here does I/O: a function returns a `Call`, its `…_reply` reads what came back. What each script promises stands
+in the head of its Lua file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from rq_ceylon.goals import CompiledGoal
+from rq_ceylon.store.codec import encode
+from rq_ceylon.store.keys import Keys
+from rq_ceylon.store.scripts import Call, command
+
+RELAY_LEASE_MS = 10_000
+"""How long a page of the outbox is left to whoever got it in a reply, before a relay hands it over."""
+
+SUBMIT_TASKS_MAX = 500
+SUBMIT_BYTES_MAX = 4 * 1024 * 1024
+COMMIT_TASKS_MAX = 500
+
+
+# ---- outbox pages ------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class Page:
+    """
+    Entries of one group for one role, waiting in the group's outbox to be enqueued.
+    """
+
+    gid: str
+    text: str
+
+    @property
+    def role(self) -> str:
+        return self.text.split("|", 2)[1]
+
+
+class PageAck(NamedTuple):
+    """
+    A page that its role has, and the largest entry or due ms that it got there.
+    """
+
+    page: Page
+    horizon: str
+
+
+def _acks(acks: Sequence[PageAck]) -> list[Any]:
+    args: list[Any] = [len(acks)]
+    for page, horizon in acks:
+        args += (page.text, page.role, horizon)
+    return args
+
+
+def enqueue(keys: Keys, role: str, pages: Sequence[Page]) -> Call:
+    args = []
+    for page in pages:
+        _, _, due, items = page.text.split("|", 3)
+        args += (page.gid, due, items)
+    return Call("enqueue", keys.role(role), args)
+
+
+def outbox(keys: Keys, gid: str, *, wanted: int = 0, acks: Sequence[PageAck] = ()) -> Call:
+    return Call("outbox", keys.group(gid), [wanted, RELAY_LEASE_MS, *_acks(acks)])
+
+
+@dataclass(frozen=True, slots=True)
+class OutboxReply:
+    """
+    `status` is None if the group is gone; `next_deadline_ms` is 0 if no goal has one; `more`: call again at once.
+    """
+
+    status: str | None
+    next_deadline_ms: int = 0
+    pages: Sequence[Page] = ()
+    more: bool = False
+
+
+def outbox_reply(gid: str, reply: list[Any]) -> OutboxReply:
+    if reply[0] == "GONE":
+        return OutboxReply(None)
+    return OutboxReply(reply[1], int(reply[2]), [Page(gid, text) for text in reply[3]], reply[4] == "1")
+
+
+# ---- submit ------------------------------------------------------------------------------------------------------------
+class StagedTask(NamedTuple):
+    """
+    A task ready for submission: its id, its text (see `codec.task_text`), and the ids it needs.
+    """
+
+    tid: str
+    text: bytes
+    needs: Sequence[str] = ()
+
+    @property
+    def size(self) -> int:
+        return len(self.tid) + len(self.text) + sum(map(len, self.needs)) + 16
+
+
+@dataclass(frozen=True, slots=True)
+class GroupFacts:
+    """
+    What is stored once for a group.
+
+    Attributes:
+        defaults: what most tasks share, JSON; handed to the worker with every claim.
+        retention_ms: how long the finished group is kept.
+    """
+
+    name: str
+    retention_ms: int
+    key: str = ""
+    description: str = ""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    goals: Sequence[CompiledGoal] = ()
+
+    def meta(self) -> list[Any]:
+        fields: dict[str, Any] = {"name": self.name, "retention": self.retention_ms}
+        if self.key:
+            fields["key"] = self.key
+        if self.description:
+            fields["description"] = self.description
+        if self.defaults:
+            fields["defaults"] = encode(self.defaults)
+        if self.goals:
+            fields["specs"] = encode([goal.to_json() for goal in self.goals])
+            fields["goals_total"] = len(self.goals)
+        return [word for pair in fields.items() for word in pair]
+
+    def programs(self) -> str:
+        return ";".join(
+            f"{goal.name}|{goal.on_achieved}|{goal.on_failed}|{goal.deadline_ms}|{goal.program}|{goal.fail_program}"
+            for goal in self.goals
+        )
+
+
+def submit(
+    keys: Keys,
+    gid: str,
+    facts: GroupFacts,
+    tasks: Iterable[StagedTask],
+    *,
+    part: int,
+    last: bool,
+    digest: str,
+    rolling: bool = False,
+    acks: Sequence[PageAck] = (),
+) -> Call:
+    meta = facts.meta() if part == 1 else []
+    args: list[Any] = [part, int(last), int(rolling), digest, RELAY_LEASE_MS, *_acks(acks)]
+    args += (len(meta), *meta, facts.programs() if last else "")
+    for task in tasks:
+        args += (task.tid, task.text, " ".join(task.needs))
+    return Call("submit", keys.group(gid), args)
+
+
+@dataclass(frozen=True, slots=True)
+class SubmitReply:
+    """
+    `word`: OK, REPEAT, GAP, CLOSED, EXISTS or REFUSED; for REFUSED `detail` is what and which, else the group's status.
+    """
+
+    word: str
+    detail: str = ""
+    name: str = ""
+    pages: Sequence[Page] = ()
+
+
+def submit_reply(gid: str, reply: list[Any]) -> SubmitReply:
+    match reply:
+        case ["OK", status, pages]:
+            return SubmitReply("OK", status, pages=[Page(gid, text) for text in pages])
+        case ["REFUSED", what, name]:
+            return SubmitReply("REFUSED", what, name)
+        case [word, *rest]:
+            return SubmitReply(word, rest[0] if rest else "")
+    raise ValueError(f"submit answered {reply!r}")
+
+
+def announce(keys: Keys, gid: str, roles: Iterable[str]) -> list[Call]:
+    """
+    Enter a group in the index, due at once, and its roles; to be sent before the group is written, so that
+    maintenance finds whatever follows.
+    """
+    calls = [command("ZADD", keys.index_of(gid), "NX", 0, gid)]
+    roles = sorted(roles)
+    if roles:
+        calls.append(command("SADD", keys.roles, *roles))
+    return calls
+
+
+# ---- claim, commit -----------------------------------------------------------------------------------------------------
+class Delivery(NamedTuple):
+    """
+    One entry as `fetch` gave it, with the fence that names this delivery.
+    """
+
+    role: str
+    entry: str
+    gid: str
+    tid: str
+    issue: str
+    lineage: str
+    fence: int
+
+
+Verdict = Literal["GRANTED", "DONE", "GONE", "DUPLICATE", "LOST", "OUTDATED", "NOTREADY", "CLOSED", "LATER"]
+
+
+class Claimed(NamedTuple):
+    """
+    The answer for one delivery; the rest is set if it is GRANTED. `task` is the stored text.
+    """
+
+    verdict: Verdict
+    attempt: int = 1
+    crashes: int = 0
+    releases: int = 0
+    task: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimReply:
+    """
+    `defaults` is the group's JSON; `stop`: what runs of this group should be stopped.
+    """
+
+    answers: Sequence[Claimed]
+    defaults: str = ""
+    stop: bool = False
+
+
+def claim(keys: Keys, gid: str, worker: str, deliveries: Sequence[Delivery]) -> Call:
+    return Call("claim", keys.group(gid), [worker, *(f"{d.tid} {d.issue} {d.lineage} {d.fence}" for d in deliveries)])
+
+
+def claim_reply(reply: list[Any], asked: int) -> ClaimReply:
+    if reply[0] == "GONE":
+        return ClaimReply([Claimed("GONE")] * asked)
+    answers, flat = [], reply[4]
+    for i in range(0, len(flat), 3):
+        if flat[i] == "GRANTED":
+            attempt, crashes, releases = flat[i + 1].split(" ")
+            answers.append(Claimed("GRANTED", int(attempt), int(crashes), int(releases), flat[i + 2]))
+        else:
+            answers.append(Claimed(flat[i]))
+    return ClaimReply(answers, reply[2], reply[3] == "1")
+
+
+class Committed(NamedTuple):
+    """
+    The outcome of one delivery, to be recorded. `kind`: completed, failed, retry, release, stopped, or stopping: not an
+    end yet, but its worker was told to stop, so that losing it now is no crash.
+    """
+
+    tid: str
+    fence: int
+    kind: str
+    reason: str
+    delay_ms: int
+    run_ms: int
+    blob: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class CommitReply:
+    verdicts: Sequence[Literal["OK", "DONE", "STALE"]]
+    pages: Sequence[Page] = ()
+    more: bool = False
+
+
+def commit(keys: Keys, gid: str, worker: str, outcomes: Sequence[Committed], acks: Sequence[PageAck] = ()) -> Call:
+    args: list[Any] = [worker, RELAY_LEASE_MS, *_acks(acks)]
+    for o in outcomes:
+        args += (f"{o.tid} {o.fence} {o.kind} {o.reason or '-'} {o.delay_ms} {o.run_ms}", o.blob)
+    return Call("commit", keys.group(gid), args)
+
+
+def commit_reply(gid: str, reply: list[Any], asked: int) -> CommitReply:
+    if reply[0] == "GONE":
+        return CommitReply(["DONE"] * asked)
+    return CommitReply(reply[2], [Page(gid, text) for text in reply[3]], reply[4] == "1")
+
+
+# ---- fetch, renew, release ---------------------------------------------------------------------------------------------
+@dataclass(slots=True)
+class Acks:
+    """
+    Entries of one outcome to acknowledge, and the histogram fields they add to.
+    """
+
+    entries: list[str] = field(default_factory=list)
+    histogram: dict[str, int] = field(default_factory=dict)
+
+
+def fetch(
+    keys: Keys,
+    role: str,
+    worker: str,
+    *,
+    budget: int,
+    lease_ms: int,
+    first: int = 1,
+    acks: Mapping[str, Acks] | None = None,
+    recover: Sequence[str] | None = None,
+) -> Call:
+    """
+    Args:
+        budget: entries wanted; 0 to acknowledge and keep the role's clock only.
+        first: number of the stream to read first.
+        acks: by outcome.
+        recover: entries that this worker holds; given after a `fetch` that was not answered, None otherwise.
+    """
+    args: list[Any] = [worker, budget, lease_ms, "read" if recover is None else "recover", first]
+    args += (len(recover or ()), *(recover or ()))
+    for outcome, group in (acks or {}).items():
+        args += (outcome, len(group.entries), *group.entries, len(group.histogram))
+        for name, count in group.histogram.items():
+            args += (name, count)
+    return Call("fetch", keys.role(role), args)
+
+
+@dataclass(frozen=True, slots=True)
+class FetchReply:
+    """
+    Attributes:
+        lease_ms: the lease in force, which is the role's.
+        next_due_ms: until the next delayed entry is due; None if there is none.
+        paused: nothing is reclaimed for now.
+    """
+
+    lease_ms: int
+    next_due_ms: int | None
+    paused: bool
+    deliveries: Sequence[Delivery]
+
+
+def fetch_reply(role: str, reply: list[Any]) -> FetchReply:
+    deliveries, flat = [], reply[3]
+    for i in range(0, len(flat), 3):
+        entry = flat[i]
+        gid, tid, issue, *copied = flat[i + 1].split(" ")
+        deliveries.append(Delivery(role, entry, gid, tid, issue, copied[0] if copied else entry, int(flat[i + 2])))
+    wait = int(reply[1])
+    return FetchReply(int(reply[0]), wait if wait >= 0 else None, reply[2] == "1", deliveries)
+
+
+def renew(keys: Keys, role: str, worker: str, entries: Sequence[str]) -> Call:
+    return Call("renew", keys.role(role), [worker, *entries])
+
+
+def release(keys: Keys, role: str, worker: str, entries: Sequence[str]) -> Call:
+    return Call("release", keys.role(role), [worker, *entries])
+
+
+def release_all(keys: Keys, role: str, worker: str) -> Call:
+    """
+    Give back all that a worker holds in a role, and remove its consumer: it has left, or its process is dead. Answers
+    how many were given back, and '1' if it must be called again.
+    """
+    return Call("release", keys.role(role), [worker, "*"])
+
+
+# ---- judge, control ----------------------------------------------------------------------------------------------------
+def judge(keys: Keys, gid: str, *, goal: str = "", verdict: Literal["achieved", "failed", ""] = "") -> Call:
+    return Call("judge", keys.group(gid), [goal, verdict])
+
+
+def cancel_group(keys: Keys, gid: str) -> Call:
+    return Call("control", keys.group(gid), ["cancel"])
+
+
+def cancel_tasks(keys: Keys, gid: str, tids: Sequence[str]) -> Call:
+    return Call("control", keys.group(gid), ["cancel_tasks", *tids])
+
+
+def seal(keys: Keys, gid: str, *, untouched_ms: int) -> Call:
+    return Call("control", keys.group(gid), ["seal", untouched_ms])
+
+
+def prune(keys: Keys, gid: str, *, staging_ms: int) -> Call:
+    return Call("control", keys.group(gid), ["prune", staging_ms])
+
+
+def look_again(keys: Keys, gid: str, at_ms: int) -> Call:
+    """
+    Enter the time of the next look at a group; never later than its next deadline.
+    """
+    return command("ZADD", keys.index_of(gid), at_ms, gid)
+
+
+def drop_from_index(keys: Keys, gid: str) -> Call:
+    return command("ZREM", keys.index_of(gid), gid)
+
+
+# ---- registry ----------------------------------------------------------------------------------------------------------
+def heartbeat(keys: Keys, name: str, facts: Mapping[str, Any], *, ttl_ms: int, roles: Sequence[str] = ()) -> list[Call]:
+    """
+    Say that a worker or monitor lives. `facts` are the fields of `models.WorkerView`, the name excepted.
+    """
+    calls = [
+        command("SET", keys.worker(name), encode(facts), "PX", ttl_ms),
+        command("SADD", keys.workers, name),
+    ]
+    if roles:
+        calls.append(command("SADD", keys.roles, *roles))
+    return calls
+
+
+def farewell(keys: Keys, name: str) -> list[Call]:
+    return [command("DEL", keys.worker(name)), command("SREM", keys.workers, name)]

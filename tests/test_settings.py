@@ -1,0 +1,167 @@
+"""
+Where Redis is: which of several answers wins, what a URL may look like, and that no password is ever shown.
+"""
+
+import os
+import socket
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from rq_ceylon.errors import InvalidInputError, RedisError
+from rq_ceylon.settings import Settings, masked, resolve, server_folder, socket_path, socket_url
+
+NOWHERE = {"CEYLON_SERVER_DIR": os.devnull}
+
+
+def listen(path: Path) -> closing[socket.socket]:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    return closing(listener)
+
+
+def test_the_argument_wins_then_our_variable_then_the_common_one_then_the_running_server(short_tmp_path: Path) -> None:
+    environ = {
+        "CEYLON_REDIS_URL": "redis://ours",
+        "REDIS_URL": "redis://common",
+        "CEYLON_SERVER_DIR": str(short_tmp_path),
+    }
+    with listen(short_tmp_path / "redis.sock"):
+        assert resolve("redis://here", environ=environ) == Settings("redis://here", "argument")
+        assert resolve(environ=environ) == Settings("redis://ours", "CEYLON_REDIS_URL")
+        del environ["CEYLON_REDIS_URL"]
+        assert resolve(environ=environ) == Settings("redis://common", "REDIS_URL")
+        environ["REDIS_URL"] = ""
+        assert resolve(environ=environ) == Settings(f"unix://{short_tmp_path}/redis.sock", "ceylon server")
+
+
+@pytest.mark.parametrize("lacking", ["socket", "privacy", "folder"])
+def test_without_any_of_them_the_error_names_the_remedies(lacking: str, short_tmp_path: Path) -> None:
+    """
+    A server that listens in a folder that others may enter is not taken for this user's own.
+    """
+    folder = short_tmp_path / "server"
+    if lacking != "folder":
+        folder.mkdir(mode=0o755 if lacking == "privacy" else 0o700)
+        with listen(folder / "redis.sock"):
+            pass  # the file stays
+    if lacking == "socket":
+        (folder / "redis.sock").unlink()
+
+    with pytest.raises(RedisError) as caught:
+        resolve(environ={"CEYLON_SERVER_DIR": str(folder)})
+
+    assert caught.value.exit_code == 3
+    for remedy in ("ceylon server", "ceylon up", "docker compose up -d redis", "CEYLON_REDIS_URL", "--redis"):
+        assert remedy in str(caught.value)
+
+
+def test_the_namespace_is_argument_then_variable_then_ceylon() -> None:
+    environ = {"CEYLON_NAMESPACE": "staging"}
+
+    assert resolve("embedded://", namespace="mine", environ=environ).namespace == "mine"
+    assert resolve("embedded://", environ=environ).namespace == "staging"
+    assert resolve("embedded://", environ={}).namespace == "ceylon"
+    with pytest.raises(InvalidInputError, match=r"namespace: 'a\{b\}' is not usable"):
+        resolve("embedded://", namespace="a{b}", environ={})
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://localhost",
+        "redis://localhost:6379/0",
+        "redis://:secret@[::1]:6379/15?protocol=3",
+        "rediss://user:p%2Fw@redis.example:6380/",
+        "redis://localhost/?db=2",
+        "unix:///run/redis.sock",
+        "unix://user:secret@/run/with%20space.sock?db=1",
+        "embedded://",
+    ],
+)
+def test_these_urls_are_taken_as_they_are(url: str) -> None:
+    assert resolve(url, environ=NOWHERE) == Settings(url, "argument")
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("localhost:6379", "localhost:// is not known"),
+        ("//localhost", "it has no scheme"),
+        ("http://localhost", "http:// is not known"),
+        ("valkey://localhost", "valkey:// is not known"),
+        ("redis+sentinel://a,b/main", "redis+sentinel:// is not supported yet"),
+        ("redis+cluster://a", "redis+cluster:// is not supported yet"),
+        ("redis://", "it names no host, or port 0"),
+        ("redis://host:0", "it names no host, or port 0"),
+        ("redis://host:port", "it is malformed"),
+        ("redis://host:99999", "it is malformed"),
+        ("redis://[::1", "it is malformed"),
+        ("redis://host/name", "the database is not a number"),
+        ("redis://host?db=-1", "the database is not a number"),
+        ("unix://run/redis.sock", "it names no absolute path of a socket"),
+        ("unix://", "it names no absolute path of a socket"),
+        ("embedded://folder", "embedded:// takes nothing more"),
+    ],
+)
+def test_any_other_url_is_refused_with_the_forms_that_are_not(url: str, problem: str) -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        resolve(environ={"REDIS_URL": url})
+
+    message = str(caught.value)
+    assert f"Redis URL {url!r} (from: REDIS_URL): {problem}" in message
+    assert "use redis://host:port/db, rediss://host:port/db, unix:///path/to/socket or embedded://" in message
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://host:6379/0", "redis://host:6379/0"),
+        ("redis://:secret@host:6379/0", "redis://:***@host:6379/0"),
+        ("redis://user:secret@host/0?protocol=3", "redis://user:***@host/0?protocol=3"),
+        ("redis://user:secret@secret@host", "redis://user:***@host"),
+        ("redis://user:secret/secret@host/0", "redis://user:***@host/0"),
+        ("redis://user:1/secret@host/0", "redis://user:***@host/0"),
+        ("redis://user:secret#secret@host", "redis://user:***@host"),
+        ("redis://user:secret?secret@host", "redis://user:***@host"),
+        (
+            "unix:///run/a.sock?db=1&password=secret@secret&client_name=x",
+            "unix:///run/a.sock?db=1&password=***&client_name=x",
+        ),
+        ("http://:secret@host", "http://:***@host"),
+    ],
+)
+def test_a_password_is_never_shown(url: str, shown: str) -> None:
+    assert masked(url) == shown
+    with pytest.raises(InvalidInputError) as caught:
+        resolve(url + "&db=x" if "?" in url else url + "?db=x", environ=NOWHERE)
+    assert shown in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_the_server_folder_is_the_chosen_one_or_in_the_users_state_folder() -> None:
+    environ = {"HOME": "/users/me", "XDG_STATE_HOME": "relative"}
+
+    assert server_folder(environ) == Path("/users/me/.local/state/ceylon")
+    environ["XDG_STATE_HOME"] = "/state"
+    assert server_folder(environ) == Path("/state/ceylon")
+    environ["CEYLON_SERVER_DIR"] = "here"
+    assert server_folder(environ) == Path.cwd() / "here"
+
+
+def test_a_socket_lies_in_its_folder_or_where_that_is_too_long_at_a_short_path_of_its_own() -> None:
+    fits = Path("/" + "a" * 87)
+    too_long = Path("/" + "a" * 88)
+    long_too = Path("/" + "ä" * 60)
+
+    assert socket_path(fits) == fits / "redis.sock"
+    paths = {socket_path(folder, {"TMPDIR": tmp}) for folder in (too_long, long_too) for tmp in ("/var/tmp", str(fits))}
+    assert len(paths) == 4
+    assert {path.parent for path in paths} == {Path(f"{tmp}/ceylon-{os.getuid()}") for tmp in ("/var/tmp", "/tmp")}
+    assert all(len(os.fsencode(path)) < 100 for path in [*paths, socket_path(fits)])
+    assert socket_path(too_long, {}) == socket_path(too_long, {})
+
+
+def test_a_socket_url_quotes_what_a_url_cannot_hold() -> None:
+    assert socket_url(Path("/a b/ä?#.sock")) == "unix:///a%20b/%C3%A4%3F%23.sock"
