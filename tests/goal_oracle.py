@@ -56,7 +56,7 @@ def _outcomes(text: str, now: Counters, growing: list[str], *, closing: bool) ->
     have no end, but only their order among the expression's numbers and each other matters, so one count beside each
     number stands for all between two of them.
     """
-    numbers = {int(found) for found in re.findall(r"\b[0-9]+\b(?![.%\s]*%)", text)}
+    numbers = {int(found) for found in re.findall(r"[0-9]+", text)}
     numbers |= {math.floor(Fraction(found) / 100 * now.total) for found in _SHARE.findall(text)}
     numbers |= {*range(now.total + 1), now.attempts, now.crashes}
     beside = {number + step for number in numbers for step in (-1, 0, 1, 2)} | {max(numbers) + 3}

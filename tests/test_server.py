@@ -19,7 +19,7 @@ import redis
 
 from rq_ceylon.errors import RedisError
 from rq_ceylon.settings import Settings, is_private, resolve, socket_path
-from rq_ceylon.store.server import EmbeddedServer, find_binary, wheel_binary
+from rq_ceylon.store.server import STOP_S, EmbeddedServer, find_binary, wheel_binary
 
 pytestmark = pytest.mark.every_engine
 
@@ -130,6 +130,19 @@ def test_a_kept_folder_may_have_any_name(
     assert not socket_of(server).exists()
     with pytest.raises(RedisError, match="No Redis is configured"):
         resolve()
+
+
+def test_a_server_that_crashed_by_itself_leaves_its_folder_free(
+    start_server: StartServer, client_of: Connect, short_tmp_path: Path
+) -> None:
+    crashed = start_server(folder=short_tmp_path)
+
+    os.kill(crashed.pid, signal.SIGKILL)
+    again = start_server(folder=short_tmp_path)
+
+    assert client_of(again).ping()
+    crashed.stop()
+    assert client_of(again).ping()
 
 
 def test_a_second_server_in_the_same_folder_says_that_the_first_runs(
@@ -277,7 +290,8 @@ def test_it_goes_with_its_parent_however_that_ends(
         at = Path(unquote(urlsplit(url).path))
         try:
             if waits == "wait":
-                assert is_alive(int(pid))
+                with redis.Redis.from_url(url) as client:
+                    assert client.blpop("nothing", timeout=0.1) is None  # the child's stop does not end it
                 parent.send_signal(signal.Signals[ending])
             parent.wait()
             took = wait_until(lambda: not is_alive(int(pid)), "the server is gone")
@@ -332,12 +346,14 @@ def test_told_to_end_with_its_whole_group_it_still_cleans_up(start_server: Start
 def test_a_forked_child_that_holds_the_pipe_does_not_delay_stop(start_server: StartServer) -> None:
     server = start_server()
     copy = os.dup(server._tie)
+    started = time.monotonic()
     try:
         server.stop()
     finally:
         os.close(copy)
 
     assert not is_alive(server.pid)
+    assert time.monotonic() - started < STOP_S / 2
 
 
 def test_the_binary_is_the_chosen_one_or_the_wheels_or_on_path(

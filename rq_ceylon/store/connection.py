@@ -91,10 +91,10 @@ class Connection:
                 raise classified(error, self.url) from error
         for i, reply in enumerate(replies):
             if isinstance(reply, redis.RedisError):
-                error = classified(reply, self.url)
-                if not refusals or isinstance(error, ConnectionLostError):
-                    raise error from reply
-                replies[i] = error
+                refusal = classified(reply, self.url)
+                if not refusals or isinstance(refusal, ConnectionLostError):
+                    raise refusal from reply
+                replies[i] = refusal
         return replies
 
     async def _send(self, calls: Sequence[Call]) -> list[Any]:
@@ -176,14 +176,15 @@ class ThreadConnection:
         """
         As `Connection.run`.
         """
+        execute: Callable[..., Any] = self._client.execute_command
         replies = []
         try:
             for call in calls:
                 try:
-                    replies.append(self._client.execute_command(*scripts.words(call)))
+                    replies.append(execute(*scripts.words(call)))
                 except redis.exceptions.NoScriptError:
                     self._client.script_load(scripts.source(call.script))
-                    replies.append(self._client.execute_command(*scripts.words(call)))
+                    replies.append(execute(*scripts.words(call)))
         except (*_LOST, redis.RedisError) as error:
             raise classified(error, self.url) from error
         return replies

@@ -24,7 +24,7 @@ SUBMIT_BYTES_MAX = 4 * 1024 * 1024
 COMMIT_TASKS_MAX = 500
 
 
-# ---- outbox pages ------------------------------------------------------------------------------------------------------
+# ---- outbox pages ----------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class Page:
     """
@@ -56,7 +56,7 @@ def _acks(acks: Sequence[PageAck]) -> list[Any]:
 
 
 def enqueue(keys: Keys, role: str, pages: Sequence[Page]) -> Call:
-    args = []
+    args: list[Any] = []
     for page in pages:
         _, _, due, items = page.text.split("|", 3)
         args += (page.gid, due, items)
@@ -85,7 +85,7 @@ def outbox_reply(gid: str, reply: list[Any]) -> OutboxReply:
     return OutboxReply(reply[1], int(reply[2]), [Page(gid, text) for text in reply[3]], reply[4] == "1")
 
 
-# ---- submit ------------------------------------------------------------------------------------------------------------
+# ---- submit ----------------------------------------------------------------------------------------------------------
 class StagedTask(NamedTuple):
     """
     A task ready for submission: its id, its text (see `codec.task_text`), and the ids it needs.
@@ -192,7 +192,7 @@ def announce(keys: Keys, gid: str, roles: Iterable[str]) -> list[Call]:
     return calls
 
 
-# ---- claim, commit -----------------------------------------------------------------------------------------------------
+# ---- claim, commit ---------------------------------------------------------------------------------------------------
 class Delivery(NamedTuple):
     """
     One entry as `fetch` gave it, with the fence that names this delivery.
@@ -285,7 +285,7 @@ def commit_reply(gid: str, reply: list[Any], asked: int) -> CommitReply:
     return CommitReply(reply[2], [Page(gid, text) for text in reply[3]], reply[4] == "1")
 
 
-# ---- fetch, renew, release ---------------------------------------------------------------------------------------------
+# ---- fetch, renew, release -------------------------------------------------------------------------------------------
 @dataclass(slots=True)
 class Acks:
     """
@@ -364,7 +364,7 @@ def release_all(keys: Keys, role: str, worker: str) -> Call:
     return Call("release", keys.role(role), [worker, "*"])
 
 
-# ---- judge, control ----------------------------------------------------------------------------------------------------
+# ---- judge, control --------------------------------------------------------------------------------------------------
 def judge(keys: Keys, gid: str, *, goal: str = "", verdict: Literal["achieved", "failed", ""] = "") -> Call:
     return Call("judge", keys.group(gid), [goal, verdict])
 
@@ -396,7 +396,7 @@ def drop_from_index(keys: Keys, gid: str) -> Call:
     return command("ZREM", keys.index_of(gid), gid)
 
 
-# ---- registry ----------------------------------------------------------------------------------------------------------
+# ---- registry --------------------------------------------------------------------------------------------------------
 def heartbeat(keys: Keys, name: str, facts: Mapping[str, Any], *, ttl_ms: int, roles: Sequence[str] = ()) -> list[Call]:
     """
     Say that a worker or monitor lives. `facts` are the fields of `models.WorkerView`, the name excepted.

@@ -1,0 +1,8 @@
+"""
+The worker: `loop` is the role itself, `turn` decides what each round trip says, `executor` runs handlers, `leases` keeps
+what is held, `supervisor` runs several workers as processes.
+"""
+
+from rq_ceylon.worker.loop import Worker
+
+__all__ = ["Worker"]

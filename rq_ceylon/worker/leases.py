@@ -1,0 +1,87 @@
+"""
+Keeps the leases of what this worker holds, from a thread of its own, so that a busy event loop loses none.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from loguru import logger
+
+from rq_ceylon.errors import CeylonError
+from rq_ceylon.store import transitions
+from rq_ceylon.store.connection import ThreadConnection
+from rq_ceylon.store.keys import Keys
+
+
+class Leases:
+    """
+    The entries that this worker holds, and until when each may be renewed: a frozen event loop must not keep a task for
+    ever, so renewing stops at the limit of the attempt plus the grace.
+
+    Args:
+        on_lost: called in the lease thread with role and entry, when an entry belongs to another worker by now.
+    """
+
+    def __init__(self, *, url: str, keys: Keys, worker: str, on_lost: Callable[[str, str], None]) -> None:
+        self._url, self._keys, self._worker, self._on_lost = url, keys, worker, on_lost
+        self._until: dict[tuple[str, str], float] = {}
+        self._guard = threading.Lock()
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.lease_s = 30.0
+
+    def hold(self, role: str, entry: str, until: float) -> None:
+        """
+        Renew this entry until the given `time.monotonic()`.
+        """
+        with self._guard:
+            self._until[role, entry] = until
+
+    def drop(self, role: str, entry: str) -> None:
+        with self._guard:
+            self._until.pop((role, entry), None)
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="ceylon-leases", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """
+        End the thread; what is still held runs out by itself.
+        """
+        self._closed.set()
+        if self._thread is not None:
+            self._thread.join(timeout=2.0)
+
+    def _run(self) -> None:
+        connection = ThreadConnection(self._url)
+        silent = False
+        while not self._closed.wait(min(self.lease_s / 3, 10.0)):
+            try:
+                self.renew(connection)
+                silent = False
+            except CeylonError as error:
+                if not silent:
+                    logger.warning("Leases cannot be renewed for now: {}", error)
+                silent = True
+        connection.close()
+
+    def renew(self, connection: ThreadConnection) -> None:
+        """
+        One round: renew what may be renewed, and tell of what is lost.
+        """
+        now = time.monotonic()
+        with self._guard:
+            due = [held for held, until in self._until.items() if until > now]
+        for role in sorted({role for role, _ in due}):
+            entries = [entry for of, entry in due if of == role]
+            for first in range(0, len(entries), 500):
+                some = entries[first : first + 500]
+                (replies,) = connection.run([transitions.renew(self._keys, role, self._worker, some)])
+                for entry, reply in zip(some, replies, strict=True):
+                    if reply == "OTHER":
+                        self.drop(role, entry)
+                        self._on_lost(role, entry)

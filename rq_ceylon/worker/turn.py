@@ -1,0 +1,378 @@
+"""
+What a worker holds, and what its next round trip says. No I/O: `plan` returns calls, each with what reads its reply.
+
+One turn is one pipeline: commits of what ended since the last one, claims of what was fetched, a fetch per role that
+acknowledges what earlier replies have settled, and what those replies gave to enqueue. Nothing is used in the turn that
+brings it, so an entry is never acknowledged in the pipeline that commits it.
+"""
+
+from __future__ import annotations
+
+import collections
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any, NamedTuple
+
+from loguru import logger
+
+from rq_ceylon.errors import CeylonError
+from rq_ceylon.store import transitions
+from rq_ceylon.store.keys import Keys
+from rq_ceylon.store.scripts import Call
+from rq_ceylon.store.transitions import Acks, Claimed, Committed, Delivery, Page, PageAck
+from rq_ceylon.worker.leases import Leases
+
+UNCLAIMED_S = 2.0
+"""An entry that could not start for so long is given back: others may be idle."""
+
+RECENT_S = 0.1
+"""What finished within this time says how much to read ahead."""
+
+
+class Stage(Enum):
+    """
+    Where a held entry stands.
+    """
+
+    FETCHED = auto()
+    CLAIMING = auto()
+    RUNNING = auto()
+    ENDED = auto()
+    RELEASING = auto()
+
+
+@dataclass(slots=True, eq=False)
+class Held:
+    """
+    One delivery in this worker's hands. `since` is the monotonic time of the fetch.
+    """
+
+    delivery: Delivery
+    since: float
+    stage: Stage = Stage.FETCHED
+
+
+class Granted(NamedTuple):
+    """
+    A task that may run now: the delivery, the claim's answer, and its group's defaults (JSON) and stop flag.
+    """
+
+    held: Held
+    claimed: Claimed
+    defaults: str
+    stop: bool
+
+
+class Step(NamedTuple):
+    """
+    One call of a turn and what reads its reply. `lost`: what to do instead of repeating it if no reply comes (a fetch
+    delivers, so it must not be repeated).
+    """
+
+    call: Call
+    absorb: Callable[[Any], None]
+    lost: Callable[[], None] | None = None
+
+
+class Turns:
+    """
+    The books of one worker.
+
+    Args:
+        slots: how many tasks may run at once.
+        lease_ms: the lease to ask for; `lease_ms` is then the one in force.
+    """
+
+    def __init__(
+        self, *, keys: Keys, worker: str, roles: Sequence[str], slots: int, lease_ms: int, leases: Leases
+    ) -> None:
+        self.keys, self.worker, self.roles, self.slots, self.lease_ms = keys, worker, list(roles), slots, lease_ms
+        self.leases = leases
+        self.held: dict[tuple[str, str], Held] = {}
+        self.granted: list[Granted] = []
+        self.next_due_s: float | None = None
+        self.fetched_nothing = False
+        self.stopping = False
+        self._outcomes: list[tuple[Held, Committed]] = []
+        self._acks: dict[str, dict[str, Acks]] = {role: {} for role in self.roles}
+        self._page_acks: dict[str, list[PageAck]] = collections.defaultdict(list)
+        self._to_enqueue: dict[str, list[Page]] = collections.defaultdict(list)
+        self._to_relay: set[str] = set()
+        self._recovering: set[str] = set()
+        self._top_fence = dict.fromkeys(self.roles, 0)
+        self._recent: collections.deque[float] = collections.deque()
+        self._turn = 0
+
+    # ---- what the loop asks ------------------------------------------------------------------------------------------
+    def running(self) -> list[Held]:
+        return [held for held in self.held.values() if held.stage in (Stage.CLAIMING, Stage.RUNNING)]
+
+    def low_marks(self) -> dict[str, int]:
+        """
+        Per role the smallest fence held here, or one more than the largest ever received: whatever is on record for
+        this worker below it is not running here.
+        """
+        marks = {role: top + 1 for role, top in self._top_fence.items()}
+        for held in self.held.values():
+            marks[held.delivery.role] = min(marks[held.delivery.role], held.delivery.fence)
+        return marks
+
+    def is_due(self, free: int) -> bool:
+        """
+        Is there something to say now, with so many free slots?
+        """
+        waiting = any(held.stage is Stage.FETCHED for held in self.held.values())
+        return bool(
+            self._outcomes
+            or self._to_enqueue
+            or self._page_acks
+            or self._to_relay
+            or self._recovering
+            or any(self._acks.values())
+            or (waiting and (free > 0 or self.stopping))
+        )
+
+    def is_idle(self) -> bool:
+        return not self.held and not self.is_due(0)
+
+    def finish(self, held: Held, outcome: Committed) -> None:
+        """
+        Note the outcome of a running delivery; the next turn commits it.
+        """
+        if self.held.get((held.delivery.role, held.delivery.entry)) is not held:
+            return
+        if outcome.kind != "stopping":
+            held.stage = Stage.ENDED
+            self._recent.append(time.monotonic())
+        self._outcomes.append((held, outcome))
+
+    def forget(self, held: Held) -> None:
+        """
+        Another worker holds this delivery's task: never run, renew, commit or acknowledge it again.
+        """
+        self.held.pop((held.delivery.role, held.delivery.entry), None)
+        self.leases.drop(held.delivery.role, held.delivery.entry)
+
+    # ---- plan --------------------------------------------------------------------------------------------------------
+    def plan(self, free: int) -> list[Step]:
+        """
+        The calls of the next turn, with so many slots free.
+        """
+        self._turn += 1
+        steps = [*self._commits(), *self._claims(free), *self._releases(), *self._fetches(free), *self._enqueues()]
+        steps.extend(self._relays())
+        return steps
+
+    def _commits(self) -> Iterable[Step]:
+        outcomes, self._outcomes = self._outcomes, []
+        by_group: dict[str, list[tuple[Held, Committed]]] = collections.defaultdict(list)
+        for held, outcome in outcomes:
+            by_group[held.delivery.gid].append((held, outcome))
+        acks, self._page_acks = self._page_acks, collections.defaultdict(list)
+        for gid in [*by_group, *(gid for gid in acks if gid not in by_group)]:
+            for batch in _batches(by_group.get(gid, [])):
+                call = transitions.commit(self.keys, gid, self.worker, [o for _, o in batch], acks.pop(gid, []))
+                yield Step(call, lambda reply, gid=gid, batch=batch: self._committed(gid, batch, reply))  # type: ignore[misc]
+
+    def _claims(self, free: int) -> Iterable[Step]:
+        if self.stopping:
+            return
+        free -= sum(held.stage is Stage.CLAIMING for held in self.held.values())
+        by_group: dict[str, list[Held]] = collections.defaultdict(list)
+        for held in self.held.values():
+            if held.stage is Stage.FETCHED and free > 0:
+                free -= 1
+                held.stage = Stage.CLAIMING
+                by_group[held.delivery.gid].append(held)
+        for gid, batch in by_group.items():
+            call = transitions.claim(self.keys, gid, self.worker, [held.delivery for held in batch])
+            yield Step(call, lambda reply, batch=batch: self._claimed(batch, reply))  # type: ignore[misc]
+
+    def _releases(self) -> Iterable[Step]:
+        limit = time.monotonic() - (0 if self.stopping else UNCLAIMED_S)
+        for role in self.roles:
+            stale = [
+                held
+                for held in self.held.values()
+                if held.delivery.role == role and held.stage is Stage.FETCHED and held.since <= limit
+            ]
+            if not stale:
+                continue
+            for held in stale:
+                held.stage = Stage.RELEASING
+            call = transitions.release(self.keys, role, self.worker, [held.delivery.entry for held in stale])
+            yield Step(call, lambda reply, stale=stale: self._released(stale, reply))  # type: ignore[misc]
+
+    def _fetches(self, free: int) -> Iterable[Step]:
+        now = time.monotonic()
+        while self._recent and self._recent[0] < now - RECENT_S:
+            self._recent.popleft()
+        waiting = sum(held.stage is Stage.FETCHED for held in self.held.values())
+        claiming = sum(held.stage is Stage.CLAIMING for held in self.held.values())
+        budget = 0 if self.stopping else max(0, free - claiming + min(self.slots, len(self._recent)) - waiting)
+        self.next_due_s = None
+        self.fetched_nothing = budget > 0
+        # Strictly high before normal before low would starve: every 8th turn begins with another stream.
+        first = {0: 3, 4: 2}.get(self._turn % 8, 1)
+        for role in self.roles:
+            acks, self._acks[role] = self._acks[role], {}
+            recover = None
+            if role in self._recovering:
+                recover = [entry for of, entry in self.held if of == role]
+            call = transitions.fetch(
+                self.keys,
+                role,
+                self.worker,
+                budget=-(-budget // len(self.roles)),
+                lease_ms=self.lease_ms,
+                first=first,
+                acks=acks,
+                recover=recover,
+            )
+            yield Step(
+                call,
+                lambda reply, role=role: self._fetched(role, reply),  # type: ignore[misc]
+                lambda role=role, acks=acks: self._fetch_lost(role, acks),  # type: ignore[misc]
+            )
+
+    def _enqueues(self) -> Iterable[Step]:
+        pages, self._to_enqueue = self._to_enqueue, collections.defaultdict(list)
+        for role, some in pages.items():
+            call = transitions.enqueue(self.keys, role, some)
+            yield Step(call, lambda reply, some=some: self._enqueued(some, reply))  # type: ignore[misc]
+
+    def _relays(self) -> Iterable[Step]:
+        gids, self._to_relay = self._to_relay, set()
+        for gid in gids:
+            call = transitions.outbox(self.keys, gid, wanted=50)
+            yield Step(call, lambda reply, gid=gid: self._relayed(gid, reply))  # type: ignore[misc]
+
+    # ---- absorb ------------------------------------------------------------------------------------------------------
+    def _committed(self, gid: str, batch: Sequence[tuple[Held, Committed]], reply: Any) -> None:
+        if isinstance(reply, CeylonError):
+            logger.error("Outcomes of group {} cannot be recorded: {}", gid, reply)
+            for held, _ in batch:
+                self.forget(held)
+            return
+        answer = transitions.commit_reply(gid, reply, len(batch))
+        for (held, outcome), verdict in zip(batch, answer.verdicts, strict=True):
+            if verdict == "STALE":
+                self.forget(held)
+            elif outcome.kind != "stopping":
+                self._acknowledge(held, outcome.kind if verdict == "OK" else "stale", outcome.run_ms)
+        self._take(answer.pages)
+        if answer.more:
+            self._to_relay.add(gid)
+
+    def _claimed(self, batch: Sequence[Held], reply: Any) -> None:
+        if isinstance(reply, CeylonError):
+            logger.error("Tasks of group {} cannot be claimed: {}", batch[0].delivery.gid, reply)
+            for held in batch:
+                self.forget(held)
+            return
+        answer = transitions.claim_reply(reply, len(batch))
+        for held, claimed in zip(batch, answer.answers, strict=True):
+            match claimed.verdict:
+                case "GRANTED":
+                    held.stage = Stage.RUNNING
+                    self.granted.append(Granted(held, claimed, answer.defaults, answer.stop))
+                case "LATER":
+                    held.stage = Stage.FETCHED
+                case "LOST":
+                    self.forget(held)
+                case _:
+                    self._acknowledge(held, "stale", 0)
+
+    def _fetched(self, role: str, reply: Any) -> None:
+        if isinstance(reply, CeylonError):
+            logger.error("Role {} cannot be read: {}", role, reply)
+            return
+        answer = transitions.fetch_reply(role, reply)
+        self._recovering.discard(role)
+        if answer.lease_ms != self.lease_ms:
+            logger.warning(
+                "Role {} has leases of {} s; adopted instead of {} s",
+                role,
+                answer.lease_ms / 1000,
+                self.lease_ms / 1000,
+            )
+            self.lease_ms = answer.lease_ms
+        self.leases.lease_s = self.lease_ms / 1000
+        if answer.next_due_ms is not None:
+            self.next_due_s = min(answer.next_due_ms / 1000, self.next_due_s or 1e9)
+        now = time.monotonic()
+        for delivery in answer.deliveries:
+            self.fetched_nothing = False
+            self._top_fence[role] = max(self._top_fence[role], delivery.fence)
+            mine = self.held.get((role, delivery.entry))
+            # Reclaimed from myself: I live, and what runs here goes on under the fence on record.
+            if mine is not None and mine.stage is not Stage.FETCHED:
+                continue
+            self.held[role, delivery.entry] = Held(delivery, now)
+            self.leases.hold(role, delivery.entry, now + UNCLAIMED_S + 2 * self.lease_ms / 1000)
+
+    def _fetch_lost(self, role: str, acks: dict[str, Acks]) -> None:
+        self._recovering.add(role)
+        for outcome, some in acks.items():
+            mine = self._acks[role].setdefault(outcome, Acks())
+            mine.entries += some.entries
+            for name, count in some.histogram.items():
+                mine.histogram[name] = mine.histogram.get(name, 0) + count
+
+    def _released(self, stale: Sequence[Held], reply: Any) -> None:
+        if isinstance(reply, CeylonError):
+            logger.error("Entries of role {} cannot be given back: {}", stale[0].delivery.role, reply)
+        for held in stale:
+            self.forget(held)
+
+    def _enqueued(self, pages: Sequence[Page], reply: Any) -> None:
+        # A refused page stays in its outbox, where maintenance finds it.
+        if isinstance(reply, CeylonError):
+            logger.error("Tasks cannot be enqueued: {}", reply)
+            return
+        for page in pages:
+            self._page_acks[page.gid].append(PageAck(page, reply))
+
+    def _relayed(self, gid: str, reply: Any) -> None:
+        if isinstance(reply, CeylonError):
+            logger.error("The outbox of group {} cannot be read: {}", gid, reply)
+            return
+        answer = transitions.outbox_reply(gid, reply)
+        self._take(answer.pages)
+        if answer.more:
+            self._to_relay.add(gid)
+
+    def _take(self, pages: Iterable[Page]) -> None:
+        for page in pages:
+            self._to_enqueue[page.role].append(page)
+
+    def _acknowledge(self, held: Held, outcome: str, run_ms: int) -> None:
+        delivery = held.delivery
+        acks = self._acks[delivery.role].setdefault(outcome, Acks())
+        acks.entries.append(delivery.entry)
+        if outcome in ("completed", "failed"):
+            # By the server's clock: a fence is its time of delivery in µs, an entry id its time of arrival in ms.
+            wait_ms = max(0, delivery.fence // 1000 - int(delivery.lineage[2:].partition("-")[0]))
+            for name, value in (("run", run_ms), ("wait", wait_ms)):
+                bucket, total = f"{name}:{value.bit_length()}", f"{name}_ms"
+                acks.histogram[bucket] = acks.histogram.get(bucket, 0) + 1
+                acks.histogram[total] = acks.histogram.get(total, 0) + value
+        self.forget(held)
+
+
+def _batches(outcomes: Sequence[tuple[Held, Committed]]) -> Iterable[Sequence[tuple[Held, Committed]]]:
+    """
+    At least one batch, even if there is nothing but page acknowledgements to say; each within a commit's limits.
+    """
+    batch: list[tuple[Held, Committed]] = []
+    size = 0
+    for item in outcomes:
+        length = len(item[1].blob)
+        if batch and (len(batch) == transitions.COMMIT_TASKS_MAX or size + length > transitions.SUBMIT_BYTES_MAX):
+            yield batch
+            batch, size = [], 0
+        batch.append(item)
+        size += length
+    yield batch
