@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from difflib import get_close_matches
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SkipValidation, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SkipValidation, ValidationError
 from pydantic_core import ErrorDetails, from_json
 
 from rq_ceylon import goals, graph, models
@@ -34,50 +35,50 @@ def load(text: str | bytes, filename: str) -> TaskGroup:
     Read a group from the text of a YAML or JSON file; `filename` is only what the problems are prefixed with.
 
     Raises:
-        GroupFileError: with all problems, in the order of the file. Only bad syntax and the limits end the search early.
+        GroupFileError: with all problems, in the order of the file. Only bad syntax and limits end the search early.
     """
     file = _File(filename)
     data = file.read(text)
     group = _shape(file, GroupFields, data, ())
-    if not isinstance(data, dict):
-        file.give_up()
-    defaults = _shape(file, DefaultFields, data.get("defaults"), ("defaults",))
-    tasks, goal = _tasks(file, data.get("tasks")), _goals(file, data.get("goal"))
+    parts = data if isinstance(data, dict) else {}
+    defaults = _shape(file, DefaultFields, parts.get("defaults"), ("defaults",))
+    tasks, goal = _tasks(file, parts.get("tasks")), _goals(file, parts.get("goal"))
     if file.problems or group is None or defaults is None:
         file.give_up()
     return TaskGroup(**(dict(group) | {"tasks": tasks, "goal": goal, "defaults": Task(**dict(defaults))}))
 
 
 def _tasks(file: _File, data: Any) -> list[Task]:
-    if not data or not isinstance(data, dict | list):
-        if data is not None:  # else it is missing, which the group's shape reports
-            file.add(("tasks",), f"{_shown(data)} where tasks are needed; write one per key, or a list of them")
+    if data is None:  # the group's shape reports it
         return []
+    if not data or not isinstance(data, dict | list):
+        return (
+            file.add(("tasks",), f"{_shown(data)} where tasks are needed; write one per key, or a list of them") or []
+        )
     tasks: list[Task] = []
     paths: dict[str, Path] = {}  # by id; a task without one gets a stand-in that nobody can need
     needs: dict[str, list[str]] = {}
-    for key, value in data.items() if isinstance(data, dict) else enumerate(data):
-        path: Path = ("tasks", key)
-        fields = _shape(file, TaskFields if isinstance(data, dict) else ListedTask, value, path)
-        task_id = key if isinstance(data, dict) else getattr(fields, "id", None)
-        if isinstance(data, dict):
+    for at, (key, value) in enumerate(data.items() if isinstance(data, dict) else ((None, value) for value in data)):
+        path: Path = ("tasks", at if key is None else key)
+        fields = _shape(file, ListedTask if key is None else TaskFields, value, path)
+        task_id = getattr(fields, "id", None) if key is None else key
+        if key is not None:
             file.check(path, models.check_id, key, "id")
         elif task_id in paths:
             line = file.mark(paths[task_id]).line + 1
             file.add((*path, "id"), f"{task_id!r} is also the id of the task in line {line}; give another")
-        name = task_id or f"#{key}"
+        name = task_id or f"#{at}"
         paths[name], needs[name] = path, fields.needs if fields else []
         if fields:
             tasks.append(Task(**(dict(fields) | {"id": task_id})))
     for name, others in needs.items():
         for at, other in enumerate(others):
-            path = (*paths[name], "needs", at)
             if other == name:
-                file.add(path, "it needs itself; remove it from its needs")
+                file.add((*paths[name], "needs", at), "it needs itself; remove it from its needs")
             elif other not in paths:
                 # A guess compares every id: in a large file full of mistakes only the first get one.
                 guess = _guess(other, paths if len(file.problems) < 20 else (), "name a task of this group")
-                file.add(path, f"no task has the id {other!r}; {guess}")
+                file.add((*paths[name], "needs", at), f"no task has the id {other!r}; {guess}")
         needs[name] = [other for other in others if other in paths and other != name]
     file.check(("tasks",), graph.in_order, needs, "tasks")
     return tasks
@@ -85,21 +86,20 @@ def _tasks(file: _File, data: Any) -> list[Task]:
 
 def _goals(file: _File, data: Any) -> list[Goal]:
     found: list[Goal] = []
-    problems = len(file.problems)
+    before = len(file.problems)
     for at, value in enumerate(data if isinstance(data, list) else [] if data is None else [data]):
         path: Path = ("goal", at) if isinstance(data, list) else ("goal",)
         fields = _shape(file, GoalFields, {"when": value} if isinstance(value, str) else value, path)
-        if fields and (fields.when is None) == (fields.call is None):
-            file.add(path, 'needs one of "when" and "call"; write an expression, such as when: completed >= 95%')
         if fields:
             found.append(Goal(**dict(fields)))
-    if len(file.problems) == problems:
+            file.check(path, goals.compile_goals, found[-1])
+    if len(file.problems) == before:
         file.check(("goal",), goals.compile_goals, found)
     return found
 
 
-# The shape: what each mapping may hold. Attributes are named as in `models`, aliases as in the file. The checks begin
-# their messages with the name they are given; `_reason` cuts it, since the report gives the path.
+# The shape: what each mapping may hold. Attributes are named as in `models`, aliases as in the file. The checks name
+# what they check before a colon; the report cuts that, since it gives the path.
 
 
 def _seconds(value: Any) -> float:
@@ -109,12 +109,8 @@ def _seconds(value: Any) -> float:
     return models.seconds(value, "it")
 
 
-def _as_id(value: Any) -> Any:
-    return str(value) if type(value) is int else value  # the key `1:` is the id "1", and `needs: 1` means it
-
-
 Name = Annotated[str, AfterValidator(lambda text: models.check_id(text, "it"))]
-TaskId = Annotated[Name, BeforeValidator(_as_id, json_schema_input_type=str | int)]
+TaskId = Annotated[Name, BeforeValidator(lambda value: str(value) if type(value) is int else value)]  # as keys are
 Needs = Annotated[list[TaskId], BeforeValidator(lambda value: value if isinstance(value, list) else [value])]
 Expression = Annotated[str, AfterValidator(lambda text: goals.parse(text, "it").text)]
 Seconds = Annotated[float, BeforeValidator(_seconds, json_schema_input_type=float | str)]
@@ -122,11 +118,7 @@ Message = Annotated[str, Field(max_length=goals.MAX_MESSAGE)]
 Level = Annotated[Priority, Field(strict=False)]
 
 
-class _Shape(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class DefaultFields(_Shape):
+class DefaultFields(BaseModel, extra="forbid", strict=True):
     uses: Name | None = None
     role: Name | None = None
     duration: Seconds | None = None
@@ -147,7 +139,7 @@ class ListedTask(TaskFields):
     id: TaskId | None = None
 
 
-class GoalFields(_Shape):
+class GoalFields(BaseModel, extra="forbid", strict=True):
     when: Expression | None = None
     call: Name | None = None
     name: Name | None = None
@@ -159,7 +151,7 @@ class GoalFields(_Shape):
     failure_message: Message | None = None
 
 
-class GroupFields(_Shape):
+class GroupFields(BaseModel, extra="forbid", strict=True):
     name: Annotated[str, Field(min_length=1)]
     description: str = ""
     key: Name | None = None
@@ -170,22 +162,22 @@ class GroupFields(_Shape):
     goal: SkipValidation[str | GoalFields | list[str | GoalFields] | None] = None
 
 
-S = TypeVar("S", bound=_Shape)
+S = TypeVar("S", bound=BaseModel)
 
-_NEEDED = {"string_type": "text", "dict_type": "a mapping", "int_type": "a whole number"}
 _ALSO_CALLED = {"args": "with", "kwargs": "with", "run": "uses", "retries": "max_attempts", "depends_on": "needs"}
 
 
 def _shape(file: _File, model: type[S], data: Any, path: Path) -> S | None:
     if not isinstance(data, dict | None):
-        return file.add(path, f"{_shown(data)} where a mapping is needed; write key: value")
+        file.add(path, f"{_shown(data)} where a mapping is needed; write key: value")
+        return None
     keys = [field.alias or name for name, field in model.model_fields.items()]
     try:  # a known key with nothing behind it counts as not given
         return model.model_validate({k: v for k, v in (data or {}).items() if v is not None or k not in keys})
     except ValidationError as error:
         for problem in error.errors(include_url=False):
-            at_key = problem["type"] == "extra_forbidden"
-            file.add((*path, *problem["loc"]), _explained(problem, keys), at_key=at_key)
+            unknown = problem["type"] == "extra_forbidden"
+            file.add((*path, *problem["loc"]), _explained(problem, keys), at_key=unknown)
     return None
 
 
@@ -198,21 +190,16 @@ def _explained(problem: ErrorDetails, keys: list[str]) -> str:
         case "missing":
             return "missing; add it"
         case "value_error":
-            return _reason(context["error"])
+            return str(context["error"]).partition(": ")[2]
         case "enum" | "literal_error":
             options = str(context["expected"]).replace("'", "")
-            known = re.findall(r"\w+", options.replace(" or ", " "))
-            return f"{_shown(given)} is not known here; {_guess(given, known, f'use {options}')}"
-        case "string_type" if not isinstance(given, dict | list):
-            return f"{_shown(given)} where text is needed; put it in quotes"
+            return f"{_shown(given)} is not known here; {_guess(given, re.split(', | or ', options), f'use {options}')}"
         case "string_type" | "dict_type" | "int_type" as kind:
-            return f"{_shown(given)} where {_NEEDED[kind]} is needed; write {_NEEDED[kind]}"
+            needed = {"string_type": "text", "dict_type": "a mapping", "int_type": "a whole number"}[kind]
+            quotes = kind == "string_type" and not isinstance(given, dict | list)
+            return f"{_shown(given)} where {needed} is needed; {'put it in quotes' if quotes else f'write {needed}'}"
         case _:
             return f"{_shown(given)} is not usable; {problem['msg'][0].lower()}{problem['msg'][1:]}"
-
-
-def _reason(error: Exception) -> str:
-    return str(error).partition(": ")[2]
 
 
 def _guess(word: object, options: Iterable[str], otherwise: str) -> str:
@@ -255,7 +242,7 @@ class _File:
     def __init__(self, filename: str) -> None:
         self.filename = filename
         self.problems: list[tuple[int, int, str]] = []
-        self.end: Any = yaml.Mark("", 0, 0, 0, None, None)  # of the last event
+        self.end: Any = yaml.Mark("", 0, 0, 0, None, 0)  # of the last event
         self.marks: dict[Path, tuple[Any, Any]] = {(): (self.end, self.end)}  # of keys and values
         self.refused: set[Path] = set()  # whatever the checks say about these is only a consequence
         self.values = 0
@@ -264,16 +251,20 @@ class _File:
         if self.refused and not mark and any(path[:end] in self.refused for end in range(len(path) + 1)):
             return
         mark = mark or self.mark(path, at_key=at_key)
-        parts = (f"[{part}]" if isinstance(part, int) else f".{_safe(part)}" for part in path)
+        where = ""
+        for part in path:  # a key that is no plain word is escaped: it must not forge a line or steer a terminal
+            plain = isinstance(part, str) and models.ID_PATTERN.fullmatch(part)
+            where += f".{part}" if plain else f"[{part[:64] if isinstance(part, str) else part!r}]"
         what = what if len(what) <= 500 else f"{what[:300]} … {what[-150:]}"
-        line, column, where = mark.line + 1, mark.column + 1, "".join(parts).removeprefix(".") or "file"
-        self.problems.append((line, column, f"{self.filename}:{line}:{column}: {where}: {what}"))
+        line, column = mark.line + 1, mark.column + 1
+        text = f"{self.filename}:{line}:{column}: {where.removeprefix('.') or 'file'}: {what}"
+        self.problems.append((line, column, text))
 
     def check(self, path: Path, check: Callable[..., object], *values: Any) -> None:
         try:
             check(*values)
         except InvalidInputError as error:
-            self.add(path, _reason(error), at_key=True)
+            self.add(path, str(error).partition(": ")[2], at_key=True)
 
     def mark(self, path: Path, *, at_key: bool = False) -> Any:
         while path not in self.marks:
@@ -306,16 +297,16 @@ class _File:
         decoded = data.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
         if found := _FORBIDDEN.search(decoded):
             before, code = decoded[: found.start()], ord(found[0])
-            what = f'the character U+{code:04X} is not allowed; remove it, or write "\\u{code:04x}" in double quotes'
-            if 0xD800 <= code <= 0xDFFF:
-                what = "this is not UTF-8; save the file as UTF-8"
-            mark = yaml.Mark("", 0, before.count("\n"), len(before) - before.rfind("\n") - 1, None, None)
-            self.stop((), what, mark)
-        if decoded.lstrip().startswith("{") and _SURROGATES.search(decoded) and _is_json(decoded):
-            # YAML refuses what JSON writes for 😀, \ud83d\ude00. The filler keeps columns right until `_text` drops it.
-            return _SURROGATES.sub(
-                lambda pair: bytes.fromhex(pair[1] + pair[2]).decode("utf-16-be") + 11 * _FILLER, decoded
-            )
+            what = f"U+{code:04X} is no character of a text"
+            mark = yaml.Mark("", 0, before.count("\n"), len(before) - before.rfind("\n") - 1, None, 0)
+            self.stop((), f"{what}; remove it, and save the file as UTF-8", mark)
+        if decoded.lstrip().startswith("{") and _SURROGATES.search(decoded):
+            with suppress(ValueError):
+                from_json(decoded)  # else it is YAML, where single quotes give a backslash no meaning
+                # YAML refuses JSON's 😀, \ud83d\ude00. The filler keeps the columns right until `_text` drops it.
+                return _SURROGATES.sub(
+                    lambda pair: bytes.fromhex(pair[1] + pair[2]).decode("utf-16-be") + 11 * _FILLER, decoded
+                )
         return decoded
 
     def _next(self) -> Any:
@@ -391,16 +382,3 @@ class _File:
     def _refuse(self, event: Any, path: Path, what: str) -> None:
         self.add(path, what, event.start_mark)
         self.refused.add(path)
-
-
-def _safe(key: str) -> str:
-    # So that a key can neither forge a line nor steer a terminal.
-    return key if models.ID_PATTERN.fullmatch(key) else repr(key[:64])
-
-
-def _is_json(text: str) -> bool:
-    try:
-        from_json(text)
-    except ValueError:
-        return False
-    return True

@@ -34,7 +34,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 StopReason = Literal["cancelled", "lost", "shutdown", "timeout"]
-GoalCheck = Callable[[GroupView], bool | None | Awaitable[bool | None]]
+GoalCheck = Callable[[GroupView], bool | Awaitable[bool | None] | None]
 
 DEFAULT_HANDLER = "default"
 """What runs a task that names no handler."""
@@ -73,7 +73,7 @@ class Backoff:
 
 class RetryTask(Exception):
     """
-    Raised by a handler: try again, after `delay` if given, else after the handler's backoff. `max_attempts` still holds.
+    Raised by a handler: try again, after `delay` if given, else after the handler's backoff, while attempts are left.
     """
 
     def __init__(self, delay: Duration | None = None, reason: str = "") -> None:
@@ -432,19 +432,16 @@ class _Plan(NamedTuple):
         """
         What is missing or too much among the names; nothing in the usual case, and that quickly.
         """
-        names = given.keys()
-        if self.required <= names and names <= self.types.keys():
+        if self.required <= given.keys() <= self.types.keys():
             return []
-        problems = [f"argument {name!r} is missing" for name in self.accepted if name in self.required - names]
-        for name in names - self.types.keys():
+        problems = [f"argument {name!r} is missing" for name in self.accepted if name in self.required - given.keys()]
+        for name in given:
             if name in self.contexts:
                 problems.append(f"argument {name!r} is given by the worker; leave it out")
-            elif self.more is None:
-                near = get_close_matches(str(name), self.accepted, n=1)
+            elif name not in self.types and self.more is None:
+                near = get_close_matches(name, self.accepted, n=1)
                 guess = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(self.accepted) or 'none'}"
                 problems.append(f"argument {name!r} is unknown; {guess}")
-            elif not isinstance(name, str):
-                problems.append(f"argument {name!r}: a name must be text")
         return problems
 
 
@@ -457,8 +454,8 @@ class _Type:
     def __init__(self, annotation: Any, *, is_result: bool = False) -> None:
         self.annotation = annotation
         self._is_result = is_result
-        self._is_scalar = annotation in (str, int, float, bool) if isinstance(annotation, type) else False
-        self._is_open = annotation in (None, NoneType, Any, object) if _is_hashable(annotation) else False
+        self._is_scalar = any(annotation is one for one in (str, int, float, bool))
+        self._is_open = any(annotation is one for one in (None, NoneType, Any, object))
 
     @cached_property
     def _adapter(self) -> TypeAdapter[Any] | None:
@@ -550,27 +547,13 @@ def _json_copy(value: Any, *, convert: Callable[[Any], Any] | None = None, depth
         case None | bool():
             return value
         case str():
-            text = str.__str__(value)  # an enum's text is its value, whatever its `str()` says
-            if not text.isascii() and any("\ud800" <= one <= "\udfff" for one in text):
-                raise _BadError("text with half a surrogate pair is not Unicode")
-            return text
-        case int():
-            if value.bit_length() > _INTEGER_BITS_MAX:
-                raise _BadError("the number has over 4,000 digits; pass it as text")
-            return int(value)
-        case float():
-            if not math.isfinite(value):
-                raise _BadError(f"{float(value)} is not JSON; pass null or text")
-            return float(value)
+            return _text(value)
+        case int() | float():
+            return _number(value)
         case Mapping() | list() | tuple() if not depth:
             raise _BadError(f"nested more than {_DEPTH_MAX} levels deep, or inside itself")
         case Mapping():
-            copied = {}
-            for key, one in value.items():
-                if not isinstance(key, str):
-                    raise _BadError(f"the key {reprlib.repr(key)} is not text, as JSON wants it")
-                copied[_json_copy(key)] = _placed(key, one, convert, depth)
-            return copied
+            return {_key(key): _placed(key, one, convert, depth) for key, one in value.items()}
         case list() | tuple():
             return [_placed(index, one, convert, depth) for index, one in enumerate(value)]
     if convert is None:
@@ -582,6 +565,29 @@ def _json_copy(value: Any, *, convert: Callable[[Any], Any] | None = None, depth
         return convert(value)
     except Exception as error:
         raise _BadError(f"a {type(value).__qualname__} is not JSON ({error})") from None
+
+
+def _text(value: str) -> str:
+    text = str.__str__(value)  # an enum's text is its value, whatever its `str()` says
+    if not text.isascii() and any("\ud800" <= one <= "\udfff" for one in text):
+        raise _BadError("text with half a surrogate pair is not Unicode")
+    return text
+
+
+def _key(value: Any) -> str:
+    if not isinstance(value, str):
+        raise _BadError(f"the key {reprlib.repr(value)} is not text, as JSON wants it")
+    return _text(value)
+
+
+def _number(value: float) -> float:
+    if isinstance(value, int):
+        if value.bit_length() > _INTEGER_BITS_MAX:
+            raise _BadError("the number has over 4,000 digits; pass it as text")
+        return int(value)
+    if not math.isfinite(value):
+        raise _BadError(f"{float(value)} is not JSON; pass null or text")
+    return float(value)
 
 
 def _placed(step: str | int, value: Any, convert: Callable[[Any], Any] | None, depth: int) -> Any:
@@ -670,36 +676,16 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
     else:
         written = dict(getattr(inner, "__annotations__", None) or {})
     # TaskContext is often imported for type checkers only.
-    names = {"TaskContext": TaskContext, **getattr(inner, "__globals__", {}), **_enclosed(inner)}
-    hints = {}
+    names = {"TaskContext": TaskContext, **getattr(inner, "__globals__", {})}
+    hints: dict[str, Any] = {}
     for name, annotation in written.items():
         with suppress(Exception):
             hints |= get_type_hints(SimpleNamespace(__annotations__={name: annotation}), names, include_extras=True)
     return hints
 
 
-def _enclosed(function: Callable[..., Any]) -> dict[str, Any]:
-    """
-    The names of an enclosing function that this one uses. Those that only its annotations use are lost to Python.
-    """
-    found = {}
-    names = getattr(getattr(function, "__code__", None), "co_freevars", ())
-    for name, cell in zip(names, getattr(function, "__closure__", None) or (), strict=True):
-        with suppress(ValueError):  # not assigned yet
-            found[name] = cell.cell_contents
-    return found
-
-
 def _is_context(hint: Any) -> bool:
     return hint is TaskContext or TaskContext in get_args(hint)
-
-
-def _is_hashable(annotation: Any) -> bool:
-    try:
-        hash(annotation)
-    except TypeError:
-        return False
-    return True
 
 
 async def _sleep(context: TaskContext) -> None:

@@ -39,7 +39,9 @@ _OPTIONS: dict[str, Any] = {
     "retry_on_error": [],
     "health_check_interval": 0,
 }
-_LOST = (redis.ConnectionError, redis.TimeoutError, OSError)
+LOST = (redis.ConnectionError, redis.TimeoutError, OSError)
+"""What a broken connection raises."""
+
 # Errors that a restarting, failing-over or busy server gives for a while: nothing was executed, try again.
 _PASSING = (
     "LOADING",
@@ -87,7 +89,7 @@ class Connection:
                         await self._client.script_load(scripts.source(script))
                     for i, reply in zip(unknown, await self._send([calls[i] for i in unknown]), strict=True):
                         replies[i] = reply
-            except _LOST as error:
+            except LOST as error:
                 raise classified(error, self.url) from error
         for i, reply in enumerate(replies):
             if isinstance(reply, redis.RedisError):
@@ -138,7 +140,7 @@ class Connection:
         async with self._one_at_a_time:
             try:
                 return await self._client.blpop(list(keys), timeout=timeout_s) is not None
-            except _LOST as error:
+            except LOST as error:
                 raise classified(error, self.url) from error
             except redis.RedisError as error:
                 raise classified(error, self.url) from error
@@ -153,7 +155,7 @@ class Connection:
         async with self._one_at_a_time:
             try:
                 info = await self._client.info()
-            except _LOST as error:
+            except LOST as error:
                 raise classified(error, self.url) from error
             except redis.RedisError as error:
                 raise classified(error, self.url) from error
@@ -185,7 +187,7 @@ class ThreadConnection:
                 except redis.exceptions.NoScriptError:
                     self._client.script_load(scripts.source(call.script))
                     replies.append(execute(*scripts.words(call)))
-        except (*_LOST, redis.RedisError) as error:
+        except (*LOST, redis.RedisError) as error:
             raise classified(error, self.url) from error
         return replies
 
@@ -226,7 +228,7 @@ def classified(error: BaseException, url: str) -> CeylonError:
         )
     if "LAYOUT" in text:
         return RedisError(f"Redis at {where} holds data of another version of rq-ceylon ({text}); upgrade this one")
-    if isinstance(error, _LOST) or any(word in text for word in _PASSING):
+    if isinstance(error, LOST) or any(word in text for word in _PASSING):
         return ConnectionLostError(f"Cannot reach Redis at {where} ({_plain(error)})")
     return RedisError(f"Redis at {where} answered: {text}")
 

@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import importlib.metadata
+import inspect
 import os
 import secrets
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from loguru import logger
@@ -21,7 +23,7 @@ from rq_ceylon.maintenance import Maintenance
 from rq_ceylon.models import DEFAULT_TIMEOUT_S, check_id
 from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.codec import decode, task_parts
-from rq_ceylon.store.connection import Connection, subscribed
+from rq_ceylon.store.connection import LOST, Connection, subscribed
 from rq_ceylon.store.keys import Keys
 from rq_ceylon.store.transitions import Committed
 from rq_ceylon.worker.executor import Assignment, Executor, Outcome
@@ -357,7 +359,7 @@ class Worker:
                             pause = 0.1
                             if message["type"] == "message":
                                 await self._look(connection)
-                except (CeylonError, OSError, *LOST_SUBSCRIPTION):
+                except (CeylonError, *LOST):
                     await asyncio.sleep(pause)
                     pause = min(2 * pause, 5.0)
         finally:
@@ -445,3 +447,27 @@ class Worker:
         except CeylonError as error:
             logger.warning("Left without farewell: {}", error)
         logger.info("Worker {} stopped after {} completed tasks", self.name, self.completed)
+
+
+def _log_end(gid: str, tid: str, attempt: int, outcome: Outcome) -> None:
+    if outcome.kind == "completed":
+        logger.debug("{}/{} completed in {} ms", gid, tid, outcome.run_ms)
+    elif outcome.kind == "retry":
+        logger.warning(
+            "{}/{} failed in attempt {} ({}), next in {} ms", gid, tid, attempt, outcome.summary, outcome.delay_ms
+        )
+    elif outcome.kind == "failed":
+        logger.error("{}/{} failed ({}): {}", gid, tid, outcome.reason, outcome.summary)
+    else:
+        logger.info("{}/{} {} {}", gid, tid, outcome.kind, outcome.reason)
+
+
+async def _call_all(hooks: Sequence[Callable[[], Any]]) -> None:
+    for hook in hooks:
+        result = hook()
+        if inspect.isawaitable(result):
+            await result
+
+
+def _version() -> str:
+    return importlib.metadata.version("rq-ceylon")

@@ -1,0 +1,182 @@
+"""
+Events of groups: how they are packed, and how readers hear that there are new ones.
+
+A notification says only "look now": it may be lost, and the list in Redis is the record. So every wait here has a
+limit, and ends at a reconnect too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any, NamedTuple
+
+from loguru import logger
+
+from rq_ceylon.errors import CeylonError
+from rq_ceylon.store.connection import LOST, subscribed
+from rq_ceylon.store.keys import Keys
+
+LOOK_S = 5.0
+"""The longest anybody goes on without looking, should notifications be lost."""
+
+
+class TaskEvent(NamedTuple):
+    """
+    What happened to one task: completed, failed or cancelled (its end), retry or release.
+    """
+
+    tid: str
+    outcome: str
+    role: str
+    wait_ms: int
+    run_ms: int
+
+
+class Event(NamedTuple):
+    """
+    One state change of a group. `seq` counts from 1; `status` is the group's new status, '' if it did not change.
+    """
+
+    seq: int
+    at_ms: int
+    kind: str
+    tasks: list[TaskEvent]
+    goals: list[tuple[str, str]]
+    status: str
+
+
+def event_of(seq: int, line: str) -> Event:
+    """
+    A packed event: `ms|kind|tid,outcome,role,wait,run ...|goal:status ...|status`.
+    """
+    at, kind, tasks, goals, status = line.split("|")
+    ended = []
+    for item in tasks.split(" ") if tasks else ():
+        tid, outcome, role, wait, run = item.split(",")
+        ended.append(TaskEvent(tid, outcome, role, int(float(wait)), int(float(run))))
+    settled = [tuple(item.rsplit(":", 1)) for item in goals.split(" ")] if goals else []
+    return Event(seq, int(at), kind, ended, settled, status)  # type: ignore[arg-type]
+
+
+class Watch:
+    """
+    One waiter's view of the notifications of one group, or of all.
+    """
+
+    def __init__(self) -> None:
+        self._news = asyncio.Event()
+        self._groups: set[str | None] = set()
+
+    def tell(self, gid: str | None) -> None:
+        self._groups.add(gid)
+        self._news.set()
+
+    async def wait(self, timeout_s: float = LOOK_S) -> set[str | None]:
+        """
+        Until something is new, or the timeout. Returns the groups in question; None among them, or nothing at all,
+        means: look at everything.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._news.wait()
+        self._news.clear()
+        groups, self._groups = self._groups, set()
+        return groups
+
+
+class EventHub:
+    """
+    One pub/sub connection, shared by all waiters of an event loop; opened by the first of them.
+    """
+
+    def __init__(self, url: str, keys: Keys) -> None:
+        self._url, self._keys = url, keys
+        self._watches: dict[str, set[Watch]] = {}
+        self._pubsub: Any = None
+        self._listener: asyncio.Task[None] | None = None
+        self._ready = asyncio.Event()
+
+    @contextlib.asynccontextmanager
+    async def watch(self, gid: str) -> AsyncIterator[Watch]:
+        """
+        Watch one group. What happens after this has been entered is not missed.
+        """
+        async with self._watching(self._keys.events_channel(gid)) as watch:
+            yield watch
+
+    @contextlib.asynccontextmanager
+    async def watch_all(self) -> AsyncIterator[Watch]:
+        """
+        Watch all groups of the namespace.
+        """
+        async with self._watching(self._keys.events_channel("*")) as watch:
+            yield watch
+
+    async def close(self) -> None:
+        if self._listener is not None:
+            self._listener.cancel()
+            await asyncio.gather(self._listener, return_exceptions=True)
+            self._listener = None
+
+    @contextlib.asynccontextmanager
+    async def _watching(self, channel: str) -> AsyncIterator[Watch]:
+        watch = Watch()
+        first = channel not in self._watches
+        self._watches.setdefault(channel, set()).add(watch)
+        if self._listener is None:
+            self._listener = asyncio.create_task(self._listen(), name="events")
+        elif first and self._pubsub is not None:
+            await self._send("subscribe", channel)
+        # A server that is away does not hold up the waiter: it looks by itself every few seconds.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LOOK_S):
+                await self._ready.wait()
+        try:
+            yield watch
+        finally:
+            watches = self._watches[channel]
+            watches.discard(watch)
+            if not watches:
+                del self._watches[channel]
+                if self._pubsub is not None:
+                    await self._send("unsubscribe", channel)
+
+    async def _send(self, action: str, channel: str) -> None:
+        kind = f"p{action}" if channel.endswith("*") else action
+        # A connection that broke just now is the listener's to mend, which subscribes to all channels anew.
+        with contextlib.suppress(*LOST):
+            await getattr(self._pubsub, kind)(channel)
+
+    async def _listen(self) -> None:
+        pause = 0.1
+        while True:
+            try:
+                async with subscribed(self._url) as pubsub:
+                    await pubsub.psubscribe(
+                        self._keys.events_channel("\\*")
+                    )  # keeps the connection open with no waiter
+                    self._pubsub = pubsub
+                    for channel in list(self._watches):
+                        await self._send("subscribe", channel)
+                    self._ready.set()
+                    for watches in list(self._watches.values()):
+                        for watch in list(watches):
+                            watch.tell(None)
+                    async for message in pubsub.listen():
+                        pause = 0.1
+                        self._dispatch(message)
+            except (CeylonError, *LOST) as error:
+                logger.debug("Events: {}", error)
+            finally:
+                self._pubsub = None
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 5.0)
+
+    def _dispatch(self, message: dict[str, Any]) -> None:
+        if message["type"] not in ("message", "pmessage"):
+            return
+        gid = message["channel"].rsplit("events:", 1)[1]
+        for watch in list(self._watches.get(message["pattern"] or message["channel"], ())):
+            watch.tell(gid)

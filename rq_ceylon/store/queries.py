@@ -1,0 +1,406 @@
+"""
+Every read. Nothing here writes, and nothing reads a whole big key at once.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from typing import Any
+
+from rq_ceylon.errors import NotFoundError
+from rq_ceylon.goals import CompiledGoal
+from rq_ceylon.models import (
+    GoalStatus,
+    GoalView,
+    GroupStatus,
+    GroupView,
+    RoleView,
+    TaskResult,
+    TaskStatus,
+    TaskView,
+    WorkerView,
+)
+from rq_ceylon.store.codec import counters_of, decode, result_of, settled_of, task_parts
+from rq_ceylon.store.connection import Connection
+from rq_ceylon.store.events import Event, event_of
+from rq_ceylon.store.keys import INDEX_SHARDS, STREAMS, Keys
+from rq_ceylon.store.scripts import Call, command
+
+SCAN = 500
+RUNNING = "pcs"
+"""States of a claim that is in progress; see lua/group.lua."""
+
+
+async def server_ms(connection: Connection, keys: Keys) -> int:
+    """
+    The server's clock, epoch ms: the only one that decisions use.
+    """
+    ((now_s, now_us),) = await connection.run([Call("", (keys.roles,), ("TIME",))])
+    return int(now_s) * 1000 + int(now_us) // 1000
+
+
+# ---- groups ----------------------------------------------------------------------------------------------------------
+async def group(connection: Connection, keys: Keys, gid: str) -> GroupView:
+    """
+    A group as it stands.
+
+    Raises:
+        NotFoundError: there is none; it may have been pruned.
+    """
+    (found,) = await views(connection, keys, [gid])
+    if found is None:
+        raise NotFoundError(
+            f"group {gid!r} is not known in namespace {keys.namespace!r}; "
+            "it was never submitted, or it was pruned after its retention"
+        )
+    return found
+
+
+async def views(connection: Connection, keys: Keys, gids: Sequence[str]) -> list[GroupView | None]:
+    """
+    Groups in the given order; None for those that are gone.
+    """
+    calls = []
+    for gid in gids:
+        calls.append(command("HGETALL", keys.group_part(gid, "meta")))
+        calls.append(command("LLEN", keys.group_part(gid, "events")))
+    replies = await connection.run(calls)
+    return [_view(gid, _fields(replies[2 * i]), int(replies[2 * i + 1])) for i, gid in enumerate(gids)]
+
+
+async def groups(connection: Connection, keys: Keys) -> list[GroupView]:
+    """
+    All groups that the index knows and that are still there, oldest first.
+    """
+    gids = await group_ids(connection, keys)
+    found: list[GroupView] = []
+    for first in range(0, len(gids), 100):
+        found += [view for view in await views(connection, keys, gids[first : first + 100]) if view is not None]
+    return sorted(found, key=lambda view: (view.created_ms or 0, view.id))
+
+
+async def group_ids(connection: Connection, keys: Keys) -> list[str]:
+    replies = await connection.run([command("ZRANGE", keys.index(shard), 0, -1) for shard in range(INDEX_SHARDS)])
+    return [gid for shard in replies for gid in shard]
+
+
+async def due_groups(connection: Connection, keys: Keys, now_ms: int, limit: int) -> list[str]:
+    """
+    At most `limit` groups whose next look is due, from all shards alike.
+    """
+    share = -(-limit // INDEX_SHARDS)
+    replies = await connection.run(
+        [command("ZRANGEBYSCORE", keys.index(n), "-inf", now_ms, "LIMIT", 0, share) for n in range(INDEX_SHARDS)]
+    )
+    return [gid for shard in replies for gid in shard]
+
+
+def _fields(reply: Any) -> dict[str, str]:
+    return reply if isinstance(reply, dict) else dict(zip(reply[::2], reply[1::2], strict=True))
+
+
+def _view(gid: str, meta: Mapping[str, str], events: int) -> GroupView | None:
+    if "status" not in meta:
+        return None
+    specs = [CompiledGoal.from_json(spec) for spec in decode(meta.get("specs", "[]"))]
+    undecided = {line.split("|")[0]: int(line.split("|")[3]) for line in meta.get("goals", "").split(";") if line}
+    goals = []
+    for spec in specs:
+        settled = None
+        status = GoalStatus.NOT_STARTED if meta["status"] == GroupStatus.STAGING else GoalStatus.IN_PROGRESS
+        if text := meta.get(f"goal:{spec.name}"):
+            status, settled = settled_of(text)
+        goals.append(
+            GoalView(
+                name=spec.name,
+                when=spec.when or f"call: {spec.call}",
+                status=status,
+                deadline_ms=undecided.get(spec.name) or None,
+                settled=settled,
+                success_message=spec.success_message,
+                failure_message=spec.failure_message,
+                fail_when=spec.fail_when,
+                call=spec.call,
+            )
+        )
+    finished = meta.get("finished")
+    return GroupView(
+        id=gid,
+        name=meta.get("name", ""),
+        status=GroupStatus(meta["status"]),
+        counters=counters_of(meta),
+        goals=goals,
+        key=meta.get("key"),
+        outcome=meta.get("outcome") if finished else None,
+        description=meta.get("description", ""),
+        created_ms=int(meta.get("created", 0)) or None,
+        finished_ms=int(finished) if finished else None,
+        events=events,
+    )
+
+
+async def events(connection: Connection, keys: Keys, gid: str, start: int, count: int = SCAN) -> list[Event]:
+    """
+    Events of a group from the given number (the first is 1) on.
+    """
+    first = max(start, 1) - 1
+    (lines,) = await connection.run([command("LRANGE", keys.group_part(gid, "events"), first, first + count - 1)])
+    return [event_of(first + 1 + i, line) for i, line in enumerate(lines)]
+
+
+# ---- tasks -----------------------------------------------------------------------------------------------------------
+async def task(connection: Connection, keys: Keys, gid: str, tid: str) -> TaskView:
+    """
+    A task as it stands.
+
+    Raises:
+        NotFoundError: there is no such group or task.
+    """
+    found = await _tasks(connection, keys, gid, [tid])
+    if not found:
+        await group(connection, keys, gid)
+        raise NotFoundError(f"group {gid!r} has no task {tid!r}; `ceylon show {gid}` lists its tasks")
+    return found[0]
+
+
+async def tasks(connection: Connection, keys: Keys, gid: str) -> AsyncIterator[TaskView]:
+    """
+    All tasks of a group, each once, those still open first; in bounded memory but for their ids.
+    """
+    seen: set[str] = set()
+    for part in ("tasks", "results"):
+        async for tids in _scan(connection, keys.group_part(gid, part)):
+            fresh = [tid for tid in tids if tid not in seen]
+            seen.update(fresh)
+            for view in await _tasks(connection, keys, gid, fresh):
+                yield view
+
+
+async def _scan(connection: Connection, key: str) -> AsyncIterator[list[str]]:
+    cursor = "0"
+    while True:
+        ((cursor, found),) = await connection.run([command("HSCAN", key, cursor, "COUNT", SCAN)])
+        yield list(_fields(found))
+        if str(cursor) == "0":
+            return
+
+
+async def _tasks(connection: Connection, keys: Keys, gid: str, tids: Sequence[str]) -> list[TaskView]:
+    if not tids:
+        return []
+    replies = await connection.run(
+        [command("HMGET", keys.group_part(gid, part), *tids) for part in ("tasks", "claims", "needs", "results")]
+        + [command("HMGET", keys.group_part(gid, "meta"), "status", "defaults")]
+    )
+    status, defaults = replies[4]
+    shared = decode(defaults) if defaults else {}
+    closed = status in (GroupStatus.CLOSING, GroupStatus.FINISHED)
+    found = []
+    for tid, text, claim, needs, result in zip(tids, *replies[:4], strict=True):
+        if result:
+            found.append(_ended(result_of(tid, result)))
+        elif text:
+            found.append(_open(tid, text, claim, int(needs or 0), shared, closed=closed))
+    return found
+
+
+def _ended(result: TaskResult) -> TaskView:
+    return TaskView(
+        id=result.task_id,
+        status=result.status,
+        role=result.role,
+        reason=result.reason,
+        attempt=result.attempts,
+        worker=result.worker,
+        started_ms=result.started_ms,
+        result=result,
+    )
+
+
+def _open(tid: str, text: str, claim: str | None, needs: int, defaults: Mapping[str, Any], *, closed: bool) -> TaskView:
+    role, _, not_before, _, body = task_parts(text)
+    attempt, crashes, worker, started, due = 1, 0, "", None, not_before
+    running = False
+    if claim:
+        state, tries, _, holder, _, since, lost, _, retry_at, _, _ = claim.split("|")
+        attempt, crashes, running = int(tries), int(lost), state in RUNNING
+        due = int(retry_at) if retry_at else None
+        if running:
+            worker, started, due = holder, int(since), None
+    reason = ""
+    if running:
+        status = TaskStatus.IN_PROGRESS
+    elif closed:
+        status, reason, due = TaskStatus.CANCELLED, "closed", None
+    else:
+        status = TaskStatus.WAITING if needs else TaskStatus.PENDING
+    uses = decode(body).get("uses") or defaults.get("uses") or ""
+    return TaskView(
+        id=tid,
+        status=status,
+        role=role,
+        uses=uses,
+        reason=reason,
+        attempt=attempt,
+        crashes=crashes,
+        worker=worker,
+        started_ms=started,
+        due_ms=due,
+        needs=needs,
+    )
+
+
+async def results(connection: Connection, keys: Keys, gid: str, tids: Sequence[str]) -> dict[str, TaskResult]:
+    """
+    The results of those of these tasks that have one.
+    """
+    if not tids:
+        return {}
+    (texts,) = await connection.run([command("HMGET", keys.group_part(gid, "results"), *tids)])
+    return {tid: result_of(tid, text) for tid, text in zip(tids, texts, strict=True) if text}
+
+
+async def stopping(connection: Connection, keys: Keys, wanted: Mapping[str, Sequence[str]]) -> set[tuple[str, str]]:
+    """
+    Which of these running tasks, `{gid: tids}`, were asked to stop.
+    """
+    calls = []
+    for gid, tids in wanted.items():
+        calls.append(command("HGET", keys.group_part(gid, "meta"), "stop"))
+        calls.append(command("HMGET", keys.group_part(gid, "claims"), *tids))
+    replies = iter(await connection.run(calls))
+    found: set[tuple[str, str]] = set()
+    for gid, tids in wanted.items():
+        stop, claims = next(replies) == "1", next(replies)
+        found.update((gid, tid) for tid, claim in zip(tids, claims, strict=True) if stop or (claim or "")[:1] == "c")
+    return found
+
+
+# ---- workers and roles -----------------------------------------------------------------------------------------------
+async def workers(connection: Connection, keys: Keys) -> list[WorkerView]:
+    """
+    Workers and monitors whose heartbeat is there, by name.
+    """
+    return [view for view in (await registered(connection, keys)).values() if view is not None]
+
+
+async def registered(connection: Connection, keys: Keys) -> dict[str, WorkerView | None]:
+    """
+    All names that ever registered and did not say farewell; None where the heartbeat is gone.
+    """
+    (names,) = await connection.run([command("SMEMBERS", keys.workers)])
+    names = sorted(names)
+    if not names:
+        return {}
+    texts = await connection.run([command("GET", keys.worker(name)) for name in names])
+    return {name: _worker(name, text) for name, text in zip(names, texts, strict=True)}
+
+
+def _worker(name: str, text: str | None) -> WorkerView | None:
+    if text is None:
+        return None
+    facts = decode(text)
+    return WorkerView(
+        name=name,
+        kind=facts["kind"],
+        host=facts["host"],
+        pid=facts["pid"],
+        version=facts["version"],
+        roles=facts["roles"],
+        slots=facts["slots"],
+        task_names=facts["task_names"],
+        tasks=facts["tasks"],
+        started_ms=facts["started_ms"],
+        stopping=facts["stopping"],
+    )
+
+
+async def role_names(connection: Connection, keys: Keys) -> list[str]:
+    (names,) = await connection.run([command("SMEMBERS", keys.roles)])
+    return sorted(names)
+
+
+async def served_roles(connection: Connection, keys: Keys) -> set[str]:
+    """
+    Roles that at least one live worker serves.
+    """
+    return {
+        role
+        for worker in await workers(connection, keys)
+        if worker.kind == "worker" and not worker.stopping
+        for role in worker.roles
+    }
+
+
+async def roles(connection: Connection, keys: Keys) -> list[RoleView]:
+    """
+    All roles ever used, as they stand.
+    """
+    names = await role_names(connection, keys)
+    calls = []
+    for name in names:
+        streams = [keys.role_part(name, stream) for stream in STREAMS]
+        calls += [command("XLEN", stream) for stream in streams]
+        calls += [command("XINFO", "GROUPS", stream) for stream in streams]
+        calls.append(command("ZCARD", keys.role_part(name, "delayed")))
+        calls.append(command("HGETALL", keys.role_part(name, "meta")))
+    replies = iter(await connection.run(calls, refusals=True))
+    serving: dict[str, list[WorkerView]] = collections.defaultdict(list)
+    for worker in await workers(connection, keys):
+        for role in worker.roles if worker.kind == "worker" else ():
+            serving[role].append(worker)
+    found = []
+    for name in names:
+        entries = sum(_number(next(replies)) for _ in STREAMS)
+        delivered = sum(_pending(next(replies)) for _ in STREAMS)
+        delayed, meta = _number(next(replies)), _fields(next(replies))
+        mine = serving[name]
+        found.append(
+            RoleView(
+                name=name,
+                queued=entries - delivered,
+                delivered=delivered,
+                delayed=delayed,
+                workers=len(mine),
+                slots=sum(worker.slots for worker in mine),
+                busy=sum(len(worker.tasks) for worker in mine),
+                totals={key[6:]: int(value) for key, value in meta.items() if key.startswith("total:")},
+            )
+        )
+    return found
+
+
+async def role_meta(connection: Connection, keys: Keys, role: str) -> dict[str, str]:
+    (reply,) = await connection.run([command("HGETALL", keys.role_part(role, "meta"))])
+    return _fields(reply)
+
+
+def _number(reply: Any) -> int:
+    return reply if isinstance(reply, int) else 0
+
+
+def _pending(reply: Any) -> int:
+    # A stream that does not exist yet answers with an error.
+    if not isinstance(reply, list):
+        return 0
+    total = 0
+    for found in reply:
+        fields = found if isinstance(found, dict) else dict(zip(found[::2], found[1::2], strict=True))
+        total += int(fields["pending"])
+    return total
+
+
+async def idle_consumers(connection: Connection, keys: Keys, role: str) -> list[tuple[str, int, int]]:
+    """
+    Consumers of a role's streams: name, entries pending, ms since they were last heard of; one row per stream.
+    """
+    replies: Iterable[Any] = await connection.run(
+        [command("XINFO", "CONSUMERS", keys.role_part(role, stream), "workers") for stream in STREAMS], refusals=True
+    )
+    found = []
+    for reply in replies:
+        for consumer in reply if isinstance(reply, list) else ():
+            fields = consumer if isinstance(consumer, dict) else dict(zip(consumer[::2], consumer[1::2], strict=True))
+            found.append((str(fields["name"]), int(fields["pending"]), int(fields["idle"])))
+    return found
