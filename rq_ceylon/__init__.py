@@ -1,0 +1,86 @@
+"""
+rq_ceylon: a distributed job queue on Redis that knows its purpose.
+
+Names are loaded when first used (PEP 562), so that `ceylon --help` imports neither redis nor pydantic.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from loguru import logger
+
+if TYPE_CHECKING:
+    from rq_ceylon.app import AppTask, Ceylon, SyncClient, SyncGroupHandle, SyncTaskHandle
+    from rq_ceylon.client import Client, GroupHandle, TaskHandle
+    from rq_ceylon.errors import (
+        AppImportError,
+        CeylonError,
+        ConnectionLostError,
+        GoalImpossibleError,
+        GroupExistsError,
+        GroupFileError,
+        InvalidInputError,
+        NotFoundError,
+        NoWorkerError,
+        PayloadTooLargeError,
+        QueueFullError,
+        RedisError,
+        TaskCancelledError,
+        TaskFailedError,
+        UnknownTaskError,
+        WaitTimeoutError,
+    )
+    from rq_ceylon.handlers import Backoff, FailTask, RetryTask, TaskContext
+    from rq_ceylon.models import (
+        Counters,
+        Goal,
+        GoalStatus,
+        GroupStatus,
+        GroupView,
+        Priority,
+        Task,
+        TaskGroup,
+        TaskResult,
+        TaskStatus,
+        TaskView,
+    )
+    from rq_ceylon.monitor import Monitor
+    from rq_ceylon.worker import Worker
+
+_HOME = {
+    "app": "AppTask Ceylon SyncClient SyncGroupHandle SyncTaskHandle",
+    "client": "Client GroupHandle TaskHandle",
+    "errors": "AppImportError CeylonError ConnectionLostError GoalImpossibleError GroupExistsError GroupFileError "
+    "InvalidInputError NotFoundError NoWorkerError PayloadTooLargeError QueueFullError RedisError TaskCancelledError "
+    "TaskFailedError UnknownTaskError WaitTimeoutError",
+    "handlers": "Backoff FailTask RetryTask TaskContext",
+    "models": "Counters Goal GoalStatus GroupStatus GroupView Priority Task TaskGroup TaskResult TaskStatus TaskView",
+    "monitor": "Monitor",
+    "worker": "Worker",
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}
+
+__all__ = [  # noqa: RUF022, in the order of the table above
+    "AppTask", "Ceylon", "SyncClient", "SyncGroupHandle", "SyncTaskHandle",
+    "Client", "GroupHandle", "TaskHandle",
+    "AppImportError", "CeylonError", "ConnectionLostError", "GoalImpossibleError", "GroupExistsError", "GroupFileError",
+    "InvalidInputError", "NotFoundError", "NoWorkerError", "PayloadTooLargeError", "QueueFullError", "RedisError",
+    "TaskCancelledError", "TaskFailedError", "UnknownTaskError", "WaitTimeoutError",
+    "Backoff", "FailTask", "RetryTask", "TaskContext",
+    "Counters", "Goal", "GoalStatus", "GroupStatus", "GroupView", "Priority", "Task", "TaskGroup", "TaskResult",
+    "TaskStatus", "TaskView",
+    "Monitor", "Worker",
+]  # fmt: skip
+
+# A library is silent until its user asks: `logger.enable("rq_ceylon")`. The commands do.
+logger.disable("rq_ceylon")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'rq_ceylon' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"rq_ceylon.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value

@@ -412,3 +412,11 @@ def heartbeat(keys: Keys, name: str, facts: Mapping[str, Any], *, ttl_ms: int, r
 
 def farewell(keys: Keys, name: str) -> list[Call]:
     return [command("DEL", keys.worker(name)), command("SREM", keys.workers, name)]
+
+
+def sample(keys: Keys, role: str, minute: int, facts: bytes, *, oldest: int) -> list[Call]:
+    """
+    Keep one sample of a role's totals (field: epoch minute), and drop the one that leaves the retention.
+    """
+    key = keys.role_part(role, "samples")
+    return [command("HSET", key, minute, facts), command("HDEL", key, oldest), command("PEXPIRE", key, 86_400_000)]

@@ -1,0 +1,435 @@
+"""
+The application object: registers handlers, and gives clients, async and sync.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import inspect
+import os
+import threading
+import weakref
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property, update_wrapper
+from types import TracebackType
+from typing import Any, Concatenate, Generic, Literal, ParamSpec, Self, TypeVar, cast, overload
+
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+
+from rq_ceylon.client import Client, GroupHandle, TaskHandle
+from rq_ceylon.handlers import Backoff, GoalCheck, Handler, Registry
+from rq_ceylon.models import (
+    Duration,
+    GroupView,
+    RoleView,
+    Task,
+    TaskGroup,
+    TaskResult,
+    TaskStatus,
+    TaskView,
+    WorkerView,
+    check_id,
+    seconds,
+)
+from rq_ceylon.settings import Settings, resolve
+from rq_ceylon.store.events import Event
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+H = TypeVar("H", bound=Callable[..., Any])
+
+
+class Ceylon:
+    """
+    Where handlers are registered, and where work is submitted from.
+
+    Args:
+        redis_url: where Redis is; without it CEYLON_REDIS_URL, REDIS_URL, or this user's running `ceylon server`.
+        namespace: keeps applications on one Redis apart; without it CEYLON_NAMESPACE, or `ceylon`.
+    """
+
+    def __init__(self, redis_url: str | None = None, *, namespace: str | None = None) -> None:
+        self._redis_url, self._namespace = redis_url, namespace
+        self.registry = Registry()
+        self._clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[int, Client]] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._sync: tuple[int, SyncClient] | None = None
+        self._sync_guard = threading.Lock()
+
+    @cached_property
+    def settings(self) -> Settings:
+        """
+        Looked up when first needed, so that importing an application needs no Redis.
+        """
+        return resolve(self._redis_url, namespace=self._namespace)
+
+    # ---- registering -------------------------------------------------------------------------------------------------
+    @overload
+    def task(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> AppTask[P, R]: ...
+    @overload
+    def task(self, function: Callable[P, R], /) -> AppTask[P, R]: ...
+    @overload
+    def task(
+        self,
+        /,
+        *,
+        name: str | None = None,
+        aliases: Sequence[str] = (),
+        role: str | None = None,
+        timeout: Duration | None = None,
+        max_attempts: int | None = None,
+        priority: str | None = None,
+        backoff: Backoff | None = None,
+        retry: Mapping[type[Exception], Backoff | None] | None = None,
+        cpu: bool = False,
+    ) -> _Decorator: ...
+
+    def task(self, function: Any = None, /, *, name: str | None = None, timeout: Any = None, **rules: Any) -> Any:
+        """
+        Register a function as the handler of a task; bare, or with rules.
+
+        Args:
+            name: registered name; the function's own if left out.
+            aliases: former names, so that what is queued under them still runs.
+            role: which workers run it.
+            timeout: limit of one attempt; default 1 h.
+            max_attempts: the first included; default 3.
+            priority: high, normal or low.
+            backoff: the wait between attempts.
+            retry: a rule per exception type: a `Backoff`, or None to fail at once.
+            cpu: run in a process of its own, which a timeout can end.
+        """
+
+        def register(function: Callable[..., Any]) -> AppTask[..., Any]:
+            limit = None if timeout is None else seconds(timeout, "timeout")
+            handler: Handler[..., Any] = Handler(name or function.__name__, function, timeout_s=limit, **rules)
+            self.registry.add(handler)
+            return AppTask(self, handler, Task(uses=handler.name))
+
+        return register if function is None else register(function)
+
+    def goal_check(self, check: GoalCheck) -> GoalCheck:
+        """
+        Register a callable for goals with `call: <name>`; `ceylon-monitor` runs it with the group's view. True: achieved.
+        """
+        self.registry.goal_checks[check_id(getattr(check, "__name__", None), "goal check name")] = check
+        return check
+
+    def on_start(self, hook: H) -> H:
+        """
+        Called once in every worker process before it takes work.
+        """
+        self.registry.on_start.append(hook)
+        return hook
+
+    def on_stop(self, hook: H) -> H:
+        """
+        Called once in every worker process after its last task.
+        """
+        self.registry.on_stop.append(hook)
+        return hook
+
+    def on_error(self, hook: H) -> H:
+        """
+        Called with the context and the exception after an attempt failed.
+        """
+        self.registry.on_error.append(hook)
+        return hook
+
+    # ---- clients -----------------------------------------------------------------------------------------------------
+    def client(self) -> Client:
+        """
+        A client for the running event loop: `async with app.client() as client`.
+        """
+        return Client(self.settings.redis_url, namespace=self.settings.namespace, registry=self.registry)
+
+    def sync_client(self) -> SyncClient:
+        """
+        The same without await: `with app.sync_client() as client`.
+        """
+        return SyncClient(self.client)
+
+    async def implicit_client(self) -> Client:
+        """
+        The client behind `aenqueue`: one per event loop and process.
+        """
+        loop = asyncio.get_running_loop()
+        pid, client = self._clients.get(loop, (0, None))
+        if client is None or pid != os.getpid():
+            client = self.client()
+            self._clients[loop] = os.getpid(), client
+            await client.open()
+        return client
+
+    def implicit_sync_client(self) -> SyncClient:
+        """
+        The client behind `enqueue`: one per process, so that a forked child makes its own.
+        """
+        with self._sync_guard:
+            if self._sync is None or self._sync[0] != os.getpid():
+                self._sync = os.getpid(), self.sync_client().open()
+                atexit.register(self._sync[1].close)
+            return self._sync[1]
+
+
+class _Decorator:
+    """
+    The type of `app.task(...)` with rules.
+    """
+
+    @overload
+    def __call__(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> AppTask[P, R]: ...
+    @overload
+    def __call__(self, function: Callable[P, R], /) -> AppTask[P, R]: ...
+
+    def __call__(self, function: Any, /) -> Any:
+        raise TypeError("only a type")
+
+
+class AppTask(Generic[P, R]):
+    """
+    A registered handler. Calling it calls the plain function; the rest makes tasks of it.
+    """
+
+    def __init__(self, app: Ceylon, handler: Handler[P, R], options: Task) -> None:
+        self._app, self.handler, self._options = app, handler, options
+        self.function = handler.function
+        update_wrapper(cast(Any, self), handler.function)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """
+        The plain function, here and now (a coroutine function gives its coroutine).
+        """
+        return cast(R, self.function(*args, **kwargs))
+
+    def using(
+        self,
+        *,
+        role: str | None = None,
+        priority: str | None = None,
+        delay: Duration | None = None,
+        expires: Duration | None = None,
+        timeout: Duration | None = None,
+        max_attempts: int | None = None,
+        id: str | None = None,
+        needs: Sequence[str] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> AppTask[P, R]:
+        """
+        The same with other options for the tasks it makes; see `Task`.
+        """
+        given = {name: value for name, value in locals().items() if name not in ("self",) and value is not None}
+        return AppTask(self._app, self.handler, replace(self._options, **given))
+
+    def bind(self, *args: P.args, **kwargs: P.kwargs) -> Task:
+        """
+        A task for a group, with these arguments.
+
+        Raises:
+            InvalidInputError: they do not fit the function.
+        """
+        return replace(self._options, arguments=self.handler.arguments(*args, **kwargs))
+
+    async def aenqueue(self, *args: P.args, **kwargs: P.kwargs) -> TaskHandle[R]:
+        """
+        Submit one task with these arguments.
+        """
+        client = await self._app.implicit_client()
+        handle = await client.submit(self.bind(*args, **kwargs))
+        gid, _, tid = handle.id.partition("/")
+        return TaskHandle(client, gid, tid, self.handler)
+
+    def enqueue(self, *args: P.args, **kwargs: P.kwargs) -> SyncTaskHandle[R]:
+        """
+        The same without await; also inside a running event loop, which it blocks for a moment.
+        """
+        client = self._app.implicit_sync_client()
+        handle = client.submit(self.bind(*args, **kwargs))
+        gid, _, tid = handle.id.partition("/")
+        return SyncTaskHandle(client, TaskHandle(client.inner, gid, tid, self.handler))
+
+
+# ---- the sync side ---------------------------------------------------------------------------------------------------
+class SyncClient:
+    """
+    `Client` without await: the same code on an event loop in a thread of its own. May be used from several threads.
+    """
+
+    def __init__(self, make: Callable[[], Client]) -> None:
+        self._make = make
+        self._portal: BlockingPortal | None = None
+        self._inner: Client | None = None
+        self._pid = 0
+
+    def open(self) -> Self:
+        self._context = start_blocking_portal(backend="asyncio")
+        self._portal = self._context.__enter__()
+        self._pid = os.getpid()
+
+        async def connect() -> Client:
+            return await self._make().open()
+
+        try:
+            self._inner = self._portal.call(connect)
+        except BaseException:
+            self._context.__exit__(None, None, None)
+            self._portal = None
+            raise
+        return self
+
+    def close(self) -> None:
+        """
+        May be called twice; does nothing in a forked child, whose parent owns the thread.
+        """
+        if self._portal is None or self._pid != os.getpid():
+            return
+        self._portal.call(self.inner.close)
+        self._context.__exit__(None, None, None)
+        self._portal = None
+
+    def __enter__(self) -> Self:
+        return self.open()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def inner(self) -> Client:
+        if self._inner is None:
+            raise RuntimeError("this client is not open; use `with app.sync_client() as client`")
+        return self._inner
+
+    def call(self, function: Callable[Concatenate[P], Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """
+        Run a coroutine function of the async side.
+        """
+        if self._portal is None or self._pid != os.getpid():
+            # After a fork the parent's thread is not here: connect anew.
+            self.open()
+
+        async def body() -> T:
+            return await function(*args, **kwargs)
+
+        return cast(BlockingPortal, self._portal).call(body)
+
+    def iterate(self, make: Callable[[], Any]) -> Iterator[Any]:
+        """
+        The items of an async iterator.
+        """
+        items = make().__aiter__()
+        end = object()
+
+        async def following() -> Any:
+            return await anext(items, end)
+
+        while (item := self.call(following)) is not end:
+            yield item
+
+    @overload
+    def submit(self, work: Task, *, require_workers: bool = False) -> SyncTaskHandle[Any]: ...
+    @overload
+    def submit(self, work: TaskGroup, *, require_workers: bool = False) -> SyncGroupHandle: ...
+
+    def submit(self, work: Task | TaskGroup, *, require_workers: bool = False) -> SyncTaskHandle[Any] | SyncGroupHandle:
+        """
+        As `Client.submit`.
+        """
+        if isinstance(work, TaskGroup):
+            group = self.call(self._submit_group, work, require_workers)
+            return SyncGroupHandle(self, group)
+        return SyncTaskHandle(self, self.call(self._submit_task, work, require_workers))
+
+    async def _submit_group(self, group: TaskGroup, require_workers: bool) -> GroupHandle:
+        return await self.inner.submit(group, require_workers=require_workers)
+
+    async def _submit_task(self, task: Task, require_workers: bool) -> TaskHandle[Any]:
+        return await self.inner.submit(task, require_workers=require_workers)
+
+    def task(self, task_id: str) -> SyncTaskHandle[Any]:
+        return SyncTaskHandle(self, self.inner.task(task_id))
+
+    def group(self, gid: str) -> SyncGroupHandle:
+        return SyncGroupHandle(self, self.inner.group(gid))
+
+    def groups(self) -> list[GroupView]:
+        return self.call(self.inner.groups)
+
+    def workers(self) -> list[WorkerView]:
+        return self.call(self.inner.workers)
+
+    def roles(self) -> list[RoleView]:
+        return self.call(self.inner.roles)
+
+
+class SyncTaskHandle(Generic[R]):
+    """
+    `TaskHandle` without await.
+    """
+
+    def __init__(self, client: SyncClient, handle: TaskHandle[R]) -> None:
+        self._client, self._handle = client, handle
+
+    @property
+    def id(self) -> str:
+        return self._handle.id
+
+    def result(self, timeout: float | None = None) -> R:
+        return self._client.call(self._handle.result, timeout)
+
+    def view(self) -> TaskView:
+        return self._client.call(self._handle.view)
+
+    def status(self) -> TaskStatus:
+        return self._client.call(self._handle.status)
+
+    def cancel(self) -> str:
+        return self._client.call(self._handle.cancel)
+
+
+class SyncGroupHandle:
+    """
+    `GroupHandle` without await.
+    """
+
+    def __init__(self, client: SyncClient, handle: GroupHandle) -> None:
+        self._client, self._handle = client, handle
+
+    @property
+    def id(self) -> str:
+        return self._handle.id
+
+    @property
+    def name(self) -> str:
+        return self._handle.name
+
+    @property
+    def repeated(self) -> bool:
+        return self._handle.repeated
+
+    def task(self, tid: str) -> SyncTaskHandle[Any]:
+        return SyncTaskHandle(self._client, self._handle.task(tid))
+
+    def view(self) -> GroupView:
+        return self._client.call(self._handle.view)
+
+    def wait(self, until: Literal["goal", "all"] = "goal", timeout: float | None = None) -> GroupView:
+        return self._client.call(self._handle.wait, until, timeout)
+
+    def progress(self) -> Iterator[GroupView]:
+        return self._client.iterate(self._handle.progress)
+
+    def events(self, start: int = 1) -> Iterator[Event]:
+        return self._client.iterate(lambda: self._handle.events(start))
+
+    def results(self) -> Iterator[TaskResult]:
+        return self._client.iterate(self._handle.results)
+
+    def tasks(self) -> Iterator[TaskView]:
+        return self._client.iterate(self._handle.tasks)
+
+    def cancel(self) -> str:
+        return self._client.call(self._handle.cancel)

@@ -1,0 +1,113 @@
+"""
+Statistics of a group, exactly from its events, and of a role, from its meta hash; both with log-2 histograms.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from rq_ceylon.store.events import Event
+
+ENDS = ("completed", "failed", "cancelled")
+
+
+@dataclass
+class Histogram:
+    """
+    Durations in ms by buckets of powers of two: bucket 0 is below 1 ms, bucket b is 2^(b-1) up to 2^b.
+    """
+
+    buckets: Counter[int] = field(default_factory=Counter)
+    total_ms: int = 0
+
+    def add(self, ms: int) -> None:
+        self.buckets[max(ms, 0).bit_length()] += 1
+        self.total_ms += ms
+
+    @property
+    def count(self) -> int:
+        return sum(self.buckets.values())
+
+    @property
+    def mean_ms(self) -> float:
+        return self.total_ms / self.count if self.count else 0.0
+
+    def percentile_ms(self, share: float) -> float:
+        """
+        The duration that this share (0 to 1) stays under, interpolated inside its bucket: right to a factor of two.
+        """
+        rank, seen = share * self.count, 0
+        for bucket in sorted(self.buckets):
+            count = self.buckets[bucket]
+            if seen + count >= rank:
+                low, high = (0.0, 1.0) if bucket == 0 else (2.0 ** (bucket - 1), 2.0**bucket)
+                return low + (high - low) * (rank - seen) / count
+            seen += count
+        return 0.0
+
+
+@dataclass
+class RoleStatistics:
+    """
+    Tasks of one role that ended, by outcome, and how long they waited and ran.
+    """
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    retries: int = 0
+    run: Histogram = field(default_factory=Histogram)
+    wait: Histogram = field(default_factory=Histogram)
+
+
+@dataclass
+class GroupStatistics:
+    """
+    Statistics per role of one group, growing with its events.
+    """
+
+    roles: dict[str, RoleStatistics] = field(default_factory=dict)
+    first_ms: int | None = None
+    last_ms: int = 0
+
+    def add(self, events: Iterable[Event]) -> None:
+        for event in events:
+            self.first_ms = event.at_ms if self.first_ms is None else self.first_ms
+            self.last_ms = event.at_ms
+            for task in event.tasks:
+                role = self.roles.setdefault(task.role, RoleStatistics())
+                if task.outcome == "retry":
+                    role.retries += 1
+                elif task.outcome in ENDS:
+                    role.outcomes[task.outcome] += 1
+                    if task.outcome != "cancelled":
+                        role.run.add(task.run_ms)
+                        role.wait.add(task.wait_ms)
+
+    @property
+    def seconds(self) -> float:
+        return (self.last_ms - (self.first_ms or self.last_ms)) / 1000
+
+    @property
+    def rate(self) -> float:
+        """
+        Completed tasks per second, over the whole time.
+        """
+        completed = sum(role.outcomes["completed"] for role in self.roles.values())
+        return completed / self.seconds if self.seconds else 0.0
+
+
+def of_role(meta: Mapping[str, str]) -> RoleStatistics:
+    """
+    What a role's meta hash holds: totals by outcome since the role exists, and its histograms.
+    """
+    found = RoleStatistics()
+    for name, value in meta.items():
+        kind, _, part = name.partition(":")
+        if kind == "total":
+            found.outcomes[part] = int(value)
+        elif kind in ("run", "wait") and part:
+            (found.run if kind == "run" else found.wait).buckets[int(part)] = int(value)
+    found.retries = found.outcomes.pop("retry", 0)
+    found.run.total_ms, found.wait.total_ms = int(meta.get("run_ms", 0)), int(meta.get("wait_ms", 0))
+    return found
