@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import inspect
 import os
 import threading
 import weakref
@@ -114,7 +113,7 @@ class Ceylon:
 
     def goal_check(self, check: GoalCheck) -> GoalCheck:
         """
-        Register a callable for goals with `call: <name>`; `ceylon-monitor` runs it with the group's view. True: achieved.
+        Register a callable for goals with `call: <name>`; monitors run it with the group's view. True: achieved.
         """
         self.registry.goal_checks[check_id(getattr(check, "__name__", None), "goal check name")] = check
         return check

@@ -408,7 +408,7 @@ class _Submission:
 
 class _Rolling:
     """
-    The group that single tasks of one client share. One submission is in flight; what comes meanwhile goes with the next.
+    The group that single tasks of one client share. One submission is in flight; what comes meanwhile goes next.
     """
 
     def __init__(self, client: Client) -> None:
@@ -786,7 +786,7 @@ class GroupHandle:
 
     async def wait(self, until: Literal["goal", "all"] = "goal", timeout: float | None = None) -> GroupView:
         """
-        Until every goal is settled (without goals: until the group has finished), or, with `all`, until it has finished.
+        Until every goal is settled (without goals: the group has finished), or, with `all`, until it has finished.
 
         Raises:
             WaitTimeoutError: not within `timeout` seconds; the group goes on.

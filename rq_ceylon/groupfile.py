@@ -52,9 +52,8 @@ def _tasks(file: _File, data: Any) -> list[Task]:
     if data is None:  # the group's shape reports it
         return []
     if not data or not isinstance(data, dict | list):
-        return (
-            file.add(("tasks",), f"{_shown(data)} where tasks are needed; write one per key, or a list of them") or []
-        )
+        file.add(("tasks",), f"{_shown(data)} where tasks are needed; write one per key, or a list of them")
+        return []
     tasks: list[Task] = []
     paths: dict[str, Path] = {}  # by id; a task without one gets a stand-in that nobody can need
     needs: dict[str, list[str]] = {}
@@ -254,7 +253,7 @@ class _File:
         where = ""
         for part in path:  # a key that is no plain word is escaped: it must not forge a line or steer a terminal
             plain = isinstance(part, str) and models.ID_PATTERN.fullmatch(part)
-            where += f".{part}" if plain else f"[{part[:64] if isinstance(part, str) else part!r}]"
+            where += f".{part}" if plain else f"[{part!r:.64}]"
         what = what if len(what) <= 500 else f"{what[:300]} … {what[-150:]}"
         line, column = mark.line + 1, mark.column + 1
         text = f"{self.filename}:{line}:{column}: {where.removeprefix('.') or 'file'}: {what}"

@@ -400,12 +400,17 @@ class Registry:
         """
         return sorted(self._handlers)
 
+    def own(self) -> list[Handler[..., Any]]:
+        """
+        The handlers that a user registered.
+        """
+        return [handler for name, handler in self._handlers.items() if handler is not _BUILTINS.get(name)]
+
     def roles(self) -> list[str]:
         """
         The roles that the registered tasks ask for, sorted; a task that names none asks for the default role.
         """
-        own = (handler for name, handler in self._handlers.items() if handler is not _BUILTINS.get(name))
-        return sorted({handler.role or DEFAULT_ROLE for handler in own})
+        return sorted({handler.role or DEFAULT_ROLE for handler in self.own()})
 
 
 def type_names(kind: type[BaseException]) -> tuple[str, ...]:

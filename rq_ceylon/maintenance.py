@@ -1,5 +1,5 @@
 """
-What any worker or monitor does for all: hand over what nobody handed over, judge deadlines, remove what is past its time.
+What any worker or monitor does for all: hand over what nobody handed over, judge deadlines, remove what is over.
 
 No leader: every step is a compare-and-set or safe to repeat, so any number of processes may do it at once, and none for
 an hour loses nothing. Time is the server's.

@@ -29,6 +29,7 @@ from rq_ceylon.store.codec import encode
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.events import LOOK_S, EventHub
 from rq_ceylon.store.keys import Keys
+from rq_ceylon.store.scripts import Call
 from rq_ceylon.store.statistics import GroupStatistics
 
 HEARTBEAT_TTL_MS = 15_000
@@ -289,7 +290,7 @@ class Monitor:
                 transitions.sample(self.keys, role.name, minute, encode(facts), oldest=minute - SAMPLES_KEPT)
             )
 
-    def _heartbeat(self) -> list[transitions.Call]:
+    def _heartbeat(self) -> list[Call]:
         facts = {
             "kind": "monitor",
             "host": socket.gethostname(),

@@ -1,0 +1,192 @@
+"""
+What all commands share: options, errors in one line, logging, the event loop.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+import pkgutil
+import sys
+import traceback
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from rq_ceylon.errors import AppImportError, CeylonError
+
+if TYPE_CHECKING:
+    from rq_ceylon.app import Ceylon
+    from rq_ceylon.settings import Settings
+
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+
+EXIT_CODES = """\b
+Exit codes: 0 goals achieved or outcome completed, 1 not, 2 usage or invalid
+file, 3 no Redis, 4 cannot import, 5 waited too long, 6 no worker for a role,
+130 Ctrl-C, 143 terminated."""
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
+
+
+def where(function: F) -> F:
+    """
+    The options that say which Redis and which namespace.
+    """
+    function = click.option(
+        "--namespace", metavar="NAME", envvar="CEYLON_NAMESPACE", help="Keeps applications apart; default ceylon."
+    )(function)
+    return click.option(
+        "--redis", "redis_url", metavar="URL", help="Where Redis is; else CEYLON_REDIS_URL, REDIS_URL."
+    )(function)
+
+
+def logs(level: str) -> Callable[[F], F]:
+    """
+    The options of the log.
+    """
+
+    def add(function: F) -> F:
+        function = click.option(
+            "--log-format",
+            type=click.Choice(["text", "json"]),
+            default="text",
+            envvar="CEYLON_LOG_FORMAT",
+            show_default=True,
+            help="One JSON object per line, or text.",
+        )(function)
+        return click.option(
+            "--log-level",
+            type=click.Choice(["debug", "info", "warning", "error"], case_sensitive=False),
+            default=level,
+            envvar="CEYLON_LOG_LEVEL",
+            show_default=True,
+            help="What to log, to stderr.",
+        )(function)
+
+    return add
+
+
+def reported(function: Callable[..., Any]) -> Callable[..., Any]:
+    """
+    An expected error is one message and its exit code, never a traceback.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except CeylonError as error:
+            click.echo(f"Error: {error}", err=True)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
+
+    return run
+
+
+def settings(redis_url: str | None, namespace: str | None) -> Settings:
+    from rq_ceylon.settings import resolve
+
+    return resolve(redis_url, namespace=namespace)
+
+
+def run_async(main: Coroutine[Any, Any, T]) -> T:
+    """
+    Run a coroutine on uvloop where it is installed.
+    """
+    import asyncio
+
+    factory = None
+    try:
+        import uvloop
+
+        factory = uvloop.new_event_loop
+    except ImportError:
+        pass
+    with asyncio.Runner(loop_factory=factory) as runner:
+        return runner.run(main)
+
+
+def load_app(path: str) -> Ceylon:
+    """
+    Import `module:app`, with the working directory on the path.
+
+    Raises:
+        AppImportError: it cannot be imported, or is not an application.
+    """
+    from rq_ceylon.app import Ceylon
+
+    sys.path.insert(0, os.getcwd())
+    if ":" not in path:
+        raise AppImportError(f"application {path!r} does not name an object; write module:app, such as myjobs:app")
+    module, _, _ = path.partition(":")
+    try:
+        importlib.import_module(module)
+        app = pkgutil.resolve_name(path)
+    except ModuleNotFoundError as error:
+        if error.name and (module == error.name or module.startswith(error.name + ".")):
+            raise AppImportError(
+                f"application {path!r}: there is no module {error.name!r}; "
+                f"looked in {os.getcwd()} and the installed packages"
+            ) from error
+        raise AppImportError(f"application {path!r}: {_last_line(error)}") from error
+    except AttributeError as error:
+        raise AppImportError(f"application {path!r}: {error}") from error
+    except Exception as error:
+        raise AppImportError(f"application {path!r} cannot be imported: {_last_line(error)}") from error
+    if not isinstance(app, Ceylon):
+        raise AppImportError(f"application {path!r} is a {type(app).__name__}, not a Ceylon; name the Ceylon() object")
+    return app
+
+
+def _last_line(error: BaseException) -> str:
+    """
+    The user's line that failed, and the error.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "importlib" not in frame.filename and "rq_ceylon" not in frame.filename]
+    at = f" (at {own[-1].filename}:{own[-1].lineno}: {own[-1].line})" if own else ""
+    return f"{type(error).__name__}: {error}{at}"
+
+
+def set_up_logging(level: str, form: str) -> None:
+    """
+    Our log and users' standard logging, both through loguru to stderr.
+    """
+    from loguru import logger
+
+    logger.remove()
+    text = "<green>{time:HH:mm:ss.SSS}</green> <level>{level: <7}</level> {message}"
+    if form == "json":
+        logger.add(sys.stderr, level=level.upper(), serialize=True)
+    else:
+        logger.add(sys.stderr, level=level.upper(), format=text)
+    logger.enable("rq_ceylon")
+
+    class ToLoguru(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            try:
+                severity: str | int = logger.level(record.levelname).name
+            except ValueError:
+                severity = record.levelno
+            bound = logger.patch(lambda entry: entry.update(name=record.name))
+            bound.opt(exception=record.exc_info).log(severity, "{}", record.getMessage())
+
+    logging.basicConfig(handlers=[ToLoguru()], level=level.upper(), force=True)
+
+
+def to_json(value: Any) -> str:
+    """
+    One line of JSON of dataclasses and plain values.
+    """
+    from pydantic_core import to_json as dump
+
+    return dump(value).decode()
