@@ -302,7 +302,7 @@ class _Submission:
         self.count = 0
 
     async def run(self, *, require_workers: bool) -> GroupHandle:
-        part, sent, parts = 0, False, self._parts()
+        part, sent, parts = 0, False, self.parts()
         try:
             ready = next(parts, None)
             if ready is None:
@@ -349,7 +349,7 @@ class _Submission:
         else:
             yield from by_id.items()
 
-    def _parts(self) -> Iterator[list[StagedTask]]:
+    def parts(self) -> Iterator[list[StagedTask]]:
         part: list[StagedTask] = []
         size = 0
         for tid, task in self._tasks():
@@ -887,3 +887,15 @@ def succeeded(view: GroupView) -> bool:
     if view.goals:
         return all(goal.status is GoalStatus.ACHIEVED for goal in view.goals)
     return view.outcome == "completed"
+
+
+def check_group(group: TaskGroup) -> None:
+    """
+    All that a submission checks before it sends, without Redis.
+
+    Raises:
+        InvalidInputError: as `Client.submit`.
+    """
+    submission = _Submission(Client("redis://127.0.0.1"), group)
+    for _ in submission.parts():
+        pass

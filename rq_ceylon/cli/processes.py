@@ -1,0 +1,137 @@
+"""
+Commands that start other commands: `ceylon demo`, `ceylon server`, `ceylon up`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import click
+
+from rq_ceylon.settings import server_folder
+from rq_ceylon.store.server import EmbeddedServer
+from rq_ceylon.worker.supervisor import SUPERVISED
+
+DEMO = """\
+name: Data Processing
+description: Process ten data items; the goal is met at five
+defaults: {role: processor, duration: 1}
+tasks:
+  item-0: {metadata: {item_number: 0}}
+  item-1: {metadata: {item_number: 1}}
+  item-2: {metadata: {item_number: 2}}
+  item-3: {metadata: {item_number: 3}}
+  item-4: {metadata: {item_number: 4}}
+  item-5: {metadata: {item_number: 5}}
+  item-6: {metadata: {item_number: 6}}
+  item-7: {metadata: {item_number: 7}}
+  item-8: {metadata: {item_number: 8}}
+  item-9: {metadata: {item_number: 9}}
+goal:
+  name: partial-processing-complete
+  when: completed >= 5
+  success_message: Successfully completed minimum required tasks!
+  failure_message: Failed to complete minimum required tasks.
+"""
+"""The same as examples/data_processing.yaml, which an installed package does not have beside it."""
+
+
+def run_demo() -> int:
+    """
+    Run the main job with the commands a user would run, each said before it runs.
+    """
+    example = Path(__file__).parents[2] / "examples" / "data_processing.yaml"
+    with tempfile.TemporaryDirectory() as folder:
+        file = example if example.exists() else Path(folder) / "data_processing.yaml"
+        if file is not example:
+            file.write_text(DEMO, "utf-8")
+        shown = os.path.relpath(file)
+        with EmbeddedServer.start() as server:
+            click.echo("A throw-away server runs; it ends with this demo.", err=True)
+            environ = {**os.environ, "CEYLON_REDIS_URL": server.url}
+            with contextlib.ExitStack() as stack:
+                for _ in range(2):
+                    stack.enter_context(_running("worker", ["--role", "processor", "-c", "2"], environ))
+                stack.enter_context(_running("monitor", [], environ))
+                code = _foreground("submit", [shown, "--wait=all"], environ)
+                _foreground("main", ["status"], environ)
+    return code
+
+
+def run_server(port: int | None) -> int:
+    """
+    A server in the foreground, with a kept folder.
+    """
+    folder = server_folder()
+    with EmbeddedServer.start(folder=folder, appendonly=True, port=port) as server:
+        click.echo(f"Server at {server.url}, data in {folder}; Ctrl-C ends it", err=True)
+        _until_signal()
+    return 0
+
+
+def run_up(app: str, concurrency: int | None, log_level: str, log_format: str) -> int:
+    """
+    Server, worker and monitor until a signal.
+    """
+    log = ["--log-level", log_level, "--log-format", log_format]
+    slots = ["-c", str(concurrency)] if concurrency else []
+    with EmbeddedServer.start(folder=server_folder(), appendonly=True) as server, contextlib.ExitStack() as stack:
+        environ = {**os.environ, "CEYLON_REDIS_URL": server.url}
+        worker = stack.enter_context(_running("worker", [app, *slots, *log], environ))
+        stack.enter_context(_running("monitor", ["--app", app, *log], environ))
+        click.echo(f"Up: server at {server.url}, worker, monitor. Submit with app.client() or ceylon-submit.", err=True)
+        ended = _until_signal(worker)
+    return ended
+
+
+def _command(name: str, arguments: Sequence[str]) -> list[str]:
+    return [sys.executable, "-m", f"rq_ceylon.cli.{name}", *arguments]
+
+
+@contextlib.contextmanager
+def _running(name: str, arguments: Sequence[str], environ: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    """
+    A command in the background, ended with SIGTERM. Its own session, so that Ctrl-C reaches it through us alone.
+    """
+    click.echo(f"$ ceylon-{name} {' '.join(arguments)} &", err=True)
+    process = subprocess.Popen(
+        _command(name, arguments),
+        env={**environ, SUPERVISED: "1"},
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _foreground(name: str, arguments: Sequence[str], environ: Mapping[str, str]) -> int:
+    click.echo(f"$ {'ceylon' if name == 'main' else 'ceylon-' + name} {' '.join(arguments)}", err=True)
+    return subprocess.run(_command(name, arguments), env=environ, check=False).returncode
+
+
+def _until_signal(process: subprocess.Popen[bytes] | None = None) -> int:
+    """
+    Until Ctrl-C or SIGTERM, or until a process ends; returns its exit code then.
+    """
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    while not stop.wait(0.2):
+        if process is not None and process.poll() is not None:
+            return process.returncode
+    return 0
