@@ -177,8 +177,7 @@ def set_up_logging(level: str, form: str) -> None:
                 severity: str | int = logger.level(record.levelname).name
             except ValueError:
                 severity = record.levelno
-            bound = logger.patch(lambda entry: entry.update(name=record.name))
-            bound.opt(exception=record.exc_info).log(severity, "{}", record.getMessage())
+            logger.bind(logger=record.name).opt(exception=record.exc_info).log(severity, "{}", record.getMessage())
 
     logging.basicConfig(handlers=[ToLoguru()], level=level.upper(), force=True)
 

@@ -318,7 +318,3 @@ def up(app: str, concurrency: int | None, log_level: str, log_format: str) -> No
     from rq_ceylon.cli.processes import run_up
 
     sys.exit(run_up(app, concurrency, log_level, log_format))
-
-
-if __name__ == "__main__":
-    ceylon()

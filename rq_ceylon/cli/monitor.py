@@ -63,7 +63,3 @@ async def _watch(url: str, namespace: str, registry: object, name: str | None) -
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, running.stop)
     await running.run()
-
-
-if __name__ == "__main__":
-    monitor()

@@ -62,7 +62,7 @@ def run_demo() -> int:
                     stack.enter_context(_running("worker", ["--role", "processor", "-c", "2"], environ))
                 stack.enter_context(_running("monitor", [], environ))
                 code = _foreground("submit", [shown, "--wait=all"], environ)
-                _foreground("main", ["status"], environ)
+                _foreground("ceylon", ["status"], environ)
     return code
 
 
@@ -93,7 +93,7 @@ def run_up(app: str, concurrency: int | None, log_level: str, log_format: str) -
 
 
 def _command(name: str, arguments: Sequence[str]) -> list[str]:
-    return [sys.executable, "-m", f"rq_ceylon.cli.{name}", *arguments]
+    return [sys.executable, "-m", "rq_ceylon.cli", name, *arguments]
 
 
 @contextlib.contextmanager
@@ -120,7 +120,7 @@ def _running(name: str, arguments: Sequence[str], environ: Mapping[str, str]) ->
 
 
 def _foreground(name: str, arguments: Sequence[str], environ: Mapping[str, str]) -> int:
-    click.echo(f"$ {'ceylon' if name == 'main' else 'ceylon-' + name} {' '.join(arguments)}", err=True)
+    click.echo(f"$ {'ceylon' if name == 'ceylon' else 'ceylon-' + name} {' '.join(arguments)}", err=True)
     return subprocess.run(_command(name, arguments), env=environ, check=False).returncode
 
 

@@ -48,8 +48,8 @@ def submit(
       ceylon-submit examples/data_processing.yaml --wait=all
       generate-group | ceylon-submit - --key nightly-2026-11-24
 
-    Prints the group's id. With --wait a bar shows how far it is, with a mark at the goal; Ctrl-C stops watching, the group
-    goes on.
+    Prints the group's id. With --wait a bar shows how far it is, with a mark at the goal; Ctrl-C stops watching, the
+    group goes on.
     """
     from rq_ceylon.errors import InvalidInputError
     from rq_ceylon.models import seconds
@@ -290,7 +290,3 @@ def goal_facts(view: GroupView) -> list[dict[str, Any]]:
             }
         found.append({"name": goal.name, "when": goal.when, "status": goal.status, "settled": settled})
     return found
-
-
-if __name__ == "__main__":
-    submit()

@@ -62,8 +62,8 @@ def worker(
       ceylon-worker --role processor -c 4
       ceylon-worker myjobs:app --processes 4
 
-    Without MODULE:APP it serves two tasks: `default`, which sleeps for the task's duration, and `echo`. Roles default to
-    those of the application's tasks. A first SIGTERM or Ctrl-C lets running tasks finish within --grace, a second one
+    Without MODULE:APP it serves two tasks: `default`, which sleeps for the task's duration, and `echo`. Roles default
+    to those of the application's tasks. A first SIGTERM or Ctrl-C lets running tasks finish within --grace, a second one
     gives them back at once.
     """
     set_up_logging(log_level, log_format)
@@ -86,7 +86,7 @@ def worker(
     if lease_s < 0.1:
         raise InvalidInputError(f"--lease: {lease!r} is too short; give at least 100ms")
     if processes > 1:
-        command = [sys.executable, "-m", "rq_ceylon.cli.worker", *([app] if app else []), "--processes", "1"]
+        command = [sys.executable, "-m", "rq_ceylon.cli", "worker", *([app] if app else []), "--processes", "1"]
         for role in served:
             command += ["--role", role]
         command += ["--redis", place.redis_url, "--namespace", place.namespace, "--grace", grace, "--lease", lease]
@@ -153,7 +153,3 @@ async def _supervise(supervisor: object) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, supervisor.signal, number)
     return await supervisor.run()
-
-
-if __name__ == "__main__":
-    worker()

@@ -35,7 +35,6 @@ _OPTIONS: dict[str, Any] = {
     "protocol": 2,
     "socket_timeout": ANSWER_S,
     "socket_connect_timeout": 2.0,
-    "socket_keepalive": True,
     "retry_on_error": [],
     "health_check_interval": 0,
 }

@@ -100,8 +100,8 @@ class Supervisor:
 
     async def _bury(self, pid: int) -> None:
         """
-        Give back, in its name, what a dead child held: it is ours, so it is certain that it is dead. What it had claimed
-        counts a crash when it is claimed again.
+        Give back, in its name, what a dead child held: it is ours, so it is certain that it is dead. What it had
+        claimed counts a crash when it is claimed again.
         """
         connection = Connection(self.url)
         try:
