@@ -1,31 +1,30 @@
 """
-The events of a group as they are recorded, and the notifications that there are new ones.
+Events of groups: how they are packed, and how readers hear that there are new ones.
 
-A notification says "look now" and nothing else: it may be lost, doubled, or early. The record is the group's list.
+A notification says only "look now": it may be lost, and the list in Redis is the record. So every wait here has a
+limit, and ends at a reconnect too.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import redis
+from loguru import logger
 
-from rq_ceylon.store.connection import subscribed
+from rq_ceylon.errors import CeylonError
+from rq_ceylon.store.connection import LOST, subscribed
 from rq_ceylon.store.keys import Keys
 
-SILENCE_S = 15.0
-"""After this long without a word from the server it is asked for one; after twice as long the connection is dead."""
-
-_PAUSE_S = (0.05, 2.0)
+LOOK_S = 5.0
+"""The longest anybody goes on without looking, should notifications be lost."""
 
 
 class TaskEvent(NamedTuple):
     """
-    What became of one task: completed, failed, cancelled, retry or release.
+    What happened to one task: completed, failed or cancelled (its end), retry or release.
     """
 
     tid: str
@@ -35,17 +34,9 @@ class TaskEvent(NamedTuple):
     run_ms: int
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     """
-    One change of a group. Tasks that were cancelled because the group closed are not listed.
-
-    Attributes:
-        seq: its position in the group's list, from 1.
-        at_ms: server time, epoch ms.
-        kind: what caused it: submit, claim, commit, outbox, seal, cancel, judge.
-        goals: those settled by it, with their status.
-        status: the group's new status, empty if it stayed.
+    One state change of a group. `seq` counts from 1; `status` is the group's new status, '' if it did not change.
     """
 
     seq: int
@@ -56,175 +47,136 @@ class Event:
     status: str
 
 
-def event_of(seq: int, text: str) -> Event:
+def event_of(seq: int, line: str) -> Event:
     """
-    An event record: `ms|kind|tid,outcome,role,wait,run ...|goal:status ...|status`.
+    A packed event: `ms|kind|tid,outcome,role,wait,run ...|goal:status ...|status`.
     """
-    at, kind, tasks, goals, status = text.split("|")
-    return Event(
-        seq=seq,
-        at_ms=int(at),
-        kind=kind,
-        tasks=[_task_event(item) for item in tasks.split()],
-        goals=[(name, settled) for name, _, settled in (item.rpartition(":") for item in goals.split())],
-        status=status,
-    )
-
-
-def _task_event(item: str) -> TaskEvent:
-    tid, outcome, role, wait, run = item.split(",")
-    return TaskEvent(tid, outcome, role, int(float(wait)), int(float(run)))
+    at, kind, tasks, goals, status = line.split("|")
+    ended = []
+    for item in tasks.split(" ") if tasks else ():
+        tid, outcome, role, wait, run = item.split(",")
+        ended.append(TaskEvent(tid, outcome, role, int(float(wait)), int(float(run))))
+    settled = [tuple(item.rsplit(":", 1)) for item in goals.split(" ")] if goals else []
+    return Event(seq, int(at), kind, ended, settled, status)  # type: ignore[arg-type]
 
 
 class Watch:
     """
-    Waits for notifications. One that came between two waits ends the second at once.
+    One waiter's view of the notifications of one group, or of all.
     """
 
     def __init__(self) -> None:
-        self._woken = asyncio.Event()
-        self._gids: dict[str | None, None] = {}
+        self._news = asyncio.Event()
+        self._groups: set[str | None] = set()
 
-    def notify(self, gid: str | None) -> None:
-        """
-        Wake it: there is news of this group, or, with None, there may be of any.
-        """
-        self._gids[gid] = None
-        self._woken.set()
+    def tell(self, gid: str | None) -> None:
+        self._groups.add(gid)
+        self._news.set()
 
-    async def wait(self, timeout_s: float) -> list[str | None]:
+    async def wait(self, timeout_s: float = LOOK_S) -> set[str | None]:
         """
-        Return on a notification, on a reconnect, or at the timeout. What is returned are the groups to look at, each
-        once; None among them says that any may have news.
+        Until something is new, or the timeout. Returns the groups in question; None among them, or nothing at all,
+        means: look at everything.
         """
-        with suppress(TimeoutError):
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                await self._woken.wait()
-        self._woken.clear()
-        gids, self._gids = self._gids, {}
-        return list(gids) or [None]
+                await self._news.wait()
+        self._news.clear()
+        groups, self._groups = self._groups, set()
+        return groups
 
 
 class EventHub:
     """
-    One pub/sub connection for all who wait in one event loop. It connects when the first comes, reconnects as long as
-    somebody waits, and wakes everybody after it: what was told in between is lost.
+    One pub/sub connection, shared by all waiters of an event loop; opened by the first of them.
     """
 
     def __init__(self, url: str, keys: Keys) -> None:
         self._url, self._keys = url, keys
-        self._start = keys.events_channel("")  # itself a channel that nobody publishes to: it keeps the subscription up
         self._watches: dict[str, set[Watch]] = {}
         self._pubsub: Any = None
-        self._runner: asyncio.Task[None] | None = None
+        self._listener: asyncio.Task[None] | None = None
+        self._ready = asyncio.Event()
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def watch(self, gid: str) -> AsyncIterator[Watch]:
         """
-        Watch one group. The server's word that the subscription stands counts as the first notification, so that
-        nothing is missed which happened before it.
+        Watch one group. What happens after this has been entered is not missed.
         """
-        channel = self._keys.events_channel(gid)
-        watch = Watch()
-        try:
-            await self._add(channel, watch)
+        async with self._watching(self._keys.events_channel(gid)) as watch:
             yield watch
-        finally:
-            await self._remove(channel, watch)
 
-    async def watch_all(self, every_s: float) -> AsyncIterator[str | None]:
+    @contextlib.asynccontextmanager
+    async def watch_all(self) -> AsyncIterator[Watch]:
         """
-        The ids of groups that have news, as it comes; None, "look at everything", after each connect and after
-        `every_s` of silence. To be closed (`contextlib.aclosing`).
+        Watch all groups of the namespace.
         """
-        watch, pattern = Watch(), self._start + "*"
-        try:
-            await self._add(pattern, watch)
-            while True:
-                for gid in await watch.wait(every_s):
-                    yield gid
-        finally:
-            await self._remove(pattern, watch)
+        async with self._watching(self._keys.events_channel("*")) as watch:
+            yield watch
 
     async def close(self) -> None:
-        """
-        Disconnect. Who still waits is woken by its timeout only.
-        """
-        runner, self._runner = self._runner, None
-        if runner is not None:
-            runner.cancel()
-            await asyncio.wait([runner])
+        if self._listener is not None:
+            self._listener.cancel()
+            await asyncio.gather(self._listener, return_exceptions=True)
+            self._listener = None
 
-    async def _add(self, channel: str, watch: Watch) -> None:
-        watches = self._watches.setdefault(channel, set())
-        watches.add(watch)
-        if self._runner is None or self._runner.done():
-            self._runner = asyncio.create_task(self._run(), name="ceylon events")
-        elif len(watches) == 1:
-            await self._tell("subscribe", channel)
-        else:
-            watch.notify(None)  # the subscription stands, and nobody will say so again
+    @contextlib.asynccontextmanager
+    async def _watching(self, channel: str) -> AsyncIterator[Watch]:
+        watch = Watch()
+        first = channel not in self._watches
+        self._watches.setdefault(channel, set()).add(watch)
+        if self._listener is None:
+            self._listener = asyncio.create_task(self._listen(), name="events")
+        elif first and self._pubsub is not None:
+            await self._send("subscribe", channel)
+        # A server that is away does not hold up the waiter: it looks by itself every few seconds.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LOOK_S):
+                await self._ready.wait()
+        try:
+            yield watch
+        finally:
+            watches = self._watches[channel]
+            watches.discard(watch)
+            if not watches:
+                del self._watches[channel]
+                if self._pubsub is not None:
+                    await self._send("unsubscribe", channel)
 
-    async def _remove(self, channel: str, watch: Watch) -> None:
-        watches = self._watches[channel]
-        watches.discard(watch)
-        if not watches:
-            del self._watches[channel]
-            await self._tell("unsubscribe", channel)
+    async def _send(self, action: str, channel: str) -> None:
+        kind = f"p{action}" if channel.endswith("*") else action
+        # A connection that broke just now is the listener's to mend, which subscribes to all channels anew.
+        with contextlib.suppress(*LOST):
+            await getattr(self._pubsub, kind)(channel)
 
-    async def _tell(self, what: str, channel: str) -> None:
-        # Unheard, it is made good by the runner, which subscribes to all that is watched when it connects.
-        if self._pubsub is not None:
-            with suppress(redis.RedisError, OSError):
-                await getattr(self._pubsub, "p" + what if channel.endswith("*") else what)(channel)
-
-    async def _run(self) -> None:
-        pause = _PAUSE_S[0]
+    async def _listen(self) -> None:
+        pause = 0.1
         while True:
-            with suppress(redis.RedisError, OSError):
+            try:
                 async with subscribed(self._url) as pubsub:
-                    await pubsub.subscribe(self._start, *(name for name in self._watches if not name.endswith("*")))
-                    if patterns := [name for name in self._watches if name.endswith("*")]:
-                        await pubsub.psubscribe(*patterns)
+                    await pubsub.psubscribe(
+                        self._keys.events_channel("\\*")
+                    )  # keeps the connection open with no waiter
                     self._pubsub = pubsub
-                    try:
-                        # Somebody may have come while the lines above waited.
-                        for name in self._watches.keys() - pubsub.channels.keys() - pubsub.patterns.keys():
-                            await self._tell("subscribe", name)
-                        async for message in _messages(pubsub):
-                            pause = _PAUSE_S[0]
-                            self._pass_on(message)
-                    finally:
-                        self._pubsub = None
+                    for channel in list(self._watches):
+                        await self._send("subscribe", channel)
+                    self._ready.set()
+                    for watches in list(self._watches.values()):
+                        for watch in list(watches):
+                            watch.tell(None)
+                    async for message in pubsub.listen():
+                        pause = 0.1
+                        self._dispatch(message)
+            except (CeylonError, *LOST) as error:
+                logger.debug("Events: {}", error)
+            finally:
+                self._pubsub = None
             await asyncio.sleep(pause)
-            pause = min(pause * 2, _PAUSE_S[1])
+            pause = min(2 * pause, 5.0)
 
-    def _pass_on(self, message: dict[str, Any]) -> None:
-        match message["type"]:
-            case "message":
-                channel, gid = message["channel"], message["channel"].removeprefix(self._start)
-            case "pmessage":
-                channel, gid = message["pattern"], message["channel"].removeprefix(self._start)
-            case "subscribe" | "psubscribe":
-                channel, gid = message["channel"], None
-            case _:
-                return
-        for watch in self._watches.get(channel, ()):
-            watch.notify(gid)
-
-
-async def _messages(pubsub: Any) -> AsyncIterator[dict[str, Any]]:
-    """
-    All messages, until the connection ends or is silent for too long.
-    """
-    asked = False
-    while True:
-        message = await pubsub.get_message(timeout=SILENCE_S)
-        if message is not None:
-            asked = False
-            yield message
-        elif asked:
+    def _dispatch(self, message: dict[str, Any]) -> None:
+        if message["type"] not in ("message", "pmessage"):
             return
-        else:
-            asked = True
-            await pubsub.ping()
+        gid = message["channel"].rsplit("events:", 1)[1]
+        for watch in list(self._watches.get(message["pattern"] or message["channel"], ())):
+            watch.tell(gid)
