@@ -1,0 +1,166 @@
+"""
+A hand on every script: tests of the protocol play workers, clients and relays one call at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import redis
+
+from rq_ceylon.goals import compile_goals
+from rq_ceylon.models import Goal
+from rq_ceylon.store import scripts, transitions
+from rq_ceylon.store.codec import task_text
+from rq_ceylon.store.keys import Keys
+from rq_ceylon.store.scripts import Call
+from rq_ceylon.store.transitions import Acks, Committed, Delivery, GroupFacts, Page, PageAck, StagedTask
+
+LEASE_MS = 400
+
+
+class Bench:
+    """
+    One namespace on a real server. Every call is sent twice where `twice` is set, and must answer as a repetition may.
+    """
+
+    def __init__(self, url: str, namespace: str) -> None:
+        self.redis: Any = redis.Redis.from_url(url, decode_responses=True, protocol=2)
+        self.keys = Keys(namespace)
+        self.calls = 0
+
+    def run(self, call: Call) -> Any:
+        self.calls += 1
+        words = scripts.words(call)
+        try:
+            return self.redis.execute_command(*words)
+        except redis.exceptions.NoScriptError:
+            self.redis.script_load(scripts.source(call.script))
+            return self.redis.execute_command(*words)
+
+    # ---- clients -----------------------------------------------------------------------------------------------------
+    def submit(
+        self,
+        gid: str,
+        tasks: Sequence[str] = ("a",),
+        *,
+        needs: dict[str, Sequence[str]] | None = None,
+        goal: str | Goal | Sequence[Goal | str] = (),
+        role: str = "p",
+        priority: int = 2,
+        part: int = 1,
+        last: bool = True,
+        rolling: bool = False,
+        digest: str = "d",
+        delay_ms: int | None = None,
+        expires_ms: int | None = None,
+        crash_limit: int | None = None,
+    ) -> transitions.SubmitReply:
+        facts = GroupFacts("g", 86_400_000, goals=compile_goals(goal))
+        text = task_text(role, priority, delay_ms, expires_ms, crash_limit, b"{}")
+        staged = [StagedTask(tid, text, (needs or {}).get(tid, ())) for tid in tasks]
+        for call in transitions.announce(self.keys, gid, [role]):
+            self.run(call)
+        call = transitions.submit(self.keys, gid, facts, staged, part=part, last=last, digest=digest, rolling=rolling)
+        return transitions.submit_reply(gid, self.run(call))
+
+    def ring(self, pages: Sequence[Page]) -> None:
+        """
+        Enqueue pages and acknowledge them.
+        """
+        for page in pages:
+            horizon = self.run(transitions.enqueue(self.keys, page.role, [page]))
+            self.run(transitions.outbox(self.keys, page.gid, acks=[PageAck(page, horizon)]))
+
+    def queued(self, gid: str, tasks: Sequence[str] = ("a",), **options: Any) -> None:
+        self.ring(self.submit(gid, tasks, **options).pages)
+
+    # ---- workers -----------------------------------------------------------------------------------------------------
+    def fetch(
+        self,
+        worker: str,
+        budget: int = 10,
+        *,
+        role: str = "p",
+        acks: Sequence[str] = (),
+        recover: Sequence[str] | None = None,
+        first: int = 1,
+    ) -> list[Delivery]:
+        call = transitions.fetch(
+            self.keys,
+            role,
+            worker,
+            budget=budget,
+            lease_ms=LEASE_MS,
+            acks={"completed": Acks(list(acks))} if acks else None,
+            recover=recover,
+            first=first,
+        )
+        return list(transitions.fetch_reply(role, self.run(call)).deliveries)
+
+    def claim(self, worker: str, *deliveries: Delivery) -> list[str]:
+        reply = self.run(transitions.claim(self.keys, deliveries[0].gid, worker, deliveries))
+        return [answer.verdict for answer in transitions.claim_reply(reply, len(deliveries)).answers]
+
+    def commit(self, worker: str, delivery: Delivery, kind: str = "completed", *, delay_ms: int = 0) -> str:
+        verdict, pages = self.commit_with_pages(worker, delivery, kind, delay_ms=delay_ms)
+        self.ring(pages)
+        return verdict
+
+    def commit_with_pages(
+        self, worker: str, delivery: Delivery, kind: str = "completed", *, delay_ms: int = 0
+    ) -> tuple[str, Sequence[Page]]:
+        outcome = Committed(delivery.tid, delivery.fence, kind, "error", delay_ms, 5, b'{"type":"E","message":"m"}')
+        reply = self.run(transitions.commit(self.keys, delivery.gid, worker, [outcome]))
+        answer = transitions.commit_reply(delivery.gid, reply, 1)
+        return answer.verdicts[0], answer.pages
+
+    def started(self, worker: str, gid: str) -> Delivery:
+        """
+        Fetch and claim the next task of this group.
+        """
+        (delivery,) = self.fetch(worker, 1)
+        assert delivery.gid == gid
+        assert self.claim(worker, delivery) == ["GRANTED"]
+        return delivery
+
+    def age(self, ms: int, *, role: str = "p") -> None:
+        """
+        Let every delivery look as old as this, as if nobody had renewed for so long, with the role being fetched from
+        all the while.
+        """
+        for stream in ("high", "normal", "low"):
+            key = self.keys.role_part(role, stream)
+            if not self.redis.exists(key):
+                continue
+            for entry in self.redis.xpending_range(key, "workers", "-", "+", 1000):
+                self.redis.execute_command(
+                    "XCLAIM", key, "workers", entry["consumer"], 0, entry["message_id"], "IDLE", ms, "JUSTID"
+                )
+        self.redis.hset(self.keys.role_part(role, "meta"), "pause_until", 0)
+
+    # ---- looking -----------------------------------------------------------------------------------------------------
+    def meta(self, gid: str) -> dict[str, str]:
+        found: dict[str, str] = self.redis.hgetall(self.keys.group_part(gid, "meta"))
+        return found
+
+    def state(self, gid: str) -> dict[str, Any]:
+        """
+        All that is stored of a group.
+        """
+        found: dict[str, Any] = {}
+        for key in self.keys.group(gid):
+            match self.redis.type(key):
+                case "hash":
+                    found[key] = self.redis.hgetall(key)
+                case "zset":
+                    found[key] = self.redis.zrange(key, 0, -1)
+                case "list":
+                    found[key] = self.redis.lrange(key, 0, -1)
+        return found
+
+    def counters(self, gid: str) -> dict[str, int]:
+        meta = self.meta(gid)
+        names = ("total", "waiting", "pending", "in_progress", "completed", "failed", "cancelled")
+        return {name: int(meta[name]) for name in names if int(meta.get(name, 0))}

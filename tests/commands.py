@@ -1,0 +1,132 @@
+"""
+The commands as processes of a test: each runs as a user's would, and none outlives the test.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+EXAMPLE = ROOT / "examples" / "data_processing.yaml"
+
+Process = subprocess.Popen[str]
+
+
+@dataclass
+class Commands:
+    """
+    Runs commands against one server.
+
+    Attributes:
+        url: the server; empty: none is configured.
+        folder: the working directory; a process's log is a file in it.
+    """
+
+    url: str
+    folder: Path
+    started: list[Process] = field(default_factory=list)
+
+    def environ(self, more: Mapping[str, str] | None = None) -> dict[str, str]:
+        known = {"CEYLON_REDIS_URL": self.url} if self.url else {}
+        return {**os.environ, **known, "PYTHONPATH": str(ROOT), **(more or {})}
+
+    def run(
+        self, name: str, *arguments: str, stdin: str = "", environ: Mapping[str, str] | None = None, limit_s: float = 30
+    ) -> subprocess.CompletedProcess[str]:
+        """
+        Run a command to its end.
+        """
+        return subprocess.run(
+            [sys.executable, "-m", "rq_ceylon.cli", name, *arguments],
+            cwd=self.folder,
+            env=self.environ(environ),
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=limit_s,
+            check=False,
+        )
+
+    def json(self, name: str, *arguments: str, stdin: str = "") -> Any:
+        """
+        What a command that succeeds prints, read as JSON.
+        """
+        ended = self.run(name, *arguments, stdin=stdin)
+        assert ended.returncode == 0, ended.stderr
+        return json.loads(ended.stdout)
+
+    def start(self, name: str, *arguments: str) -> Process:
+        """
+        Run a command in the background, in a session of its own.
+        """
+        with self.log(len(self.started)).open("w") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "rq_ceylon.cli", name, *arguments],
+                cwd=self.folder,
+                env=self.environ(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                text=True,
+                start_new_session=True,
+            )
+        self.started.append(process)
+        return process
+
+    def log(self, number: int) -> Path:
+        return self.folder / f"process-{number}.log"
+
+    def end(self) -> None:
+        """
+        SIGTERM to all that run, SIGKILL to those that do not heed it.
+        """
+        for process in self.started:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        for process in self.started:
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(5)
+
+
+@contextmanager
+def commands_on(url: str, folder: Path) -> Iterator[Commands]:
+    commands = Commands(url, folder)
+    try:
+        yield commands
+    finally:
+        commands.end()
+
+
+def is_alive(pid: int) -> bool:
+    """
+    Whether a process runs; one that has ended and was not waited for does not.
+    """
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
+    return bool(state.strip()) and not state.strip().startswith("Z")
+
+
+def until(condition: Callable[[], bool], what: str, limit_s: float = 15.0) -> None:
+    """
+    Wait for a condition, and fail in words if it does not come.
+    """
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < limit_s, f"not within {limit_s:g} s: {what}"
+        time.sleep(0.05)

@@ -1,0 +1,339 @@
+"""
+The commands as a user meets them: fast help, one message and one exit code for whatever is wrong, JSON for programs.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from commands import EXAMPLE, Commands, commands_on, until
+
+from rq_ceylon.store.server import EmbeddedServer
+
+GROUP = "name: Two\ntasks:\n  a: {role: r, duration: 0}\n  b: {role: r, duration: 0, needs: a}\ngoal: completed >= 1\n"
+
+COUNTERS = {
+    "total", "waiting", "pending", "in_progress", "completed", "failed", "cancelled", "attempts", "crashes"
+}  # fmt: skip
+
+
+@pytest.fixture
+def commands(redis_url: str, tmp_path: Path) -> Iterator[Commands]:
+    (tmp_path / "group.yaml").write_text(GROUP)
+    with commands_on(redis_url, tmp_path) as commands:
+        yield commands
+
+
+@pytest.fixture
+def store(redis_url: str) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(redis_url, decode_responses=True) as store:
+        yield store
+
+
+def submitted(commands: Commands, *arguments: str) -> str:
+    ended = commands.run("submit", "group.yaml", *arguments)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout.strip()
+
+
+def assert_refused(ended: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+    """
+    The command ended with this code and one message that has all these words, and no traceback.
+    """
+    assert ended.returncode == code, (ended.returncode, ended.stdout, ended.stderr)
+    assert "Traceback" not in ended.stderr
+    messages = [line for line in ended.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(messages) == 1, ended.stderr
+    for word in words:
+        assert word in ended.stderr
+    assert ended.stdout == ""
+
+
+# ---- help ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["ceylon", "worker", "submit", "monitor"])
+def test_help_loads_neither_redis_nor_pydantic_and_names_the_exit_codes(name: str) -> None:
+    script = f"""
+import sys
+from rq_ceylon import cli
+try:
+    cli.{name}(["--help"])
+except SystemExit as end:
+    assert end.code == 0
+loaded = {{name.partition(".")[0] for name in sys.modules}} & {{"redis", "pydantic", "rich", "uvloop"}}
+assert not loaded, loaded
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False)
+
+    assert ended.returncode == 0, ended.stderr
+    assert "Exit codes: 0" in ended.stdout
+    assert "Examples:" in ended.stdout
+
+
+# ---- Redis -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "arguments",
+    [("submit", str(EXAMPLE)), ("worker", "-r", "r"), ("monitor",), ("ceylon", "status")],
+    ids=lambda value: value[0],
+)
+def test_without_redis_each_command_says_how_to_get_one(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    ended = Commands("", tmp_path).run(*arguments)
+
+    assert_refused(ended, 3, "No Redis is configured", "ceylon server", "--redis redis://host:6379/0")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("submit", str(EXAMPLE)), ("worker", "-r", "r"), ("monitor",), ("ceylon", "groups")],
+    ids=lambda value: value[0],
+)
+def test_a_redis_that_is_not_there_is_said_within_three_seconds(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    started = time.monotonic()
+
+    ended = Commands("redis://127.0.0.1:1", tmp_path).run(*arguments)
+
+    assert_refused(ended, 3, "Cannot reach Redis at redis://127.0.0.1:1 (connection refused)")
+    assert time.monotonic() - started < 3
+
+
+def test_a_wrong_password_is_refused_and_not_shown(
+    start_server: Callable[..., EmbeddedServer], tmp_path: Path
+) -> None:
+    server = start_server()
+    with redis.Redis.from_url(server.url) as store:
+        store.config_set("requirepass", "right")
+
+    without = Commands(server.url, tmp_path).run("submit", str(EXAMPLE))
+    wrong = Commands(server.url.replace("unix://", "unix://:s3cret@"), tmp_path).run("submit", str(EXAMPLE))
+
+    assert_refused(without, 3, "refuses the user or password")
+    assert_refused(wrong, 3, "refuses the user or password")
+    assert "s3cret" not in wrong.stderr
+
+
+def test_a_server_that_evicts_is_refused_with_the_remedy(
+    start_server: Callable[..., EmbeddedServer], tmp_path: Path
+) -> None:
+    server = start_server()
+    with redis.Redis.from_url(server.url) as store:
+        store.config_set("maxmemory-policy", "allkeys-lru")
+        for arguments in (("submit", str(EXAMPLE)), ("worker", "-r", "r")):
+            ended = Commands(server.url, tmp_path).run(*arguments)
+
+            assert_refused(ended, 3, "allkeys-lru", "CONFIG SET maxmemory-policy noeviction")
+        assert store.keys("*") == []
+
+
+# ---- submit: what is refused -----------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("name: Two\ntasks: [a\n", ["group.yaml:3:1: "]),
+        ("name: Two\ntasks:\n  a: {rolle: r}\n", ["group.yaml:3:7: ", "unknown key", 'did you mean "role"?']),
+        ("", ["group.yaml:1:1: ", "empty"]),
+        ("name: Two\ntasks: {a: {}}\ngoal: completed >= 2\n", ["completed >= 2"]),
+        ("name: Two\ntasks:\n  a: {needs: b}\n  b: {needs: a}\n", ["group.yaml:"]),
+        (
+            f"name: Two\ntasks:\n  a:\n    with: {{text: {'x' * 1_100_000}}}\n",
+            ["1,048,576 are allowed", "store the data elsewhere"],
+        ),
+    ],
+    ids=["broken YAML", "unknown key", "empty", "impossible goal", "circle", "too large"],
+)
+def test_a_file_that_cannot_be_used_is_refused_and_nothing_written(
+    text: str, words: list[str], commands: Commands, store: redis.Redis
+) -> None:
+    (commands.folder / "group.yaml").write_text(text)
+
+    assert_refused(commands.run("submit", "group.yaml"), 2, *words)
+    for key in store.keys("*"):
+        assert "{g:" not in key, f"{key} was written"
+
+
+def test_a_missing_file_and_an_unknown_wait_are_usage_errors(commands: Commands, store: redis.Redis) -> None:
+    assert_refused(commands.run("submit", "nowhere.yaml"), 2, "nowhere.yaml: cannot be read")
+    assert_refused(commands.run("submit", "group.yaml", "--wait=banana"), 2, "banana", "--wait=goal", "--wait=all")
+    assert_refused(commands.run("submit", "group.yaml", "--timeout=soon", "--wait"), 2, "--timeout", "soon")
+    assert store.keys("*") == []
+
+
+def test_a_role_that_nobody_serves_is_refused_on_request_with_the_nearest_name(
+    commands: Commands, store: redis.Redis
+) -> None:
+    commands.start("worker", "-r", "processor")
+    until(lambda: bool(commands.json("ceylon", "workers", "--json")["workers"]), "the worker is registered")
+    (commands.folder / "group.yaml").write_text("name: Two\ntasks: {a: {role: procesor}}\n")
+
+    ended = commands.run("submit", "group.yaml", "--require-workers")
+
+    assert_refused(ended, 6, "'procesor'", 'did you mean "processor"?')
+    assert not [key for key in store.keys("*") if "{g:" in key]
+
+
+def test_waiting_too_long_ends_with_five_and_the_group_goes_on(commands: Commands) -> None:
+    started = time.monotonic()
+
+    ended = commands.run("submit", "group.yaml", "--wait", "--timeout", "0.5s")
+
+    assert ended.returncode == 5, ended.stderr
+    assert time.monotonic() - started < 5
+    assert ended.stderr.splitlines()[-1].startswith("Error: ")
+    assert "it goes on" in ended.stderr
+    (group,) = commands.json("ceylon", "groups", "--json")["groups"]
+    assert group["group"]["status"] == "active"
+
+
+# ---- submit: what is accepted ----------------------------------------------------------------------------------------
+def test_a_key_makes_a_submission_repeatable_and_keeps_other_content_out(commands: Commands) -> None:
+    first = commands.run("submit", "group.yaml", "--key", "nightly")
+    again = commands.run("submit", "group.yaml", "--key", "nightly")
+    (commands.folder / "group.yaml").write_text(GROUP.replace("name: Two", "name: Other"))
+    other = commands.run("submit", "group.yaml", "--key", "nightly")
+
+    assert (first.returncode, again.returncode) == (0, 0)
+    assert "already submitted" in again.stderr
+    assert "already submitted" not in first.stderr
+    assert first.stdout == again.stdout
+    assert_refused(other, 2, "'nightly'", "other content")
+    (group,) = commands.json("ceylon", "groups", "--json")["groups"]
+    assert group["group"]["key"] == "nightly"
+
+
+def test_a_dry_run_checks_the_file_and_needs_no_redis(commands: Commands, store: redis.Redis) -> None:
+    ended = commands.run("submit", "group.yaml", "--dry-run")
+    without = Commands("", commands.folder).run("submit", "group.yaml", "--dry-run")
+    (commands.folder / "group.yaml").write_text("name: Two\ntasks: {a: {}}\ngoal: completed >= 2\n")
+    impossible = commands.run("submit", "group.yaml", "--dry-run")
+
+    assert (ended.returncode, without.returncode) == (0, 0), ended.stderr + without.stderr
+    assert "2 tasks, valid" in ended.stdout
+    assert store.keys("*") == []
+    assert_refused(impossible, 2, "completed >= 2")
+
+
+def test_a_group_comes_from_standard_input_and_is_told_as_json(commands: Commands) -> None:
+    told = commands.json("submit", "-", "--json", stdin=GROUP)
+
+    assert told == {
+        "schema": 1,
+        "group": {
+            "id": told["group"]["id"],
+            "key": None,
+            "name": "Two",
+            "status": "active",
+            "outcome": None,
+            "counters": {**dict.fromkeys(COUNTERS, 0), "total": 2, "waiting": 1, "pending": 1},
+        },
+        "goals": [{"name": "goal", "when": "completed >= 1", "status": "in_progress", "settled": None}],
+    }
+    broken = commands.run("submit", "-", stdin="name: [")
+    assert_refused(broken, 2, "<stdin>:1:")
+
+
+# ---- ceylon ----------------------------------------------------------------------------------------------------------
+def test_a_finished_group_is_told_as_json_with_goals_and_tasks(commands: Commands) -> None:
+    commands.start("worker", "-r", "r")
+    gid = commands.json("submit", "group.yaml", "--json", "--wait=all")["group"]["id"]
+
+    told: dict[str, Any] = commands.json("ceylon", "show", gid, "--json")
+
+    assert set(told) == {"schema", "group", "goals", "tasks"}
+    assert told["schema"] == 1
+    assert told["group"] == {
+        "id": gid,
+        "key": None,
+        "name": "Two",
+        "status": "finished",
+        "outcome": "completed",
+        "counters": {**dict.fromkeys(COUNTERS, 0), "total": 2, "completed": 2, "attempts": 2},
+    }
+    (goal,) = told["goals"]
+    settled = goal["settled"]
+    assert (goal["name"], goal["when"], goal["status"]) == ("goal", "completed >= 1", "achieved")
+    assert set(settled) == {"at", "seq", "by", "counters"}
+    assert settled["by"] == "commit"
+    assert set(settled["counters"]) == COUNTERS
+    assert settled["counters"]["completed"] == 1
+    tasks = {task["id"]: task for task in told["tasks"]}
+    assert set(tasks) == {f"{gid}/a", f"{gid}/b"}
+    for task in tasks.values():
+        assert (task["status"], task["role"], task["attempt"], task["error"]) == ("completed", "r", 1, None)
+    assert tasks[f"{gid}/a"]["ended"] <= tasks[f"{gid}/b"]["started"]
+    one = commands.json("ceylon", "show", f"{gid}/a", "--json")
+    assert [task["id"] for task in one["tasks"]] == [f"{gid}/a"]
+
+
+def test_status_workers_and_groups_are_told_as_json_and_as_tables(commands: Commands) -> None:
+    gid = submitted(commands)
+    commands.start("worker", "-r", "other", "-c", "3")
+    until(lambda: bool(commands.json("ceylon", "workers", "--json")["workers"]), "the worker is registered")
+
+    status = commands.json("ceylon", "status", "--json")
+    (worker,) = commands.json("ceylon", "workers", "--json")["workers"]
+    (group,) = commands.json("ceylon", "groups", "--json")["groups"]
+
+    assert set(status) == {"schema", "roles", "groups", "monitors"}
+    roles = {role["name"]: role for role in status["roles"]}
+    assert (roles["r"]["queued"], roles["r"]["workers"]) == (1, 0)
+    assert (roles["other"]["workers"], roles["other"]["slots"], roles["other"]["busy"]) == (1, 3, 0)
+    assert (status["groups"], status["monitors"]) == ({"active": 1}, 0)
+    assert (worker["kind"], worker["roles"], worker["slots"], worker["tasks"]) == ("worker", ["other"], 3, {})
+    assert group["group"]["id"] == gid
+    assert group["goals"][0]["status"] == "in_progress"
+    for arguments, word in ((("status",), "ROLE"), (("workers",), "KIND"), (("groups",), gid), (("show", gid), "TASK")):
+        ended = commands.run("ceylon", *arguments)
+        assert ended.returncode == 0, ended.stderr
+        assert word in ended.stdout
+
+
+def test_cancelling_ends_a_group_and_the_unknown_is_refused(commands: Commands) -> None:
+    gid = submitted(commands)
+
+    ended = commands.run("ceylon", "cancel", gid)
+    told = commands.json("ceylon", "show", gid, "--json")
+
+    assert ended.returncode == 0, ended.stderr
+    assert gid in ended.stdout
+    assert (told["group"]["status"], told["group"]["outcome"]) == ("finished", "cancelled")
+    assert {task["status"] for task in told["tasks"]} == {"cancelled"}
+    assert_refused(commands.run("ceylon", "show", "nosuch"), 2, "nosuch")
+    assert_refused(commands.run("ceylon", "cancel", "nosuch"), 2, "nosuch")
+    assert_refused(commands.run("ceylon", "cancel", f"{gid}/nosuch"), 2, "nosuch")
+    assert_refused(commands.run("ceylon", "show", "{}"), 2, "{}")
+
+
+# ---- worker ----------------------------------------------------------------------------------------------------------
+def test_a_worker_needs_a_role_or_an_application_that_names_one(commands: Commands) -> None:
+    (commands.folder / "jobs.py").write_text(
+        "from rq_ceylon import Ceylon\napp = Ceylon()\nno_app = 1\n\n\n"
+        "@app.task(role='r')\ndef add(a: int, b: int) -> int:\n    return a + b\n"
+    )
+
+    ended = commands.run("worker", "jobs:app", "--burst", "--log-format", "json")
+
+    assert ended.returncode == 0, ended.stderr
+    first = json.loads(ended.stderr.splitlines()[0])
+    assert "serves r with 16 slots" in first["record"]["message"]
+    assert_refused(commands.run("worker"), 2, "--role")
+
+
+@pytest.mark.parametrize("command", [("worker", "-r", "r"), ("monitor", "--app")], ids=["worker", "monitor"])
+def test_an_application_that_cannot_be_used_is_refused_in_one_message(
+    command: tuple[str, ...], commands: Commands, store: redis.Redis
+) -> None:
+    (commands.folder / "jobs.py").write_text("no_app = 1\n")
+    (commands.folder / "broken.py").write_text("import math\nmath.nothing()\n")
+
+    assert_refused(commands.run(*command, "nowhere:app"), 4, "'nowhere:app'", "no module 'nowhere'")
+    assert_refused(commands.run(*command, "jobs"), 4, "'jobs'", "module:app")
+    assert_refused(commands.run(*command, "jobs:missing"), 4, "missing")
+    assert_refused(commands.run(*command, "jobs:no_app"), 4, "is a int, not a Ceylon")
+    assert_refused(commands.run(*command, "broken:app"), 4, "broken.py:2: math.nothing()")
+    assert store.keys("*") == []

@@ -1,0 +1,158 @@
+"""
+The main job as its commands run it: ten tasks, two worker processes, a goal at five; also while processes die.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import EXAMPLE, Commands, Process, commands_on, is_alive, until
+
+
+@pytest.fixture
+def commands(redis_url: str, tmp_path: Path) -> Iterator[Commands]:
+    with commands_on(redis_url, tmp_path) as commands:
+        yield commands
+
+
+def job(folder: Path, duration: float) -> str:
+    """
+    The example with other durations.
+    """
+    text = EXAMPLE.read_text()
+    assert "duration: 1}" in text
+    path = folder / "job.yaml"
+    path.write_text(text.replace("duration: 1}", f"duration: {duration}}}"))
+    return str(path)
+
+
+def start_two_workers(commands: Commands, *more: str) -> list[Process]:
+    return [commands.start("worker", "--role", "processor", "-c", "2", *more) for _ in range(2)]
+
+
+def await_workers(commands: Commands, count: int) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+
+    def are_there() -> bool:
+        found[:] = [one for one in commands.json("ceylon", "workers", "--json")["workers"] if one["kind"] == "worker"]
+        return len(found) >= count
+
+    until(are_there, f"{count} workers are registered")
+    return found
+
+
+def shown(commands: Commands) -> dict[str, Any]:
+    (group,) = commands.json("ceylon", "groups", "--json")["groups"]
+    told: dict[str, Any] = commands.json("ceylon", "show", group["group"]["id"], "--json")
+    return told
+
+
+def assert_finished(told: dict[str, Any]) -> None:
+    """
+    The goal was achieved before the end, and at the end all ten are completed, each once.
+    """
+    counters, (goal,) = told["group"]["counters"], told["goals"]
+    assert goal["status"] == "achieved"
+    assert 5 <= goal["settled"]["counters"]["completed"] < 10
+    assert (told["group"]["status"], told["group"]["outcome"]) == ("finished", "completed")
+    assert (counters["total"], counters["completed"], counters["failed"], counters["cancelled"]) == (10, 10, 0, 0)
+    assert {task["status"] for task in told["tasks"]} == {"completed"}
+    assert len(told["tasks"]) == 10
+
+
+def submit_in_background(commands: Commands, file: str) -> Process:
+    process = commands.start("submit", file, "--wait=all")
+    until(lambda: bool(commands.json("ceylon", "groups", "--json")["groups"]), "the group is there")
+    return process
+
+
+def test_ten_tasks_meet_a_goal_at_five_on_two_worker_processes(commands: Commands) -> None:
+    start_two_workers(commands)
+    commands.start("monitor")
+    await_workers(commands, 2)
+
+    ended = commands.run("submit", str(EXAMPLE), "--wait=all")
+
+    assert ended.returncode == 0, ended.stderr
+    assert "Goal achieved: partial-processing-complete" in ended.stderr
+    assert "Successfully completed minimum required tasks!" in ended.stderr
+    told = shown(commands)
+    assert_finished(told)
+    assert len({task["worker"] for task in told["tasks"]}) == 2
+    assert {task["attempt"] for task in told["tasks"]} == {1}
+    assert commands.json("ceylon", "status", "--json")["monitors"] == 1
+
+
+def test_a_worker_that_is_killed_loses_no_task(commands: Commands) -> None:
+    first, _ = start_two_workers(commands, "--lease", "3s")
+    await_workers(commands, 2)
+    following = submit_in_background(commands, job(commands.folder, 0.5))
+    until(lambda: 1 <= shown(commands)["group"]["counters"]["completed"] < 8, "the job is in the middle")
+
+    first.kill()
+
+    assert following.wait(30) == 0
+    told = shown(commands)
+    assert_finished(told)
+    assert told["group"]["counters"]["crashes"] >= 1
+    assert {task["attempt"] for task in told["tasks"]} == {1}
+
+
+def test_the_goal_needs_no_monitor_and_workers_may_come_late(commands: Commands) -> None:
+    monitor = commands.start("monitor")
+    until(lambda: commands.json("ceylon", "status", "--json")["monitors"] == 1, "the monitor is registered")
+    monitor.kill()
+    following = submit_in_background(commands, job(commands.folder, 0.1))
+    assert shown(commands)["group"]["counters"]["pending"] == 10
+
+    start_two_workers(commands)
+
+    assert following.wait(20) == 0
+    assert_finished(shown(commands))
+    assert "no worker serves role 'processor'" in commands.log(1).read_text()
+
+
+# ---- several processes of one command --------------------------------------------------------------------------------
+def children(process: Process) -> list[int]:
+    found = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=False
+    ).stdout
+    return [int(pid) for pid in found.split()]
+
+
+def start_two_processes(commands: Commands, *more: str) -> tuple[Process, list[int]]:
+    supervisor = commands.start("worker", "--role", "processor", "-c", "2", "--processes", "2", *more)
+    pids = [worker["pid"] for worker in await_workers(commands, 2)]
+    assert set(pids) <= set(children(supervisor))
+    return supervisor, pids
+
+
+def test_what_a_killed_child_held_comes_back_long_before_its_lease_ends(commands: Commands) -> None:
+    _, pids = start_two_processes(commands, "--lease", "60s")
+    following = submit_in_background(commands, job(commands.folder, 0.5))
+    until(lambda: 1 <= shown(commands)["group"]["counters"]["completed"] < 8, "the job is in the middle")
+
+    os.kill(pids[0], signal.SIGKILL)
+
+    assert following.wait(15) == 0
+    told = shown(commands)
+    assert_finished(told)
+    assert told["group"]["counters"]["crashes"] >= 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_no_child_outlives_its_supervisor(number: signal.Signals, commands: Commands) -> None:
+    supervisor, pids = start_two_processes(commands)
+
+    supervisor.send_signal(number)
+
+    supervisor.wait(10)
+    until(lambda: not any(is_alive(pid) for pid in pids), "all children have ended", 5)
+    assert supervisor.returncode == (0 if number == signal.SIGTERM else -signal.SIGKILL)
+    until(lambda: not commands.json("ceylon", "workers", "--json")["workers"], "no worker is registered", 5)

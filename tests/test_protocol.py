@@ -1,0 +1,570 @@
+"""
+The protocol row by row: states, verdicts of claim and commit, what each script does when it is repeated.
+"""
+
+import pytest
+import redis
+from bench import LEASE_MS, Bench
+
+from rq_ceylon.models import Goal
+from rq_ceylon.store import transitions
+from rq_ceylon.store.transitions import Committed, Delivery
+
+pytestmark = pytest.mark.every_engine
+
+
+@pytest.fixture
+def bench(redis_url: str, namespace: str) -> Bench:
+    return Bench(redis_url, namespace)
+
+
+# ---- states ----------------------------------------------------------------------------------------------------------
+def test_tasks_wait_run_and_end_and_the_six_counters_always_sum_to_total(bench: Bench) -> None:
+    bench.queued("g", ["a", "b"], needs={"b": ["a"]})
+    assert bench.counters("g") == {"total": 2, "waiting": 1, "pending": 1}
+    a = bench.started("w", "g")
+    assert bench.counters("g") == {"total": 2, "waiting": 1, "in_progress": 1}
+    assert bench.commit("w", a) == "OK"
+    assert bench.counters("g") == {"total": 2, "pending": 1, "completed": 1}
+    b = bench.started("w", "g")
+    assert bench.commit("w", b) == "OK"
+    assert bench.counters("g") == {"total": 2, "completed": 2}
+    meta = bench.meta("g")
+    assert (meta["status"], meta["outcome"]) == ("finished", "completed")
+    assert not bench.redis.exists(bench.keys.group_part("g", "tasks"), bench.keys.group_part("g", "outbox"))
+
+
+def test_a_failed_task_keeps_its_payload_and_skips_those_that_need_it(bench: Bench) -> None:
+    bench.queued("g", ["a", "b", "c"], needs={"b": ["a"], "c": ["b"]})
+    assert bench.commit("w", bench.started("w", "g"), "failed") == "OK"
+    assert bench.counters("g") == {"total": 3, "failed": 1, "cancelled": 2}
+    results = bench.redis.hgetall(bench.keys.group_part("g", "results"))
+    assert results["a"].endswith('[{"type":"E","message":"m"},{}]')
+    assert results["b"].startswith("cancelled|skipped|")
+    assert results["c"].startswith("cancelled|skipped|")
+    assert bench.meta("g")["outcome"] == "failed"
+
+
+def test_closing_a_group_cancels_what_has_not_started_and_counts_what_still_completes(bench: Bench) -> None:
+    goal = Goal("completed >= 1", on_achieved="drain")
+    bench.queued("g", ["a", "b", "c", "d"], goal=goal)
+    first, second, third = bench.fetch("w", 3)
+    assert bench.claim("w", first, second, third) == ["GRANTED"] * 3
+    assert bench.commit("w", first) == "OK"
+    assert (bench.meta("g")["status"], bench.counters("g")) == (
+        "closing",
+        {"total": 4, "in_progress": 2, "completed": 1, "cancelled": 1},
+    )
+    assert bench.commit("w", second) == "OK"
+    assert bench.commit("w", third, "retry") == "OK"
+    assert bench.counters("g") == {"total": 4, "completed": 2, "cancelled": 2}
+    assert bench.meta("g")["outcome"] == "completed"
+
+
+def test_a_group_without_goals_that_a_user_ends_is_cancelled(bench: Bench) -> None:
+    bench.queued("g", ["a", "b"])
+    bench.run(transitions.cancel_group(bench.keys, "g"))
+    meta = bench.meta("g")
+    assert (meta["status"], meta["outcome"], meta["cancelled"]) == ("finished", "cancelled", "2")
+
+
+def test_a_group_whose_goals_were_settled_is_not_cancelled_by_a_later_cancel(bench: Bench) -> None:
+    bench.queued("g", ["a", "b"], goal="completed >= 1")
+    assert bench.commit("w", bench.started("w", "g")) == "OK"
+    bench.run(transitions.cancel_group(bench.keys, "g"))
+    assert bench.meta("g")["outcome"] == "completed"
+
+
+# ---- claim -----------------------------------------------------------------------------------------------------------
+def test_claim_of_an_absent_group_or_task_is_gone_and_writes_nothing(bench: Bench) -> None:
+    assert bench.claim("w", Delivery("p", "2:1-0", "none", "a", "1", "2:1-0", 1)) == ["GONE"]
+    assert not bench.redis.keys(f"{bench.keys.prefix}*g:none*")
+    bench.queued("g")
+    assert bench.claim("w", Delivery("p", "2:1-0", "g", "zz", "1", "2:1-0", 1)) == ["GONE"]
+
+
+def test_claim_of_a_task_with_a_result_is_done(bench: Bench) -> None:
+    bench.queued("g", ["a", "b"])
+    delivery = bench.started("w", "g")
+    bench.commit("w", delivery)
+    assert bench.claim("w", delivery) == ["DONE"]
+
+
+def test_a_repeated_claim_gets_the_same_grant(bench: Bench) -> None:
+    bench.queued("g")
+    delivery = bench.started("w", "g")
+    before = bench.state("g")
+    assert bench.claim("w", delivery) == ["GRANTED"]
+    assert bench.state("g") == before
+
+
+def test_the_same_line_with_a_larger_fence_takes_over_and_counts_a_crash(bench: Bench) -> None:
+    bench.queued("g")
+    old = bench.started("v", "g")
+    bench.age(LEASE_MS + 1)
+    new = bench.started("w", "g")
+    assert (new.entry, new.lineage) == (old.entry, old.lineage)
+    assert new.fence > old.fence
+    assert bench.meta("g")["crashes"] == "1"
+    assert bench.commit("v", old) == "STALE"
+    assert bench.commit("w", new) == "OK"
+    assert bench.counters("g") == {"total": 1, "completed": 1}
+
+
+def test_the_same_line_with_a_smaller_fence_is_lost(bench: Bench) -> None:
+    bench.queued("g")
+    old = bench.started("w", "g")
+    bench.age(LEASE_MS + 1)
+    new = bench.started("w", "g")
+    assert bench.claim("w", old) == ["LOST"]
+    assert bench.commit("w", old) == "STALE"
+    assert bench.commit("w", new) == "OK"
+
+
+def test_another_entry_of_a_running_task_is_a_duplicate(bench: Bench) -> None:
+    reply = bench.submit("g")
+    bench.run(transitions.enqueue(bench.keys, "p", reply.pages))
+    bench.ring(reply.pages)
+    first, second = bench.fetch("w", 2)
+    assert first.fence != second.fence
+    assert bench.claim("w", first, second) == ["GRANTED", "DUPLICATE"]
+
+
+def test_an_older_issue_is_outdated(bench: Bench) -> None:
+    reply = bench.submit("g")
+    bench.run(transitions.enqueue(bench.keys, "p", reply.pages))
+    bench.ring(reply.pages)
+    first, second = bench.fetch("w", 2)
+    assert bench.claim("w", first) == ["GRANTED"]
+    assert bench.commit("w", first, "retry") == "OK"
+    assert bench.claim("w", second) == ["OUTDATED"]
+
+
+def test_a_task_with_unmet_needs_is_not_ready(bench: Bench) -> None:
+    bench.queued("g", ["a", "b"], needs={"b": ["a"]})
+    forged = bench.fetch("w")[0]._replace(tid="b")
+    assert bench.claim("w", forged) == ["NOTREADY"]
+
+
+def test_an_entry_of_a_closed_group_is_closed(bench: Bench) -> None:
+    bench.queued("g", ["a", "b"])
+    first, second = bench.fetch("w", 2)
+    bench.claim("w", first)
+    bench.run(transitions.cancel_group(bench.keys, "g"))
+    assert bench.claim("w", second) == ["CLOSED"]
+
+
+def test_a_task_reclaimed_in_a_closed_group_is_cancelled_not_run(bench: Bench) -> None:
+    bench.queued("g")
+    bench.started("v", "g")
+    bench.run(transitions.cancel_group(bench.keys, "g"))
+    bench.age(LEASE_MS + 1)
+    (delivery,) = bench.fetch("w")
+    assert bench.claim("w", delivery) == ["DONE"]
+    assert bench.counters("g") == {"total": 1, "cancelled": 1}
+    assert bench.meta("g")["status"] == "finished"
+
+
+def test_an_expired_task_is_cancelled_at_its_claim(bench: Bench) -> None:
+    bench.queued("g", expires_ms=0)
+    (delivery,) = bench.fetch("w")
+    while bench.claim("w", delivery) == ["GRANTED"]:  # within the millisecond of its submission
+        bench.commit("w", delivery, "release")
+        (delivery,) = bench.fetch("w", acks=[delivery.entry])
+    assert bench.redis.hget(bench.keys.group_part("g", "results"), "a").startswith("cancelled|expired|")
+
+
+def test_a_task_that_outlives_its_crash_limit_fails_as_poison(bench: Bench) -> None:
+    bench.queued("g", crash_limit=1)
+    bench.started("u", "g")
+    bench.age(LEASE_MS + 1)
+    bench.started("v", "g")
+    bench.age(LEASE_MS + 1)
+    (delivery,) = bench.fetch("w")
+    assert bench.claim("w", delivery) == ["DONE"]
+    assert bench.redis.hget(bench.keys.group_part("g", "results"), "a").startswith("failed|poison|")
+
+
+def test_losing_a_worker_that_was_told_to_stop_is_no_crash(bench: Bench) -> None:
+    bench.queued("g")
+    delivery = bench.started("v", "g")
+    assert bench.commit("v", delivery, "stopping") == "OK"
+    assert bench.counters("g") == {"total": 1, "in_progress": 1}
+    bench.age(LEASE_MS + 1)
+    bench.started("w", "g")
+    assert bench.meta("g")["crashes"] == "0"
+
+
+def test_one_batch_may_name_a_task_twice(bench: Bench) -> None:
+    bench.queued("g")
+    delivery = bench.started("w", "g")
+    outcome = Committed("a", delivery.fence, "retry", "error", 0, 1, b"{}")
+    reply = bench.run(transitions.commit(bench.keys, "g", "w", [outcome, outcome]))
+    assert reply[2] == ["OK", "DONE"]
+    assert bench.counters("g") == {"total": 1, "pending": 1}
+
+
+# ---- commit ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["completed", "failed", "retry", "release", "stopped"])
+def test_a_repeated_commit_is_done_and_changes_nothing(bench: Bench, kind: str) -> None:
+    bench.queued("g", ["a", "b"])
+    delivery = bench.started("w", "g")
+    verdict, _ = bench.commit_with_pages("w", delivery, kind)
+    before = bench.state("g")
+    assert verdict == "OK"
+    assert bench.commit_with_pages("w", delivery, kind)[0] == "DONE"
+    assert bench.state("g") == before
+
+
+def test_a_commit_by_another_worker_or_fence_is_stale(bench: Bench) -> None:
+    bench.queued("g")
+    delivery = bench.started("w", "g")
+    assert bench.commit("v", delivery) == "STALE"
+    assert bench.commit("w", delivery._replace(fence=delivery.fence + 1)) == "STALE"
+
+
+def test_a_release_spends_no_attempt_and_a_retry_spends_one(bench: Bench) -> None:
+    bench.queued("g")
+    delivery = bench.started("w", "g")
+    bench.commit("w", delivery, "release")
+    record = bench.redis.hget(bench.keys.group_part("g", "claims"), "a").split("|")
+    assert (record[0], record[1], record[7]) == ("l", "1", "1")
+    (again,) = bench.fetch("w", acks=[delivery.entry])
+    assert again.issue == "2"
+    assert bench.claim("w", again) == ["GRANTED"]
+    bench.commit("w", again, "retry")
+    record = bench.redis.hget(bench.keys.group_part("g", "claims"), "a").split("|")
+    assert (record[0], record[1], record[7]) == ("r", "2", "1")
+
+
+def test_a_retry_with_a_delay_is_not_delivered_before_it_is_due(bench: Bench) -> None:
+    bench.queued("g")
+    delivery = bench.started("w", "g")
+    bench.commit("w", delivery, "retry", delay_ms=60_000)
+    assert bench.fetch("w", acks=[delivery.entry]) == []
+    delayed = bench.keys.role_part("p", "delayed")
+    (member,) = bench.redis.zrange(delayed, 0, -1)
+    bench.redis.zadd(delayed, {member: 1})
+    (again,) = bench.fetch("w")
+    assert (again.tid, again.issue) == ("a", "2")
+
+
+# ---- submit ----------------------------------------------------------------------------------------------------------
+def test_a_repeated_part_writes_nothing(bench: Bench) -> None:
+    assert bench.submit("g", ["a"], part=1, last=False, digest="1").word == "OK"
+    before = bench.state("g")
+    assert bench.submit("g", ["a"], part=1, last=False, digest="1").word == "REPEAT"
+    assert bench.state("g") == before
+    assert bench.submit("g", ["b"], part=2, digest="2").word == "OK"
+    before = bench.state("g")
+    assert bench.submit("g", ["b"], part=2, digest="2").word == "REPEAT"
+    assert bench.state("g") == before
+    assert bench.counters("g") == {"total": 2, "pending": 2}
+
+
+def test_other_content_under_a_known_id_exists(bench: Bench) -> None:
+    bench.submit("g", ["a"], digest="1")
+    before = bench.state("g")
+    assert bench.submit("g", ["a"], digest="2").word == "EXISTS"
+    assert bench.submit("g", ["a"], part=1, last=False, digest="3").word == "EXISTS"
+    assert bench.state("g") == before
+
+
+def test_pages_of_a_staged_group_are_withheld_until_it_is_complete(bench: Bench) -> None:
+    bench.submit("g", ["a"], part=1, last=False, digest="1")
+    call = transitions.outbox(bench.keys, "g", wanted=10)
+    assert transitions.outbox_reply("g", bench.run(call)).pages == []
+    assert bench.submit("g", ["b"], part=2, digest="2").pages == []
+    assert len(transitions.outbox_reply("g", bench.run(call)).pages) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "refusal"),
+    [
+        ({"tasks": ["a", "b"], "goal": "completed >= 3"}, ("goal", "goal")),
+        ({"tasks": ["a", "a"]}, ("duplicate", "a")),
+        ({"tasks": ["a"], "needs": {"a": ["zz"]}}, ("unknown need", "zz")),
+        ({"tasks": ["b"], "part": 2, "digest": "2", "goal": "completed >= 3"}, ("goal", "goal")),
+        ({"tasks": ["a"], "part": 2, "digest": "2"}, ("duplicate", "a")),
+    ],
+)
+def test_a_refused_group_leaves_nothing(bench: Bench, options: dict, refusal: tuple[str, str]) -> None:  # type: ignore[type-arg]
+    if options.get("part") == 2:
+        bench.submit("g", ["a"], part=1, last=False, digest="1")
+    reply = bench.submit("g", **options)
+    assert (reply.word, reply.detail, reply.name) == ("REFUSED", *refusal)
+    assert not bench.redis.keys(f"{bench.keys.prefix}{{g:*")
+
+
+def test_a_copied_or_late_client_of_a_rolling_group_loses_nothing(bench: Bench) -> None:
+    assert bench.submit("g", ["1"], rolling=True, last=False, digest="1").word == "OK"
+    assert bench.submit("g", ["1"], rolling=True, last=False, digest="1").word == "REPEAT"
+    assert bench.submit("g", ["1"], rolling=True, last=False, digest="x").word == "GAP"
+    assert bench.submit("g", ["9"], part=3, rolling=True, last=False, digest="3").word == "GAP"
+    bench.run(transitions.seal(bench.keys, "g", untouched_ms=0))
+    assert bench.submit("g", ["2"], part=2, rolling=True, last=False, digest="2").word == "CLOSED"
+    assert bench.counters("g") == {"total": 1, "pending": 1}
+
+
+def test_an_unknown_layout_is_refused_before_any_write(bench: Bench) -> None:
+    bench.queued("g")
+    (delivery,) = bench.fetch("w")
+    bench.redis.hset(bench.keys.group_part("g", "meta"), "v", "99")
+    before = bench.state("g")
+    with pytest.raises(redis.ResponseError, match="LAYOUT"):
+        bench.claim("w", delivery)
+    assert bench.state("g") == before
+
+
+def test_only_submit_is_refused_at_the_memory_limit(bench: Bench) -> None:
+    bench.queued("g", ["a", "b", "c"])
+    bench.redis.config_set("maxmemory", 1)
+    try:
+        with pytest.raises(redis.ResponseError, match="OOM"):
+            bench.submit("h", ["a"])
+        assert not bench.redis.keys(f"{bench.keys.prefix}{{g:h}}*")
+        for _ in range(3):
+            assert bench.commit("w", bench.started("w", "g")) == "OK"
+    finally:
+        bench.redis.config_set("maxmemory", 0)
+    assert bench.meta("g")["status"] == "finished"
+
+
+# ---- fetch, renew, release -------------------------------------------------------------------------------------------
+def test_nothing_is_reclaimed_for_a_lease_after_nobody_fetched(bench: Bench) -> None:
+    bench.queued("g")
+    bench.started("v", "g")
+    bench.age(LEASE_MS + 1)
+    bench.redis.hset(bench.keys.role_part("p", "meta"), "last", 1)
+    assert bench.fetch("w") == []
+    bench.redis.hset(bench.keys.role_part("p", "meta"), "pause_until", 0)
+    assert len(bench.fetch("w")) == 1
+
+
+def test_after_a_clock_step_back_present_owners_get_a_whole_lease(bench: Bench) -> None:
+    bench.queued("g")
+    delivery = bench.started("v", "g")
+    bench.age(LEASE_MS + 1)
+    bench.redis.hset(bench.keys.role_part("p", "meta"), "last", 9_000_000_000_000)
+    assert bench.fetch("w") == []
+    (entry,) = bench.redis.xpending_range(bench.keys.role_part("p", "normal"), "workers", "-", "+", 1)
+    assert entry["consumer"] == "v"
+    assert entry["time_since_delivered"] < LEASE_MS
+    assert bench.run(transitions.renew(bench.keys, "p", "v", [delivery.entry])) == ["MINE"]
+
+
+def test_recovery_gives_a_worker_its_own_entries_that_it_does_not_hold(bench: Bench) -> None:
+    bench.queued("g", ["a", "b"])
+    first, second = bench.fetch("w", 2)
+    (lost,) = bench.fetch("w", 0, recover=[first.entry])
+    assert (lost.entry, lost.tid) == (second.entry, second.tid)
+    assert lost.fence > second.fence
+
+
+def test_renewing_tells_mine_from_others_and_absent_ones(bench: Bench) -> None:
+    bench.queued("g", ["a", "b"])
+    first, second = bench.fetch("v", 2)
+    bench.age(LEASE_MS + 1)
+    assert bench.run(transitions.renew(bench.keys, "p", "v", [first.entry])) == ["MINE"]
+    (taken,) = bench.fetch("w")
+    assert taken.entry == second.entry
+    assert bench.run(transitions.renew(bench.keys, "p", "v", [first.entry, second.entry, "2:1-0"])) == [
+        "MINE",
+        "OTHER",
+        "ABSENT",
+    ]
+
+
+def test_an_unclaimed_entry_given_back_reaches_another_worker_and_keeps_its_line(bench: Bench) -> None:
+    bench.queued("g")
+    (delivery,) = bench.fetch("v")
+    call = transitions.release(bench.keys, "p", "v", [delivery.entry])
+    assert bench.run(call)[0] == 1
+    assert bench.run(call)[0] == 0
+    (copy,) = bench.fetch("w")
+    assert copy.entry != delivery.entry
+    assert copy.lineage == delivery.entry
+    assert bench.claim("v", delivery) == ["GRANTED"]  # a sleeper claims the replaced entry, and dies
+    assert bench.claim("w", copy) == ["GRANTED"]  # the copy takes over
+
+
+def test_a_worker_gives_back_only_what_is_its_own(bench: Bench) -> None:
+    bench.queued("g")
+    (delivery,) = bench.fetch("v")
+    bench.age(LEASE_MS + 1)
+    (taken,) = bench.fetch("w")
+    assert bench.run(transitions.release(bench.keys, "p", "v", [delivery.entry]))[0] == 0
+    assert bench.run(transitions.renew(bench.keys, "p", "w", [taken.entry])) == ["MINE"]
+
+
+def test_a_dead_workers_entries_are_given_back_in_its_name_and_its_consumer_goes(bench: Bench) -> None:
+    bench.queued("g", ["a", "b"])
+    bench.started("v", "g")
+    bench.fetch("v")
+    assert bench.run(transitions.release_all(bench.keys, "p", "v")) == [2, "0"]
+    consumers = bench.redis.xinfo_consumers(bench.keys.role_part("p", "normal"), "workers")
+    assert "v" not in [consumer["name"] for consumer in consumers]
+    got = bench.fetch("w")
+    assert bench.claim("w", *got) == ["GRANTED", "GRANTED"]
+    assert bench.meta("g")["crashes"] == "1"
+
+
+def test_a_malformed_entry_is_put_aside_and_holds_nobody_up(bench: Bench) -> None:
+    stream = bench.keys.role_part("p", "normal")
+    bench.redis.xadd(stream, {"task": "no issue here"})
+    bench.redis.xadd(stream, {"foreign": "x", "fields": "y"})
+    bench.queued("g")
+    (delivery,) = bench.fetch("w")
+    assert delivery.tid == "a"
+    assert bench.redis.xlen(bench.keys.role_part("p", "quarantine")) == 2
+    assert bench.redis.xlen(stream) == 1
+
+
+def test_a_role_whose_streams_were_wiped_is_built_anew(bench: Bench) -> None:
+    bench.queued("g")
+    bench.redis.delete(*bench.keys.role("p"))
+    assert bench.fetch("w") == []
+    bench.queued("h")
+    assert [delivery.gid for delivery in bench.fetch("w")] == ["h"]
+
+
+def test_high_priority_goes_first_but_every_stream_gets_its_turn(bench: Bench) -> None:
+    for gid, priority in (("low", 3), ("normal", 2), ("high", 1)):
+        bench.queued(gid, priority=priority)
+    assert [delivery.gid for delivery in bench.fetch("w", 2)] == ["high", "normal"]
+    bench.queued("high2", priority=1)
+    assert [delivery.gid for delivery in bench.fetch("w", 1, first=3)] == ["low"]
+
+
+def test_one_bell_token_per_entry_up_to_a_bound_and_none_when_all_is_read(bench: Bench) -> None:
+    bell = bench.keys.role_part("p", "bell")
+    bench.queued("g", [str(n) for n in range(100)])
+    assert bench.redis.llen(bell) == 64
+    bench.fetch("w", 10)
+    assert bench.redis.llen(bell) == 64
+    bench.fetch("w", 200)
+    assert bench.redis.llen(bell) == 0
+
+
+def test_the_lease_is_the_roles_while_somebody_is_there(bench: Bench) -> None:
+    def lease_of(asked: int) -> int:
+        call = transitions.fetch(bench.keys, "p", "w", budget=0, lease_ms=asked)
+        return transitions.fetch_reply("p", bench.run(call)).lease_ms
+
+    assert lease_of(400) == 400
+    assert lease_of(900) == 400
+    bench.redis.hset(bench.keys.role_part("p", "meta"), "last", 1)
+    assert lease_of(900) == 900
+
+
+# ---- goals -----------------------------------------------------------------------------------------------------------
+def test_a_goal_is_achieved_at_the_fifth_completion_and_settles_once(bench: Bench) -> None:
+    bench.queued("g", [str(n) for n in range(10)], goal="completed >= 5")
+    for number in range(1, 11):
+        bench.commit("w", bench.started("w", "g"))
+        assert ("goal:goal" in bench.meta("g")) == (number >= 5)
+    status, _, seq, by, counts = bench.meta("g")["goal:goal"].split("|")
+    assert (status, by, counts.split(",")[4]) == ("achieved", "commit", "5")
+    events = bench.redis.lrange(bench.keys.group_part("g", "events"), 0, -1)
+    assert [i for i, event in enumerate(events, 1) if "goal:achieved" in event] == [int(seq)]
+
+
+def test_a_goal_fails_as_soon_as_it_can_no_longer_hold(bench: Bench) -> None:
+    bench.queued("g", ["a", "b", "c"], goal="completed >= 3")
+    bench.commit("w", bench.started("w", "g"), "failed")
+    assert bench.meta("g")["goal:goal"].startswith("failed|")
+    assert bench.meta("g")["status"] == "active"
+
+
+def test_fail_when_and_policies_close_the_group(bench: Bench) -> None:
+    goal = Goal("completed >= 3", fail_when="failed >= 1", on_failed="cancel")
+    bench.queued("g", ["a", "b", "c", "d"], goal=goal)
+    bench.commit("w", bench.started("w", "g"), "failed")
+    meta = bench.meta("g")
+    assert (meta["status"], meta["stop"], meta["cancelled"], meta["outcome"]) == ("finished", "1", "3", "failed")
+
+
+def test_a_deadline_that_passed_is_judged_first(bench: Bench) -> None:
+    bench.queued("g", ["a", "b"], goal=Goal("completed >= 1", deadline=3600))
+    delivery = bench.started("w", "g")
+    meta = bench.keys.group_part("g", "meta")
+    fields = bench.redis.hget(meta, "goals").split("|")
+    bench.redis.hset(meta, "goals", "|".join([*fields[:3], "1", *fields[4:]]))
+    bench.commit("w", delivery)
+    assert bench.meta("g")["goal:goal"].split("|")[:4:3] == ["failed", "deadline"]
+
+
+def test_a_callable_goal_keeps_the_group_closing_until_it_is_judged_once(bench: Bench) -> None:
+    bench.queued("g", goal=Goal(call="enough"))
+    bench.commit("w", bench.started("w", "g"))
+    assert bench.meta("g")["status"] == "closing"
+    judge = transitions.judge(bench.keys, "g", goal="goal", verdict="achieved")
+    assert bench.run(judge)[:2] == ["OK", "finished"]
+    before = bench.state("g")
+    assert bench.run(judge)[0] == "NO"
+    assert bench.run(transitions.judge(bench.keys, "g", goal="goal", verdict="failed"))[0] == "NO"
+    assert bench.state("g") == before
+    assert bench.meta("g")["outcome"] == "completed"
+
+
+# ---- caps and lifetimes ----------------------------------------------------------------------------------------------
+def test_more_dependents_than_one_call_looks_at_are_released_by_the_next(bench: Bench) -> None:
+    children = [f"c{n}" for n in range(2500)]
+    bench.submit("g", ["root"], part=1, last=False, digest="0")
+    for part, first in enumerate(range(0, 2500, 500), 2):
+        some = children[first : first + 500]
+        bench.submit("g", some, needs={c: ["root"] for c in some}, part=part, last=first == 2000, digest=str(part))
+    call = transitions.outbox(bench.keys, "g", wanted=50)
+    bench.ring(transitions.outbox_reply("g", bench.run(call)).pages)
+    root = bench.started("w", "g")
+    outcome = Committed("root", root.fence, "completed", "", 0, 1, b"null")
+    answer = transitions.commit_reply("g", bench.run(transitions.commit(bench.keys, "g", "w", [outcome])), 1)
+    assert answer.more
+    assert int(bench.meta("g")["pending"]) == 1000
+    bench.ring(answer.pages)
+    while (reply := transitions.outbox_reply("g", bench.run(call))).more or reply.pages:
+        bench.ring(reply.pages)
+    assert bench.counters("g") == {"total": 2501, "pending": 2500, "completed": 1}
+    assert bench.redis.xlen(bench.keys.role_part("p", "normal")) == 2501  # the root's entry is not acknowledged yet
+
+
+def test_a_finished_group_has_a_ttl_on_every_key_and_is_pruned_after_its_retention(bench: Bench) -> None:
+    bench.queued("g", ["a", "b"], needs={"b": ["a"]})
+    for _ in range(2):
+        bench.commit("w", bench.started("w", "g"))
+    keys = bench.redis.keys(f"{bench.keys.prefix}{{g:*")
+    assert keys
+    assert all(bench.redis.ttl(key) > 0 for key in keys)
+    prune = transitions.prune(bench.keys, "g", staging_ms=1000)
+    assert bench.run(prune)[0] == "NO"
+    bench.redis.hset(bench.keys.group_part("g", "meta"), "retention", 0)
+    assert bench.run(prune) == ["OK", "pruned"]
+    assert bench.run(prune) == ["GONE"]
+
+
+@pytest.mark.parametrize("action", ["cancel_group", "cancel_tasks", "seal", "judge", "outbox"])
+def test_control_calls_made_twice_change_nothing_the_second_time(bench: Bench, action: str) -> None:
+    bench.queued("g", ["a", "b", "c"], goal="completed >= 1", rolling=False)
+    bench.started("w", "g")
+    keys = bench.keys
+    call = {
+        "cancel_group": transitions.cancel_group(keys, "g"),
+        "cancel_tasks": transitions.cancel_tasks(keys, "g", ["a", "b"]),
+        "seal": transitions.seal(keys, "g", untouched_ms=0),
+        "judge": transitions.judge(keys, "g"),
+        "outbox": transitions.outbox(keys, "g"),
+    }[action]
+    bench.run(call)
+    before = bench.state("g")
+    bench.run(call)
+    assert bench.state("g") == before
+
+
+def test_a_cancelled_task_that_runs_may_still_complete_but_is_not_retried(bench: Bench) -> None:
+    bench.queued("g", ["a", "b"])
+    first, second = bench.fetch("w", 2)
+    bench.claim("w", first, second)
+    assert bench.run(transitions.cancel_tasks(bench.keys, "g", ["a", "b"]))[2:] == ["stopping", "stopping"]
+    assert bench.commit("w", first, "completed") == "OK"
+    assert bench.commit("w", second, "retry") == "OK"
+    assert bench.counters("g") == {"total": 2, "completed": 1, "cancelled": 1}
