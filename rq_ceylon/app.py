@@ -8,8 +8,7 @@ import asyncio
 import atexit
 import os
 import threading
-import weakref
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, update_wrapper
 from types import TracebackType
@@ -53,9 +52,7 @@ class Ceylon:
     def __init__(self, redis_url: str | None = None, *, namespace: str | None = None) -> None:
         self._redis_url, self._namespace = redis_url, namespace
         self.registry = Registry()
-        self._clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[int, Client]] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._clients: dict[tuple[int, int], tuple[Client, AsyncIterator[Client]]] = {}
         self._sync: tuple[int, SyncClient] | None = None
         self._sync_guard = threading.Lock()
 
@@ -156,13 +153,19 @@ class Ceylon:
         """
         The client behind `aenqueue`: one per event loop and process.
         """
-        loop = asyncio.get_running_loop()
-        pid, client = self._clients.get(loop, (0, None))
-        if client is None or pid != os.getpid():
-            client = self.client()
-            self._clients[loop] = os.getpid(), client
-            await client.open()
-        return client
+        key = os.getpid(), id(asyncio.get_running_loop())
+        if key not in self._clients:
+            # An async generator, because a loop closes those that are left before it closes itself.
+            keeper = self._keep_client(key)
+            self._clients[key] = await anext(keeper), keeper
+        return self._clients[key][0]
+
+    async def _keep_client(self, key: tuple[int, int]) -> AsyncIterator[Client]:
+        async with self.client() as client:
+            try:
+                yield client
+            finally:
+                self._clients.pop(key, None)
 
     def implicit_sync_client(self) -> SyncClient:
         """

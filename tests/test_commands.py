@@ -103,9 +103,7 @@ def test_a_redis_that_is_not_there_is_said_within_three_seconds(arguments: tuple
     assert time.monotonic() - started < 3
 
 
-def test_a_wrong_password_is_refused_and_not_shown(
-    start_server: Callable[..., EmbeddedServer], tmp_path: Path
-) -> None:
+def test_a_wrong_password_is_refused_and_not_shown(start_server: Callable[..., EmbeddedServer], tmp_path: Path) -> None:
     server = start_server()
     with redis.Redis.from_url(server.url) as store:
         store.config_set("requirepass", "right")

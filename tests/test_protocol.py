@@ -320,7 +320,7 @@ def test_only_submit_is_refused_at_the_memory_limit(bench: Bench) -> None:
     bench.queued("g", ["a", "b", "c"])
     bench.redis.config_set("maxmemory", 1)
     try:
-        with pytest.raises(redis.ResponseError, match="OOM"):
+        with pytest.raises(redis.ResponseError, match="maxmemory"):
             bench.submit("h", ["a"])
         assert not bench.redis.keys(f"{bench.keys.prefix}{{g:h}}*")
         for _ in range(3):

@@ -34,7 +34,7 @@ from rq_ceylon.cli.common import (
 @click.option("--name", metavar="NAME", help="Shown in lists; a unique part is added. Default: the host.")
 @click.option("--grace", metavar="DURATION", default="25s", show_default=True, help="For running tasks at a stop.")
 @click.option(
-    "--lease", metavar="DURATION", default="30s", show_default=True, help="How long a silent worker keeps a task."
+    "--lease", metavar="DURATION", default="30s", show_default=True, help="A silent worker keeps tasks for so long."
 )
 @where
 @logs("info")

@@ -89,7 +89,9 @@ class Connection:
                     for i, reply in zip(unknown, await self._send([calls[i] for i in unknown]), strict=True):
                         replies[i] = reply
             except LOST as error:
+                heed_cancellation()
                 raise classified(error, self.url) from error
+        heed_cancellation()
         for i, reply in enumerate(replies):
             if isinstance(reply, redis.RedisError):
                 refusal = classified(reply, self.url)
@@ -140,6 +142,7 @@ class Connection:
             try:
                 return await self._client.blpop(list(keys), timeout=timeout_s) is not None
             except LOST as error:
+                heed_cancellation()
                 raise classified(error, self.url) from error
             except redis.RedisError as error:
                 raise classified(error, self.url) from error
@@ -155,6 +158,7 @@ class Connection:
             try:
                 info = await self._client.info()
             except LOST as error:
+                heed_cancellation()
                 raise classified(error, self.url) from error
             except redis.RedisError as error:
                 raise classified(error, self.url) from error
@@ -205,6 +209,15 @@ async def subscribed(url: str) -> AsyncIterator[redis.asyncio.client.PubSub]:
             yield pubsub
     finally:
         await client.aclose()
+
+
+def heed_cancellation() -> None:
+    """
+    Raise the cancellation of the present task, should redis-py have swallowed it, as it does while it connects.
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 def classified(error: BaseException, url: str) -> CeylonError:

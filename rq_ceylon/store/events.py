@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from loguru import logger
 
 from rq_ceylon.errors import CeylonError
-from rq_ceylon.store.connection import LOST, subscribed
+from rq_ceylon.store.connection import LOST, heed_cancellation, subscribed
 from rq_ceylon.store.keys import Keys
 
 LOOK_S = 5.0
@@ -168,6 +168,7 @@ class EventHub:
                         pause = 0.1
                         self._dispatch(message)
             except (CeylonError, *LOST) as error:
+                heed_cancellation()
                 logger.debug("Events: {}", error)
             finally:
                 self._pubsub = None

@@ -23,7 +23,7 @@ from rq_ceylon.maintenance import Maintenance
 from rq_ceylon.models import DEFAULT_TIMEOUT_S, check_id
 from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.codec import decode, task_parts
-from rq_ceylon.store.connection import LOST, Connection, subscribed
+from rq_ceylon.store.connection import LOST, Connection, heed_cancellation, subscribed
 from rq_ceylon.store.keys import Keys
 from rq_ceylon.store.transitions import Committed
 from rq_ceylon.worker.executor import Assignment, Executor, Outcome
@@ -167,8 +167,9 @@ class Worker:
             await self._take_turn(connection)
             if self.turns.is_idle() and not self._running and (self._stop.is_set() or self._burst_is_over()):
                 break
-            # Whatever can end at once ends before the next turn, which then carries it all.
-            await asyncio.sleep(0)
+            # A handler that ends at once takes so many passes of the loop; the next turn then carries them all.
+            for _ in range(4):
+                await asyncio.sleep(0)
             if not self.turns.is_due(self._free()):
                 await self._rest()
         if shutdown is not None:
@@ -360,6 +361,7 @@ class Worker:
                             if message["type"] == "message":
                                 await self._look(connection)
                 except (CeylonError, *LOST):
+                    heed_cancellation()
                     await asyncio.sleep(pause)
                     pause = min(2 * pause, 5.0)
         finally:

@@ -1,0 +1,333 @@
+"""
+Submitting and following, with real workers in the same process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import subprocess
+import sys
+import tempfile
+import tracemalloc
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from rq_ceylon import (
+    Ceylon,
+    FailTask,
+    Goal,
+    GoalImpossibleError,
+    GroupExistsError,
+    InvalidInputError,
+    NotFoundError,
+    NoWorkerError,
+    PayloadTooLargeError,
+    Task,
+    TaskCancelledError,
+    TaskContext,
+    TaskFailedError,
+    TaskGroup,
+    WaitTimeoutError,
+    Worker,
+)
+from rq_ceylon.store.connection import Connection
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def app(redis_url: str, namespace: str) -> Ceylon:
+    app = Ceylon(redis_url, namespace=namespace)
+
+    @app.task(role="p")
+    async def double(number: int) -> int:
+        return 2 * number
+
+    @app.task(role="p", max_attempts=2)
+    def fail(words: str) -> None:
+        raise FailTask(words)
+
+    @app.task(role="p")
+    async def total(context: TaskContext) -> int:
+        return sum(context.needs.values())
+
+    return app
+
+
+@contextlib.asynccontextmanager
+async def working(app: Ceylon, **options: Any) -> AsyncIterator[Worker]:
+    worker = Worker(
+        app.settings.redis_url,
+        namespace=app.settings.namespace,
+        registry=app.registry,
+        roles=options.pop("roles", ["p"]),
+        **options,
+    )
+    running = asyncio.create_task(worker.run())
+    try:
+        yield worker
+    finally:
+        worker.kill()
+        await running
+
+
+async def test_a_task_gives_its_typed_result(app: Ceylon) -> None:
+    double: Any = app.registry.get("double")
+    async with app.client() as client, working(app):
+        handle = await client.submit(Task(uses="double", arguments={"number": 21}, role="p"))
+        assert await handle.result(timeout=10) == 42
+        assert await handle.status() == "completed"
+        assert await client.task(handle.id).result(timeout=10) == 42
+    assert double.role == "p"
+
+
+async def test_a_failed_task_raises_with_the_remote_traceback(app: Ceylon) -> None:
+    async with app.client() as client, working(app):
+        handle = await client.submit(Task(uses="fail", arguments={"words": "out of paper"}))
+        with pytest.raises(TaskFailedError, match="out of paper") as caught:
+            await handle.result(timeout=10)
+    assert caught.value.error_type == "FailTask"
+    assert "raise FailTask(words)" in caught.value.traceback
+
+
+async def test_a_group_with_a_goal_is_waited_for_and_spares_the_rest(app: Ceylon) -> None:
+    tasks = [Task(duration=0.01, role="p") for _ in range(200)]
+    group = TaskGroup("g", tasks, goal=Goal("completed >= 5", on_achieved="drain"))
+    async with app.client() as client, working(app, slots=4):
+        run = await client.submit(group)
+        view = await run.wait("goal", timeout=20)
+        assert view.goals[0].status == "achieved"
+        assert view.goals[0].settled is not None
+        assert 5 <= view.goals[0].settled.counters.completed < 20
+        view = await run.wait("all", timeout=20)
+        assert view.outcome == "completed"
+        assert view.counters.cancelled > 150
+        last = [task async for task in run.tasks() if task.status == "cancelled"][-1]
+        with pytest.raises(TaskCancelledError, match="closed"):
+            await run.task(last.id).result(timeout=10)
+
+
+async def test_results_of_needs_reach_the_task_that_needs_them(app: Ceylon) -> None:
+    tasks = [
+        Task(id="sum", uses="total", needs=["a", "b"], role="p"),
+        Task(id="a", uses="double", arguments={"number": 1}),
+        Task(id="b", uses="double", arguments={"number": 2}),
+    ]
+    async with app.client() as client, working(app):
+        run = await client.submit(TaskGroup("dag", tasks))
+        assert await run.task("sum").result(timeout=10) == 6
+        results = {result.task_id: result.value async for result in run.results()}
+        assert results == {"a": 2, "b": 4, "sum": 6}
+        events = [event async for event in run.events()]
+        assert [event.seq for event in events] == list(range(1, len(events) + 1))
+        assert events[-1].status == "finished"
+
+
+async def test_the_same_key_is_the_same_group_and_other_content_is_refused(app: Ceylon) -> None:
+    async with app.client() as client:
+        first = await client.submit(TaskGroup("g", [Task(role="p")] * 3, key="nightly"))
+        again = await client.submit(TaskGroup("g", [Task(role="p")] * 3, key="nightly"))
+        assert (again.id, again.repeated, first.repeated) == (first.id, True, False)
+        assert (await again.view()).counters.total == 3
+        with pytest.raises(GroupExistsError, match="nightly"):
+            await client.submit(TaskGroup("g", [Task(role="p")] * 4, key="nightly"))
+
+
+async def test_what_cannot_be_used_is_refused_and_nothing_is_written(app: Ceylon) -> None:
+    async with app.client() as client:
+        bad: list[tuple[Any, type[Exception], str]] = [
+            (TaskGroup("g", [Task(role="p")], goal="completed >= 2"), GoalImpossibleError, "has 1 task"),
+            (TaskGroup("g", []), InvalidInputError, "no tasks"),
+            (TaskGroup("g", [Task(id="a"), Task(id="a")]), InvalidInputError, "unique"),
+            (TaskGroup("g", [Task(id="a", needs=["b"]), Task(id="b", needs=["a"])]), InvalidInputError, "->"),
+            (TaskGroup("g", [Task(id="a", needs=["zz"])]), InvalidInputError, "zz"),
+            (TaskGroup("g", (Task(id="a", needs=["zz"]) for _ in range(1))), InvalidInputError, "zz"),
+            (Task(uses="double", arguments={"number": "x"}), InvalidInputError, "number"),
+            (Task(uses="double", arguments={"numbr": 1}), InvalidInputError, "numbr"),
+            (Task(arguments={"x": "y" * 2_000_000}), PayloadTooLargeError, "reference"),
+            (Task(role="no good"), InvalidInputError, "role"),
+            (Task(priority="urgent"), InvalidInputError, "high, normal or low"),
+            (Task(max_attempts=0), InvalidInputError, "max_attempts"),
+        ]
+        for work, kind, words in bad:
+            with pytest.raises(kind, match=words):
+                await client.submit(work)
+        assert await client.groups() == []
+
+
+async def test_a_producer_that_fails_in_the_middle_leaves_nothing(app: Ceylon) -> None:
+    def tasks() -> Iterator[Task]:
+        for _ in range(1200):
+            yield Task(role="p")
+        raise ValueError("the source broke")
+
+    async with app.client() as client:
+        with pytest.raises(ValueError, match="the source broke"):
+            await client.submit(TaskGroup("g", tasks()))
+        assert await client.groups() == []
+
+
+async def test_an_iterable_is_submitted_in_constant_memory(app: Ceylon) -> None:
+    async with app.client() as client:
+        await client.submit(TaskGroup("warm", [Task(role="p")]))
+        tracemalloc.start()
+        run = await client.submit(TaskGroup("big", (Task(role="p", arguments={"n": n}) for n in range(20_000))))
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert (await run.view()).counters.pending == 20_000
+        assert peak < 6_000_000
+        roles = await client.roles()
+        assert [role.queued for role in roles if role.name == "p"] == [20_001]
+
+
+async def test_concurrent_single_tasks_share_round_trips(app: Ceylon, monkeypatch: pytest.MonkeyPatch) -> None:
+    trips = 0
+    run = Connection.run
+
+    async def counted(self: Connection, calls: Any, **options: Any) -> Any:
+        nonlocal trips
+        trips += 1
+        return await run(self, calls, **options)
+
+    async with app.client() as client:
+        await client.submit(Task(role="p"))
+        monkeypatch.setattr(Connection, "run", counted)
+        handles = await asyncio.gather(*(client.submit(Task(role="p")) for _ in range(300)))
+        assert len({handle.id for handle in handles}) == 300
+        assert trips <= 8
+
+
+async def test_a_rolling_group_is_sealed_and_its_tasks_all_run(app: Ceylon) -> None:
+    async with app.client() as client, working(app, slots=100):
+        work = [Task(uses="double", arguments={"number": n}) for n in range(1500)]
+        handles = await asyncio.gather(*(client.submit(task) for task in work))
+        results = await asyncio.gather(*(handle.result(timeout=30) for handle in handles))
+        assert results == [2 * n for n in range(1500)]
+        assert len({handle.id.partition("/")[0] for handle in handles}) >= 2
+
+
+async def test_waiting_has_a_limit_and_unknown_ids_are_said_so(app: Ceylon) -> None:
+    async with app.client() as client:
+        handle = await client.submit(Task(role="nobody"))
+        with pytest.raises(WaitTimeoutError):
+            await handle.result(timeout=0.05)
+        with pytest.raises(NotFoundError):
+            await client.group("nope").wait(timeout=5)
+        with pytest.raises(NotFoundError):
+            await client.task(handle.id.split("/")[0] + "/zz").result(timeout=5)
+        with pytest.raises(NotFoundError):
+            await client.task("nope/1").cancel()
+
+
+async def test_a_waiter_raises_when_the_server_came_back_empty(app: Ceylon) -> None:
+    async with app.client() as client:
+        handle = await client.submit(Task(role="nobody"))
+        waiting = asyncio.create_task(handle.result(timeout=20))
+        await handle.status()
+        with redis.Redis.from_url(app.settings.redis_url) as raw:
+            raw.flushall()
+        with pytest.raises(NotFoundError):
+            await waiting
+
+
+async def test_a_role_that_nobody_serves_is_refused_on_demand_with_the_nearest(app: Ceylon) -> None:
+    async with app.client() as client, working(app, roles=["processor"]):
+        while not await client.workers():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        with pytest.raises(NoWorkerError, match='did you mean "processor"'):
+            await client.submit(Task(role="procesor"), require_workers=True)
+        assert await client.groups() == []
+        await client.submit(Task(role="processor"), require_workers=True)
+
+
+async def test_cancelling_a_waiting_task_is_at_once_and_a_running_one_is_asked_to_stop(app: Ceylon) -> None:
+    async with app.client() as client:
+        pending = await client.submit(Task(role="nobody"))
+        assert await pending.cancel() == "cancelled"
+        assert await pending.cancel() == "ended"
+        with pytest.raises(TaskCancelledError):
+            await pending.result(timeout=5)
+        async with working(app):
+            running = await client.submit(Task(role="p", duration=30))
+            while await running.status() != "in_progress":  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            assert await running.cancel() == "stopping"
+            with pytest.raises(TaskCancelledError, match="cancelled"):
+                await running.result(timeout=8)
+
+
+JOBS = """
+from rq_ceylon import Ceylon
+
+app = Ceylon()
+
+
+@app.task(role="p")
+async def double(number: int) -> int:
+    return 2 * number
+"""
+
+SCRIPT = """
+import asyncio, os, sys
+from rq_ceylon import Ceylon, Task
+
+app = Ceylon(sys.argv[1], namespace=sys.argv[2])
+
+@app.task(role="p")
+async def double(number: int) -> int:
+    return 2 * number
+
+ids = [double.enqueue(number=1).id]
+
+async def one() -> str:
+    return (await double.aenqueue(number=2)).id
+
+ids += [asyncio.run(one()), asyncio.run(one())]
+
+async def inside() -> str:
+    return double.enqueue(number=3).id
+
+ids.append(asyncio.run(inside()))
+read, write = os.pipe()
+if os.fork() == 0:
+    os.write(write, (double.enqueue(number=4).id + "\\n").encode())
+    os._exit(0)
+ids.append(os.read(read, 100).decode().strip())
+os.wait()
+ids.append(double.enqueue(number=5).id)
+with app.sync_client() as client:
+    ids.append(client.submit(Task(uses="double", arguments={"number": 6})).id)
+    print(*ids)
+    if len(sys.argv) > 3:
+        print(*[client.task(id).result(timeout=20) for id in ids])
+"""
+
+
+def test_sync_async_two_loops_a_running_loop_and_a_fork_all_work_and_ids_are_distinct(
+    redis_url: str, namespace: str
+) -> None:
+    command = [sys.executable, "-m", "rq_ceylon.cli", "worker", "--role", "p", "--redis", redis_url]
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "jobs.py").write_text(JOBS)
+        worker = subprocess.Popen([*command[:4], "jobs:app", *command[4:], "--namespace", namespace], cwd=folder)
+        try:
+            ran = subprocess.run(
+                [sys.executable, "-c", SCRIPT, redis_url, namespace, "wait"],
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+            )
+        finally:
+            worker.terminate()
+            worker.wait(30)
+    assert ran.returncode == 0, ran.stderr
+    ids, results = ran.stdout.splitlines()
+    assert len(set(ids.split())) == 7
+    assert results == "2 4 4 6 8 10 12"
+    assert "Traceback" not in ran.stderr
