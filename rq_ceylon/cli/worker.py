@@ -63,8 +63,8 @@ def worker(
       ceylon-worker myjobs:app --processes 4
 
     Without MODULE:APP it serves two tasks: `default`, which sleeps for the task's duration, and `echo`. Roles default
-    to those of the application's tasks. A first SIGTERM or Ctrl-C lets running tasks finish within --grace, a second one
-    gives them back at once.
+    to those of the application's tasks. A first SIGTERM or Ctrl-C lets running tasks finish within --grace, a second
+    one gives them back at once.
     """
     set_up_logging(log_level, log_format)
     from rq_ceylon.errors import InvalidInputError
