@@ -92,7 +92,7 @@ def test_ten_tasks_meet_a_goal_at_five_on_two_worker_processes(commands: Command
 def test_a_worker_that_is_killed_loses_no_task(commands: Commands) -> None:
     first, _ = start_two_workers(commands, "--lease", "3s")
     await_workers(commands, 2)
-    following = submit_in_background(commands, job(commands.folder, 0.5))
+    following = submit_in_background(commands, job(commands.folder, 1.0))
     until(lambda: 1 <= shown(commands)["group"]["counters"]["completed"] < 8, "the job is in the middle")
 
     first.kill()
@@ -135,7 +135,7 @@ def start_two_processes(commands: Commands, *more: str) -> tuple[Process, list[i
 
 def test_what_a_killed_child_held_comes_back_long_before_its_lease_ends(commands: Commands) -> None:
     _, pids = start_two_processes(commands, "--lease", "60s")
-    following = submit_in_background(commands, job(commands.folder, 0.5))
+    following = submit_in_background(commands, job(commands.folder, 1.0))
     until(lambda: 1 <= shown(commands)["group"]["counters"]["completed"] < 8, "the job is in the middle")
 
     os.kill(pids[0], signal.SIGKILL)

@@ -130,7 +130,6 @@ def load_app(path: str) -> Ceylon:
     module, _, _ = path.partition(":")
     try:
         importlib.import_module(module)
-        app = pkgutil.resolve_name(path)
     except ModuleNotFoundError as error:
         if error.name and (module == error.name or module.startswith(error.name + ".")):
             raise AppImportError(
@@ -138,10 +137,12 @@ def load_app(path: str) -> Ceylon:
                 f"looked in {os.getcwd()} and the installed packages"
             ) from error
         raise AppImportError(f"application {path!r}: {_last_line(error)}") from error
-    except AttributeError as error:
-        raise AppImportError(f"application {path!r}: {error}") from error
     except Exception as error:
         raise AppImportError(f"application {path!r} cannot be imported: {_last_line(error)}") from error
+    try:
+        app = pkgutil.resolve_name(path)
+    except (AttributeError, ValueError) as error:
+        raise AppImportError(f"application {path!r}: {error}; name the Ceylon() object of the module") from error
     if not isinstance(app, Ceylon):
         raise AppImportError(f"application {path!r} is a {type(app).__name__}, not a Ceylon; name the Ceylon() object")
     return app

@@ -232,7 +232,9 @@ def classified(error: BaseException, url: str) -> CeylonError:
             f"Redis at {where} is at its memory limit and takes no new tasks; wait until workers have drained it, "
             "or raise maxmemory"
         )
-    if isinstance(error, redis.exceptions.AuthenticationError) or "WRONGPASS" in text or "NOAUTH" in text:
+    if isinstance(error, redis.exceptions.AuthenticationError) or any(
+        word in text for word in ("WRONGPASS", "NOAUTH", "Authentication required", "invalid username-password")
+    ):
         return RedisError(f"Redis at {where} refuses the user or password; check the URL (redis://user:password@host)")
     if "NOPERM" in text:
         return RedisError(
