@@ -507,6 +507,14 @@ def test_a_callable_goal_keeps_the_group_closing_until_it_is_judged_once(bench: 
     assert bench.meta("g")["outcome"] == "completed"
 
 
+def test_a_finished_group_leaves_no_page_even_if_its_acknowledgement_was_lost(bench: Bench) -> None:
+    reply = bench.submit("g")
+    bench.run(transitions.enqueue(bench.keys, "p", reply.pages))
+    bench.commit("w", bench.started("w", "g"))
+    assert bench.meta("g")["status"] == "finished"
+    assert not bench.redis.exists(bench.keys.group_part("g", "outbox"))
+
+
 # ---- caps and lifetimes ----------------------------------------------------------------------------------------------
 def test_more_dependents_than_one_call_looks_at_are_released_by_the_next(bench: Bench) -> None:
     children = [f"c{n}" for n in range(2500)]

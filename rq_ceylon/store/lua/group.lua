@@ -281,6 +281,8 @@ local function finish()
   end
   group.status = 'finished'
   call('HSET', META, 'outcome', group.outcome, 'finished', text(now))
+  -- Pages whose acknowledgement was lost with a worker: nobody needs them any more.
+  call('UNLINK', OUTBOX)
   -- A backstop only: maintenance prunes after the retention, an hour earlier.
   local ttl = text(tonumber(facts[1]) + 3600000)
   for _, key in ipairs(KEYS) do call('PEXPIRE', key, ttl) end
