@@ -1,5 +1,5 @@
 """
-Run a worker from this folder with `ceylon-worker quickstart:app`, then this file.
+Ten pictures, a goal at 80 %. Run `ceylon-worker quickstart:app` beside this file, then `python quickstart.py`.
 """
 
 import asyncio
@@ -9,17 +9,19 @@ from rq_ceylon import Ceylon, Goal, TaskGroup
 app = Ceylon()
 
 
-@app.task(role="processor", timeout="30s", max_attempts=3)
+@app.task(role="thumbnails", timeout="30s", max_attempts=3)
 async def resize(path: str, width: int) -> str:
-    return f"{path} at {width}"
+    await asyncio.sleep(0.2)  # the work
+    return f"{path} at {width}px"
 
 
 async def main() -> None:
-    tasks = [resize.bind(path=f"{n}.jpg", width=200) for n in range(100)]
-    group = TaskGroup("thumbnails", tasks, goal=Goal("completed >= 95%", deadline="10m", on_achieved="drain"))
+    tasks = [resize.bind(f"{n}.jpg", width=200) for n in range(10)]
+        "thumbnails", [resize.bind(f"{n}.jpg", width=200) for n in range(10)], goal=Goal("completed >= 80%")
+    )
     async with app.client() as client:
-        run = await client.submit(group)
-        print(await run.wait("goal"))
+        run = await client.submit(TaskGroup("thumbnails", tasks, goal=Goal("completed >= 80%")))
+        print(await run.wait("all", timeout=30))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ from functools import cached_property, update_wrapper
 from types import TracebackType
 from typing import Any, Concatenate, Generic, Literal, ParamSpec, Self, TypeVar, cast, overload
 
-from anyio.from_thread import BlockingPortal, start_blocking_portal
-
 from rq_ceylon.client import Client, GroupHandle, TaskHandle
 from rq_ceylon.handlers import Backoff, GoalCheck, Handler, Registry
 from rq_ceylon.models import (
@@ -38,6 +36,9 @@ P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
 H = TypeVar("H", bound=Callable[..., Any])
+
+_OF_PARENTS: list[Any] = []
+"""What a forked child inherited and must neither use nor end."""
 
 
 class Ceylon:
@@ -173,6 +174,8 @@ class Ceylon:
         """
         with self._sync_guard:
             if self._sync is None or self._sync[0] != os.getpid():
+                if self._sync is not None:
+                    _OF_PARENTS.append(self._sync)
                 self._sync = os.getpid(), self.sync_client().open()
                 atexit.register(self._sync[1].close)
             return self._sync[1]
@@ -263,23 +266,25 @@ class SyncClient:
 
     def __init__(self, make: Callable[[], Client]) -> None:
         self._make = make
-        self._portal: BlockingPortal | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._inner: Client | None = None
         self._pid = 0
 
     def open(self) -> Self:
-        self._context = start_blocking_portal(backend="asyncio")
-        self._portal = self._context.__enter__()
-        self._pid = os.getpid()
+        if self._loop is not None:
+            # Forked: the thread of this loop runs in the parent only. Keep the loop; its end is not ours to bring.
+            _OF_PARENTS.append(self._loop)
+        self._loop, self._pid = asyncio.new_event_loop(), os.getpid()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="ceylon-client", daemon=True)
+        self._thread.start()
 
         async def connect() -> Client:
             return await self._make().open()
 
         try:
-            self._inner = self._portal.call(connect)
+            self._inner = self.call(connect)
         except BaseException:
-            self._context.__exit__(None, None, None)
-            self._portal = None
+            self._end()
             raise
         return self
 
@@ -287,11 +292,16 @@ class SyncClient:
         """
         May be called twice; does nothing in a forked child, whose parent owns the thread.
         """
-        if self._portal is None or self._pid != os.getpid():
-            return
-        self._portal.call(self.inner.close)
-        self._context.__exit__(None, None, None)
-        self._portal = None
+        if self._loop is not None and self._pid == os.getpid():
+            self.call(self.inner.close)
+            self._end()
+
+    def _end(self) -> None:
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+            self._loop = None
 
     def __enter__(self) -> Self:
         return self.open()
@@ -309,14 +319,13 @@ class SyncClient:
         """
         Run a coroutine function of the async side.
         """
-        if self._portal is None or self._pid != os.getpid():
-            # After a fork the parent's thread is not here: connect anew.
+        if self._loop is None or self._pid != os.getpid():
             self.open()
 
         async def body() -> T:
             return await function(*args, **kwargs)
 
-        return cast(BlockingPortal, self._portal).call(body)
+        return asyncio.run_coroutine_threadsafe(body(), cast(asyncio.AbstractEventLoop, self._loop)).result()
 
     def iterate(self, make: Callable[[], Any]) -> Iterator[Any]:
         """

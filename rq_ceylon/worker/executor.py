@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextvars import copy_context
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import anyio
 import anyio.to_process
@@ -104,6 +104,14 @@ class _RemoteError(Exception):
         self.names, self.error, self.delay_s = names, error, delay_s
 
 
+class _Raised(NamedTuple):
+    """
+    An exception of a handler, as a value: no future takes a StopIteration, and a SystemExit would end the event loop.
+    """
+
+    error: BaseException
+
+
 class Executor:
     """
     Runs handlers: coroutine functions on the loop, plain ones in threads, `cpu=True` in processes.
@@ -166,6 +174,8 @@ class Executor:
         try:
             async with asyncio.timeout(timeout_s) as limit:
                 value = await runner
+                if isinstance(value, _Raised):
+                    raise value.error
         except TimeoutError as error:
             if limit.expired():
                 context.stopped = context.stopped or "timeout"
@@ -224,7 +234,10 @@ class Executor:
         self, handler: Handler[..., Any], arguments: dict[str, Any], raw: Mapping[str, Any], context: TaskContext
     ) -> Any:
         if handler.kind == "async":
-            return await handler.function(**arguments)
+            try:
+                return await handler.function(**arguments)
+            except (SystemExit, KeyboardInterrupt) as error:
+                return _Raised(error)
         if handler.kind == "process":
             return await _in_process(handler, raw)
         async with self._threads:
@@ -240,7 +253,7 @@ class Executor:
             try:
                 done.set_result(variables.run(handler.function, **arguments))
             except BaseException as error:
-                done.set_exception(error)
+                done.set_result(_Raised(error))
             if not loop.is_closed():
                 loop.call_soon_threadsafe(returned)
 
@@ -329,7 +342,8 @@ def _error_of(error: BaseException, kind: str = "") -> dict[str, str]:
         ("rq_ceylon.worker", "asyncio", "concurrent.")
     ):
         frames = frames.tb_next
-    text = "".join(traceback.format_exception(type(error), error, frames)) if frames is not None else ""
+    is_of_user = frames is not None or error.__cause__ is not None
+    text = "".join(traceback.format_exception(type(error), error, frames)) if is_of_user else ""
     return {
         "type": kind or type(error).__name__,
         "message": str(error).encode(errors="replace").decode()[:TRACEBACK_MAX],
