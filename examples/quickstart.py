@@ -11,14 +11,11 @@ app = Ceylon()
 
 @app.task(role="thumbnails", timeout="30s", max_attempts=3)
 async def resize(path: str, width: int) -> str:
-    await asyncio.sleep(0.2)  # the work
     return f"{path} at {width}px"
 
 
 async def main() -> None:
     tasks = [resize.bind(f"{n}.jpg", width=200) for n in range(10)]
-        "thumbnails", [resize.bind(f"{n}.jpg", width=200) for n in range(10)], goal=Goal("completed >= 80%")
-    )
     async with app.client() as client:
         run = await client.submit(TaskGroup("thumbnails", tasks, goal=Goal("completed >= 80%")))
         print(await run.wait("all", timeout=30))
