@@ -49,10 +49,9 @@ def load(text: str | bytes, filename: str) -> TaskGroup:
 
 
 def _tasks(file: _File, data: Any) -> list[Task]:
-    if data is None:  # the group's shape reports it
-        return []
     if not data or not isinstance(data, dict | list):
-        file.add(("tasks",), f"{_shown(data)} where tasks are needed; write one per key, or a list of them")
+        if data is not None:  # else the group's shape reports it
+            file.add(("tasks",), f"{_shown(data)} where tasks are needed; write one per key, or a list of them")
         return []
     tasks: list[Task] = []
     paths: dict[str, Path] = {}  # by id; a task without one gets a stand-in that nobody can need
@@ -64,8 +63,7 @@ def _tasks(file: _File, data: Any) -> list[Task]:
         if key is not None:
             file.check(path, models.check_id, key, "id")
         elif task_id in paths:
-            line = file.mark(paths[task_id]).line + 1
-            file.add((*path, "id"), f"{task_id!r} is also the id of the task in line {line}; give another")
+            file.add((*path, "id"), f"{task_id!r} is also the id of tasks[{paths[task_id][1]}]; give another")
         name = task_id or f"#{at}"
         paths[name], needs[name] = path, fields.needs if fields else []
         if fields:
@@ -76,7 +74,7 @@ def _tasks(file: _File, data: Any) -> list[Task]:
                 file.add((*paths[name], "needs", at), "it needs itself; remove it from its needs")
             elif other not in paths:
                 # A guess compares every id: in a large file full of mistakes only the first get one.
-                guess = _guess(other, paths if len(file.problems) < 20 else (), "name a task of this group")
+                guess = _guess(other, paths if len(file.problems) < 10 else (), "name a task of this group")
                 file.add((*paths[name], "needs", at), f"no task has the id {other!r}; {guess}")
         needs[name] = [other for other in others if other in paths and other != name]
     file.check(("tasks",), graph.in_order, needs, "tasks")
@@ -163,8 +161,6 @@ class GroupFields(BaseModel, extra="forbid", strict=True):
 
 S = TypeVar("S", bound=BaseModel)
 
-_ALSO_CALLED = {"args": "with", "kwargs": "with", "run": "uses", "retries": "max_attempts", "depends_on": "needs"}
-
 
 def _shape(file: _File, model: type[S], data: Any, path: Path) -> S | None:
     if not isinstance(data, dict | None):
@@ -175,8 +171,8 @@ def _shape(file: _File, model: type[S], data: Any, path: Path) -> S | None:
         return model.model_validate({k: v for k, v in (data or {}).items() if v is not None or k not in keys})
     except ValidationError as error:
         for problem in error.errors(include_url=False):
-            unknown = problem["type"] == "extra_forbidden"
-            file.add((*path, *problem["loc"]), _explained(problem, keys), at_key=unknown)
+            at_key = problem["type"] == "extra_forbidden"
+            file.add((*path, *problem["loc"]), _explained(problem, keys), at_key=at_key)
     return None
 
 
@@ -184,8 +180,7 @@ def _explained(problem: ErrorDetails, keys: list[str]) -> str:
     given, context = problem["input"], problem.get("ctx", {})
     match problem["type"]:
         case "extra_forbidden":
-            key = str(problem["loc"][-1])
-            return f"unknown key; {_guess(_ALSO_CALLED.get(key, key), keys, 'use one of ' + ', '.join(keys))}"
+            return f"unknown key; {_guess(problem['loc'][-1], keys, 'use one of ' + ', '.join(keys))}"
         case "missing":
             return "missing; add it"
         case "value_error":
@@ -215,13 +210,13 @@ def _shown(value: object) -> str:
 # The loader: from text to values, and where each of them stands.
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 _NOT_FINITE = re.compile(r"[-+]?\.inf|\.nan|NaN|-?Infinity", re.IGNORECASE)
 _WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
 _FILLER = "\ufdd0"  # a code that is no character, and refused in files
 _FORBIDDEN = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufdcf\ufdd1-\ufffd\U00010000-\U0010ffff]")
-_SURROGATES = re.compile(r"\\u([dD][89abAB][0-9a-fA-F]{2})\\u([dD][c-fC-F][0-9a-fA-F]{2})")
+_SURROGATES = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}")
+_LONE = re.compile("[\ud800-\udfff]")
 _SYNTAX_REMEDIES = {
     "cannot start any token": "indent with spaces, not tabs, and quote text that starts with @ or `",
     "mapping values are not": 'check the indentation, and quote text that contains ": "',
@@ -249,11 +244,14 @@ class _File:
     def add(self, path: Path, what: str, mark: Any = None, *, at_key: bool = False) -> None:
         if self.refused and not mark and any(path[:end] in self.refused for end in range(len(path) + 1)):
             return
-        mark = mark or self.mark(path, at_key=at_key)
+        known = next(path[:end] for end in range(len(path), -1, -1) if path[:end] in self.marks)
+        mark = mark or self.marks[known][0 if at_key else 1]
         where = ""
-        for part in path:  # a key that is no plain word is escaped: it must not forge a line or steer a terminal
+        for part in path:
             plain = isinstance(part, str) and models.ID_PATTERN.fullmatch(part)
             where += f".{part}" if plain else f"[{part!r:.64}]"
+        if not what.isprintable():  # foreign text must neither forge a line nor steer a terminal
+            what = repr(what)[1:-1]
         what = what if len(what) <= 500 else f"{what[:300]} … {what[-150:]}"
         line, column = mark.line + 1, mark.column + 1
         text = f"{self.filename}:{line}:{column}: {where.removeprefix('.') or 'file'}: {what}"
@@ -264,11 +262,6 @@ class _File:
             check(*values)
         except InvalidInputError as error:
             self.add(path, str(error).partition(": ")[2], at_key=True)
-
-    def mark(self, path: Path, *, at_key: bool = False) -> Any:
-        while path not in self.marks:
-            path = path[:-1]
-        return self.marks[path][0 if at_key else 1]
 
     def give_up(self) -> NoReturn:
         raise GroupFileError([text for _, _, text in sorted(self.problems)])
@@ -296,16 +289,15 @@ class _File:
         decoded = data.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
         if found := _FORBIDDEN.search(decoded):
             before, code = decoded[: found.start()], ord(found[0])
-            what = f"U+{code:04X} is no character of a text"
             mark = yaml.Mark("", 0, before.count("\n"), len(before) - before.rfind("\n") - 1, None, 0)
-            self.stop((), f"{what}; remove it, and save the file as UTF-8", mark)
+            if 0xDC80 <= code <= 0xDCFF:  # as surrogateescape writes it
+                self.stop((), f"the byte 0x{code - 0xDC00:02X} is not UTF-8; save the file as UTF-8", mark)
+            self.stop((), f"the character U+{code:04X} is not allowed; remove it", mark)
         if decoded.lstrip().startswith("{") and _SURROGATES.search(decoded):
             with suppress(ValueError):
                 from_json(decoded)  # else it is YAML, where single quotes give a backslash no meaning
                 # YAML refuses JSON's 😀, \ud83d\ude00. The filler keeps the columns right until `_text` drops it.
-                return _SURROGATES.sub(
-                    lambda pair: bytes.fromhex(pair[1] + pair[2]).decode("utf-16-be") + 11 * _FILLER, decoded
-                )
+                return _SURROGATES.sub(lambda pair: from_json(f'"{pair[0]}"') + 11 * _FILLER, decoded)
         return decoded
 
     def _next(self) -> Any:
@@ -361,15 +353,14 @@ class _File:
                 value = math.inf if len(text) > 300 else float(text) if number[1] or number[2] else int(text)
                 if math.isfinite(value):
                     return value
-                return self._refuse(event, path, f"the number {text[:20]}… is too large; quote it if it is text")
+                return self._refuse(event, path, "this number is too large; quote it if it is text")
         return self._text(event, path)
 
-    def _text(self, event: Any, path: Path) -> Any:
-        text: str = event.value
-        if not text.isascii():
-            text = text.replace(_FILLER, "")
-            if re.search("[\ud800-\udfff]", text):  # the pure Python scanner lets "\ud800" pass
-                self._refuse(event, path, "half of a surrogate pair; write the character itself")
+    def _text(self, event: Any, path: Path) -> str:
+        text: str = event.value if event.value.isascii() else event.value.replace(_FILLER, "")
+        if not text.isascii() and _LONE.search(text):  # the pure Python scanner lets it pass
+            self._refuse(event, path, "half of a surrogate pair; write the character itself")
+            return ""
         return text
 
     def _check_marks(self, event: Any, path: Path) -> None:
