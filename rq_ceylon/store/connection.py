@@ -140,7 +140,9 @@ class Connection:
         """
         async with self._one_at_a_time:
             try:
-                return await self._client.blpop(list(keys), timeout=timeout_s) is not None
+                token = await self._client.blpop(list(keys), timeout=timeout_s)
+                heed_cancellation()
+                return token is not None
             except LOST as error:
                 heed_cancellation()
                 raise classified(error, self.url) from error

@@ -157,6 +157,7 @@ class EventHub:
                     await pubsub.psubscribe(
                         self._keys.events_channel("\\*")
                     )  # keeps the connection open with no waiter
+                    heed_cancellation()
                     self._pubsub = pubsub
                     for channel in list(self._watches):
                         await self._send("subscribe", channel)

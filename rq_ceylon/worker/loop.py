@@ -356,6 +356,7 @@ class Worker:
                 try:
                     async with subscribed(self.url) as pubsub:
                         await pubsub.subscribe(self.keys.control_channel)
+                        heed_cancellation()
                         async for message in pubsub.listen():
                             pause = 0.1
                             if message["type"] == "message":
