@@ -2,8 +2,7 @@
 Reads one group from YAML or JSON text into a `TaskGroup`, or says everything that is wrong with it and where.
 
 A file is foreign text, so its values are built here from the parser's events: no aliases, tags or duplicate keys,
-bounded size and depth, and of YAML's guesses only null, true, false and JSON's numbers. Then pydantic checks the shape,
-`models` and `goals` the values, `graph` the order. JSON is read as the YAML that it is.
+bounded size and depth, and of YAML's guesses only null, true, false and JSON's numbers. JSON is read as YAML.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from difflib import get_close_matches
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SkipValidation, ValidationError
@@ -26,7 +25,6 @@ from rq_ceylon.models import Goal, GoalPolicy, Priority, Task, TaskGroup
 MAX_BYTES = 16 * 2**20
 MAX_DEPTH = 20
 MAX_VALUES = 2_000_000  # bounds memory: 16 MiB of `[0,0,0,...` would be eight million values
-
 Path = tuple[str | int, ...]
 
 
@@ -43,7 +41,7 @@ def load(text: str | bytes, filename: str) -> TaskGroup:
     parts = data if isinstance(data, dict) else {}
     defaults = _shape(file, DefaultFields, parts.get("defaults"), ("defaults",))
     tasks, goal = _tasks(file, parts.get("tasks")), _goals(file, parts.get("goal"))
-    if file.problems or group is None or defaults is None:
+    if file.problems:
         file.give_up()
     return TaskGroup(**(dict(group) | {"tasks": tasks, "goal": goal, "defaults": Task(**dict(defaults))}))
 
@@ -73,8 +71,8 @@ def _tasks(file: _File, data: Any) -> list[Task]:
             if other == name:
                 file.add((*paths[name], "needs", at), "it needs itself; remove it from its needs")
             elif other not in paths:
-                # A guess compares every id: in a large file full of mistakes only the first get one.
-                guess = _guess(other, paths if len(file.problems) < 10 else (), "name a task of this group")
+                known = paths if len(file.problems) < 10 else ()  # a guess is slow among many ids
+                guess = _guess(other, known, "name a task of this group")
                 file.add((*paths[name], "needs", at), f"no task has the id {other!r}; {guess}")
         needs[name] = [other for other in others if other in paths and other != name]
     file.check(("tasks",), graph.in_order, needs, "tasks")
@@ -83,20 +81,15 @@ def _tasks(file: _File, data: Any) -> list[Task]:
 
 def _goals(file: _File, data: Any) -> list[Goal]:
     found: list[Goal] = []
-    before = len(file.problems)
     for at, value in enumerate(data if isinstance(data, list) else [] if data is None else [data]):
         path: Path = ("goal", at) if isinstance(data, list) else ("goal",)
         fields = _shape(file, GoalFields, {"when": value} if isinstance(value, str) else value, path)
-        if fields:
+        if fields and file.check(path, goals.compile_goals, [*found, Goal(**dict(fields))]):
             found.append(Goal(**dict(fields)))
-            file.check(path, goals.compile_goals, found[-1])
-    if len(file.problems) == before:
-        file.check(("goal",), goals.compile_goals, found)
     return found
 
 
-# The shape: what each mapping may hold. Attributes are named as in `models`, aliases as in the file. The checks name
-# what they check before a colon; the report cuts that, since it gives the path.
+# The shape: what each mapping may hold. Checks say "it: " before what is wrong; the report gives the path instead.
 
 
 def _seconds(value: Any) -> float:
@@ -111,7 +104,6 @@ TaskId = Annotated[Name, BeforeValidator(lambda value: str(value) if type(value)
 Needs = Annotated[list[TaskId], BeforeValidator(lambda value: value if isinstance(value, list) else [value])]
 Expression = Annotated[str, AfterValidator(lambda text: goals.parse(text, "it").text)]
 Seconds = Annotated[float, BeforeValidator(_seconds, json_schema_input_type=float | str)]
-Message = Annotated[str, Field(max_length=goals.MAX_MESSAGE)]
 Level = Annotated[Priority, Field(strict=False)]
 
 
@@ -144,14 +136,14 @@ class GoalFields(BaseModel, extra="forbid", strict=True):
     fail_when: Expression | None = None
     on_achieved: GoalPolicy = "continue"
     on_failed: GoalPolicy = "continue"
-    success_message: Message | None = None
-    failure_message: Message | None = None
+    success_message: str | None = None
+    failure_message: str | None = None
 
 
 class GroupFields(BaseModel, extra="forbid", strict=True):
-    name: Annotated[str, Field(min_length=1)]
+    name: Annotated[str, Field(min_length=1, max_length=200)]
     description: str = ""
-    key: Name | None = None
+    key: Annotated[str, Field(min_length=1)] | None = None
     priority: Level | None = None
     retention: Seconds = models.DEFAULT_RETENTION_S
     defaults: SkipValidation[DefaultFields | None] = None
@@ -159,10 +151,7 @@ class GroupFields(BaseModel, extra="forbid", strict=True):
     goal: SkipValidation[str | GoalFields | list[str | GoalFields] | None] = None
 
 
-S = TypeVar("S", bound=BaseModel)
-
-
-def _shape(file: _File, model: type[S], data: Any, path: Path) -> S | None:
+def _shape(file: _File, model: type[BaseModel], data: Any, path: Path) -> Any:
     if not isinstance(data, dict | None):
         file.add(path, f"{_shown(data)} where a mapping is needed; write key: value")
         return None
@@ -171,8 +160,7 @@ def _shape(file: _File, model: type[S], data: Any, path: Path) -> S | None:
         return model.model_validate({k: v for k, v in (data or {}).items() if v is not None or k not in keys})
     except ValidationError as error:
         for problem in error.errors(include_url=False):
-            at_key = problem["type"] == "extra_forbidden"
-            file.add((*path, *problem["loc"]), _explained(problem, keys), at_key=at_key)
+            file.add((*path, *problem["loc"]), _explained(problem, keys), at_key=problem["type"] == "extra_forbidden")
     return None
 
 
@@ -188,10 +176,8 @@ def _explained(problem: ErrorDetails, keys: list[str]) -> str:
         case "enum" | "literal_error":
             options = str(context["expected"]).replace("'", "")
             return f"{_shown(given)} is not known here; {_guess(given, re.split(', | or ', options), f'use {options}')}"
-        case "string_type" | "dict_type" | "int_type" as kind:
-            needed = {"string_type": "text", "dict_type": "a mapping", "int_type": "a whole number"}[kind]
-            quotes = kind == "string_type" and not isinstance(given, dict | list)
-            return f"{_shown(given)} where {needed} is needed; {'put it in quotes' if quotes else f'write {needed}'}"
+        case "string_type":
+            return f"{_shown(given)} where text is needed; write text, in quotes"
         case _:
             return f"{_shown(given)} is not usable; {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
@@ -208,22 +194,19 @@ def _shown(value: object) -> str:
 
 
 # The loader: from text to values, and where each of them stands.
-
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
-_NOT_FINITE = re.compile(r"[-+]?\.inf|\.nan|NaN|-?Infinity", re.IGNORECASE)
+_NOT_FINITE = re.compile(r"(?i:[-+]?\.inf|\.nan)|NaN|-?Infinity")
 _WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
 _FILLER = "\ufdd0"  # a code that is no character, and refused in files
 _FORBIDDEN = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufdcf\ufdd1-\ufffd\U00010000-\U0010ffff]")
 _SURROGATES = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}")
-_LONE = re.compile("[\ud800-\udfff]")
 _SYNTAX_REMEDIES = {
     "cannot start any token": "indent with spaces, not tabs, and quote text that starts with @ or `",
     "mapping values are not": 'check the indentation, and quote text that contains ": "',
     "expected ':'": "write key: value, with a space after the colon",
     "expected key": "start all keys of one mapping in the same column",
     "end of stream": "close the quote",
-    "escape c": "a backslash in double quotes starts an escape, in single quotes it does not",
 }
 
 
@@ -236,8 +219,8 @@ class _File:
     def __init__(self, filename: str) -> None:
         self.filename = filename
         self.problems: list[tuple[int, int, str]] = []
-        self.end: Any = yaml.Mark("", 0, 0, 0, None, 0)  # of the last event
-        self.marks: dict[Path, tuple[Any, Any]] = {(): (self.end, self.end)}  # of keys and values
+        self.start: Any = yaml.Mark("", 0, 0, 0, None, 0)
+        self.marks: dict[Path, tuple[Any, Any]] = {(): (self.start, self.start)}  # of keys and values
         self.refused: set[Path] = set()  # whatever the checks say about these is only a consequence
         self.values = 0
 
@@ -246,22 +229,20 @@ class _File:
             return
         known = next(path[:end] for end in range(len(path), -1, -1) if path[:end] in self.marks)
         mark = mark or self.marks[known][0 if at_key else 1]
-        where = ""
-        for part in path:
-            plain = isinstance(part, str) and models.ID_PATTERN.fullmatch(part)
-            where += f".{part}" if plain else f"[{part!r:.64}]"
-        if not what.isprintable():  # foreign text must neither forge a line nor steer a terminal
-            what = repr(what)[1:-1]
-        what = what if len(what) <= 500 else f"{what[:300]} … {what[-150:]}"
-        line, column = mark.line + 1, mark.column + 1
-        text = f"{self.filename}:{line}:{column}: {where.removeprefix('.') or 'file'}: {what}"
-        self.problems.append((line, column, text))
+        plain = models.ID_PATTERN.fullmatch
+        where = "".join(f".{p}" if isinstance(p, str) and plain(p) else f"[{p!r:.64}]" for p in path) or "file"
+        what = what if what.isprintable() else repr(what)[1:-1]  # it must neither forge a line nor steer a terminal
+        what = what if len(what) <= 400 else f"{what[:100]} … {what[-100:]}"
+        place = f"{self.filename}:{mark.line + 1}:{mark.column + 1}"
+        self.problems.append((mark.line, mark.column, f"{place}: {where.removeprefix('.')}: {what}"))
 
-    def check(self, path: Path, check: Callable[..., object], *values: Any) -> None:
+    def check(self, path: Path, check: Callable[..., object], *values: Any) -> bool:
         try:
             check(*values)
         except InvalidInputError as error:
             self.add(path, str(error).partition(": ")[2], at_key=True)
+            return False
+        return True
 
     def give_up(self) -> NoReturn:
         raise GroupFileError([text for _, _, text in sorted(self.problems)])
@@ -274,9 +255,8 @@ class _File:
         self.parser = _Loader(self._decoded(text))
         self._next()
         if type(self._next()) is yaml.StreamEndEvent:
-            self.stop((), "it is empty; start with name: and tasks:", self.marks[()][0])
-        event = self._next()
-        value = self._value(event, event.start_mark, ())
+            self.stop((), "it is empty; start with name: and tasks:", self.start)
+        value = self._value(event := self._next(), event.start_mark, ())
         self._next()
         if type(event := self._next()) is not yaml.StreamEndEvent:
             self.add((), "a second document starts here; give each group a file of its own", event.start_mark)
@@ -285,7 +265,7 @@ class _File:
     def _decoded(self, text: str | bytes) -> str:
         data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
         if len(data) > MAX_BYTES:
-            self.stop((), f"{len(data):,} bytes, more than {MAX_BYTES:,}; split it into several groups", self.end)
+            self.stop((), f"{len(data):,} bytes, more than {MAX_BYTES:,}; split it into several groups", self.start)
         decoded = data.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
         if found := _FORBIDDEN.search(decoded):
             before, code = decoded[: found.start()], ord(found[0])
@@ -295,20 +275,17 @@ class _File:
             self.stop((), f"the character U+{code:04X} is not allowed; remove it", mark)
         if decoded.lstrip().startswith("{") and _SURROGATES.search(decoded):
             with suppress(ValueError):
-                from_json(decoded)  # else it is YAML, where single quotes give a backslash no meaning
-                # YAML refuses JSON's 😀, \ud83d\ude00. The filler keeps the columns right until `_text` drops it.
+                from_json(decoded)  # or it is YAML. The filler keeps the columns of JSON, until `_text` drops it.
                 return _SURROGATES.sub(lambda pair: from_json(f'"{pair[0]}"') + 11 * _FILLER, decoded)
         return decoded
 
     def _next(self) -> Any:
         try:
-            event = self.parser.get_event()
-        except (yaml.YAMLError, ValueError) as error:  # ValueError: the pure Python scanner on "\Uffffffff"
-            problem = getattr(error, "problem", None) or str(error)
+            return self.parser.get_event()
+        except (yaml.YAMLError, ValueError, OverflowError) as error:  # the latter: pure Python, on "\Uffffffff"
+            problem = getattr(error, "problem", None) or "an escape stands for no character"
             remedy = next((say for key, say in _SYNTAX_REMEDIES.items() if key in problem), "correct the syntax")
-            self.stop((), f"{problem}; {remedy}", getattr(error, "problem_mark", None) or self.end)
-        self.end = event.end_mark
-        return event
+            self.stop((), f"{problem}; {remedy}", getattr(error, "problem_mark", None) or self.start)
 
     def _value(self, event: Any, key_mark: Any, path: Path) -> Any:
         self.values += 1
@@ -347,18 +324,16 @@ class _File:
         if event.implicit[0]:  # plain, so neither quoted nor a block
             if len(text) <= 5 and (word := text.lower()) in _WORDS:
                 return _WORDS[word]
-            if _NOT_FINITE.fullmatch(text):
-                return self._refuse(event, path, f"{text} is no number in JSON; remove it, or quote it if it is text")
-            if number := _NUMBER.fullmatch(text):
-                value = math.inf if len(text) > 300 else float(text) if number[1] or number[2] else int(text)
-                if math.isfinite(value):
-                    return value
-                return self._refuse(event, path, "this number is too large; quote it if it is text")
+            number = _NUMBER.fullmatch(text)
+            if _NOT_FINITE.fullmatch(text) or (number and (len(text) > 300 or math.isinf(float(text)))):
+                return self._refuse(event, path, f"{text} is no number that JSON can hold; quote it if it is text")
+            if number:
+                return float(text) if number[1] or number[2] else int(text)
         return self._text(event, path)
 
     def _text(self, event: Any, path: Path) -> str:
         text: str = event.value if event.value.isascii() else event.value.replace(_FILLER, "")
-        if not text.isascii() and _LONE.search(text):  # the pure Python scanner lets it pass
+        if not text.isascii() and re.search("[\ud800-\udfff]", text):  # the pure Python scanner lets it pass
             self._refuse(event, path, "half of a surrogate pair; write the character itself")
             return ""
         return text

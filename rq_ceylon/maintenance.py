@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from loguru import logger
 
-from rq_ceylon.errors import CeylonError, ConnectionLostError
+from rq_ceylon.errors import CeylonError, ConnectionLostError, QueueFullError
 from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.keys import Keys
@@ -58,6 +58,8 @@ class Maintenance:
                 nearest = min(nearest, await self._look(gid, now_ms))
             except ConnectionLostError:
                 raise
+            except QueueFullError:
+                continue  # the next look cannot be entered at the memory limit: the group stays due
             except CeylonError as error:
                 logger.error("Group {} cannot be looked after: {}", gid, error)
                 await self._next_look(gid, now_ms + round(STILL_S * 1000))

@@ -8,6 +8,7 @@ hour. A notification only wakes it; it reads each group's events from where it s
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.metadata
 import inspect
 import os
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field
 
 from loguru import logger
 
-from rq_ceylon.errors import CeylonError, ConnectionLostError
+from rq_ceylon.errors import CeylonError, ConnectionLostError, QueueFullError
 from rq_ceylon.goals import parse
 from rq_ceylon.handlers import Registry
 from rq_ceylon.maintenance import Maintenance
@@ -96,7 +97,8 @@ class Monitor:
         connection, hub = Connection(self.url), EventHub(self.url, self.keys)
         try:
             await connection.check()
-            await connection.run(self._heartbeat())
+            with contextlib.suppress(QueueFullError):
+                await connection.run(self._heartbeat())
             for view in await queries.groups(connection, self.keys):
                 settled = {goal.name for goal in view.goals if goal.settled}
                 self._groups[view.id] = _Watched(0, announced=settled, finished=view.is_finished)
@@ -245,8 +247,9 @@ class Monitor:
             while True:
                 try:
                     pause = await maintenance.run_once()
-                except ConnectionLostError:
-                    pause = 1.0  # Said by the watching side.
+                except CeylonError as error:
+                    logger.debug("No maintenance for now: {}", error)
+                    pause = 1.0
                 await asyncio.sleep(pause)
         finally:
             await connection.close()

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import tracemalloc
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from rq_ceylon import (
     NotFoundError,
     NoWorkerError,
     PayloadTooLargeError,
+    QueueFullError,
     Task,
     TaskCancelledError,
     TaskContext,
@@ -36,6 +37,7 @@ from rq_ceylon import (
     Worker,
 )
 from rq_ceylon.store.connection import Connection
+from rq_ceylon.store.server import EmbeddedServer
 
 pytestmark = pytest.mark.anyio
 
@@ -259,6 +261,22 @@ async def test_cancelling_a_waiting_task_is_at_once_and_a_running_one_is_asked_t
             assert await running.cancel() == "stopping"
             with pytest.raises(TaskCancelledError, match="cancelled"):
                 await running.result(timeout=8)
+
+
+async def test_a_server_at_its_memory_limit_refuses_new_work_and_is_drained_by_workers(
+    start_server: Callable[..., EmbeddedServer], namespace: str
+) -> None:
+    app = Ceylon(start_server().url, namespace=namespace)
+    async with app.client() as client:
+        run = await client.submit(TaskGroup("g", [Task(role="p")] * 50))
+        with redis.Redis.from_url(app.settings.redis_url) as raw:
+            raw.config_set("maxmemory", 1)
+        with pytest.raises(QueueFullError, match="memory limit"):
+            await client.submit(TaskGroup("h", [Task(role="p")]))
+        async with working(app):  # it starts, and goes on, without being able to write a heartbeat
+            view = await run.wait("all", timeout=20)
+        assert view.counters.completed == 50
+        assert [group.name for group in await client.groups()] == ["g"]
 
 
 JOBS = """

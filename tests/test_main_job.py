@@ -14,11 +14,22 @@ from typing import Any
 import pytest
 from commands import EXAMPLE, Commands, Process, commands_on, is_alive, until
 
+from rq_ceylon.app import Ceylon, SyncClient
+
 
 @pytest.fixture
 def commands(redis_url: str, tmp_path: Path) -> Iterator[Commands]:
     with commands_on(redis_url, tmp_path) as commands:
         yield commands
+
+
+@pytest.fixture
+def client(redis_url: str) -> Iterator[SyncClient]:
+    """
+    What the tests look with while the commands run: many looks cost little.
+    """
+    with Ceylon(redis_url).sync_client() as client:
+        yield client
 
 
 def job(folder: Path, duration: float) -> str:
@@ -36,21 +47,36 @@ def start_two_workers(commands: Commands, *more: str) -> list[Process]:
     return [commands.start("worker", "--role", "processor", "-c", "2", *more) for _ in range(2)]
 
 
-def await_workers(commands: Commands, count: int) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
+def await_workers(client: SyncClient, count: int) -> list[int]:
+    """
+    The process ids of that many workers, once they are registered.
+    """
+    found: list[int] = []
 
     def are_there() -> bool:
-        found[:] = [one for one in commands.json("ceylon", "workers", "--json")["workers"] if one["kind"] == "worker"]
-        return len(found) >= count
+        found[:] = [worker.pid for worker in client.workers() if worker.kind == "worker"]
+        return len(found) == count
 
     until(are_there, f"{count} workers are registered")
     return found
 
 
-def shown(commands: Commands) -> dict[str, Any]:
-    (group,) = commands.json("ceylon", "groups", "--json")["groups"]
-    told: dict[str, Any] = commands.json("ceylon", "show", group["group"]["id"], "--json")
+def shown(commands: Commands, client: SyncClient) -> dict[str, Any]:
+    (group,) = client.groups()
+    told: dict[str, Any] = commands.json("ceylon", "show", group.id, "--json")
     return told
+
+
+def await_middle(client: SyncClient) -> None:
+    """
+    Some are completed, some are left, and all slots are in use.
+    """
+
+    def is_in_the_middle() -> bool:
+        (group,) = client.groups()
+        return 1 <= group.counters.completed <= 5 and group.counters.in_progress == 4
+
+    until(is_in_the_middle, "the job is in the middle")
 
 
 def assert_finished(told: dict[str, Any]) -> None:
@@ -66,55 +92,55 @@ def assert_finished(told: dict[str, Any]) -> None:
     assert len(told["tasks"]) == 10
 
 
-def submit_in_background(commands: Commands, file: str) -> Process:
+def submit_in_background(commands: Commands, client: SyncClient, file: str) -> Process:
     process = commands.start("submit", file, "--wait=all")
-    until(lambda: bool(commands.json("ceylon", "groups", "--json")["groups"]), "the group is there")
+    until(lambda: bool(client.groups()), "the group is there")
     return process
 
 
-def test_ten_tasks_meet_a_goal_at_five_on_two_worker_processes(commands: Commands) -> None:
+def test_ten_tasks_meet_a_goal_at_five_on_two_worker_processes(commands: Commands, client: SyncClient) -> None:
     start_two_workers(commands)
     commands.start("monitor")
-    await_workers(commands, 2)
+    await_workers(client, 2)
 
     ended = commands.run("submit", str(EXAMPLE), "--wait=all")
 
     assert ended.returncode == 0, ended.stderr
     assert "Goal achieved: partial-processing-complete" in ended.stderr
     assert "Successfully completed minimum required tasks!" in ended.stderr
-    told = shown(commands)
+    told = shown(commands, client)
     assert_finished(told)
     assert len({task["worker"] for task in told["tasks"]}) == 2
     assert {task["attempt"] for task in told["tasks"]} == {1}
     assert commands.json("ceylon", "status", "--json")["monitors"] == 1
 
 
-def test_a_worker_that_is_killed_loses_no_task(commands: Commands) -> None:
+def test_a_worker_that_is_killed_loses_no_task(commands: Commands, client: SyncClient) -> None:
     first, _ = start_two_workers(commands, "--lease", "3s")
-    await_workers(commands, 2)
-    following = submit_in_background(commands, job(commands.folder, 1.0))
-    until(lambda: 1 <= shown(commands)["group"]["counters"]["completed"] < 8, "the job is in the middle")
+    await_workers(client, 2)
+    following = submit_in_background(commands, client, job(commands.folder, 0.5))
+    await_middle(client)
 
     first.kill()
 
     assert following.wait(30) == 0
-    told = shown(commands)
+    told = shown(commands, client)
     assert_finished(told)
     assert told["group"]["counters"]["crashes"] >= 1
     assert {task["attempt"] for task in told["tasks"]} == {1}
 
 
-def test_the_goal_needs_no_monitor_and_workers_may_come_late(commands: Commands) -> None:
+def test_the_goal_needs_no_monitor_and_workers_may_come_late(commands: Commands, client: SyncClient) -> None:
     monitor = commands.start("monitor")
-    until(lambda: commands.json("ceylon", "status", "--json")["monitors"] == 1, "the monitor is registered")
+    until(lambda: [one.kind for one in client.workers()] == ["monitor"], "the monitor is registered")
     monitor.kill()
-    following = submit_in_background(commands, job(commands.folder, 0.1))
-    assert shown(commands)["group"]["counters"]["pending"] == 10
+    following = submit_in_background(commands, client, job(commands.folder, 0.1))
+    assert shown(commands, client)["group"]["counters"]["pending"] == 10
 
     start_two_workers(commands)
 
     assert following.wait(20) == 0
-    assert_finished(shown(commands))
+    assert_finished(shown(commands, client))
     assert "no worker serves role 'processor'" in commands.log(1).read_text()
 
 
@@ -126,33 +152,33 @@ def children(process: Process) -> list[int]:
     return [int(pid) for pid in found.split()]
 
 
-def start_two_processes(commands: Commands, *more: str) -> tuple[Process, list[int]]:
+def start_two_processes(commands: Commands, client: SyncClient, *more: str) -> tuple[Process, list[int]]:
     supervisor = commands.start("worker", "--role", "processor", "-c", "2", "--processes", "2", *more)
-    pids = [worker["pid"] for worker in await_workers(commands, 2)]
+    pids = await_workers(client, 2)
     assert set(pids) <= set(children(supervisor))
     return supervisor, pids
 
 
-def test_what_a_killed_child_held_comes_back_long_before_its_lease_ends(commands: Commands) -> None:
-    _, pids = start_two_processes(commands, "--lease", "60s")
-    following = submit_in_background(commands, job(commands.folder, 1.0))
-    until(lambda: 1 <= shown(commands)["group"]["counters"]["completed"] < 8, "the job is in the middle")
+def test_what_a_killed_child_held_comes_back_long_before_its_lease_ends(commands: Commands, client: SyncClient) -> None:
+    _, pids = start_two_processes(commands, client, "--lease", "60s")
+    following = submit_in_background(commands, client, job(commands.folder, 0.5))
+    await_middle(client)
 
     os.kill(pids[0], signal.SIGKILL)
 
     assert following.wait(15) == 0
-    told = shown(commands)
+    told = shown(commands, client)
     assert_finished(told)
     assert told["group"]["counters"]["crashes"] >= 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_no_child_outlives_its_supervisor(number: signal.Signals, commands: Commands) -> None:
-    supervisor, pids = start_two_processes(commands)
+def test_no_child_outlives_its_supervisor(number: signal.Signals, commands: Commands, client: SyncClient) -> None:
+    supervisor, pids = start_two_processes(commands, client)
 
     supervisor.send_signal(number)
 
     supervisor.wait(10)
     until(lambda: not any(is_alive(pid) for pid in pids), "all children have ended", 5)
     assert supervisor.returncode == (0 if number == signal.SIGTERM else -signal.SIGKILL)
-    until(lambda: not commands.json("ceylon", "workers", "--json")["workers"], "no worker is registered", 5)
+    until(lambda: not client.workers(), "no worker is registered", 5)

@@ -140,14 +140,14 @@ class Connection:
         """
         async with self._one_at_a_time:
             try:
-                token = await self._client.blpop(list(keys), timeout=timeout_s)
-                heed_cancellation()
-                return token is not None
+                rang = await self._client.blpop(list(keys), timeout=timeout_s) is not None
             except LOST as error:
                 heed_cancellation()
                 raise classified(error, self.url) from error
             except redis.RedisError as error:
                 raise classified(error, self.url) from error
+        heed_cancellation()
+        return rang
 
     async def check(self) -> None:
         """
@@ -164,6 +164,7 @@ class Connection:
                 raise classified(error, self.url) from error
             except redis.RedisError as error:
                 raise classified(error, self.url) from error
+        heed_cancellation()
         refuse_unfit(info, self.url)
 
     async def close(self) -> None:

@@ -157,10 +157,10 @@ class EventHub:
                     await pubsub.psubscribe(
                         self._keys.events_channel("\\*")
                     )  # keeps the connection open with no waiter
-                    heed_cancellation()
                     self._pubsub = pubsub
                     for channel in list(self._watches):
                         await self._send("subscribe", channel)
+                    heed_cancellation()
                     self._ready.set()
                     for watches in list(self._watches.values()):
                         for watch in list(watches):

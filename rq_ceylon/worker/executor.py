@@ -117,11 +117,18 @@ class Executor:
     Runs handlers: coroutine functions on the loop, plain ones in threads, `cpu=True` in processes.
 
     A thread cannot be stopped: when its attempt is settled early it is *abandoned*. `abandoned` counts those that still
-    run; each keeps occupying a slot.
+    run; each keeps occupying a slot, and `on_freed` is called when one ends.
     """
 
-    def __init__(self, registry: Registry, *, threads: int = 16, result_bytes_max: int = RESULT_BYTES_MAX) -> None:
-        self.registry, self.result_bytes_max = registry, result_bytes_max
+    def __init__(
+        self,
+        registry: Registry,
+        *,
+        threads: int = 16,
+        result_bytes_max: int = RESULT_BYTES_MAX,
+        on_freed: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.registry, self.result_bytes_max, self.on_freed = registry, result_bytes_max, on_freed
         self.abandoned = 0
         self._threads = asyncio.Semaphore(threads)
         self._running: dict[int, tuple[asyncio.Task[Any], TaskContext]] = {}
@@ -260,6 +267,7 @@ class Executor:
         def returned() -> None:
             if abandoned:
                 self.abandoned -= 1
+                self.on_freed()
 
         threading.Thread(target=body, name=f"task-{context.id}", daemon=True).start()
         try:

@@ -29,7 +29,8 @@ class Leases:
         self._url, self._keys, self._worker, self._on_lost = url, keys, worker, on_lost
         self._until: dict[tuple[str, str], float] = {}
         self._guard = threading.Lock()
-        self._closed = threading.Event()
+        self._closed = False
+        self._wake = threading.Event()
         self._thread: threading.Thread | None = None
         self.lease_s = 30.0
 
@@ -44,6 +45,14 @@ class Leases:
         with self._guard:
             self._until.pop((role, entry), None)
 
+    def adopt(self, lease_s: float) -> None:
+        """
+        Take over the lease in force: a round each third of it, the first one now.
+        """
+        if lease_s != self.lease_s:
+            self.lease_s = lease_s
+            self._wake.set()
+
     def start(self) -> None:
         self._thread = threading.Thread(target=self._run, name="ceylon-leases", daemon=True)
         self._thread.start()
@@ -52,14 +61,19 @@ class Leases:
         """
         End the thread; what is still held runs out by itself.
         """
-        self._closed.set()
+        self._closed = True
+        self._wake.set()
         if self._thread is not None:
             self._thread.join(timeout=2.0)
 
     def _run(self) -> None:
         connection = ThreadConnection(self._url)
         silent = False
-        while not self._closed.wait(min(self.lease_s / 3, 10.0)):
+        while True:
+            self._wake.wait(min(self.lease_s / 3, 10.0))
+            self._wake.clear()
+            if self._closed:
+                break
             try:
                 self.renew(connection)
                 silent = False

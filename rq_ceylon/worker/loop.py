@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import importlib.metadata
 import inspect
 import os
@@ -17,7 +18,7 @@ from typing import Any
 
 from loguru import logger
 
-from rq_ceylon.errors import CeylonError, ConnectionLostError
+from rq_ceylon.errors import CeylonError, ConnectionLostError, QueueFullError
 from rq_ceylon.handlers import Registry, TaskContext
 from rq_ceylon.maintenance import Maintenance
 from rq_ceylon.models import DEFAULT_TIMEOUT_S, check_id
@@ -75,7 +76,6 @@ class Worker:
         boot = f"{os.getpid()}-{secrets.token_hex(4)}"
         self.name = check_id(f"{name or socket.gethostname().split('.')[0][:24]}-{boot}", "name")
         self.slots, self.grace_s, self.burst = slots, grace_s, burst
-        self.executor = Executor(registry, threads=threads)
         self.leases = Leases(url=url, keys=self.keys, worker=self.name, on_lost=self._lost_in_thread)
         self.turns = Turns(
             keys=self.keys,
@@ -90,11 +90,13 @@ class Worker:
         self._stop = asyncio.Event()
         self._cold = asyncio.Event()
         self._wake = asyncio.Event()
+        self.executor = Executor(registry, threads=threads, on_freed=self._wake.set)
         self._idle = asyncio.Event()
         self._running: dict[int, tuple[Held, asyncio.Task[None]]] = {}
         self._contexts: dict[int, TaskContext] = {}
         self._defaults: dict[str, Mapping[str, Any]] = {"": {}}
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._lost_pause_s = 0.0
 
     # ---- from outside ------------------------------------------------------------------------------------------------
     def stop(self) -> None:
@@ -123,7 +125,8 @@ class Worker:
         try:
             await connection.check()
             await _call_all(self.registry.on_start)
-            await connection.run(self._heartbeat())
+            with contextlib.suppress(QueueFullError):  # a worker is what makes room again
+                await connection.run(self._heartbeat())
             self.leases.start()
             logger.info(
                 "Worker {} serves {} with {} slots: {}",
@@ -181,26 +184,25 @@ class Worker:
         is followed by recovery instead.
         """
         steps = self.turns.plan(self._free())
-        pause, silent = 0.02, False
         while steps:
             try:
                 replies = await connection.run([step.call for step in steps], refusals=True)
             except ConnectionLostError as error:
-                if not silent:
+                if self._lost_pause_s == 0:
                     logger.warning("{}; trying again until it answers", error)
-                    silent = True
                 for step in steps:
                     if step.lost is not None:
                         step.lost()
                 steps = [step for step in steps if step.lost is None]
-                await asyncio.sleep(pause)
-                pause = min(pause * 2, 1.0)
+                self._lost_pause_s = min(max(2 * self._lost_pause_s, 0.02), 1.0)
+                await asyncio.sleep(self._lost_pause_s)
                 continue
+            if self._lost_pause_s > 0:
+                logger.info("Redis answers again")
+                self._lost_pause_s = 0.0
             for step, reply in zip(steps, replies, strict=True):
                 step.absorb(reply)
             break
-        if silent and steps:
-            logger.info("Redis answers again")
         granted, self.turns.granted = self.turns.granted, []
         for grant in granted:
             self._start(connection, grant)
@@ -340,10 +342,10 @@ class Worker:
         try:
             while True:
                 try:
-                    await connection.run(self._heartbeat())
                     await self._look(connection)
-                except ConnectionLostError:
-                    pass  # The turns say so; the next look comes.
+                    await connection.run(self._heartbeat())
+                except (ConnectionLostError, QueueFullError) as error:
+                    logger.debug("No heartbeat for now: {}", error)  # the turns go on, and say what they meet
                 await asyncio.sleep(min(LOOK_S, self.turns.lease_ms / 3000))
         finally:
             await connection.close()
@@ -388,7 +390,8 @@ class Worker:
             while True:
                 try:
                     pause = await maintenance.run_once()
-                except ConnectionLostError:
+                except CeylonError as error:
+                    logger.debug("No maintenance for now: {}", error)
                     pause = LOOK_S
                 await asyncio.sleep(pause)
         finally:

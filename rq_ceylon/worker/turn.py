@@ -299,7 +299,7 @@ class Turns:
                 self.lease_ms / 1000,
             )
             self.lease_ms = answer.lease_ms
-        self.leases.lease_s = self.lease_ms / 1000
+        self.leases.adopt(self.lease_ms / 1000)
         if answer.next_due_ms is not None:
             self.next_due_s = min(answer.next_due_ms / 1000, self.next_due_s or 1e9)
         now = time.monotonic()

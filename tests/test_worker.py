@@ -1,0 +1,508 @@
+"""
+A worker in this process, against a real server: what it runs, in which order, and what it leaves to others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from rq_ceylon.app import Ceylon
+from rq_ceylon.client import Client
+from rq_ceylon.errors import TaskCancelledError, TaskFailedError
+from rq_ceylon.handlers import Backoff, TaskContext
+from rq_ceylon.models import Task, TaskGroup, TaskStatus
+from rq_ceylon.worker import Worker
+
+pytestmark = pytest.mark.anyio
+
+LIMIT_S = 15.0
+
+
+@pytest.fixture
+def app(redis_url: str, namespace: str) -> Ceylon:
+    return Ceylon(redis_url, namespace=namespace)
+
+
+@pytest.fixture
+async def client(app: Ceylon) -> AsyncIterator[Client]:
+    async with app.client() as client:
+        yield client
+
+
+def worker_of(app: Ceylon, *roles: str, **options: Any) -> Worker:
+    settings = app.settings
+    return Worker(
+        settings.redis_url, registry=app.registry, namespace=settings.namespace, roles=roles or ["r"], **options
+    )
+
+
+@asynccontextmanager
+async def running(worker: Worker) -> AsyncIterator[asyncio.Task[None]]:
+    """
+    The worker at work; killed at the end, should it still run.
+    """
+    task = asyncio.create_task(worker.run())
+    try:
+        yield task
+    finally:
+        worker.kill()
+        async with asyncio.timeout(LIMIT_S):
+            await task
+
+
+async def eventually(condition: Callable[[], bool | Awaitable[bool]], what: str, limit_s: float = LIMIT_S) -> None:
+    try:
+        async with asyncio.timeout(limit_s):
+            while True:
+                found = condition()
+                if found if isinstance(found, bool) else await found:
+                    return
+                await asyncio.sleep(0.01)
+    except TimeoutError:
+        pytest.fail(f"not within {limit_s:g} s: {what}")
+
+
+def tasks(count: int, **fields: Any) -> list[Task]:
+    return [Task(id=f"t{number}", role="r", **fields) for number in range(count)]
+
+
+# ---- what runs, and in which order -----------------------------------------------------------------------------------
+async def test_a_burst_worker_runs_all_there_is_once_and_ends(app: Ceylon, client: Client) -> None:
+    seen: list[int] = []
+
+    @app.task(role="r")
+    async def note(number: int) -> int:
+        seen.append(number)
+        return number
+
+    @app.task(role="r")
+    def double(number: int) -> int:
+        return 2 * number
+
+    group = await client.submit(TaskGroup("g", [*(note.bind(n) for n in range(700)), double.bind(21)]))
+    worker = worker_of(app, burst=True)
+
+    await asyncio.wait_for(worker.run(), LIMIT_S)
+
+    view = await group.view()
+    assert (view.outcome, view.counters.completed, view.counters.attempts) == ("completed", 701, 701)
+    assert sorted(seen) == list(range(700))
+    assert await group.task("701").result() == 42
+    assert worker.completed == 701
+    (role,) = await client.roles()
+    assert (role.queued, role.delivered, role.workers, role.totals["completed"]) == (0, 0, 0, 701)
+    assert await client.workers() == []
+
+
+async def test_a_worker_serves_its_roles_and_no_other(app: Ceylon, client: Client) -> None:
+    works = [Task(id=role, role=role) for role in ("a", "b", "c")]
+    group = await client.submit(TaskGroup("g", works))
+
+    await asyncio.wait_for(worker_of(app, "a", "b", burst=True).run(), LIMIT_S)
+
+    status = {task.id: task.status async for task in group.tasks()}
+    assert status == {"a": TaskStatus.COMPLETED, "b": TaskStatus.COMPLETED, "c": TaskStatus.PENDING}
+
+
+async def test_high_goes_before_normal_before_low(app: Ceylon, client: Client) -> None:
+    order: list[str] = []
+
+    @app.task(role="r")
+    async def note(context: TaskContext) -> None:
+        order.append(context.task_id)
+
+    works = [
+        note.using(id=f"{priority}{number}", priority=priority).bind()  # type: ignore[call-arg]
+        for priority in ("low", "normal", "high")
+        for number in range(2)
+    ]
+    await client.submit(TaskGroup("g", works))
+
+    await asyncio.wait_for(worker_of(app, slots=1, burst=True).run(), LIMIT_S)
+
+    assert sorted(order) == sorted(task.id or "" for task in works)
+    # Every eighth turn begins with another stream, so low is not last for certain; high is first.
+    assert set(order[:2]) == {"high0", "high1"} or order.index("high1") < order.index("low1")
+    assert order.index("high0") < order.index("normal0") < order.index("normal1")
+
+
+async def test_a_delayed_task_starts_when_it_is_due(app: Ceylon, client: Client) -> None:
+    group = await client.submit(TaskGroup("g", [Task(role="r", delay=0.6), Task(role="r")]))
+    async with running(worker_of(app)):
+        view = await group.wait("all", LIMIT_S)
+
+    results = {result.task_id: result async for result in group.results()}
+    delayed, at_once = results["1"], results["2"]
+    assert view.created_ms
+    assert delayed.started_ms
+    assert at_once.started_ms
+    assert 600 <= delayed.started_ms - view.created_ms < 1600
+    assert at_once.started_ms - view.created_ms < 600
+
+
+async def test_a_task_not_started_in_time_is_cancelled_as_expired(app: Ceylon, client: Client) -> None:
+    group = await client.submit(TaskGroup("g", [Task(role="r", expires=0.05), Task(role="r", expires=60)]))
+    await asyncio.sleep(0.1)
+
+    await asyncio.wait_for(worker_of(app, burst=True).run(), LIMIT_S)
+
+    found = {task.id: (task.status, task.reason) async for task in group.tasks()}
+    assert found["1"] == (TaskStatus.CANCELLED, "expired")
+    assert found["2"][0] is TaskStatus.COMPLETED
+
+
+async def test_results_reach_the_tasks_that_need_them(app: Ceylon, client: Client) -> None:
+    @app.task(role="r")
+    async def give(number: int) -> int:
+        return number
+
+    @app.task(role="r")
+    def total(context: TaskContext) -> int:
+        return sum(context.needs.values())
+
+    works = [give.using(id="a").bind(1), give.using(id="b").bind(2), total.using(id="c", needs=["a", "b"]).bind()]  # type: ignore[call-arg]
+    group = await client.submit(TaskGroup("g", works))
+
+    await asyncio.wait_for(worker_of(app, burst=True).run(), LIMIT_S)
+
+    assert await group.task("c").result() == 3
+
+
+# ---- failures --------------------------------------------------------------------------------------------------------
+async def test_a_failing_task_is_retried_until_it_failed_with_its_traceback(app: Ceylon, client: Client) -> None:
+    attempts: list[int] = []
+
+    @app.task(role="r", max_attempts=3, backoff=Backoff(first="20ms", jitter=False))
+    def fail(context: TaskContext) -> None:
+        attempts.append(context.attempt)
+        raise ValueError(f"attempt {context.attempt}")
+
+    @app.task(role="r", backoff=Backoff(first="20ms"))
+    async def recover(context: TaskContext) -> int:
+        if context.attempt == 1:
+            raise ValueError
+        return context.attempt
+
+    failing, recovering = await client.submit(fail.bind()), await client.submit(recover.bind())  # type: ignore[call-arg]
+    async with running(worker_of(app)):
+        with pytest.raises(TaskFailedError, match="ValueError: attempt 3") as caught:
+            await failing.result(LIMIT_S)
+        assert await recovering.result(LIMIT_S) == 2
+
+    assert attempts == [1, 2, 3]
+    assert caught.value.reason == "error"
+    assert 'raise ValueError(f"attempt {context.attempt}")' in caught.value.traceback
+    view = await failing.view()
+    assert (view.status, view.attempt) == (TaskStatus.FAILED, 3)
+
+
+async def test_a_handler_that_leaves_does_not_take_the_worker_with_it(app: Ceylon, client: Client) -> None:
+    @app.task(role="r", max_attempts=1)
+    def leave() -> None:
+        raise SystemExit(1)
+
+    @app.task(role="r", max_attempts=1)
+    async def leave_too() -> None:
+        raise SystemExit(1)
+
+    handles = [await client.submit(leave.bind()), await client.submit(leave_too.bind())]
+
+    await asyncio.wait_for(worker_of(app, burst=True).run(), LIMIT_S)
+
+    for handle in handles:
+        with pytest.raises(TaskFailedError, match="SystemExit"):
+            await handle.result(LIMIT_S)
+
+
+async def test_a_task_unknown_here_is_left_to_a_worker_that_knows_it(app: Ceylon, client: Client) -> None:
+    group = await client.submit(TaskGroup("g", [Task(role="r", uses="nowhere")]))
+    async with running(worker_of(app)):
+
+        async def is_put_off() -> bool:
+            return (await group.task("1").view()).due_ms is not None
+
+        await eventually(is_put_off, "the task is put off")
+
+    view = await group.task("1").view()
+    assert (view.status, view.attempt) == (TaskStatus.PENDING, 1)
+
+
+# ---- cancelling ------------------------------------------------------------------------------------------------------
+async def test_cancelling_stops_a_running_task_and_a_running_group(app: Ceylon, client: Client) -> None:
+    started: set[str] = set()
+    ended: set[str] = set()
+
+    @app.task(role="r")
+    async def sleep(context: TaskContext) -> None:
+        started.add(context.task_id)
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.add(context.task_id)
+
+    works = [sleep.using(id=name).bind() for name in ("a", "b", "c", "d")]  # type: ignore[call-arg]
+    group = await client.submit(TaskGroup("g", works))
+    async with running(worker_of(app, slots=3)):
+        await eventually(lambda: len(started) == 3, "three tasks run")
+        (first, *_) = started
+
+        assert await group.task(first).cancel() == "stopping"
+        with pytest.raises(TaskCancelledError):
+            await group.task(first).result(3)
+        assert first in ended
+        await eventually(lambda: len(started) == 4, "the fourth took its place")
+        await group.cancel()
+        view = await group.wait("all", 3)
+
+    assert (view.outcome, view.counters.cancelled) == ("cancelled", 4)
+    assert ended == started
+
+
+# ---- stopping --------------------------------------------------------------------------------------------------------
+async def test_a_warm_stop_waits_for_what_runs_and_takes_nothing_new(app: Ceylon, client: Client) -> None:
+    started, may_end = asyncio.Event(), asyncio.Event()
+
+    @app.task(role="r")
+    async def wait() -> str:
+        started.set()
+        await may_end.wait()
+        return "done"
+
+    group = await client.submit(TaskGroup("g", [wait.bind(), wait.bind()]))
+    worker = worker_of(app, slots=1)
+    async with running(worker) as task:
+        await started.wait()
+        worker.stop()
+
+        async def is_stopping() -> bool:
+            return worker.turns.stopping and not worker.turns.is_due(0)
+
+        await eventually(is_stopping, "the worker is stopping")
+        assert not task.done()
+        may_end.set()
+        async with asyncio.timeout(LIMIT_S):
+            await asyncio.shield(task)
+
+    view = await group.view()
+    assert (view.counters.completed, view.counters.pending, view.counters.attempts) == (1, 1, 1)
+    (role,) = await client.roles()
+    assert (role.queued, role.delivered) == (1, 0)
+
+
+async def test_after_the_grace_another_worker_finishes_what_was_given_back(app: Ceylon, client: Client) -> None:
+    seen: list[tuple[str, int, int]] = []
+
+    @app.task(role="r")
+    async def slow(context: TaskContext) -> str:
+        seen.append((context.worker, context.attempt, context.crashes))
+        if len(seen) == 1:
+            await asyncio.sleep(60)
+        return context.worker
+
+    handle = await client.submit(slow.bind())  # type: ignore[call-arg]
+    first, second = worker_of(app, grace_s=0.2), worker_of(app)
+    async with running(first) as task:
+        await eventually(lambda: len(seen) == 1, "the task runs")
+        stopped = time.monotonic()
+        first.stop()
+        async with asyncio.timeout(LIMIT_S):
+            await asyncio.shield(task)
+        assert 0.2 <= time.monotonic() - stopped < 3
+    async with running(second):
+        assert await handle.result(LIMIT_S) == second.name
+
+    assert seen == [(first.name, 1, 0), (second.name, 1, 0)]
+
+
+async def test_hooks_run_once_before_and_once_after_all_tasks(app: Ceylon, client: Client) -> None:
+    order: list[str] = []
+
+    @app.on_start
+    async def start() -> None:
+        order.append("start")
+
+    @app.on_stop
+    def stop() -> None:
+        order.append("stop")
+
+    @app.task(role="r")
+    async def note() -> None:
+        order.append("task")
+
+    await client.submit(TaskGroup("g", [note.bind(), note.bind()]))
+
+    await asyncio.wait_for(worker_of(app, burst=True).run(), LIMIT_S)
+
+    assert order == ["start", "task", "task", "stop"]
+
+
+# ---- fairness and leases ---------------------------------------------------------------------------------------------
+async def test_a_worker_with_one_long_task_holds_back_nothing_that_an_idle_one_could_run(
+    app: Ceylon, client: Client
+) -> None:
+    may_end, on = asyncio.Event(), []
+
+    @app.task(role="r")
+    async def long() -> None:
+        on.append("long")
+        await may_end.wait()
+
+    @app.task(role="r")
+    async def short(context: TaskContext) -> str:
+        return context.worker
+
+    busy, idle = worker_of(app, slots=1), worker_of(app, slots=1)
+    async with running(busy):
+        # Short ones first: they are what makes a worker read ahead.
+        await (await client.submit(TaskGroup("warm", [short.bind() for _ in range(20)]))).wait("all", LIMIT_S)  # type: ignore[call-arg]
+        blocker = await client.submit(TaskGroup("long", [long.bind()]))
+        await eventually(lambda: on == ["long"], "the long task runs")
+        group = await client.submit(TaskGroup("short", [short.bind() for _ in range(20)]))  # type: ignore[call-arg]
+        async with running(idle):
+            view = await group.wait("all", 8)
+        results = [result.value async for result in group.results()]
+        may_end.set()
+        await blocker.wait("all", LIMIT_S)
+
+    assert view.counters.completed == 20
+    assert results == [idle.name] * 20
+
+
+async def test_a_thread_that_outlived_its_timeout_keeps_its_slot(app: Ceylon, client: Client) -> None:
+    may_end, ran = threading.Event(), []
+
+    @app.task(role="r", timeout=0.05, max_attempts=1)
+    def block() -> None:
+        may_end.wait(LIMIT_S)
+
+    @app.task(role="r")
+    async def short() -> None:
+        ran.append(1)
+
+    blocked = await client.submit(block.bind())
+    worker = worker_of(app, slots=1)
+    async with running(worker):
+        with pytest.raises(TaskFailedError, match="no result within"):
+            await blocked.result(LIMIT_S)
+        assert worker.executor.abandoned == 1
+        later = await client.submit(short.bind())
+        assert await later.status() is TaskStatus.PENDING
+        assert ran == []
+        may_end.set()
+        await later.result(LIMIT_S)
+
+
+async def test_a_task_that_takes_longer_than_the_lease_keeps_its_worker(app: Ceylon, client: Client) -> None:
+    """
+    Also the first task after the start, and on a worker that asked for a longer lease than its role has.
+    """
+    ran: list[str] = []
+
+    @app.task(role="r")
+    async def work(context: TaskContext) -> str:
+        ran.append(context.worker)
+        await asyncio.sleep(context.duration)
+        return context.worker
+
+    first, second = worker_of(app, lease_s=0.3, slots=1), worker_of(app, slots=1)
+    async with running(first):
+        await eventually(lambda: first.leases.lease_s == 0.3, "the role's lease is the short one")
+        async with running(second):
+            group = await client.submit(TaskGroup("g", [Task(uses="work", role="r", duration=1)]))
+            view = await group.wait("all", LIMIT_S)
+
+    assert second.turns.lease_ms == 300
+    assert (view.counters.attempts, view.counters.crashes) == (1, 0)
+    assert len(ran) == 1
+
+
+def stall(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """
+    From now on the worker neither renews nor fetches, as if its process were frozen. Returns how to wake it.
+    """
+    renew, fetches = worker.leases.renew, worker.turns._fetches
+    monkeypatch.setattr(worker.leases, "renew", lambda connection: None)
+    monkeypatch.setattr(worker.turns, "_fetches", lambda free: [])
+
+    def wake() -> None:
+        monkeypatch.setattr(worker.leases, "renew", renew)
+        monkeypatch.setattr(worker.turns, "_fetches", fetches)
+
+    return wake
+
+
+async def test_a_stalled_worker_that_wakes_after_its_lease_takes_nothing_back(
+    app: Ceylon, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_end, ran, cancelled = asyncio.Event(), [], []
+
+    @app.task(role="r")
+    async def work(context: TaskContext) -> str:
+        ran.append(context.worker)
+        try:
+            await may_end.wait()
+        except asyncio.CancelledError:
+            cancelled.append(context.worker)
+            raise
+        return context.worker
+
+    stalled, other = worker_of(app, lease_s=0.3, slots=2), worker_of(app, lease_s=0.3, slots=2)
+    handle = await client.submit(work.bind())  # type: ignore[call-arg]
+    async with running(stalled):
+        await eventually(lambda: ran == [stalled.name], "the task runs on the worker that stalls")
+        wake = stall(stalled, monkeypatch)
+        async with running(other):
+            await eventually(lambda: len(ran) == 2, "another worker runs it")
+            wake()
+            await eventually(lambda: cancelled == [stalled.name], "the first one is told that it lost it")
+            may_end.set()
+
+            assert await handle.result(LIMIT_S) == other.name
+            await eventually(lambda: not stalled.turns.held and not other.turns.held, "nobody holds it")
+
+    assert ran == [stalled.name, other.name]
+    await assert_counted_once(client, stalled, other)
+    counters = (await client.group(handle.id.partition("/")[0]).view()).counters
+    assert (counters.attempts, counters.crashes) == (2, 1)
+
+
+async def test_what_a_stalled_worker_finishes_after_its_lease_does_not_count(
+    app: Ceylon, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_end, ran = asyncio.Event(), []
+
+    @app.task(role="r")
+    async def work(context: TaskContext) -> str:
+        ran.append(context.worker)
+        if len(ran) == 1:
+            await may_end.wait()
+        return context.worker
+
+    stalled, other = worker_of(app, lease_s=0.3, slots=2), worker_of(app, lease_s=0.3, slots=2)
+    handle = await client.submit(work.bind())  # type: ignore[call-arg]
+    async with running(stalled):
+        await eventually(lambda: ran == [stalled.name], "the task runs on the worker that stalls")
+        wake = stall(stalled, monkeypatch)
+        async with running(other):
+            assert await handle.result(LIMIT_S) == other.name
+
+            may_end.set()
+            wake()
+            await eventually(lambda: not stalled.turns.held and not stalled._running, "the stalled worker gave up")
+
+    assert ran == [stalled.name, other.name]
+    assert await handle.result(LIMIT_S) == other.name
+    await assert_counted_once(client, other)
+
+
+async def assert_counted_once(client: Client, *workers: Worker) -> None:
+    (role,) = await client.roles()
+    assert (role.totals["completed"], role.delivered, role.queued) == (1, 0, 0)
+    assert [worker.completed for worker in workers] == [*[0] * (len(workers) - 1), 1]
