@@ -478,13 +478,6 @@ name: y
             id="deep",
         ),
         pytest.param(
-            "[" * 100_000,
-            [
-                "1:21: [0][0][0][0]: nested more than 20 deep; make it flatter",
-            ],
-            id="very_deep",
-        ),
-        pytest.param(
             """\
 name: x
 tasks:
