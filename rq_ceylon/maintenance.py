@@ -8,21 +8,22 @@ an hour loses nothing. Time is the server's.
 from __future__ import annotations
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from loguru import logger
 
-from rq_ceylon.errors import CeylonError, ConnectionLostError, QueueFullError
+from rq_ceylon.errors import CeylonError, ConnectionLostError
 from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.connection import Connection
-from rq_ceylon.store.keys import Keys
-from rq_ceylon.store.scripts import Call
-from rq_ceylon.store.transitions import Page, PageAck
+from rq_ceylon.store.keys import INDEX_SHARDS, Keys
+from rq_ceylon.store.scripts import Call, command
+from rq_ceylon.store.transitions import OutboxReply, Page, PageAck
 
 GROUPS_PER_STEP = 100
 PAGES_PER_CALL = 50
-MOVING_S, STILL_S = 10.0, 60.0
-"""How long until the next look at a group while something moves, and while nothing does."""
+MOVING_MS, STILL_MS = 10_000, 60_000
+"""How long until the next look at a group while something moves, and while nothing does. No step is further from the
+next than the first, so that a new group is seen in time."""
 
 STAGING_MS = 3_600_000
 """A staged group that no part reached for so long is removed: its producer is gone."""
@@ -45,70 +46,97 @@ class Maintenance:
 
     async def run_once(self) -> float:
         """
-        Look at up to 100 groups that are due. Returns the seconds until the next step is worth while.
+        Look at about 100 groups that are due. Returns the seconds until the next step is worth while, 10 at most.
 
         Raises:
             ConnectionLostError: Redis does not answer; whatever was begun is safe to begin again.
         """
         now_ms = await queries.server_ms(self._connection, self._keys)
-        due = await queries.due_groups(self._connection, self._keys, now_ms, GROUPS_PER_STEP)
-        nearest = now_ms + round(MOVING_S * 1000)
-        for gid in due:
+        next_looks: dict[str, int] = {}
+        for gid in await queries.due_groups(self._connection, self._keys, now_ms, GROUPS_PER_STEP):
             try:
-                nearest = min(nearest, await self._look(gid, now_ms))
+                next_ms = await self._look(gid, now_ms)
             except ConnectionLostError:
                 raise
-            except QueueFullError:
-                continue  # the next look cannot be entered at the memory limit: the group stays due
             except CeylonError as error:
                 logger.error("Group {} cannot be looked after: {}", gid, error)
-                await self._next_look(gid, now_ms + round(STILL_S * 1000))
+                next_ms = now_ms + STILL_MS
+            if next_ms is not None:
+                next_looks[gid] = next_ms
+        entered = await self._enter(next_looks)
         if now_ms >= self._consumers_at:
             self._consumers_at = now_ms + CONSUMERS_EVERY_MS
             await remove_left_consumers(self._connection, self._keys)
-        if len(due) >= GROUPS_PER_STEP:
-            return 0.0
-        return max(0.05, (nearest - now_ms) / 1000)
+        return await self._pause_s() if entered else MOVING_MS / 1000
 
-    async def _look(self, gid: str, now_ms: int) -> int:
-        moved = await relay(self._connection, self._keys, gid)
-        status, deadline_ms = await judge(self._connection, self._keys, gid)
+    async def _look(self, gid: str, now_ms: int) -> int | None:
+        """
+        Do what one group needs. Returns when to look again, None if the group is gone.
+        """
+        answer, moves = await relay(self._connection, self._keys, gid)
+        status, deadline_ms = answer.status, answer.next_deadline_ms
+        if status is not None and 0 < deadline_ms <= now_ms:
+            status, deadline_ms = await judge(self._connection, self._keys, gid)
+        if status == "active":
+            status = await seal(self._connection, self._keys, gid)
         if status is None:
-            await self._connection.run([transitions.drop_from_index(self._keys, gid)])
-            return now_ms + round(MOVING_S * 1000)
-        if status in ("finished", "staging"):
-            due_ms = await prune(self._connection, self._keys, gid)
-            if due_ms == 0:
-                return now_ms + round(MOVING_S * 1000)
-            await self._next_look(gid, due_ms)
-            return due_ms
-        await self._connection.run([transitions.seal(self._keys, gid, untouched_ms=SILENT_MS)])
-        next_ms = now_ms + round((MOVING_S if moved else STILL_S) * 1000)
-        if deadline_ms:
-            next_ms = min(next_ms, deadline_ms)
-        # A page in flight becomes visible to relays only after its lease: look again by then.
-        next_ms = min(next_ms, now_ms + transitions.RELAY_LEASE_MS)
-        await self._next_look(gid, next_ms)
-        return next_ms
+            return await self._forget(gid, now_ms)
+        due_ms = now_ms + (MOVING_MS if moves else STILL_MS)
+        if status in ("staging", "finished"):
+            prune_ms = await prune(self._connection, self._keys, gid)
+            if prune_ms is None:
+                return None
+            # A staged group may be active in a moment, and then have deadlines: its withheld pages keep its look near.
+            return prune_ms if status == "finished" and prune_ms else due_ms
+        return min(due_ms, deadline_ms) if deadline_ms else due_ms
 
-    async def _next_look(self, gid: str, at_ms: int) -> None:
-        await self._connection.run([transitions.look_again(self._keys, gid, at_ms)])
+    async def _forget(self, gid: str, now_ms: int) -> int | None:
+        # Never looked at before: its client has announced it and is about to write it.
+        (score,) = await self._connection.run([command("ZSCORE", self._keys.index_of(gid), gid)])
+        if score is not None and float(score) == 0:
+            return now_ms + STILL_MS
+        await drop(self._connection, self._keys, gid)
+        return None
+
+    async def _enter(self, next_looks: Mapping[str, int]) -> bool:
+        """
+        False if Redis refused any, as it does at its memory limit: those groups stay due.
+        """
+        calls = [transitions.look_again(self._keys, gid, at_ms) for gid, at_ms in next_looks.items()]
+        refused = [reply for reply in await _run(self._connection, calls) if isinstance(reply, CeylonError)]
+        if refused:
+            logger.debug("The next look at {} groups cannot be entered: {}", len(refused), refused[0])
+        return not refused
+
+    async def _pause_s(self) -> float:
+        calls = [command("ZRANGE", self._keys.index(shard), 0, 0, "WITHSCORES") for shard in range(INDEX_SHARDS)]
+        first = [int(float(reply[1])) for reply in await self._connection.run(calls) if reply]
+        now_ms = await queries.server_ms(self._connection, self._keys)
+        return min(max(0.05, (min(first, default=now_ms + MOVING_MS) - now_ms) / 1000), MOVING_MS / 1000)
 
 
-async def relay(connection: Connection, keys: Keys, gid: str) -> bool:
+async def _run(connection: Connection, calls: Sequence[Call]) -> list[object]:
+    return await connection.run(calls, refusals=True) if calls else []
+
+
+async def relay(connection: Connection, keys: Keys, gid: str) -> tuple[OutboxReply, bool]:
     """
-    Hand over the pages of a group that whoever wrote them left in the outbox. True if there were any.
+    Hand over the pages of a group that whoever wrote them left in the outbox. Returns the last answer of the outbox,
+    and whether there were pages, or some are still left to whoever wrote them.
 
     A page is acknowledged only after its role has it: what happens twice is settled at the claim.
     """
     acks: list[PageAck] = []
     moved = False
     while True:
-        call = transitions.outbox(keys, gid, wanted=PAGES_PER_CALL, acks=acks)
-        (reply,) = await connection.run([call])
+        calls = [
+            transitions.outbox(keys, gid, wanted=PAGES_PER_CALL, acks=acks),
+            command("ZCARD", keys.group_part(gid, "outbox")),
+        ]
+        reply, left = await connection.run(calls)
         answer = transitions.outbox_reply(gid, reply)
         if not answer.pages and not answer.more:
-            return moved
+            return answer, moved or left > 0
         moved = True
         acks = await hand_over(connection, keys, answer.pages)
 
@@ -130,39 +158,63 @@ async def judge(connection: Connection, keys: Keys, gid: str) -> tuple[str | Non
     Settle goals whose deadline has passed. Returns the group's status (None: gone) and its next deadline (0: none).
     """
     (reply,) = await connection.run([transitions.judge(keys, gid)])
-    if reply[0] == "GONE":
-        return None, 0
-    return reply[1], int(reply[2])
+    return (None, 0) if reply[0] == "GONE" else (reply[1], int(reply[2]))
 
 
-async def prune(connection: Connection, keys: Keys, gid: str) -> int:
+async def seal(connection: Connection, keys: Keys, gid: str) -> str | None:
     """
-    Remove a group that is past its retention, or was never completed. Returns when to look again, 0 if it is gone.
+    End a rolling group whose client fell silent; others stay as they are. Returns the group's status (None: gone).
+    """
+    (reply,) = await connection.run([transitions.seal(keys, gid, untouched_ms=SILENT_MS)])
+    return None if reply[0] == "GONE" else str(reply[1])
+
+
+async def prune(connection: Connection, keys: Keys, gid: str) -> int | None:
+    """
+    Remove a group that is past its retention, or was never completed. Returns None if it is gone, else when it will be
+    due (0: its status has changed).
     """
     (reply,) = await connection.run([transitions.prune(keys, gid, staging_ms=STAGING_MS)])
     if reply[0] == "NO":
         return int(reply[2])
+    await drop(connection, keys, gid)
+    return None
+
+
+async def drop(connection: Connection, keys: Keys, gid: str) -> None:
+    """
+    Take a group that is gone out of the index, unless somebody submitted it again meanwhile.
+    """
     await connection.run([transitions.drop_from_index(keys, gid)])
-    return 0
+    (exists,) = await connection.run([command("EXISTS", keys.group_part(gid, "meta"))])
+    if exists:
+        await connection.run(transitions.announce(keys, gid, ()))
 
 
 async def remove_left_consumers(connection: Connection, keys: Keys) -> None:
     """
     Remove the consumers and names of workers that died, once nothing is pending for them and nobody heard of them for
-    an hour.
+    an hour. What is still pending for one is first reclaimed by the other workers of its role.
 
-    Should such a worker wake just then, what it holds is given back at most, and the claim decides as always.
+    Should such a worker wake and fetch between this reading and the removal, the script gives back what it fetched: a
+    copy with the lineage of the original, so that a claim of it ends the other's lease, and its fence decides whose
+    outcome counts. At worst a task runs twice, as after any lost lease; it is never lost or counted twice.
     """
     registered = await queries.registered(connection, keys)
     gone = {name for name, view in registered.items() if view is None}
+    calls: list[Call] = []
     for role in await queries.role_names(connection, keys):
         rows: dict[str, list[tuple[int, int]]] = collections.defaultdict(list)
         for name, pending, idle_ms in await queries.idle_consumers(connection, keys, role):
-            rows[name].append((pending, idle_ms))
+            if registered.get(name) is None:
+                rows[name].append((pending, idle_ms))
         for name, states in rows.items():
             if all(pending == 0 and idle_ms > CONSUMER_IDLE_MS for pending, idle_ms in states):
-                await connection.run([transitions.release_all(keys, role, name)])
+                calls.append(transitions.release_all(keys, role, name))
             else:
                 gone.discard(name)
     for name in sorted(gone):
-        await connection.run(transitions.farewell(keys, name))
+        calls += transitions.farewell(keys, name)
+    for reply in await _run(connection, calls):
+        if isinstance(reply, CeylonError):
+            logger.error("A worker that has left cannot be removed: {}", reply)

@@ -392,36 +392,3 @@ class RoleView:
     slots: int
     busy: int
     totals: Mapping[str, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Histogram:
-    """
-    How long many things took. Bucket 0 counts those under 1 ms, bucket b those from 2^(b-1) to under 2^b ms.
-    """
-
-    buckets: Mapping[int, int]
-    sum_ms: int = 0
-
-    @property
-    def count(self) -> int:
-        return sum(self.buckets.values())
-
-    @property
-    def mean(self) -> float:
-        """
-        In ms; 0 if there is nothing.
-        """
-        return self.sum_ms / self.count if self.buckets else 0.0
-
-    def percentile(self, percent: float) -> float:
-        """
-        The ms that `percent` of all took at most, by linear interpolation inside the bucket; 0 if there is nothing.
-        """
-        rank = self.count * percent / 100
-        for bucket, count in sorted(self.buckets.items()):
-            if rank <= count:
-                low, high = (2.0 ** (bucket - 1), 2.0**bucket) if bucket else (0.0, 1.0)
-                return low + (high - low) * rank / count
-            rank -= count
-        return 0.0

@@ -20,22 +20,24 @@ from dataclasses import dataclass, field
 
 from loguru import logger
 
-from rq_ceylon.errors import CeylonError, ConnectionLostError, QueueFullError
-from rq_ceylon.goals import parse
-from rq_ceylon.handlers import Registry
+from rq_ceylon.errors import CeylonError, ConnectionLostError
+from rq_ceylon.handlers import GoalCheck, Registry
 from rq_ceylon.maintenance import Maintenance
-from rq_ceylon.models import GoalStatus, GoalView, GroupView
+from rq_ceylon.models import GoalStatus, GoalView, GroupStatus, GroupView
 from rq_ceylon.store import queries, statistics, transitions
 from rq_ceylon.store.codec import encode
 from rq_ceylon.store.connection import Connection
-from rq_ceylon.store.events import LOOK_S, EventHub
+from rq_ceylon.store.events import LOOK_S, EventHub, Watch
 from rq_ceylon.store.keys import Keys
 from rq_ceylon.store.scripts import Call
 from rq_ceylon.store.statistics import GroupStatistics
 
 HEARTBEAT_TTL_MS = 15_000
-SAMPLES_KEPT = 24 * 60
-"""Minutes."""
+COALESCE_S = 0.02
+"""Notifications that come within this time after a look are looked at together."""
+
+BACKOFF_S = 1.0
+"""Longest pause between two attempts to reach Redis."""
 
 SettledHook = Callable[[GroupView, GoalView], Awaitable[None] | None]
 
@@ -43,13 +45,20 @@ SettledHook = Callable[[GroupView, GoalView], Awaitable[None] | None]
 @dataclass
 class _Watched:
     """
-    What the monitor knows of one group.
+    What the monitor knows of one group, which `created_ms` tells from an earlier one of the same id.
+
+    Attributes:
+        seq: events read so far.
+        checks: callables that run now, by goal; `again`: something happened meanwhile.
     """
 
-    seq: int
+    created_ms: int | None
+    seq: int = 0
     statistics: GroupStatistics = field(default_factory=GroupStatistics)
     announced: set[str] = field(default_factory=set)
     finished: bool = False
+    checks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    again: bool = False
 
 
 class Monitor:
@@ -76,10 +85,10 @@ class Monitor:
         self._on_settled = on_settled
         self._groups: dict[str, _Watched] = {}
         self._deadlines: dict[str, int] = {}
-        self._unknown: set[str] = set()
+        self._said: set[tuple[str, ...]] = set()
         self._started_ms = round(time.time() * 1000)
         self._stop = asyncio.Event()
-        self._minute = 0
+        self._minute: int | None = None
 
     def stop(self) -> None:
         """
@@ -97,66 +106,102 @@ class Monitor:
         connection, hub = Connection(self.url), EventHub(self.url, self.keys)
         try:
             await connection.check()
-            with contextlib.suppress(QueueFullError):
-                await connection.run(self._heartbeat())
+            # What has settled before is not news.
             for view in await queries.groups(connection, self.keys):
                 settled = {goal.name for goal in view.goals if goal.settled}
-                self._groups[view.id] = _Watched(0, announced=settled, finished=view.is_finished)
+                self._groups[view.id] = _Watched(view.created_ms, announced=settled, finished=view.is_finished)
             logger.info("Monitor {} watches namespace {}", self.name, self.keys.namespace)
-            bodies = [self._watch(connection, hub), self._maintain(), self._beat()]
-            tasks = [asyncio.create_task(body) for body in bodies]
-            stop = asyncio.create_task(self._stop.wait())
-            await asyncio.wait([*tasks, stop], return_when=asyncio.FIRST_COMPLETED)
-            for task in [*tasks, stop]:
-                task.cancel()
-            ended = await asyncio.gather(*tasks, return_exceptions=True)
-            for result in ended:
-                if isinstance(result, Exception):
-                    raise result
+            await self._until_stopped(self._watch(connection, hub), self._maintain(), self._beat())
             await connection.run(transitions.farewell(self.keys, self.name))
+        except ConnectionLostError as error:
+            if not self._stop.is_set():
+                raise
+            logger.warning("Left without farewell: {}", error)
         finally:
             await hub.close()
             await connection.close()
 
+    async def _until_stopped(self, *bodies: Awaitable[None]) -> None:
+        tasks = [asyncio.ensure_future(body) for body in (*bodies, self._stop.wait())]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            tasks += [check for watched in self._groups.values() for check in watched.checks.values()]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _once(self, *key: str) -> bool:
+        """
+        True the first time; for what would be said at every look. A key begins with the group that it is about.
+        """
+        if key in self._said:
+            return False
+        self._said.add(key)
+        return True
+
     # ---- watching ----------------------------------------------------------------------------------------------------
     async def _watch(self, connection: Connection, hub: EventHub) -> None:
-        silent = False
+        lost, pause_s, look_all_at = False, 0.05, 0.0
         async with hub.watch_all() as watch:
             gids: set[str | None] = {None}
             while True:
+                look_all = None in gids or time.monotonic() >= look_all_at
                 try:
-                    await self._look(connection, gids)
-                    silent = False
-                except ConnectionLostError as error:
-                    if not silent:
+                    await self._look(connection, watch, None if look_all else {gid for gid in gids if gid})
+                    rest_s = await self._judge_due(connection, watch)
+                except CeylonError as error:
+                    if not lost:
                         logger.warning("{}; trying again until it answers", error)
-                    silent = True
-                    await asyncio.sleep(0.5)
-                    gids = {None}
+                    lost, gids = True, {None}
+                    await asyncio.sleep(pause_s)
+                    pause_s = min(2 * pause_s, BACKOFF_S)
                     continue
-                gids = await watch.wait(await self._rest_s(connection))
+                if lost:
+                    logger.info("Redis answers again")
+                if look_all:
+                    look_all_at = time.monotonic() + LOOK_S
+                lost, pause_s = False, 0.05
+                await asyncio.sleep(min(COALESCE_S, rest_s))
+                gids = await watch.wait(max(0.001, rest_s - COALESCE_S))
 
-    async def _look(self, connection: Connection, gids: set[str | None]) -> None:
-        wanted = set(await queries.group_ids(connection, self.keys)) if not gids or None in gids else gids
-        names = sorted(gid for gid in wanted if gid and not self._is_over(gid))
+    async def _look(self, connection: Connection, watch: Watch, gids: set[str] | None) -> None:
+        """
+        Look at these groups; None: at all that are not over, and forget those that are gone.
+        """
+        if gids is None:
+            known = set(await queries.group_ids(connection, self.keys))
+            for gid in set(self._groups) - known:
+                self._forget(gid)
+            gids = {gid for gid in known if gid not in self._groups or not self._groups[gid].finished}
+        names = sorted(gids)
         for first in range(0, len(names), 100):
             some = names[first : first + 100]
             for gid, view in zip(some, await queries.views(connection, self.keys, some), strict=True):
                 if view is None:
-                    self._groups.pop(gid, None)
-                    self._deadlines.pop(gid, None)
+                    self._forget(gid)
                 else:
-                    await self._read(connection, view)
+                    await self._read(connection, watch, view)
 
-    def _is_over(self, gid: str) -> bool:
-        watched = self._groups.get(gid)
-        return watched is not None and watched.finished
+    def _forget(self, gid: str) -> None:
+        self._deadlines.pop(gid, None)
+        self._said = {key for key in self._said if key[0] != gid}
+        watched = self._groups.pop(gid, None)
+        for check in watched.checks.values() if watched else ():
+            check.cancel()
 
-    async def _read(self, connection: Connection, view: GroupView) -> None:
-        watched = self._groups.setdefault(view.id, _Watched(0))
-        if view.events < watched.seq:
-            # Redis lost events: begin again.
-            watched.seq, watched.statistics = 0, GroupStatistics()
+    async def _read(self, connection: Connection, watch: Watch, view: GroupView) -> None:
+        watched = self._groups.get(view.id)
+        if watched is None or watched.created_ms != view.created_ms:
+            self._forget(view.id)
+            watched = self._groups[view.id] = _Watched(view.created_ms)
+        elif view.events < watched.seq:  # Redis lost the newest of them.
+            watched.seq, watched.statistics, watched.finished = 0, GroupStatistics(), False
+            watched.announced &= {goal.name for goal in view.goals if goal.settled}
+        if watched.finished:
+            return
         while watched.seq < view.events:
             batch = await queries.events(connection, self.keys, view.id, watched.seq + 1)
             if not batch:
@@ -167,77 +212,91 @@ class Monitor:
             if goal.settled and goal.name not in watched.announced:
                 watched.announced.add(goal.name)
                 await self._announce(view, goal)
-        if view.is_finished and not watched.finished:
-            watched.finished = True
-            logger.info("{}", summary(view, watched.statistics))
-        deadlines = [goal.deadline_ms for goal in view.goals if goal.deadline_ms and not goal.settled]
         self._deadlines.pop(view.id, None)
-        if deadlines:
+        if deadlines := [goal.deadline_ms for goal in view.goals if goal.deadline_ms and not goal.settled]:
             self._deadlines[view.id] = min(deadlines)
-        await self._run_callables(connection, view)
+        if view.is_finished:
+            logger.info("{}", summary(view, watched.statistics))
+            watched.finished, watched.statistics = True, GroupStatistics()
+        else:
+            self._start_checks(connection, watch, view, watched)
 
     async def _announce(self, view: GroupView, goal: GoalView) -> None:
-        if goal.settled is None:
-            return
         achieved = goal.status is GoalStatus.ACHIEVED
-        words = parse(goal.when, goal.name).words(goal.settled.counters) if not goal.call else goal.when
-        message = goal.success_message if achieved else goal.failure_message
-        logger.log(
-            "INFO" if achieved else "WARNING",
-            'Goal {}: {} of "{}" ({}){}',
-            "achieved" if achieved else "failed",
-            goal.name,
-            view.name,
-            words if goal.settled.by != "deadline" else f"deadline passed; {words}",
-            f". {message}" if message else "",
-        )
-        if self._on_settled is not None:
+        level, message = ("INFO", goal.success_message) if achieved else ("WARNING", goal.failure_message)
+        words = f'Goal {goal.status}: {goal.name} of "{view.name}" ({_how_it_stood(goal)}).'
+        logger.log(level, "{}{}", words, f" {message}" if message else "")
+        if self._on_settled is None:
+            return
+        try:
             told = self._on_settled(view, goal)
             if inspect.isawaitable(told):
                 await told
+        except Exception:
+            logger.exception('Goal {} of "{}": what is to be told of it failed', goal.name, view.name)
 
     # ---- deadlines and callables -------------------------------------------------------------------------------------
-    async def _rest_s(self, connection: Connection) -> float:
+    async def _judge_due(self, connection: Connection, watch: Watch) -> float:
         """
-        Judge what is due, and tell how long until the next deadline, by the server's clock.
+        Judge the goals whose deadline has passed, and tell how long until the next, by the server's clock.
         """
         if not self._deadlines:
             return LOOK_S
         now_ms = await queries.server_ms(connection, self.keys)
-        for gid, due_ms in list(self._deadlines.items()):
-            if due_ms <= now_ms:
+        due = [gid for gid, due_ms in self._deadlines.items() if due_ms <= now_ms]
+        if due:
+            calls = [transitions.judge(self.keys, gid) for gid in due]
+            for gid, reply in zip(due, await connection.run(calls, refusals=True), strict=True):
                 del self._deadlines[gid]
-                await connection.run([transitions.judge(self.keys, gid)])
+                if not isinstance(reply, CeylonError):
+                    watch.tell(gid)
+                elif self._once(gid, str(reply)):
+                    logger.error("Group {} cannot be judged: {}", gid, reply)
         nearest = min(self._deadlines.values(), default=now_ms + LOOK_S * 1000)
         return float(min(LOOK_S, max(0.001, (nearest - now_ms) / 1000)))
 
-    async def _run_callables(self, connection: Connection, view: GroupView) -> None:
+    def _start_checks(self, connection: Connection, watch: Watch, view: GroupView, watched: _Watched) -> None:
+        """
+        Run the callables of undecided goals beside the watching, one at a time each: they are other people's code.
+        """
+
+        def done(_: asyncio.Task[None]) -> None:
+            if watched.again:
+                watched.again = False
+                watch.tell(view.id)
+
         for goal in view.goals:
             if goal.call is None or goal.settled:
                 continue
             check = self.registry.goal_checks.get(goal.call)
+            running = watched.checks.get(goal.name)
             if check is None:
-                if goal.call not in self._unknown:
-                    self._unknown.add(goal.call)
-                    logger.warning(
-                        "Goal {} of {!r} calls {!r}, which this monitor does not know; start one with: "
-                        "ceylon-monitor --app MODULE:APP",
-                        goal.name,
-                        view.name,
-                        goal.call,
-                    )
-                continue
-            try:
-                verdict = await asyncio.to_thread(check, view)
-                if inspect.isawaitable(verdict):
-                    verdict = await verdict
-            except Exception:
-                logger.exception("Goal {} of {!r}: {} failed; not judged", goal.name, view.name, goal.call)
-                continue
-            ended = view.counters.open == 0 and view.counters.total > 0 and view.status == "closing"
-            if verdict or ended:
-                word = "achieved" if verdict else "failed"
-                await connection.run([transitions.judge(self.keys, view.id, goal=goal.name, verdict=word)])  # type: ignore[arg-type]
+                if self._once("", goal.call):
+                    words = 'Goal {} of "{}" calls {}, which this monitor does not know; see ceylon-monitor --app'
+                    logger.warning(words, goal.name, view.name, goal.call)
+            elif running is not None and not running.done():
+                watched.again = True
+            else:
+                task = asyncio.create_task(self._check(connection, view, goal.name, check))
+                task.add_done_callback(done)
+                watched.checks[goal.name] = task
+
+    async def _check(self, connection: Connection, view: GroupView, goal: str, check: GoalCheck) -> None:
+        """
+        Ask a callable: true is achieved; else not yet, or failed once no task is left that could change it. One that
+        raises has said nothing, and is asked again.
+        """
+        try:
+            answer = await asyncio.to_thread(check, view)  # only begins one that is async
+            achieved = bool(await answer if inspect.isawaitable(answer) else answer)
+        except Exception as error:
+            if self._once(view.id, goal, repr(error)):
+                logger.exception('Goal {} of "{}": its callable failed, which counts as not yet', goal, view.name)
+            return
+        if achieved or (view.status is GroupStatus.CLOSING and view.counters.open == 0):
+            call = transitions.judge(self.keys, view.id, goal=goal, verdict="achieved" if achieved else "failed")
+            with contextlib.suppress(ConnectionLostError):  # Said by the watching side, whose next look asks again.
+                await connection.run([call], refusals=True)
 
     # ---- beside it ---------------------------------------------------------------------------------------------------
     async def _maintain(self) -> None:
@@ -246,11 +305,11 @@ class Monitor:
         try:
             while True:
                 try:
-                    pause = await maintenance.run_once()
+                    pause_s = await maintenance.run_once()
                 except CeylonError as error:
-                    logger.debug("No maintenance for now: {}", error)
-                    pause = 1.0
-                await asyncio.sleep(pause)
+                    pause_s = LOOK_S
+                    self._say("maintenance", error)
+                await asyncio.sleep(pause_s)
         finally:
             await connection.close()
 
@@ -261,13 +320,16 @@ class Monitor:
                 try:
                     await connection.run(self._heartbeat())
                     await self._sample(connection)
-                except ConnectionLostError:
-                    pass  # Said by the watching side.
                 except CeylonError as error:
-                    logger.error("Statistics cannot be recorded: {}", error)
+                    self._say("heartbeats and samples", error)
                 await asyncio.sleep(LOOK_S)
         finally:
             await connection.close()
+
+    def _say(self, what: str, error: CeylonError) -> None:
+        # That Redis is away is said by the watching side.
+        if not isinstance(error, ConnectionLostError) and self._once("", what, str(error)):
+            logger.error("The monitor's {}: {}", what, error)
 
     async def _sample(self, connection: Connection) -> None:
         """
@@ -276,22 +338,18 @@ class Monitor:
         minute = await queries.server_ms(connection, self.keys) // 60_000
         if minute == self._minute:
             return
-        self._minute = minute
         for role in await queries.roles(connection, self.keys):
             found = statistics.of_role(await queries.role_meta(connection, self.keys, role.name))
+            numbers = ("queued", "delivered", "delayed", "slots", "busy")
             facts = {
-                "queued": role.queued,
-                "delivered": role.delivered,
-                "delayed": role.delayed,
-                "slots": role.slots,
-                "busy": role.busy,
-                "totals": dict(found.outcomes),
+                **{name: getattr(role, name) for name in numbers},
+                "totals": dict(role.totals),
                 "run_ms": found.run.total_ms,
                 "wait_ms": found.wait.total_ms,
             }
-            await connection.run(
-                transitions.sample(self.keys, role.name, minute, encode(facts), oldest=minute - SAMPLES_KEPT)
-            )
+            calls = transitions.sample(self.keys, role.name, minute, encode(facts), previous=self._minute)
+            await connection.run(calls)
+        self._minute = minute
 
     def _heartbeat(self) -> list[Call]:
         facts = {
@@ -309,6 +367,19 @@ class Monitor:
         return transitions.heartbeat(self.keys, self.name, facts, ttl_ms=HEARTBEAT_TTL_MS)
 
 
+def _how_it_stood(goal: GoalView) -> str:
+    if goal.settled is None:
+        return "not settled"
+    counters = goal.settled.counters
+    words = f"{counters.completed} of {counters.total} completed"
+    if counters.failed:
+        words += f", {counters.failed} failed"
+    if goal.status is GoalStatus.ACHIEVED:
+        return words
+    reasons = {"deadline": "its deadline has passed", "fail_when": f"{goal.fail_when} holds", "callable": goal.when}
+    return f"{words}; {reasons.get(goal.settled.by, f'{goal.when} can no longer be')}"
+
+
 def summary(view: GroupView, found: GroupStatistics) -> str:
     """
     How a group ended, in words: counts, rate, and per role run and wait times.
@@ -320,12 +391,5 @@ def summary(view: GroupView, found: GroupStatistics) -> str:
     ]
     for name, role in sorted(found.roles.items()):
         if role.run.count:
-            lines.append(
-                f"  {name}: "
-                + "; ".join(
-                    f"{what} mean {times.mean_ms:.0f} ms, p50 {times.percentile_ms(0.5):.0f}, "
-                    f"p95 {times.percentile_ms(0.95):.0f}, p99 {times.percentile_ms(0.99):.0f}"
-                    for what, times in (("run", role.run), ("wait", role.wait))
-                )
-            )
+            lines.append(f"  {name}: run {role.run}; wait {role.wait}")
     return "\n".join(lines)

@@ -47,6 +47,10 @@ class Histogram:
             seen += count
         return 0.0
 
+    def __str__(self) -> str:
+        p50, p95, p99 = (self.percentile_ms(share) for share in (0.5, 0.95, 0.99))
+        return f"mean {self.mean_ms:.0f} ms, p50 {p50:.0f}, p95 {p95:.0f}, p99 {p99:.0f}"
+
 
 @dataclass
 class RoleStatistics:
@@ -95,6 +99,16 @@ class GroupStatistics:
         """
         completed = sum(role.outcomes["completed"] for role in self.roles.values())
         return completed / self.seconds if self.seconds else 0.0
+
+
+def statistics_of(events: Iterable[Event]) -> GroupStatistics:
+    """
+    Statistics of a group from all its events. What closing the group cancelled at once has no events: it is in the
+    group's counters alone.
+    """
+    found = GroupStatistics()
+    found.add(events)
+    return found
 
 
 def of_role(meta: Mapping[str, str]) -> RoleStatistics:

@@ -389,7 +389,7 @@ def look_again(keys: Keys, gid: str, at_ms: int) -> Call:
     """
     Enter the time of the next look at a group; never later than its next deadline.
     """
-    return command("ZADD", keys.index_of(gid), at_ms, gid)
+    return command("ZADD", keys.index_of(gid), "XX", at_ms, gid)
 
 
 def drop_from_index(keys: Keys, gid: str) -> Call:
@@ -414,9 +414,21 @@ def farewell(keys: Keys, name: str) -> list[Call]:
     return [command("DEL", keys.worker(name)), command("SREM", keys.workers, name)]
 
 
-def sample(keys: Keys, role: str, minute: int, facts: bytes, *, oldest: int) -> list[Call]:
+SAMPLES_KEPT = 24 * 60
+"""Minutes."""
+
+
+def sample(keys: Keys, role: str, minute: int, facts: bytes, *, previous: int | None) -> list[Call]:
     """
-    Keep one sample of a role's totals (field: epoch minute), and drop the one that leaves the retention.
+    Keep one sample of a role's totals (field: epoch minute), and drop what has left the retention since the `previous`
+    sample of this process. The whole key goes after a day without samples, so its first sample (`previous` None) finds
+    nothing older than two days.
     """
     key = keys.role_part(role, "samples")
-    return [command("HSET", key, minute, facts), command("HDEL", key, oldest), command("PEXPIRE", key, 86_400_000)]
+    before = minute - SAMPLES_KEPT if previous is None else previous
+    gone = range(before - SAMPLES_KEPT + 1, minute - SAMPLES_KEPT + 1)
+    return [
+        command("HSET", key, minute, facts),
+        command("PEXPIRE", key, SAMPLES_KEPT * 60_000),
+        *([command("HDEL", key, *gone)] if gone else []),
+    ]

@@ -1,0 +1,301 @@
+"""
+Maintenance: what was left lying is handed over, judged, sealed and removed, by anyone, as often as they like.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import pytest
+from bench import Bench
+from loguru import logger
+
+from rq_ceylon.maintenance import MOVING_MS, PAGES_PER_CALL, STILL_MS, Maintenance
+from rq_ceylon.models import Goal
+from rq_ceylon.store import transitions
+from rq_ceylon.store.connection import Connection
+
+pytestmark = [pytest.mark.anyio, pytest.mark.every_engine]
+
+HOUR_MS = 3_600_000
+
+FACTS: dict[str, Any] = {
+    "kind": "worker",
+    "host": "h",
+    "pid": 1,
+    "version": "0",
+    "roles": ["p"],
+    "slots": 1,
+    "task_names": [],
+    "tasks": {},
+    "started_ms": 0,
+    "stopping": False,
+}
+
+
+@pytest.fixture
+def bench(redis_url: str, namespace: str) -> Bench:
+    return Bench(redis_url, namespace)
+
+
+@pytest.fixture
+async def connection(redis_url: str) -> AsyncIterator[Connection]:
+    one = Connection(redis_url)
+    yield one
+    await one.close()
+
+
+@pytest.fixture
+def maintenance(connection: Connection, bench: Bench) -> Maintenance:
+    return Maintenance(connection, bench.keys)
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    lines: list[str] = []
+    logger.enable("rq_ceylon")
+    sink = logger.add(lines.append, format="{message}")
+    yield lines
+    logger.remove(sink)
+    logger.disable("rq_ceylon")
+
+
+def make_visible(bench: Bench, gid: str) -> None:
+    """
+    Let the relay lease of all pages be over.
+    """
+    key = bench.keys.group_part(gid, "outbox")
+    for page in bench.redis.zrange(key, 0, -1):
+        bench.redis.zadd(key, {page: 1})
+
+
+def next_look_ms(bench: Bench, gid: str) -> float | None:
+    """
+    From now, by the server's clock; None if the group is not in the index.
+    """
+    score = bench.redis.zscore(bench.keys.index_of(gid), gid)
+    return None if score is None else score - server_ms(bench)
+
+
+def server_ms(bench: Bench) -> int:
+    seconds, micros = bench.redis.time()
+    return int(seconds) * 1000 + int(micros) // 1000
+
+
+def make_due(bench: Bench, gid: str) -> None:
+    bench.redis.zadd(bench.keys.index_of(gid), {gid: 1})
+
+
+def age(bench: Bench, gid: str, field: str, ms: int) -> None:
+    key = bench.keys.group_part(gid, "meta")
+    bench.redis.hset(key, field, int(bench.redis.hget(key, field)) - ms)
+
+
+def queued_tasks(bench: Bench) -> list[str]:
+    entries = bench.redis.xrange(bench.keys.role_part("p", "normal"))
+    return [fields["task"].split(" ")[1] for _, fields in entries]
+
+
+# ---- relay -----------------------------------------------------------------------------------------------------------
+async def test_an_enqueue_that_was_lost_is_relayed_after_the_relay_lease_and_not_before(
+    bench: Bench, maintenance: Maintenance
+) -> None:
+    bench.submit("g", ["a", "b"])  # and its client is gone
+
+    assert await maintenance.run_once() <= MOVING_MS / 1000
+    assert queued_tasks(bench) == []
+
+    make_visible(bench, "g")
+    make_due(bench, "g")
+    await maintenance.run_once()
+    assert queued_tasks(bench) == ["a", "b"]
+    assert not bench.redis.exists(bench.keys.group_part("g", "outbox"))
+    assert bench.commit("w", bench.started("w", "g")) == "OK"
+
+
+async def test_more_pages_than_one_call_takes_are_relayed_in_one_look(bench: Bench, maintenance: Maintenance) -> None:
+    parts = PAGES_PER_CALL + 5
+    for part in range(1, parts + 1):
+        bench.submit("g", [f"t{part}"], part=part, last=part == parts)
+    make_visible(bench, "g")
+
+    await maintenance.run_once()
+
+    assert sorted(queued_tasks(bench)) == sorted(f"t{part}" for part in range(1, parts + 1))
+
+
+async def test_two_maintainers_at_once_lose_nothing_and_every_task_runs_once(
+    bench: Bench, maintenance: Maintenance, redis_url: str
+) -> None:
+    gids = [f"g{number}" for number in range(30)]
+    for gid in gids:
+        bench.submit(gid, ["a", "b"])
+        make_visible(bench, gid)
+    other = Connection(redis_url)
+
+    await asyncio.gather(maintenance.run_once(), Maintenance(other, bench.keys).run_once())
+
+    await other.close()
+    deliveries = bench.fetch("w", 1000)
+    granted = [d for d in deliveries if bench.claim("w", d) == ["GRANTED"]]
+    assert {(d.gid, d.tid) for d in granted} == {(gid, tid) for gid in gids for tid in "ab"}
+    for delivery in granted:
+        assert bench.commit("w", delivery) == "OK"
+    assert all(bench.counters(gid) == {"total": 2, "completed": 2} for gid in gids)
+
+
+async def test_a_group_where_nothing_moves_is_looked_at_once_a_minute(bench: Bench, maintenance: Maintenance) -> None:
+    bench.queued("g")
+
+    assert await maintenance.run_once() == MOVING_MS / 1000  # new groups are seen in time
+
+    assert MOVING_MS < (next_look_ms(bench, "g") or 0) <= STILL_MS
+
+
+async def test_groups_that_cannot_be_looked_after_do_not_stop_the_others(
+    bench: Bench, maintenance: Maintenance, said: list[str]
+) -> None:
+    gids = [f"g{number}" for number in range(20)]
+    for gid in gids:
+        bench.submit(gid)
+        make_visible(bench, gid)
+    bench.redis.hset(bench.keys.group_part("g3", "meta"), "v", "99")
+
+    await maintenance.run_once()
+
+    assert len(queued_tasks(bench)) == len(gids) - 1
+    (line,) = [text for text in said if "cannot be looked after" in text]
+    assert "Group g3 " in line
+    assert (next_look_ms(bench, "g3") or 0) > MOVING_MS
+
+
+async def test_at_the_memory_limit_pages_are_relayed_and_nobody_spins(
+    start_server: Any, namespace: str, said: list[str]
+) -> None:
+    url = start_server().url
+    bench = Bench(url, namespace)
+    bench.submit("g", ["a"])
+    make_visible(bench, "g")
+    connection = Connection(url)
+    bench.redis.config_set("maxmemory", 1)
+
+    pause_s = await Maintenance(connection, bench.keys).run_once()
+
+    await connection.close()
+    assert queued_tasks(bench) == ["a"]
+    assert pause_s == MOVING_MS / 1000
+    assert any("memory limit" in text for text in said)
+
+
+# ---- judge -----------------------------------------------------------------------------------------------------------
+async def test_a_deadline_is_judged_with_no_worker_about_and_the_next_step_is_not_later(
+    bench: Bench, maintenance: Maintenance
+) -> None:
+    bench.queued("g", ["a", "b"], goal=Goal("completed >= 1", deadline="300ms", on_failed="cancel"))
+
+    pause_s = await maintenance.run_once()
+    assert pause_s <= 0.3
+    assert bench.meta("g")["status"] == "active"
+
+    async with asyncio.timeout(5):
+        while bench.meta("g")["status"] != "finished":
+            await asyncio.sleep(min(pause_s, 0.1))
+            pause_s = await maintenance.run_once()
+    meta = bench.meta("g")
+    assert meta["goal:goal"].startswith("failed|")
+    assert "|deadline|" in meta["goal:goal"]
+    assert (meta["outcome"], meta["cancelled"]) == ("failed", "2")
+
+
+# ---- seal, prune -----------------------------------------------------------------------------------------------------
+async def test_a_rolling_group_whose_client_fell_silent_is_sealed_and_finishes(
+    bench: Bench, maintenance: Maintenance
+) -> None:
+    bench.queued("silent", rolling=True, last=False)
+    bench.queued("busy", rolling=True, last=False)
+    for _ in range(2):
+        delivery = bench.fetch("w", 1)[0]
+        assert bench.claim("w", delivery) == ["GRANTED"]
+        assert bench.commit("w", delivery) == "OK"
+    age(bench, "silent", "touched", 91_000)
+
+    await maintenance.run_once()
+
+    assert bench.meta("silent")["status"] == "finished"
+    assert (bench.meta("busy")["status"], bench.meta("busy")["open"]) == ("active", "1")
+    assert (next_look_ms(bench, "silent") or 0) > 23 * HOUR_MS
+
+
+async def test_a_finished_group_is_looked_at_when_its_retention_ends_and_then_removed_with_all_its_keys(
+    bench: Bench, maintenance: Maintenance
+) -> None:
+    bench.queued("g")
+    bench.commit("w", bench.started("w", "g"))
+
+    await maintenance.run_once()
+    assert 23 * HOUR_MS < (next_look_ms(bench, "g") or 0) <= 24 * HOUR_MS
+
+    age(bench, "g", "finished", 24 * HOUR_MS)
+    make_due(bench, "g")
+    await maintenance.run_once()
+    assert next_look_ms(bench, "g") is None
+    assert bench.redis.keys(bench.keys.group_part("g", "*")) == []
+
+
+async def test_what_was_staged_and_never_completed_is_removed_after_an_hour(
+    bench: Bench, maintenance: Maintenance
+) -> None:
+    bench.submit("g", ["a"], last=False)
+
+    await maintenance.run_once()
+    assert bench.meta("g")["status"] == "staging"
+    # Its last part may come at any moment, with pages and deadlines.
+    assert (next_look_ms(bench, "g") or 0) <= MOVING_MS
+
+    age(bench, "g", "touched", HOUR_MS)
+    make_due(bench, "g")
+    await maintenance.run_once()
+    assert next_look_ms(bench, "g") is None
+    assert bench.redis.keys(bench.keys.group_part("g", "*")) == []
+
+
+async def test_a_group_that_is_gone_leaves_the_index_but_not_before_its_client_had_time_to_write_it(
+    bench: Bench, maintenance: Maintenance
+) -> None:
+    for call in transitions.announce(bench.keys, "g", ["p"]):
+        bench.run(call)
+
+    await maintenance.run_once()
+    assert next_look_ms(bench, "g") is not None
+
+    make_due(bench, "g")
+    await maintenance.run_once()
+    assert next_look_ms(bench, "g") is None
+
+
+# ---- consumers -------------------------------------------------------------------------------------------------------
+def consumers(bench: Bench) -> set[str]:
+    rows = bench.redis.xinfo_consumers(bench.keys.role_part("p", "normal"), "workers")
+    return {row["name"] for row in rows}
+
+
+async def test_consumers_of_dead_workers_go_once_nothing_is_pending_and_nobody_heard_of_them_for_an_hour(
+    bench: Bench, maintenance: Maintenance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.queued("g")
+    bench.started("holding", "g")
+    for name in ("dead", "left", "alive"):
+        bench.redis.xgroup_createconsumer(bench.keys.role_part("p", "normal"), "workers", name)
+    for name in ("holding", "dead", "alive"):
+        for call in transitions.heartbeat(bench.keys, name, FACTS, ttl_ms=60_000, roles=["p"]):
+            bench.run(call)
+    bench.redis.delete(bench.keys.worker("holding"), bench.keys.worker("dead"))
+
+    await maintenance.run_once()
+    assert consumers(bench) == {"holding", "dead", "left", "alive"}
+    assert bench.redis.smembers(bench.keys.workers) == {"holding", "dead", "alive"}
+
+    monkeypatch.setattr("rq_ceylon.maintenance.CONSUMER_IDLE_MS", -1)
+    await Maintenance(maintenance._connection, bench.keys).run_once()
+    assert consumers(bench) == {"holding", "alive"}
+    assert bench.redis.smembers(bench.keys.workers) == {"holding", "alive"}

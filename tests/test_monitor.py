@@ -1,0 +1,496 @@
+"""
+The monitor: goals are announced once and judged in time, whoever else is about and whatever happens to Redis.
+"""
+
+import asyncio
+import contextlib
+import re
+import threading
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench import Bench
+from loguru import logger
+
+from rq_ceylon.handlers import GoalCheck, Registry
+from rq_ceylon.models import Goal, GoalView, GroupView
+from rq_ceylon.monitor import Monitor
+from rq_ceylon.store import queries, transitions
+from rq_ceylon.store.connection import Connection
+from rq_ceylon.store.events import Event, TaskEvent
+from rq_ceylon.store.server import EmbeddedServer
+from rq_ceylon.store.statistics import Histogram, statistics_of
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def bench(redis_url: str, namespace: str) -> Bench:
+    return Bench(redis_url, namespace)
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    lines: list[str] = []
+    logger.enable("rq_ceylon")
+    sink = logger.add(lines.append, format="{level}: {message}")
+    yield lines
+    logger.remove(sink)
+    logger.disable("rq_ceylon")
+
+
+async def until(condition: Callable[[], object], within_s: float = 15) -> None:
+    async with asyncio.timeout(within_s):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
+def about(said: list[str], words: str) -> list[str]:
+    return [line for line in said if words in line]
+
+
+def said_times(said: list[str], words: str, times: int) -> bool:
+    return len(about(said, words)) == times
+
+
+@contextlib.asynccontextmanager
+async def watching(url: str, namespace: str, said: list[str], **options: Any) -> AsyncIterator[Monitor]:
+    """
+    A running monitor that already watches.
+    """
+    monitor = Monitor(url, namespace=namespace, **options)
+    running = asyncio.create_task(monitor.run())
+    try:
+        await until(lambda: running.done() or about(said, monitor.name))
+        yield monitor
+        assert not running.done(), running.exception()
+    finally:
+        monitor.stop()
+        await running
+
+
+def registry(**checks: GoalCheck) -> Registry:
+    made = Registry()
+    made.goal_checks.update(checks)
+    return made
+
+
+def without_maintenance(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def nothing(maintenance: object) -> float:
+        return 60.0
+
+    monkeypatch.setattr("rq_ceylon.maintenance.Maintenance.run_once", nothing)
+
+
+def finish_all(bench: Bench, kind: str = "completed", count: int = 1000) -> None:
+    for delivery in bench.fetch("w", count):
+        if bench.claim("w", delivery) == ["GRANTED"]:
+            assert bench.commit("w", delivery, kind) == "OK"
+
+
+def goal_of(bench: Bench, gid: str, name: str = "goal") -> str:
+    """
+    Status and what settled it; empty while undecided.
+    """
+    text = bench.meta(gid).get(f"goal:{name}", "")
+    return " by ".join(text.split("|")[:4:3]) if text else ""
+
+
+# ---- saying what happened --------------------------------------------------------------------------------------------
+async def test_an_achieved_goal_is_said_with_its_message_and_a_finished_group_with_its_statistics(
+    bench: Bench, redis_url: str, namespace: str, said: list[str]
+) -> None:
+    told: list[tuple[str, str]] = []
+
+    async def on_settled(view: GroupView, goal: GoalView) -> None:
+        told.append((view.id, goal.name))
+
+    async with watching(redis_url, namespace, said, on_settled=on_settled):
+        goal = Goal("completed >= 5", name="partial", success_message="Enough {of} them!")
+        bench.queued("g", [str(number) for number in range(10)], goal=goal)
+        finish_all(bench, count=5)
+        await until(lambda: about(said, "Goal"))
+        finish_all(bench)
+        await until(lambda: about(said, "finished"))
+
+    assert about(said, "Goal") == ['INFO: Goal achieved: partial of "g" (5 of 10 completed). Enough {of} them!\n']
+    (line,) = about(said, "finished")
+    assert 'Group "g" finished completed: 10 completed, 0 failed, 0 cancelled in ' in line
+    assert re.search(r"\n  p: run mean 5 ms, p50 6, p95 8, p99 8; wait mean \d+ ms, p50 ", line)
+    assert told == [("g", "partial")]
+
+
+async def test_a_failed_goal_is_a_warning_that_tells_why(
+    bench: Bench, redis_url: str, namespace: str, said: list[str]
+) -> None:
+    async with watching(redis_url, namespace, said):
+        bench.queued("g", ["a", "b"], goal=Goal("completed >= 2", failure_message="Pity."))
+        finish_all(bench, "failed", 1)
+        await until(lambda: about(said, "Goal"))
+
+    assert about(said, "Goal") == [
+        'WARNING: Goal failed: goal of "g" (0 of 2 completed, 1 failed; completed >= 2 can no longer be). Pity.\n'
+    ]
+
+
+async def test_a_hook_that_fails_is_logged_and_does_not_end_the_monitor(
+    bench: Bench, redis_url: str, namespace: str, said: list[str]
+) -> None:
+    def on_settled(view: GroupView, goal: GoalView) -> None:
+        raise RuntimeError("broken hook")
+
+    async with watching(redis_url, namespace, said, on_settled=on_settled):
+        for gid in ("g", "h"):
+            bench.queued(gid, goal="completed >= 1")
+            finish_all(bench)
+        await until(lambda: len(about(said, "finished completed")) == 2)
+
+    assert len(about(said, "broken hook")) == 2
+
+
+async def test_two_monitors_at_once_each_say_a_goal_once_and_it_is_settled_once(
+    bench: Bench, redis_url: str, namespace: str, said: list[str]
+) -> None:
+    told: list[tuple[str, str]] = []
+
+    def hook(who: str) -> Callable[[GroupView, GoalView], None]:
+        return lambda view, goal: told.append((who, goal.name))
+
+    checks = registry(enough=lambda view: view.counters.completed >= 1)
+    async with (
+        watching(redis_url, namespace, said, on_settled=hook("one"), registry=checks),
+        watching(redis_url, namespace, said, on_settled=hook("two"), registry=checks),
+    ):
+        bench.queued("g", ["a", "b", "c"], goal=["completed >= 2", Goal(call="enough")])
+        finish_all(bench)
+        await until(lambda: len(about(said, "finished")) == 2)
+
+    assert sorted(told) == [("one", "goal"), ("one", "goal2"), ("two", "goal"), ("two", "goal2")]
+    connection = Connection(redis_url)
+    events = await queries.events(connection, bench.keys, "g", 1)
+    await connection.close()
+    assert sorted(goal for event in events for goal in event.goals) == [("goal", "achieved"), ("goal2", "achieved")]
+
+
+async def test_a_monitor_that_takes_over_says_what_settles_from_then_on_and_nothing_again(
+    bench: Bench, redis_url: str, namespace: str, said: list[str]
+) -> None:
+    bench.queued("g", ["a", "b", "c"], goal=["completed >= 1", "completed >= 3"])
+    first = Monitor(redis_url, namespace=namespace)
+    running = asyncio.create_task(first.run())
+    await until(lambda: about(said, first.name))
+    finish_all(bench, count=1)
+    await until(lambda: about(said, "Goal achieved: goal of"))
+    running.cancel()  # killed: no farewell
+    await asyncio.gather(running, return_exceptions=True)
+    assert bench.redis.smembers(bench.keys.workers) == {first.name}
+
+    async with watching(redis_url, namespace, said):
+        finish_all(bench)
+        await until(lambda: about(said, "finished"))
+
+    assert len(about(said, "Goal achieved: goal of")) == 1
+    assert len(about(said, "Goal achieved: goal2 of")) == 1
+    # The new one has read the past too: its statistics are those of the whole group.
+    assert "3 completed" in about(said, "finished")[0]
+
+
+async def test_what_a_monitor_did_not_hear_of_it_finds_by_looking(
+    bench: Bench, redis_url: str, namespace: str, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rq_ceylon.monitor.LOOK_S", 0.05)
+    monkeypatch.setattr("rq_ceylon.store.events.EventHub._dispatch", lambda self, message: None)
+    async with watching(redis_url, namespace, said):
+        bench.queued("g", goal="completed >= 1")
+        finish_all(bench)
+        await until(lambda: about(said, "finished"))
+
+    assert len(about(said, "Goal achieved")) == 1
+
+
+async def test_it_forgets_groups_that_are_gone_and_knows_a_new_one_of_the_same_id(
+    bench: Bench, redis_url: str, namespace: str, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # With it: a look at the group that began before it is removed would enter it in the index again.
+    without_maintenance(monkeypatch)
+    monkeypatch.setattr("rq_ceylon.monitor.LOOK_S", 0.05)
+    async with watching(redis_url, namespace, said) as monitor:
+        for _ in range(2):
+            bench.queued("g", goal="completed >= 1")
+            finish_all(bench)
+            await until(lambda: monitor._groups.get("g") and monitor._groups["g"].finished)
+            bench.redis.delete(*bench.keys.group("g"))
+            bench.run(transitions.drop_from_index(bench.keys, "g"))
+            await until(lambda: "g" not in monitor._groups)
+
+    assert len(about(said, "Goal achieved")) == 2
+
+
+async def test_a_group_that_was_removed_and_submitted_again_between_two_looks_is_a_new_one(
+    bench: Bench, redis_url: str, namespace: str, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_maintenance(monkeypatch)
+    async with watching(redis_url, namespace, said):
+        await until(lambda: bench.redis.pubsub_numpat() == 2)  # it is subscribed
+        for number in (1, 2):
+            bench.redis.delete(*bench.keys.group("g"))
+            bench.queued("g", goal="completed >= 1")
+            finish_all(bench)
+            await until(partial(said_times, said, "finished completed", number))
+
+    assert len(about(said, "Goal achieved")) == 2
+
+
+# ---- deadlines -------------------------------------------------------------------------------------------------------
+async def test_a_deadline_is_judged_on_time(
+    bench: Bench, redis_url: str, namespace: str, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_maintenance(monkeypatch)
+    async with watching(redis_url, namespace, said):
+        bench.queued("g", ["a"], goal=Goal("completed >= 1", deadline="250ms"))
+        started = int(bench.meta("g")["created"])
+        await until(lambda: about(said, "Goal"))
+
+    assert "(0 of 1 completed; its deadline has passed)" in about(said, "Goal")[0]
+    settled = int(bench.meta("g")["goal:goal"].split("|")[1])
+    assert 250 <= settled - started < 250 + 500
+
+
+async def test_a_deadline_of_a_group_that_was_there_before_is_kept_too(
+    bench: Bench, redis_url: str, namespace: str, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_maintenance(monkeypatch)
+    bench.queued("g", ["a"], goal=Goal("completed >= 1", deadline="200ms", on_failed="cancel"))
+    async with watching(redis_url, namespace, said):
+        await until(lambda: about(said, "finished"))
+
+    assert goal_of(bench, "g") == "failed by deadline"
+
+
+# ---- callables -------------------------------------------------------------------------------------------------------
+async def test_a_callable_goal_is_achieved_as_soon_as_its_callable_says_so(
+    bench: Bench, redis_url: str, namespace: str, said: list[str]
+) -> None:
+    loop_thread = threading.get_ident()
+    threads: dict[str, int] = {}
+
+    def plain(view: GroupView) -> bool:
+        threads["plain"] = threading.get_ident()
+        return view.counters.completed >= 2
+
+    async def on_loop(view: GroupView) -> bool | None:
+        threads["on_loop"] = threading.get_ident()
+        return view.counters.completed >= 2 or None
+
+    async with watching(redis_url, namespace, said, registry=registry(plain=plain, on_loop=on_loop)):
+        bench.queued("g", ["a", "b", "c"], goal=[Goal(call="plain", name="x"), Goal(call="on_loop", name="y")])
+        finish_all(bench, count=1)
+        await until(lambda: len(threads) == 2)
+        assert goal_of(bench, "g", "x") == goal_of(bench, "g", "y") == ""
+        finish_all(bench, count=1)
+        await until(lambda: len(about(said, "Goal achieved")) == 2)
+
+    assert goal_of(bench, "g", "x") == goal_of(bench, "g", "y") == "achieved by callable"
+    assert threads["on_loop"] == loop_thread != threads["plain"]
+
+
+async def test_a_callable_goal_has_failed_when_all_tasks_ended_without_it(
+    bench: Bench, redis_url: str, namespace: str, said: list[str]
+) -> None:
+    async with watching(redis_url, namespace, said, registry=registry(never=lambda view: False)):
+        bench.queued("g", ["a", "b"], goal=Goal(call="never"))
+        finish_all(bench)
+        await until(lambda: about(said, "finished"))
+
+    assert goal_of(bench, "g") == "failed by callable"
+    assert about(said, "Goal") == ['WARNING: Goal failed: goal of "g" (2 of 2 completed; call: never).\n']
+    assert bench.meta("g")["outcome"] == "failed"
+
+
+async def test_a_callable_that_raises_is_logged_once_with_its_traceback_and_decides_nothing(
+    bench: Bench, redis_url: str, namespace: str, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rq_ceylon.monitor.LOOK_S", 0.05)
+    calls: list[GroupView] = []
+
+    def broken_check(view: GroupView) -> bool:
+        calls.append(view)
+        if len(calls) < 5:
+            raise ZeroDivisionError("of the user")
+        return True
+
+    async with watching(redis_url, namespace, said, registry=registry(broken=broken_check)):
+        bench.queued("g", goal=Goal(call="broken", name="odd"))
+        finish_all(bench)
+        await until(lambda: about(said, "finished"))
+
+    assert goal_of(bench, "g", "odd") == "achieved by callable"
+    (line,) = about(said, "ZeroDivisionError")
+    assert line.startswith('ERROR: Goal odd of "g"')
+    assert "in broken_check" in line
+
+
+async def test_a_callable_that_hangs_holds_up_nothing_else(
+    bench: Bench, redis_url: str, namespace: str, said: list[str]
+) -> None:
+    let_go = asyncio.Event()
+
+    async def hang(view: GroupView) -> bool:
+        await let_go.wait()
+        return True
+
+    async with watching(redis_url, namespace, said, registry=registry(hang=hang)):
+        bench.queued("g", goal=Goal(call="hang"))
+        bench.queued("h", goal=Goal("completed >= 2", deadline="100ms", on_failed="cancel"), tasks=["a", "b"])
+        await until(lambda: about(said, "Goal failed"))
+        let_go.set()
+        await until(lambda: about(said, "Goal achieved"))
+
+
+async def test_a_callable_that_no_monitor_knows_is_said_once_and_left_to_those_who_know_it(
+    bench: Bench, redis_url: str, namespace: str, said: list[str]
+) -> None:
+    async with watching(redis_url, namespace, said):
+        for gid in ("g", "h"):
+            bench.queued(gid, goal=Goal(call="elsewhere"))
+            finish_all(bench)
+        await until(lambda: about(said, "elsewhere"))
+        assert [bench.meta(gid)["status"] for gid in "gh"] == ["closing", "closing"]
+        async with watching(redis_url, namespace, said, registry=registry(elsewhere=lambda view: True)):
+            await until(lambda: len(about(said, "finished")) == 4)
+
+    assert len(about(said, "does not know")) == 1
+
+
+# ---- Redis going away ------------------------------------------------------------------------------------------------
+async def test_after_a_restart_of_the_server_it_goes_on_and_says_so_once(
+    start_server: Callable[..., EmbeddedServer],
+    short_tmp_path: Path,
+    namespace: str,
+    said: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("rq_ceylon.monitor.LOOK_S", 0.2)
+    server = start_server(folder=short_tmp_path, appendonly=True)
+    bench = Bench(server.url, namespace)
+    async with watching(server.url, namespace, said):
+        bench.queued("g", ["a", "b"], goal=["completed >= 1", Goal("completed >= 2", name="both", deadline="1h")])
+        finish_all(bench, count=1)
+        await until(lambda: about(said, "Goal achieved: goal of"))
+
+        await asyncio.to_thread(server.stop)
+        await until(lambda: about(said, "trying again"))
+        server = await asyncio.to_thread(start_server, folder=short_tmp_path, appendonly=True)
+        finish_all(bench)
+        await until(lambda: about(said, "finished"))
+
+    assert len(about(said, "trying again")) == len(about(said, "answers again")) == 1
+    assert len(about(said, "Goal achieved: goal of")) == len(about(said, "Goal achieved: both of")) == 1
+
+
+async def test_it_can_be_stopped_while_redis_is_away(
+    start_server: Callable[..., EmbeddedServer], namespace: str, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rq_ceylon.monitor.LOOK_S", 0.2)
+    monkeypatch.setattr("rq_ceylon.store.events.LOOK_S", 0.2)
+    server = start_server()
+    monitor = Monitor(server.url, namespace=namespace)
+    running = asyncio.create_task(monitor.run())
+    await until(lambda: about(said, monitor.name))
+    await asyncio.to_thread(server.stop)
+    await until(lambda: about(said, "trying again"))
+
+    monitor.stop()
+    monitor.stop()
+    await asyncio.wait_for(running, 5)
+    assert about(said, "Left without farewell")
+
+
+# ---- registry, samples -----------------------------------------------------------------------------------------------
+async def test_it_is_in_the_registry_while_it_runs(
+    bench: Bench, redis_url: str, namespace: str, said: list[str]
+) -> None:
+    connection = Connection(redis_url)
+    async with watching(redis_url, namespace, said) as monitor:
+        await until(lambda: bench.redis.exists(bench.keys.worker(monitor.name)))
+        (view,) = await queries.workers(connection, bench.keys)
+        assert (view.name, view.kind, view.slots) == (monitor.name, "monitor", 0)
+    assert await queries.workers(connection, bench.keys) == []
+    assert not bench.redis.exists(bench.keys.workers)
+    await connection.close()
+
+
+async def test_totals_of_roles_are_sampled_per_minute_and_kept_for_a_day(
+    bench: Bench, redis_url: str, namespace: str, said: list[str]
+) -> None:
+    bench.queued("g")
+    delivery = bench.started("w", "g")
+    bench.commit("w", delivery)
+    bench.fetch("w", 0, acks=[delivery.entry])
+    samples = bench.keys.role_part("p", "samples")
+    minute = int(bench.redis.time()[0]) // 60
+    for old in (minute - 2879, minute - 1440, minute - 1438):
+        bench.redis.hset(samples, old, "{}")
+
+    async with watching(redis_url, namespace, said):
+        await until(lambda: bench.redis.hlen(samples) == 2)
+
+    fields = bench.redis.hgetall(samples)
+    newest = max(map(int, fields))
+    assert set(fields) == {str(minute - 1438), str(newest)}
+    assert newest - minute in (0, 1)
+    assert '"totals":{"completed":1}' in fields[str(newest)]
+    assert 0 < bench.redis.ttl(samples) <= 24 * 3600
+
+
+# ---- statistics ------------------------------------------------------------------------------------------------------
+async def test_statistics_equal_a_naive_recount(bench: Bench, redis_url: str, namespace: str, said: list[str]) -> None:
+    for gid, role in (("g", "p"), ("h", "q")):
+        bench.queued(gid, [str(number) for number in range(40)], role=role)
+    kinds = ["completed", "completed", "failed", "retry"]
+    for number, delivery in enumerate(bench.fetch("w", 100)):
+        assert bench.claim("w", delivery) == ["GRANTED"]
+        assert bench.commit("w", delivery, kinds[number % 4]) == "OK"
+    bench.run(transitions.cancel_tasks(bench.keys, "g", [str(number) for number in range(40)]))
+    connection = Connection(redis_url)
+    events = await queries.events(connection, bench.keys, "g", 1)
+    await connection.close()
+
+    found = statistics_of(events)
+
+    recount = Counter(task.outcome for event in events for task in event.tasks)
+    mine = found.roles["p"]
+    assert set(found.roles) == {"p"}
+    assert mine.retries == recount.pop("retry") > 0
+    assert mine.outcomes == recount == {"completed": 20, "failed": 10, "cancelled": 10}
+    runs = [task.run_ms for event in events for task in event.tasks if task.outcome in ("completed", "failed")]
+    assert (mine.run.count, mine.run.mean_ms) == (len(runs), sum(runs) / len(runs))
+    assert found.seconds == (events[-1].at_ms - events[0].at_ms) / 1000
+
+
+def test_a_percentile_is_interpolated_inside_its_bucket_of_powers_of_two() -> None:
+    histogram = Histogram()
+    for ms in [0, *[4, 5, 6, 7] * 2, 1000]:
+        histogram.add(ms)
+
+    assert histogram.mean_ms == (44 + 1000) / 10
+    assert histogram.percentile_ms(0.1) == 1.0
+    assert histogram.percentile_ms(0.5) == 6.0
+    assert histogram.percentile_ms(0.9) == 8.0
+    assert histogram.percentile_ms(1.0) == 1024.0
+    assert Histogram().percentile_ms(0.5) == Histogram().mean_ms == 0.0
+
+
+def test_percentiles_are_right_to_a_factor_of_two_whatever_the_times() -> None:
+    times = [(number * number) % 5003 for number in range(500)]
+    events = [Event(1, 0, "commit", [TaskEvent("t", "completed", "p", ms, ms) for ms in times], [], "")]
+
+    histogram = statistics_of(events).roles["p"].run
+
+    for share in (0.01, 0.25, 0.5, 0.95, 0.99):
+        exact = sorted(times)[max(0, round(share * len(times)) - 1)]
+        assert exact / 2 <= histogram.percentile_ms(share) <= max(1, 2 * exact)
