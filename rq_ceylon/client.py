@@ -107,8 +107,9 @@ class Client:
 
     async def close(self) -> None:
         """
-        Seal what is open and disconnect. Submitted work goes on.
+        Seal what is open and disconnect. Submitted work goes on; who still waits for it here gets an error.
         """
+        self._owner = None  # a waiter that was answered just now must not begin anew
         for rolling in self._rolling.values():
             await rolling.close()
         for follower in list(self._followers.values()):
@@ -148,6 +149,11 @@ class Client:
         self._check_owner()
         if isinstance(work, TaskGroup):
             return await _Submission(self, work).run(require_workers=require_workers)
+        if work.needs or work.id is not None:
+            raise InvalidInputError(
+                "a single task can neither need others nor choose its id; submit it in a TaskGroup (with a key, if the "
+                "submission is to be repeatable)"
+            )
         staged, role = self.stage(work, "", Task(), None)
         if require_workers:
             await self.require_workers([role])
@@ -337,7 +343,11 @@ class _Submission:
                 yield _task_id(task, position), task
             return
         by_id: dict[str, Task] = {}
-        for position, task in enumerate(tasks, 1):
+        given, position = {task.id for task in tasks if task.id is not None}, 0
+        for task in tasks:
+            position += 1
+            while task.id is None and str(position) in given:
+                position += 1
             tid = _task_id(task, position)
             if tid in by_id:
                 raise InvalidInputError(f"group {self.group.name!r}: two tasks have the id {tid!r}; ids are unique")
@@ -465,6 +475,8 @@ class _Rolling:
                 self._fresh()
                 if not isinstance(error, CeylonError):
                     raise
+            # Who was answered just now and submits again at once shares the next round trip.
+            await asyncio.sleep(0)
 
     async def _turn(self, batch: list[tuple[bytes, str, asyncio.Future[str]]]) -> None:
         """
@@ -572,6 +584,7 @@ class _Follower:
     def __init__(self, client: Client, gid: str) -> None:
         self.client, self.gid = client, gid
         self.results: dict[str, list[asyncio.Future[TaskResult]]] = {}
+        self.new: set[str] = set()  # waited for, and not yet asked for
         self.views: list[asyncio.Future[GroupView]] = []
         self.reader: asyncio.Task[None] | None = None
         self.news = asyncio.Event()
@@ -586,6 +599,7 @@ class _Follower:
         """
         future: asyncio.Future[TaskResult] = asyncio.get_running_loop().create_future()
         self.results.setdefault(tid, []).append(future)
+        self.new.add(tid)
         try:
             self._read()
             return await future
@@ -609,6 +623,7 @@ class _Follower:
         if self.reader is not None:
             self.reader.cancel()
             await asyncio.gather(self.reader, return_exceptions=True)
+        self._fail(CeylonError("the client was closed; what was waited for goes on"))
 
     def _read(self) -> None:
         if self.reader is None or self.reader.done():
@@ -636,7 +651,7 @@ class _Follower:
                     done, pending = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
                     for wait in pending:
                         wait.cancel()
-                    fresh = self.news.is_set() or not (waits[0] in done and waits[0].result())
+                    fresh = waits[0] in done and not waits[0].result()
                     self.news.clear()
         except Exception as error:
             self._fail(error)
@@ -647,10 +662,11 @@ class _Follower:
 
     async def _look(self, connection: Connection, keys: Keys, *, fresh: bool) -> None:
         """
-        Read on from the last event; on a fresh look, ask for all that is waited for.
+        Read on from the last event, and ask for what ended and what is newly waited for; on a fresh look, for all.
         """
         view = await queries.group(connection, keys, self.gid)
-        ended: set[str] = set()
+        new, self.new = self.new, set()
+        ended = set(new)
         closed = view.status in ("closing", "finished")
         if fresh or closed or view.events < self.seq:
             ended.update(self.results)
@@ -667,20 +683,27 @@ class _Follower:
             found = await queries.results(connection, keys, self.gid, wanted[first : first + 500])
             for tid, result in found.items():
                 self._tell(tid, result)
-        if closed or fresh:
-            for tid in [tid for tid in wanted if tid in self.results]:
-                task = await queries.task(connection, keys, self.gid, tid)
-                if task.status is TaskStatus.CANCELLED and task.result is None:
-                    self._tell(tid, TaskResult(tid, TaskStatus.CANCELLED, task.reason, task.role))
+        for first in range(0, len(wanted), 500):
+            left = [tid for tid in wanted[first : first + 500] if tid in self.results]
+            if closed:
+                for task in await queries.some_tasks(connection, keys, self.gid, left):
+                    if task.status is TaskStatus.CANCELLED and task.result is None:
+                        self._tell(task.id, TaskResult(task.id, TaskStatus.CANCELLED, task.reason, task.role))
+            for tid in await queries.missing(connection, keys, self.gid, left) if fresh or new else ():
+                self._tell(tid, NotFoundError(f"group {self.gid!r} has no task {tid!r}, or no longer"))
         if not fresh or self.views:
             views, self.views = self.views, []
             for future in views:
                 if not future.done():
                     future.set_result(view)
 
-    def _tell(self, tid: str, result: TaskResult) -> None:
+    def _tell(self, tid: str, result: TaskResult | NotFoundError) -> None:
         for future in self.results.pop(tid, []):
-            if not future.done():
+            if future.done():
+                continue
+            if isinstance(result, NotFoundError):
+                future.set_exception(result)
+            else:
                 future.set_result(result)
 
     def _fail(self, error: Exception) -> None:

@@ -353,7 +353,7 @@ class Registry:
     Attributes:
         on_start, on_stop: called once per worker process, without arguments; may be async.
         on_error: called with the context and the exception after an attempt failed; may be async.
-        goal_checks: callables for goals, by name: True achieved, else not yet (at the group's end: failed); may be async.
+        goal_checks: callables for goals, by name: True achieved, else not yet (at the end: failed); may be async.
     """
 
     def __init__(self) -> None:

@@ -157,7 +157,7 @@ async def task(connection: Connection, keys: Keys, gid: str, tid: str) -> TaskVi
     Raises:
         NotFoundError: there is no such group or task.
     """
-    found = await _tasks(connection, keys, gid, [tid])
+    found = await some_tasks(connection, keys, gid, [tid])
     if not found:
         await group(connection, keys, gid)
         raise NotFoundError(f"group {gid!r} has no task {tid!r}; `ceylon show {gid}` lists its tasks")
@@ -173,7 +173,7 @@ async def tasks(connection: Connection, keys: Keys, gid: str) -> AsyncIterator[T
         async for tids in _scan(connection, keys.group_part(gid, part)):
             fresh = [tid for tid in tids if tid not in seen]
             seen.update(fresh)
-            for view in await _tasks(connection, keys, gid, fresh):
+            for view in await some_tasks(connection, keys, gid, fresh):
                 yield view
 
 
@@ -186,7 +186,10 @@ async def _scan(connection: Connection, key: str) -> AsyncIterator[list[str]]:
             return
 
 
-async def _tasks(connection: Connection, keys: Keys, gid: str, tids: Sequence[str]) -> list[TaskView]:
+async def some_tasks(connection: Connection, keys: Keys, gid: str, tids: Sequence[str]) -> list[TaskView]:
+    """
+    These tasks, in this order; those that the group does not have are left out.
+    """
     if not tids:
         return []
     replies = await connection.run(
@@ -259,6 +262,18 @@ async def results(connection: Connection, keys: Keys, gid: str, tids: Sequence[s
         return {}
     (texts,) = await connection.run([command("HMGET", keys.group_part(gid, "results"), *tids)])
     return {tid: result_of(tid, text) for tid, text in zip(tids, texts, strict=True) if text}
+
+
+async def missing(connection: Connection, keys: Keys, gid: str, tids: Sequence[str]) -> set[str]:
+    """
+    Those of these tasks that the group does not have, neither open nor ended.
+    """
+    if not tids:
+        return set()
+    # In this order: a task that ends in between is in the results by then. No payload travels.
+    parts = [keys.group_part(gid, part) for part in ("tasks", "results")]
+    replies = await connection.run([command("HEXISTS", part, tid) for part in parts for tid in tids])
+    return {tid for tid, *found in zip(tids, replies, replies[len(tids) :], strict=False) if not any(found)}
 
 
 async def stopping(connection: Connection, keys: Keys, wanted: Mapping[str, Sequence[str]]) -> set[tuple[str, str]]:

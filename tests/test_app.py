@@ -1,0 +1,330 @@
+"""
+The application object: registering, making tasks of functions, and the side without await.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import date
+from typing import Any
+
+import pytest
+import redis
+
+from rq_ceylon import (
+    Backoff,
+    Ceylon,
+    GroupView,
+    InvalidInputError,
+    RedisError,
+    Task,
+    TaskFailedError,
+    TaskGroup,
+    WaitTimeoutError,
+    Worker,
+)
+
+
+@dataclass
+class Point:
+    x: int
+    on: date
+
+
+def make_app(redis_url: str, namespace: str) -> Ceylon:
+    app = Ceylon(redis_url, namespace=namespace)
+
+    @app.task(role="p")
+    async def move(point: Point, by: int = 1) -> Point:
+        return Point(point.x + by, point.on)
+
+    @app.task(role="p")
+    def double(number: int) -> int:
+        return 2 * number
+
+    @app.task(role="p", max_attempts=1)
+    def fail() -> None:
+        raise KeyError("gone")
+
+    return app
+
+
+@pytest.fixture
+def app(redis_url: str, namespace: str) -> Iterator[Ceylon]:
+    app = make_app(redis_url, namespace)
+    yield app
+    if app._sync is not None:
+        app._sync[1].close()
+
+
+@contextmanager
+def working(app: Ceylon) -> Iterator[None]:
+    """
+    A worker in a thread and loop of its own.
+    """
+    started = threading.Event()
+    stop: list[Callable[[], object]] = []
+
+    async def work() -> None:
+        url, namespace = app.settings.redis_url, app.settings.namespace
+        worker = Worker(url, namespace=namespace, registry=app.registry, roles=["p"])
+        loop = asyncio.get_running_loop()
+        stop.append(lambda: loop.call_soon_threadsafe(worker.stop))
+        started.set()
+        await worker.run()
+
+    thread = threading.Thread(target=asyncio.run, args=[work()])
+    thread.start()
+    started.wait()
+    try:
+        yield
+    finally:
+        stop[0]()
+        thread.join()
+
+
+def task_of(app: Ceylon, name: str) -> Any:
+    """
+    The `AppTask` of a function that `make_app` registered; typed ones are in `typing_cases`.
+    """
+    from rq_ceylon import AppTask
+
+    return AppTask(app, app.registry.get(name), Task(uses=name))
+
+
+# ---- registering -----------------------------------------------------------------------------------------------------
+def test_a_bare_decorator_registers_the_functions_name_and_leaves_the_function() -> None:
+    app = Ceylon()
+
+    @app.task
+    def area(width: int, height: int = 2) -> int:
+        "The words."
+        return width * height
+
+    assert area(3) == 6
+    assert area.__doc__ == "The words."
+    assert app.registry.get("area").function is area.function
+
+
+def test_rules_reach_the_handler() -> None:
+    app = Ceylon()
+    rule = Backoff(first="2s")
+
+    @app.task(
+        name="n",
+        aliases=["old"],
+        role="r",
+        timeout="1m",
+        max_attempts=5,
+        priority="low",
+        backoff=rule,
+        retry={ValueError: None},
+    )
+    async def work() -> None: ...
+
+    handler = app.registry.get("old")
+    assert handler is app.registry.get("n")
+    assert (handler.role, handler.timeout_s, handler.max_attempts, handler.priority) == ("r", 60.0, 5, "low")
+    assert (handler.backoff, handler.retry) == (rule, {ValueError: None})
+    assert app.registry.roles() == ["r"]
+
+
+def test_one_name_for_two_functions_is_refused() -> None:
+    app = Ceylon()
+    app.task(name="same")(lambda: None)
+
+    with pytest.raises(InvalidInputError, match="same"):
+        app.task(name="same")(lambda: None)
+
+
+def test_hooks_and_goal_checks_are_registered_and_stay_functions() -> None:
+    app = Ceylon()
+
+    @app.on_start
+    def begin() -> str:
+        return "begun"
+
+    @app.on_stop
+    async def end() -> None: ...
+
+    @app.on_error
+    def tell(context: object, error: BaseException) -> None: ...
+
+    @app.goal_check
+    def enough(view: GroupView) -> bool:
+        return view.counters.completed > 1
+
+    assert begin() == "begun"
+    assert (app.registry.on_start, app.registry.on_stop, app.registry.on_error) == ([begin], [end], [tell])
+    assert app.registry.goal_checks == {"enough": enough}
+
+
+def test_an_application_needs_no_redis_until_it_is_used() -> None:
+    app = Ceylon()
+
+    @app.task
+    def work(number: int) -> None: ...
+
+    assert work.bind(1) == Task(uses="work", arguments={"number": 1})
+    with pytest.raises(RedisError, match="No Redis is configured"):
+        work.enqueue(1)
+
+
+# ---- making tasks ----------------------------------------------------------------------------------------------------
+def test_bind_turns_the_arguments_into_json_values(redis_url: str, namespace: str) -> None:
+    move = task_of(make_app(redis_url, namespace), "move")
+
+    assert move.bind(Point(1, date(2024, 2, 29)), by=2) == Task(
+        uses="move", arguments={"point": {"x": 1, "on": "2024-02-29"}, "by": 2}
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "words"),
+    [((), {}, "number"), ((1, 2), {}, "positional"), ((), {"number": 1, "more": 2}, "more"), (("x",), {}, "number")],
+)
+def test_arguments_that_do_not_fit_are_refused_and_nothing_is_sent(
+    app: Ceylon, redis_url: str, args: tuple[Any, ...], kwargs: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(InvalidInputError, match=words):
+        task_of(app, "double").enqueue(*args, **kwargs)
+
+    with redis.Redis.from_url(redis_url) as client:
+        assert client.keys("*") == []
+
+
+def test_using_adds_options_and_leaves_the_task_as_it_was(redis_url: str, namespace: str) -> None:
+    double = task_of(make_app(redis_url, namespace), "double")
+
+    late = double.using(delay="5s", priority="high").using(role="q", needs=["a"])
+
+    assert late.bind(1) == Task(
+        uses="double", arguments={"number": 1}, delay="5s", priority="high", role="q", needs=["a"]
+    )
+    assert double.bind(1) == Task(uses="double", arguments={"number": 1})
+
+
+# ---- without await ---------------------------------------------------------------------------------------------------
+def test_a_result_comes_back_as_the_annotated_type(app: Ceylon) -> None:
+    with working(app):
+        point = Point(1, date(2024, 2, 29))
+
+        assert task_of(app, "move").enqueue(point).result(timeout=20) == Point(2, date(2024, 2, 29))
+
+
+def test_a_failure_comes_back_with_the_remote_traceback(app: Ceylon) -> None:
+    with working(app), pytest.raises(TaskFailedError, match="gone") as caught:
+        task_of(app, "fail").enqueue().result(timeout=20)
+
+    assert caught.value.error_type.endswith("KeyError")
+    assert 'raise KeyError("gone")' in caught.value.traceback
+
+
+def test_a_sync_wait_has_its_limit(app: Ceylon) -> None:
+    handle = task_of(app, "double").enqueue(1)
+
+    with pytest.raises(WaitTimeoutError, match="goes on"):
+        handle.result(timeout=0.05)
+    assert handle.status() == "pending"
+    assert handle.cancel() == "cancelled"
+    assert handle.view().reason == "cancelled"
+
+
+def test_the_implicit_client_is_one_for_all_threads(app: Ceylon) -> None:
+    double = task_of(app, "double")
+    with working(app), ThreadPoolExecutor(8) as pool:
+        handles = list(pool.map(double.enqueue, range(50)))
+
+        assert [handle.result(timeout=20) for handle in handles] == [2 * n for n in range(50)]
+        assert len({handle.id.partition("/")[0] for handle in handles}) == 1
+
+
+def test_a_group_is_submitted_and_followed_without_await(app: Ceylon) -> None:
+    double = task_of(app, "double")
+    with working(app), app.sync_client() as client:
+        run = client.submit(TaskGroup("numbers", [double.bind(n) for n in range(5)], goal="completed >= 5"))
+
+        *_, last = run.progress()
+        assert (last.is_finished, last.outcome) == (True, "completed")
+        assert run.wait("all", timeout=20).counters.completed == 5
+        assert sorted(result.value for result in run.results()) == [0, 2, 4, 6, 8]
+        assert {task.id for task in run.tasks()} == {"1", "2", "3", "4", "5"}
+        assert list(run.events())[-1].status == "finished"
+        assert run.task("3").result(timeout=5) == 4
+        again = client.group(run.id)
+        assert (again.view().name, again.cancel()) == ("numbers", "finished")
+        assert [view.id for view in client.groups()] == [run.id]
+        assert [role.name for role in client.roles()] == ["p"]
+
+
+@pytest.mark.anyio
+async def test_the_sync_side_works_inside_a_running_loop(app: Ceylon) -> None:
+    """
+    As in a notebook, where a loop runs that the user did not start.
+    """
+    with working(app):
+        assert task_of(app, "double").enqueue(4).result(timeout=20) == 8
+
+
+def test_a_client_that_was_closed_says_so_or_connects_anew(app: Ceylon) -> None:
+    client = app.sync_client().open()
+    client.close()
+    client.close()
+
+    with pytest.raises(RuntimeError, match="not open"):
+        app.sync_client().task("g/1")
+
+
+SCRIPT = """
+import asyncio, os, sys, threading
+from rq_ceylon import Ceylon
+
+app = Ceylon(sys.argv[1], namespace=sys.argv[2])
+
+@app.task(role="p")
+def double(number: int) -> int:
+    return 2 * number
+
+def say(handle):
+    print(handle.id, handle.result(timeout=20), flush=True)
+
+async def first() -> None:
+    handle = await double.aenqueue(1)
+    print(handle.id, await handle.result(timeout=20), flush=True)
+
+asyncio.run(first())
+asyncio.run(first())
+say(double.enqueue(2))
+if os.fork() == 0:
+    say(double.enqueue(3))
+    asyncio.run(first())
+    sys.exit(0)
+os.wait()
+say(double.enqueue(4))
+"""
+
+
+def test_two_loops_and_a_fork_have_clients_of_their_own_and_the_process_ends_by_itself(app: Ceylon) -> None:
+    """
+    Nobody closes the implicit clients, in the parent or in the child; neither hangs at its end.
+    """
+    with working(app):
+        ran = subprocess.run(
+            [sys.executable, "-W", "error", "-c", SCRIPT, app.settings.redis_url, app.settings.namespace],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    lines = [line.split() for line in ran.stdout.splitlines()]
+    assert [result for _, result in lines] == ["2", "2", "4", "6", "2", "8"], ran.stderr
+    assert len({task_id for task_id, _ in lines}) == 6
+    assert (ran.returncode, "Traceback" in ran.stderr) == (0, False), ran.stderr
