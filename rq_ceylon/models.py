@@ -26,7 +26,6 @@ GoalPolicy = Literal["continue", "drain", "cancel"]
 DEFAULT_ROLE = "default"
 DEFAULT_TIMEOUT_S = 3600.0
 DEFAULT_MAX_ATTEMPTS = 3
-DEFAULT_CRASH_LIMIT = 3
 DEFAULT_RETENTION_S = 24 * 3600.0
 
 
