@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import tracemalloc
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import redis
 
 from rq_ceylon import (
     Ceylon,
+    ConnectionLostError,
     FailTask,
     Goal,
     GoalImpossibleError,
@@ -36,6 +37,7 @@ from rq_ceylon import (
     WaitTimeoutError,
     Worker,
 )
+from rq_ceylon.store import queries
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.server import EmbeddedServer
 
@@ -128,6 +130,30 @@ async def test_results_of_needs_reach_the_task_that_needs_them(app: Ceylon) -> N
         events = [event async for event in run.events()]
         assert [event.seq for event in events] == list(range(1, len(events) + 1))
         assert events[-1].status == "finished"
+
+
+async def test_a_task_whose_needs_cannot_be_read_now_is_given_back_and_runs_later(
+    app: Ceylon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = queries.results
+    failures: list[Sequence[str]] = []
+
+    async def lost_once(connection: Any, keys: Any, gid: str, tids: Sequence[str]) -> Any:
+        if list(tids) == ["a"] and not failures:
+            failures.append(tids)
+            raise ConnectionLostError("cut")
+        return await read(connection, keys, gid, tids)
+
+    monkeypatch.setattr(queries, "results", lost_once)
+    tasks = [
+        Task(id="a", uses="double", arguments={"number": 1}, role="p"),
+        Task(id="sum", uses="total", needs=["a"], role="p"),
+    ]
+    async with app.client() as client, working(app):
+        run = await client.submit(TaskGroup("dag", tasks))
+        view = await run.wait("all", timeout=15)
+        assert (failures, view.counters.completed) == ([["a"]], 2)
+        assert (await run.task("sum").view()).attempt == 1
 
 
 async def test_the_same_key_is_the_same_group_and_other_content_is_refused(app: Ceylon) -> None:

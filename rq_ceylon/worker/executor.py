@@ -133,7 +133,7 @@ class Executor:
         self._threads = asyncio.Semaphore(threads)
         self._running: dict[int, tuple[asyncio.Task[Any], TaskContext]] = {}
 
-    async def run(self, assignment: Assignment, *, on_context: Callable[[TaskContext], None] | None = None) -> Outcome:
+    async def run(self, assignment: Assignment) -> Outcome:
         """
         Run one attempt. Whatever users' code does becomes an outcome.
         """
@@ -169,8 +169,6 @@ class Executor:
             needs=assignment.needs,
             deadline=started + timeout_s,
         )
-        if on_context is not None:
-            on_context(context)
         attempt = _Attempt(handler, context, started)
         try:
             arguments = handler.call_arguments(body.get("arguments") or {}, context)

@@ -19,7 +19,7 @@ from typing import Any
 from loguru import logger
 
 from rq_ceylon.errors import CeylonError, ConnectionLostError, QueueFullError
-from rq_ceylon.handlers import Registry, TaskContext
+from rq_ceylon.handlers import Registry
 from rq_ceylon.maintenance import Maintenance
 from rq_ceylon.models import DEFAULT_TIMEOUT_S, check_id
 from rq_ceylon.store import queries, transitions
@@ -93,7 +93,6 @@ class Worker:
         self.executor = Executor(registry, threads=threads, on_freed=self._wake.set)
         self._idle = asyncio.Event()
         self._running: dict[int, tuple[Held, asyncio.Task[None]]] = {}
-        self._contexts: dict[int, TaskContext] = {}
         self._defaults: dict[str, Mapping[str, Any]] = {"": {}}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._lost_pause_s = 0.0
@@ -261,9 +260,14 @@ class Worker:
         fence = delivery.fence
         try:
             if grant.stop:
-                outcome = Outcome(kind="stopped", reason="", delay_ms=0, blob=b"", run_ms=0)
+                outcome = Outcome(kind="stopped")
             else:
-                outcome = await self._execute(connection, grant)
+                try:
+                    outcome = await self._execute(connection, grant)
+                except CeylonError as error:
+                    # Before the handler began: nothing of it ran, so it is given back.
+                    logger.warning("{}/{} cannot start now: {}", delivery.gid, delivery.tid, error)
+                    outcome = Outcome(kind="release", delay_ms=1000)
             if outcome.kind == "lost":
                 self.turns.forget(grant.held)
                 return
@@ -283,7 +287,6 @@ class Worker:
             _log_end(delivery.gid, delivery.tid, claimed.attempt, outcome)
         finally:
             self._running.pop(fence, None)
-            self._contexts.pop(fence, None)
             self._wake.set()
 
     async def _execute(self, connection: Connection, grant: Granted) -> Outcome:
@@ -315,10 +318,7 @@ class Worker:
         limit = body.get("timeout") or (handler.timeout_s if handler else None) or DEFAULT_TIMEOUT_S
         self.leases.hold(delivery.role, delivery.entry, time.monotonic() + limit + self.grace_s)
 
-        def remember(context: TaskContext) -> None:
-            self._contexts[delivery.fence] = context
-
-        return await self.executor.run(assignment, on_context=remember)
+        return await self.executor.run(assignment)
 
     def _lost_in_thread(self, role: str, entry: str) -> None:
         """
