@@ -328,6 +328,7 @@ class TaskResult:
     reason: str = ""
     role: str = ""
     attempts: int = 0
+    crashes: int = 0
     worker: str = ""
     started_ms: int | None = None
     ended_ms: int | None = None

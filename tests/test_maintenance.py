@@ -10,7 +10,8 @@ import pytest
 from bench import Bench
 from loguru import logger
 
-from rq_ceylon.maintenance import MOVING_MS, PAGES_PER_CALL, STILL_MS, Maintenance
+from rq_ceylon.maintenance.relay import PAGES_PER_CALL
+from rq_ceylon.maintenance.steps import MOVING_MS, STILL_MS, Maintenance
 from rq_ceylon.models import Goal
 from rq_ceylon.store import transitions
 from rq_ceylon.store.connection import Connection
@@ -295,7 +296,7 @@ async def test_consumers_of_dead_workers_go_once_nothing_is_pending_and_nobody_h
     assert consumers(bench) == {"holding", "dead", "left", "alive"}
     assert bench.redis.smembers(bench.keys.workers) == {"holding", "dead", "alive"}
 
-    monkeypatch.setattr("rq_ceylon.maintenance.CONSUMER_IDLE_MS", -1)
+    monkeypatch.setattr("rq_ceylon.maintenance.steps.CONSUMER_IDLE_MS", -1)
     await Maintenance(maintenance._connection, bench.keys).run_once()
     assert consumers(bench) == {"holding", "alive"}
     assert bench.redis.smembers(bench.keys.workers) == {"holding", "alive"}

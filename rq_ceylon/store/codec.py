@@ -44,10 +44,10 @@ def settled_of(text: str) -> tuple[GoalStatus, Settled]:
 
 def result_of(tid: str, text: str) -> TaskResult:
     """
-    A result record: `outcome|reason|role|attempts|worker|started|ended|wait ms|run ms|[value]`, or `[error, payload]`
-    of a failed task.
+    A result record: `outcome|reason|role|attempts|crashes|worker|started|ended|wait ms|run ms|[value]`, or `[error,
+    payload]` of a failed task.
     """
-    outcome, reason, role, attempts, worker, started, ended, wait, run, blob = text.split("|", 9)
+    outcome, reason, role, attempts, crashes, worker, started, ended, wait, run, blob = text.split("|", 10)
     values = from_json(blob)
     failed = outcome == TaskStatus.FAILED
     return TaskResult(
@@ -56,6 +56,7 @@ def result_of(tid: str, text: str) -> TaskResult:
         reason=reason,
         role=role,
         attempts=int(attempts),
+        crashes=int(crashes),
         worker=worker,
         started_ms=int(started) if started else None,
         ended_ms=int(ended),

@@ -85,6 +85,14 @@ async def group_ids(connection: Connection, keys: Keys) -> list[str]:
     return [gid for shard in replies for gid in shard]
 
 
+async def depends_on(connection: Connection, keys: Keys, gid: str) -> list[str]:
+    """
+    The groups for which this one still waits.
+    """
+    (text,) = await connection.run([command("HGET", keys.group_part(gid, "meta"), "depends_on")])
+    return (text or "").split()
+
+
 async def due_groups(connection: Connection, keys: Keys, now_ms: int, limit: int) -> list[str]:
     """
     At most `limit` groups whose next look is due, from all shards alike.
@@ -215,6 +223,7 @@ def _ended(result: TaskResult) -> TaskView:
         role=result.role,
         reason=result.reason,
         attempt=result.attempts,
+        crashes=result.crashes,
         worker=result.worker,
         started_ms=result.started_ms,
         result=result,
@@ -329,6 +338,26 @@ def _worker(name: str, text: str | None) -> WorkerView | None:
         started_ms=facts["started_ms"],
         stopping=facts["stopping"],
     )
+
+
+async def low_marks(connection: Connection, keys: Keys, names: Iterable[str], role: str) -> dict[str, int | None]:
+    """
+    Per worker the fence in this role below which it holds nothing; None without a heartbeat.
+    """
+    names = sorted(names)
+    texts = await connection.run([command("GET", keys.worker(name)) for name in names])
+    return {
+        name: decode(text).get("low_marks", {}).get(role, 0) if text else None
+        for name, text in zip(names, texts, strict=True)
+    }
+
+
+async def lease_s(connection: Connection, keys: Keys, role: str) -> float:
+    """
+    The lease in force in a role.
+    """
+    (lease_ms,) = await connection.run([command("HGET", keys.role_part(role, "meta"), "lease")])
+    return int(lease_ms or 30_000) / 1000
 
 
 async def role_names(connection: Connection, keys: Keys) -> list[str]:

@@ -11,8 +11,8 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-GROUP_SCRIPTS = ("submit", "claim", "commit", "outbox", "judge", "control")
-ROLE_SCRIPTS = ("enqueue", "fetch", "renew", "release")
+GROUP_SCRIPTS = ("submit", "claim", "commit", "outbox", "judge", "control", "depend", "reissue")
+ROLE_SCRIPTS = ("enqueue", "fetch", "renew", "release", "probe")
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,12 +23,15 @@ SUBMIT_TASKS_MAX = 500
 SUBMIT_BYTES_MAX = 4 * 1024 * 1024
 COMMIT_TASKS_MAX = 500
 
+PROBE_ENTRIES = 100
+SCAN_TASKS = 500
+
 
 # ---- outbox pages ----------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class Page:
     """
-    Entries of one group for one role, waiting in the group's outbox to be enqueued.
+    What waits in a group's outbox: entries to be enqueued in one role, or a message to a group that depends on it.
     """
 
     gid: str
@@ -38,14 +41,26 @@ class Page:
     def role(self) -> str:
         return self.text.split("|", 2)[1]
 
+    @property
+    def is_message(self) -> bool:
+        return self.role == "@"
+
 
 class PageAck(NamedTuple):
     """
-    A page that its role has, and the largest entry or due ms that it got there.
+    A page that has arrived, and the largest entry or due ms that it got in its role.
     """
 
     page: Page
-    horizon: str
+    horizon: str = "0"
+
+
+def deliver(keys: Keys, page: Page) -> Call:
+    """
+    The call that takes a message to its group.
+    """
+    _, _, outcome, gid = page.text.split("|")
+    return met(keys, gid, page.gid, outcome)
 
 
 def _acks(acks: Sequence[PageAck]) -> list[Any]:
@@ -108,11 +123,15 @@ class GroupFacts:
     Attributes:
         defaults: what most tasks share, JSON; handed to the worker with every claim.
         retention_ms: how long the finished group is kept.
+        depends_on: ids of groups that must complete before this one starts.
+        on_need_failed: what becomes of a task that needs one that did not complete: skip, fail or continue.
     """
 
     name: str
     retention_ms: int
     key: str = ""
+    depends_on: Sequence[str] = ()
+    on_need_failed: str = "skip"
     description: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     goals: Sequence[CompiledGoal] = ()
@@ -123,6 +142,8 @@ class GroupFacts:
             fields["key"] = self.key
         if self.description:
             fields["description"] = self.description
+        if self.on_need_failed != "skip":
+            fields["on_need_failed"] = self.on_need_failed
         if self.defaults:
             fields["defaults"] = encode(self.defaults)
         if self.goals:
@@ -151,7 +172,7 @@ def submit(
 ) -> Call:
     meta = facts.meta() if part == 1 else []
     args: list[Any] = [part, int(last), int(rolling), digest, RELAY_LEASE_MS, *_acks(acks)]
-    args += (len(meta), *meta, facts.programs() if last else "")
+    args += (len(meta), *meta, facts.programs() if last else "", " ".join(facts.depends_on) if last else "")
     for task in tasks:
         args += (task.tid, task.text, " ".join(task.needs))
     return Call("submit", keys.group(gid), args)
@@ -205,9 +226,13 @@ class Delivery(NamedTuple):
     issue: str
     lineage: str
     fence: int
+    supersedes: str = "-"
 
 
-Verdict = Literal["GRANTED", "DONE", "GONE", "DUPLICATE", "LOST", "OUTDATED", "NOTREADY", "CLOSED", "LATER"]
+Verdict = Literal["GRANTED", "DONE", "GONE", "DUPLICATE", "LOST", "OUTDATED", "NOTREADY", "CLOSED", "PARKED", "LATER"]
+
+SUSPECT_CRASHES = 2
+"""A task whose worker died under it so often starts only where no other such task runs."""
 
 
 class Claimed(NamedTuple):
@@ -233,8 +258,13 @@ class ClaimReply:
     stop: bool = False
 
 
-def claim(keys: Keys, gid: str, worker: str, deliveries: Sequence[Delivery]) -> Call:
-    return Call("claim", keys.group(gid), [worker, *(f"{d.tid} {d.issue} {d.lineage} {d.fence}" for d in deliveries)])
+def claim(keys: Keys, gid: str, worker: str, deliveries: Sequence[Delivery], *, suspect: bool = True) -> Call:
+    """
+    Args:
+        suspect: whether a suspect may start; see `SUSPECT_CRASHES`.
+    """
+    asked = (f"{d.tid} {d.issue} {d.lineage} {d.fence} {d.supersedes}" for d in deliveries)
+    return Call("claim", keys.group(gid), [worker, int(suspect), *asked])
 
 
 def claim_reply(reply: list[Any], asked: int) -> ClaimReply:
@@ -329,7 +359,7 @@ class FetchReply:
     Attributes:
         lease_ms: the lease in force, which is the role's.
         next_due_ms: until the next delayed entry is due; None if there is none.
-        paused: nothing is reclaimed for now.
+        paused: a user has paused the role: nothing is delivered.
     """
 
     lease_ms: int
@@ -342,8 +372,10 @@ def fetch_reply(role: str, reply: list[Any]) -> FetchReply:
     deliveries, flat = [], reply[3]
     for i in range(0, len(flat), 3):
         entry = flat[i]
-        gid, tid, issue, *copied = flat[i + 1].split(" ")
-        deliveries.append(Delivery(role, entry, gid, tid, issue, copied[0] if copied else entry, int(flat[i + 2])))
+        gid, tid, issue, *more = flat[i + 1].split(" ")
+        lineage = more[0] if more and more[0] != "-" else entry
+        supersedes = more[1] if len(more) > 1 else "-"
+        deliveries.append(Delivery(role, entry, gid, tid, issue, lineage, int(flat[i + 2]), supersedes))
     wait = int(reply[1])
     return FetchReply(int(reply[0]), wait if wait >= 0 else None, reply[2] == "1", deliveries)
 
@@ -381,6 +413,26 @@ def seal(keys: Keys, gid: str, *, untouched_ms: int) -> Call:
     return Call("control", keys.group(gid), ["seal", untouched_ms])
 
 
+def pause_group(keys: Keys, gid: str) -> Call:
+    return Call("control", keys.group(gid), ["pause"])
+
+
+def resume_group(keys: Keys, gid: str) -> Call:
+    return Call("control", keys.group(gid), ["resume"])
+
+
+def pause_role(keys: Keys, role: str) -> list[Call]:
+    """
+    Deliver nothing of a role; what is delivered goes on.
+    """
+    return [command("HSET", keys.role_part(role, "meta"), "paused", "1")]
+
+
+def resume_role(keys: Keys, role: str) -> list[Call]:
+    bell = keys.role_part(role, "bell")
+    return [command("HDEL", keys.role_part(role, "meta"), "paused"), command("RPUSH", bell, *"1" * 8)]
+
+
 def prune(keys: Keys, gid: str, *, staging_ms: int) -> Call:
     return Call("control", keys.group(gid), ["prune", staging_ms])
 
@@ -394,6 +446,61 @@ def look_again(keys: Keys, gid: str, at_ms: int) -> Call:
 
 def drop_from_index(keys: Keys, gid: str) -> Call:
     return command("ZREM", keys.index_of(gid), gid)
+
+
+# ---- groups on groups ------------------------------------------------------------------------------------------------
+def register(keys: Keys, gid: str, dependent: str) -> Call:
+    """
+    Ask a group to tell another one how it finished. Answers its status and, if it is finished, its outcome.
+    """
+    return Call("depend", keys.group(gid), ["register", dependent])
+
+
+def met(keys: Keys, gid: str, other: str, outcome: str) -> Call:
+    """
+    Tell a group that one on which it depends has finished.
+    """
+    return Call("depend", keys.group(gid), ["met", other, outcome])
+
+
+# ---- reissue ---------------------------------------------------------------------------------------------------------
+class Look(NamedTuple):
+    """
+    What reissue must know of a group: how many pages its outbox holds, the number of the last one, open tasks that are
+    not waiting, and per role the horizon: the largest entry or due ms that a page got there.
+    """
+
+    status: str
+    in_outbox: int
+    pages: int
+    open: int
+    horizons: Mapping[str, str]
+
+
+def look(keys: Keys, gid: str) -> Call:
+    return Call("reissue", keys.group(gid), ["look"])
+
+
+def look_reply(reply: list[Any]) -> Look | None:
+    if reply[0] == "GONE":
+        return None
+    horizons = dict(zip(reply[5::2], reply[6::2], strict=True))
+    return Look(reply[1], int(reply[2]), int(reply[3]), int(reply[4]), horizons)
+
+
+def probe(keys: Keys, role: str, gid: str, horizon: str) -> Call:
+    """
+    Answers BUSY, or CLEAR and the group's tasks that the role shows.
+    """
+    return Call("probe", keys.role(role), [gid, horizon, PROBE_ENTRIES])
+
+
+def scan(keys: Keys, gid: str, role: str, pages: int, cursor: str, shown: Iterable[str]) -> Call:
+    return Call("reissue", keys.group(gid), ["scan", role, pages, cursor, SCAN_TASKS, *shown])
+
+
+def orphans(keys: Keys, gid: str, lost: Iterable[tuple[str, str]]) -> Call:
+    return Call("reissue", keys.group(gid), ["orphans", *(word for pair in lost for word in pair)])
 
 
 # ---- registry --------------------------------------------------------------------------------------------------------

@@ -46,12 +46,19 @@ class Stage(Enum):
 @dataclass(slots=True, eq=False)
 class Held:
     """
-    One delivery in this worker's hands. `since` is the monotonic time of the fetch.
+    One delivery in this worker's hands.
+
+    Attributes:
+        since: monotonic time of the fetch.
+        is_suspect: it runs, and its worker died under it before, more than once.
+        later: its claim was put off.
     """
 
     delivery: Delivery
     since: float
     stage: Stage = Stage.FETCHED
+    is_suspect: bool = False
+    later: bool = False
 
 
 class Granted(NamedTuple):
@@ -100,6 +107,7 @@ class Turns:
         self._page_acks: dict[str, list[PageAck]] = collections.defaultdict(list)
         self._to_enqueue: dict[str, list[Page]] = collections.defaultdict(list)
         self._to_relay: set[str] = set()
+        self._messages: list[Page] = []
         self._recovering: set[str] = set()
         self._top_fence = dict.fromkeys(self.roles, 0)
         self._recent: collections.deque[float] = collections.deque()
@@ -123,16 +131,24 @@ class Turns:
         """
         Is there something to say now, with so many free slots?
         """
-        waiting = any(held.stage is Stage.FETCHED for held in self.held.values())
+        suspect = self._runs_suspect()
+        waiting = any(
+            held.stage is Stage.FETCHED and not (held.later and suspect and not self.stopping)
+            for held in self.held.values()
+        )
         return bool(
             self._outcomes
             or self._to_enqueue
+            or self._messages
             or self._page_acks
             or self._to_relay
             or self._recovering
             or any(self._acks.values())
             or (waiting and (free > 0 or self.stopping))
         )
+
+    def _runs_suspect(self) -> bool:
+        return any(held.is_suspect and held.stage is Stage.RUNNING for held in self.held.values())
 
     def is_idle(self) -> bool:
         return not self.held and not self.is_due(0)
@@ -180,14 +196,16 @@ class Turns:
         if self.stopping:
             return
         free -= sum(held.stage is Stage.CLAIMING for held in self.held.values())
+        suspect = not self._runs_suspect()
         by_group: dict[str, list[Held]] = collections.defaultdict(list)
         for held in self.held.values():
-            if held.stage is Stage.FETCHED and free > 0:
+            if held.stage is Stage.FETCHED and free > 0 and (suspect or not held.later):
                 free -= 1
                 held.stage = Stage.CLAIMING
                 by_group[held.delivery.gid].append(held)
         for gid, batch in by_group.items():
-            call = transitions.claim(self.keys, gid, self.worker, [held.delivery for held in batch])
+            call = transitions.claim(self.keys, gid, self.worker, [held.delivery for held in batch], suspect=suspect)
+            suspect = False  # one group a turn may start one
             yield Step(call, lambda reply, batch=batch: self._claimed(batch, reply))  # type: ignore[misc]
 
     def _releases(self) -> Iterable[Step]:
@@ -243,6 +261,11 @@ class Turns:
             call = transitions.enqueue(self.keys, role, some)
             yield Step(call, lambda reply, some=some: self._enqueued(some, reply))  # type: ignore[misc]
 
+        messages, self._messages = self._messages, []
+        for page in messages:
+            call = transitions.deliver(self.keys, page)
+            yield Step(call, lambda reply, page=page: self._delivered(page, reply))  # type: ignore[misc]
+
     def _relays(self) -> Iterable[Step]:
         gids, self._to_relay = self._to_relay, set()
         for gid in gids:
@@ -276,10 +299,11 @@ class Turns:
         for held, claimed in zip(batch, answer.answers, strict=True):
             match claimed.verdict:
                 case "GRANTED":
-                    held.stage = Stage.RUNNING
+                    held.stage, held.later = Stage.RUNNING, False
+                    held.is_suspect = claimed.crashes >= transitions.SUSPECT_CRASHES
                     self.granted.append(Granted(held, claimed, answer.defaults, answer.stop))
                 case "LATER":
-                    held.stage = Stage.FETCHED
+                    held.stage, held.later = Stage.FETCHED, True
                 case "LOST":
                     self.forget(held)
                 case _:
@@ -335,6 +359,14 @@ class Turns:
         for page in pages:
             self._page_acks[page.gid].append(PageAck(page, reply))
 
+    def _delivered(self, page: Page, reply: Any) -> None:
+        if isinstance(reply, CeylonError):
+            logger.error("Group {} cannot be told that {} has finished: {}", page.text, page.gid, reply)
+            return
+        self._page_acks[page.gid].append(PageAck(page))
+        if reply[0] == "OK":
+            self._to_relay.add(page.text.rpartition("|")[2])
+
     def _relayed(self, gid: str, reply: Any) -> None:
         if isinstance(reply, CeylonError):
             logger.error("The outbox of group {} cannot be read: {}", gid, reply)
@@ -346,7 +378,10 @@ class Turns:
 
     def _take(self, pages: Iterable[Page]) -> None:
         for page in pages:
-            self._to_enqueue[page.role].append(page)
+            if page.is_message:
+                self._messages.append(page)
+            else:
+                self._to_enqueue[page.role].append(page)
 
     def _acknowledge(self, held: Held, outcome: str, run_ms: int) -> None:
         delivery = held.delivery

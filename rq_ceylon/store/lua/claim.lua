@@ -1,18 +1,22 @@
 -- claim: may these deliveries run?
 -- KEYS: the group's.
--- ARGV: worker, then per delivery: 'tid issue lineage fence'.
+-- ARGV: worker, may a suspect start (1|0), then per delivery: 'tid issue lineage fence supersedes' ('-' none).
 -- Reply: GONE | OK status defaults stop, then 3 per delivery: verdict, attempt crashes releases, task text (if GRANTED).
---        Ack on GONE DONE DUPLICATE OUTDATED NOTREADY CLOSED; forget on LOST (never run, renew or ack); keep and ask
---        again on LATER; run on GRANTED.
+--        Ack on GONE DONE DUPLICATE OUTDATED NOTREADY CLOSED PARKED; forget on LOST (never run, renew or ack); keep and
+--        ask again on LATER; run on GRANTED.
 -- Repeatable: the same fence and worker get the same grant. A batch may name one task twice, so what it writes is kept
 -- by tid while it runs.
 local REPLY_BYTES_MAX = 4194304   -- payload in one reply; the rest is LATER
-local worker = ARGV[1]
+-- A task whose worker died under it so often may be what kills them. Suspects start one at a time per worker, so that
+-- a poison takes down nothing that runs beside it.
+local SUSPECT_CRASHES = 2
+local worker, room = ARGV[1], ARGV[2] == '1'
 
 local wanted, tids = {}, {}
-for i = 2, #ARGV do
-  local tid, issue, lineage, fence = string.match(ARGV[i], '^(%S+) (%d+) (%S+) (%d+)$')
-  wanted[#wanted + 1] = {tid = tid, issue = tonumber(issue), lineage = lineage, fence = tonumber(fence)}
+for i = 3, #ARGV do
+  local tid, issue, lineage, fence, supersedes = string.match(ARGV[i], '^(%S+) (%d+) (%S+) (%d+) (%S+)$')
+  wanted[#wanted + 1] = {tid = tid, issue = tonumber(issue), lineage = lineage, fence = tonumber(fence),
+                         supersedes = tonumber(supersedes)}
   tids[#tids + 1] = tid
 end
 
@@ -20,7 +24,7 @@ if not load() then return {'GONE'} end
 drain()
 local found_tasks, found_claims = call('HMGET', TASKS, unpack(tids)), call('HMGET', CLAIMS, unpack(tids))
 local found_needs = group.dag == '1' and call('HMGET', NEEDS, unpack(tids)) or {}
-local tasks, claims, granted, bytes = {}, {}, {}, 0
+local tasks, claims, changed, bytes = {}, {}, {}, 0
 for i, tid in ipairs(tids) do
   tasks[tid] = found_tasks[i]
   claims[tid] = found_claims[i] and claim_of(found_claims[i]) or nil
@@ -30,18 +34,26 @@ end
 local function end_task(tid, from, outcome, reason, claim)
   local role = head_of(tasks[tid])
   settle(tid, from, outcome, reason, role, claim, 0, outcome == 'failed' and '{"type":"","message":"' .. reason .. '","traceback":""}' or '')
-  tasks[tid] = nil; claims[tid] = nil; granted[tid] = nil
+  tasks[tid] = nil; claims[tid] = nil; changed[tid] = nil
   return 'DONE'
 end
 
 local function grant(delivery, task, claim)
   local role, priority = head_of(task)
   claim = claim or {attempt = 1, crashes = 0, releases = 0}
+  if claim.crashes >= SUSPECT_CRASHES then room = false end
   claim.state, claim.fence, claim.worker, claim.lineage = 'p', delivery.fence, worker, delivery.lineage
   claim.started, claim.due, claim.role, claim.priority = text(now), '', role, priority
-  claims[delivery.tid] = claim; granted[delivery.tid] = true
+  claims[delivery.tid] = claim; changed[delivery.tid] = true
   group.attempts = group.attempts + 1
   return 'GRANTED'
+end
+
+-- The entry waits in the outbox, which withholds it until the group goes on.
+local function park(delivery, task, claim)
+  local role, priority = head_of(task)
+  enqueue_later(delivery.tid, role, priority, issue_of(claim))
+  return 'PARKED'
 end
 
 -- The lease of the delivery on record is over: its worker is lost. A crash spends no attempt, but has a limit of its own;
@@ -50,11 +62,17 @@ local function take_over(delivery, task, claim)
   local tid = delivery.tid
   if closed() then return end_task(tid, 'in_progress', 'cancelled', 'closed', claim) end
   if claim.state == 'c' then return end_task(tid, 'in_progress', 'cancelled', 'cancelled', claim) end
-  if claim.state == 's' then return grant(delivery, task, claim) end
+  local crash = claim.state == 's' and 0 or 1
   local _, _, _, _, limit = head_of(task)
-  claim.crashes = claim.crashes + 1; group.crashes = group.crashes + 1
-  if claim.crashes > (limit or tonumber(call('HGET', META, 'crash_limit') or 3)) then
-    return end_task(tid, 'in_progress', 'failed', 'poison', claim)
+  local poison = claim.crashes + crash > (limit or CRASH_LIMIT)
+  if not poison and group.status ~= 'paused' and claim.crashes + crash >= SUSPECT_CRASHES and not room then return 'LATER' end
+  claim.crashes = claim.crashes + crash; group.crashes = group.crashes + crash
+  if poison then return end_task(tid, 'in_progress', 'failed', 'poison', claim) end
+  if group.status == 'paused' then
+    claim.state = 'l'; claim.releases = claim.releases + 1
+    move('in_progress', 'pending')
+    claims[tid] = claim; changed[tid] = true
+    return park(delivery, task, claim)
   end
   return grant(delivery, task, claim)
 end
@@ -66,15 +84,19 @@ local function judge(delivery, has_needs)
   if bytes > 0 and bytes + #task > REPLY_BYTES_MAX then return 'LATER' end
   if running(claim) then
     if claim.fence == delivery.fence and claim.worker == worker then return 'GRANTED' end
-    if claim.lineage ~= delivery.lineage then return 'DUPLICATE' end
+    if claim.lineage ~= delivery.lineage then
+      return delivery.supersedes == claim.fence and take_over(delivery, task, claim) or 'DUPLICATE'
+    end
     if delivery.fence <= claim.fence then return 'LOST' end
     return take_over(delivery, task, claim)
   end
   if closed() then return 'CLOSED' end
-  if group.status ~= 'active' or has_needs then return 'NOTREADY' end
+  if group.status ~= 'active' and group.status ~= 'paused' or has_needs then return 'NOTREADY' end
   if delivery.issue < issue_of(claim) then return 'OUTDATED' end
+  if group.status == 'paused' then return park(delivery, task, claim) end
   local _, _, _, expiry = head_of(task)
   if expiry and now > expiry then return end_task(tid, 'pending', 'cancelled', 'expired', claim) end
+  if claim and claim.crashes >= SUSPECT_CRASHES and not room then return 'LATER' end
   move('pending', 'in_progress')
   return grant(delivery, task, claim)
 end
@@ -92,7 +114,7 @@ for i, delivery in ipairs(wanted) do
 end
 
 local records = {}
-for tid in pairs(granted) do records[#records + 1] = tid; records[#records + 1] = claim_text(claims[tid]) end
+for tid in pairs(changed) do records[#records + 1] = tid; records[#records + 1] = claim_text(claims[tid]) end
 if #records > 0 then call('HSET', CLAIMS, unpack(records)) end
 tail('claim', now)
 local facts = call('HMGET', META, 'defaults', 'stop')

@@ -59,4 +59,4 @@ end
 local verdicts = {}
 for i, outcome in ipairs(outcomes) do verdicts[i] = record(outcome) end
 tail('commit', now + relay_lease)
-return {'OK', group.status, verdicts, closed() and {} or pages, more}
+return {'OK', group.status, verdicts, withheld() and {} or pages, more}

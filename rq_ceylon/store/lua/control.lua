@@ -2,6 +2,8 @@
 -- KEYS: the group's.
 -- ARGV: cancel                     end the group: cancel what has not started, ask what runs to stop
 --       cancel_tasks tid...        the same for single tasks
+--       pause                      start nothing; what runs goes on, deadlines too
+--       resume                     go on
 --       seal untouched-ms          a rolling group takes no more parts, if none came for that long
 --       prune staging-ms           remove a group past its retention, or a staged one that no part reached for that long
 -- Reply: GONE | OK status ... | NO status. cancel_tasks: OK status, then per tid: cancelled, stopping, ended or unknown.
@@ -27,6 +29,19 @@ if action == 'prune' then
 end
 
 drain()
+if action == 'pause' or action == 'resume' then
+  local from, to = 'active', 'paused'
+  if action == 'resume' then from, to = to, from end
+  if group.status ~= from then return {'NO', group.status} end
+  group.status = to
+  -- What was withheld is any relay's at once.
+  if action == 'resume' then
+    for _, page in ipairs(call('ZRANGE', OUTBOX, 0, -1)) do call('ZADD', OUTBOX, text(now), page) end
+  end
+  tail(action, now)
+  return {'OK', group.status}
+end
+
 if action == 'seal' then
   if group.open ~= '1' or tonumber(call('HGET', META, 'touched')) > now - tonumber(ARGV[2]) then return {'NO', group.status} end
   group.open = '0'
@@ -42,6 +57,7 @@ if action == 'cancel' then
   end
   if group.status == 'finished' then return {'NO', group.status} end
   local open = group.waiting + group.pending + group.in_progress
+  if group.status == 'waiting' then start_goals() end
   local undecided = group.goals ~= '' or (call('HEXISTS', META, 'specs') == 0 and open > 0)
   if undecided and not group.outcome then group.outcome = 'cancelled'; call('HSET', META, 'outcome', 'cancelled') end
   group.open = '0'

@@ -1,14 +1,14 @@
 -- enqueue: hand outbox pages to a role.
 -- KEYS: the role's.
--- ARGV: per page: gid, due ms ('' now), items 'priority,tid,issue ...'.
+-- ARGV: per page: gid, due ms ('' now), items 'priority,tid,issue[,fence it supersedes] ...'.
 -- Reply: the horizon, the largest entry ms or due ms that any of them got.
 -- Repeatable: it only doubles entries, and the claim decides.
 drain()
 local horizon, added = 0, 0
 for i = 1, #ARGV, 3 do
   local gid, due = ARGV[i], tonumber(ARGV[i + 1]) or 0
-  for priority, tid, issue in string.gmatch(ARGV[i + 2], '([123]),([^, ]+),(%d+)') do
-    local task = gid .. ' ' .. tid .. ' ' .. issue
+  for priority, tid, issue, supersedes in string.gmatch(ARGV[i + 2], '([123]),([^, ]+),(%d+),?(%d*)') do
+    local task = gid .. ' ' .. tid .. ' ' .. issue .. (supersedes ~= '' and ' - ' .. supersedes or '')
     if due > now then
       call('ZADD', DELAYED, text(due), priority .. ' ' .. task)
       horizon = math.max(horizon, due)

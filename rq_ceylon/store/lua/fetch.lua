@@ -3,7 +3,7 @@
 -- ARGV: worker, budget, lease ms asked for, mode (read | recover), stream to read first (1..3),
 --       n, n entries that this worker holds (recover mode),
 --       then per outcome: outcome, n, n entries to acknowledge, m, m histogram fields and increments.
--- Reply: lease ms in force, ms until the next due entry (-1 none), reclaiming is on pause (1|0),
+-- Reply: lease ms in force, ms until the next due entry (-1 none), the role is paused (1|0),
 --        then per entry: entry, task, fence.
 -- Not repeatable, since it reads. After a lost reply call it in recover mode, which gives this worker its own pending
 -- entries that it does not hold. Acknowledgements are counted once: XACK says which were still pending.
@@ -13,7 +13,7 @@ local worker, budget, asked, mode = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]
 local first_stream = tonumber(ARGV[5])
 
 drain()
-local facts = call('HMGET', META, 'last', 'pause_until', 'fence', 'lease', 'v')
+local facts = call('HMGET', META, 'last', 'pause_until', 'fence', 'lease', 'v', 'paused')
 if facts[5] and facts[5] ~= '1' then error('LAYOUT role has layout ' .. facts[5] .. ', this version knows 1') end
 local last, pause_until, fence = tonumber(facts[1] or 0), tonumber(facts[2] or 0), tonumber(facts[3] or 0)
 local lease = tonumber(facts[4] or 0)
@@ -74,7 +74,7 @@ local delivered, left = {}, budget
 
 local function deliver(stream, id, fields)
   local task = fields[2]
-  if fields[1] ~= 'task' or #fields ~= 2 or not string.match(task, '^[%w._:-]+ [%w._:-]+ %d+ ?[%d:-]*$') then
+  if fields[1] ~= 'task' or #fields ~= 2 or not string.match(task, '^[%w._:-]+ [%w._:-]+ %d+ ?[%d:-]* ?%d*$') then
     call('XADD', QUARANTINE, 'MAXLEN', '~', QUARANTINE_MAX, '*', 'entry', stream .. ':' .. id, unpack(fields))
     acknowledge(KEYS[stream], {id})
     return
@@ -125,6 +125,8 @@ local order = {1, 2, 3}
 if first_stream > 1 then table.remove(order, first_stream); table.insert(order, 1, first_stream) end
 if mode == 'recover' then
   for stream = 1, 3 do recover(stream) end
+elseif budget > 0 and facts[6] == '1' then
+  call('DEL', BELL)  -- a paused role delivers nothing; what it has delivered goes on
 elseif budget > 0 then
   if now >= pause_until then
     for _, stream in ipairs(order) do if left > 0 then reclaim(stream) end end
@@ -136,4 +138,4 @@ elseif #promoted > 0 then ring(#promoted) end
 if #delivered > 0 then call('HSET', META, 'fence', text(next_fence - 1)) end
 local next_due = call('ZRANGE', DELAYED, 0, 0, 'WITHSCORES')[2]
 local wait = next_due and math.max(0, tonumber(next_due) - now) or -1
-return {text(lease), text(wait), now < pause_until and '1' or '0', delivered}
+return {text(lease), text(wait), facts[6] or '0', delivered}

@@ -3,6 +3,7 @@
 -- KEYS: meta tasks claims results needs children outbox events, all of one group.
 local META, TASKS, CLAIMS, RESULTS, NEEDS, CHILDREN, OUTBOX, EVENTS = unpack(KEYS)
 local LAYOUT = '1'
+local CRASH_LIMIT = 3       -- crashes that a task survives, unless it says otherwise
 local PAGE_ITEMS = 100       -- entries in one outbox page
 local CHILDREN_MAX = 1000    -- dependents looked at in one call; the rest waits in an internal page
 local CALLABLE_WAIT = 3600000 -- ms a finished group waits for the verdict of a callable goal without a deadline
@@ -29,6 +30,8 @@ end
 local function drain() call('HDEL', META, '') end
 
 local function closed() return group.status == 'closing' or group.status == 'finished' end
+-- Pages stay in the outbox of a group that is not there yet, waits for other groups, or is paused.
+local function withheld() return group.status == 'staging' or group.status == 'waiting' or group.status == 'paused' end
 local function move(from, to) group[from] = group[from] - 1; group[to] = group[to] + 1 end
 
 -- ---- records ------------------------------------------------------------------------------------------------------
@@ -58,15 +61,16 @@ local function running(claim) return claim and (claim.state == 'p' or claim.stat
 local function issue_of(claim) return claim and claim.attempt + claim.releases or 1 end
 
 -- ---- outbox: what must reach a role ----------------------------------------------------------------------------------
--- Page: number|role|due|priority,tid,issue priority,tid,issue ...    Internal page: number|#step|position|tid.
+-- Page: number|role|due|item item ... with items priority,tid,issue or priority,tid,issue,fence it supersedes.
+-- Message to a group that depends on this one: number|@|outcome|gid.    Internal page: number|#step|position|tid.
 local queued, queued_keys = {}, {}   -- entries of this call by role|due, and the order these came up in
 local pages = {}                     -- pages written by this call
 
-local function enqueue_later(tid, role, priority, issue, due)
+local function enqueue_later(tid, role, priority, issue, due, supersedes)
   local key = role .. '|' .. (due and text(due) or '')
   local items = queued[key]
   if not items then items = {}; queued[key] = items; queued_keys[#queued_keys + 1] = key end
-  items[#items + 1] = priority .. ',' .. tid .. ',' .. issue
+  items[#items + 1] = priority .. ',' .. tid .. ',' .. issue .. (supersedes and ',' .. text(supersedes) or '')
 end
 
 local function add_page(body, visible)
@@ -100,7 +104,7 @@ local function acknowledge_pages(first)
 end
 
 -- ---- ends of tasks ---------------------------------------------------------------------------------------------------
--- Result: outcome|reason|role|attempts|worker|started|ended|wait ms|run ms|JSON array (value, or error and payload).
+-- Result: outcome|reason|role|attempts|crashes|worker|started|ended|wait ms|run ms|JSON array (value, or error and payload).
 local log = {}                       -- what the event of this call tells: tid,outcome,role,wait,run
 local results, ended, is_ended = {}, {}, {}
 local walks = {}                     -- dependents still to look at: {step, tid, position}
@@ -112,9 +116,9 @@ end
 
 -- Ends a task. `claim` is its record or nil, `run` the handler's ms, `blob` a JSON value or ''.
 local function settle(tid, from, outcome, reason, role, claim, run, blob)
-  local attempts, worker, started, wait = 0, '', '', 0
+  local attempts, crashes, worker, started, wait = 0, 0, '', '', 0
   if claim then
-    attempts, worker, started = claim.attempt, claim.worker, claim.started
+    attempts, crashes, worker, started = claim.attempt, claim.crashes, claim.worker, claim.started
     wait = math.max(0, tonumber(started) - tonumber(string.match(claim.lineage, ':(%d+)') or started))
   end
   if outcome == 'failed' then
@@ -125,16 +129,30 @@ local function settle(tid, from, outcome, reason, role, claim, run, blob)
   is_ended[tid] = true
   ended[#ended + 1] = tid
   results[#results + 1] = tid
-  results[#results + 1] = table.concat({outcome, reason, role, attempts, worker, started, text(now), wait, run,
-                                        '[' .. blob .. ']'}, '|')
+  results[#results + 1] = table.concat({outcome, reason, role, attempts, crashes, worker, started, text(now), wait,
+                                        run, '[' .. blob .. ']'}, '|')
   log_task(tid, outcome, role, wait, run)
   if group.dag == '1' and not closed() then
-    walks[#walks + 1] = {outcome == 'completed' and 'release' or 'skip', tid, 1}
+    walks[#walks + 1] = {outcome == 'completed' and 'release' or 'miss', tid, 1}
   end
 end
 
--- Releases the dependents of completed tasks, skips those of others and theirs in turn.
+-- Ends a task that needs one that did not complete, as its group wants it; its own dependents are next.
+local function miss(tid, task, role)
+  local outcome = group.on_need_failed == 'fail' and 'failed' or 'cancelled'
+  local blob = outcome == 'failed' and '{"type":"","message":"a task that it needs did not complete","traceback":""},'
+    .. string.match(task, '^[^|]*|[^|]*|[^|]*|[^|]*|[^|]*|(.*)$') or ''
+  call('HDEL', NEEDS, tid); call('HDEL', TASKS, tid)
+  call('HSET', RESULTS, tid, table.concat({outcome, 'skipped', role, 0, 0, '', '', text(now), 0, 0, '[' .. blob .. ']'}, '|'))
+  move('waiting', outcome); log_task(tid, outcome, role)
+  walks[#walks + 1] = {'miss', tid, 1}
+end
+
+-- Releases the dependents of completed tasks; for those of others the group's policy decides: skip (default), fail, or
+-- continue, which releases them too.
 local function walk_dependents()
+  if #walks == 0 then return end
+  group.on_need_failed = call('HGET', META, 'on_need_failed') or 'skip'
   local left = CHILDREN_MAX
   while #walks > 0 do
     local step, parent, position = unpack(table.remove(walks))
@@ -145,11 +163,7 @@ local function walk_dependents()
       local unmet, task = call('HGET', NEEDS, tid), call('HGET', TASKS, tid)
       if unmet and task then
         local role, priority, not_before = head_of(task)
-        if step == 'skip' then
-          call('HDEL', NEEDS, tid); call('HDEL', TASKS, tid)
-          call('HSET', RESULTS, tid, table.concat({'cancelled', 'skipped', role, 0, '', '', text(now), 0, 0, '[]'}, '|'))
-          move('waiting', 'cancelled'); log_task(tid, 'cancelled', role)
-          walks[#walks + 1] = {'skip', tid, 1}
+        if step == 'miss' and group.on_need_failed ~= 'continue' then miss(tid, task, role)
         elseif tonumber(unmet) > 1 then call('HINCRBY', NEEDS, tid, -1)
         else
           call('HDEL', NEEDS, tid); move('waiting', 'pending')
@@ -207,6 +221,9 @@ local function goal_of(line)
   return {name = name, on_achieved = on_achieved, on_failed = on_failed, deadline = tonumber(deadline),
           program = program, fail_program = fail_program}
 end
+local function goal_text(goal)
+  return table.concat({goal.name, goal.on_achieved, goal.on_failed, text(goal.deadline), goal.program, goal.fail_program}, '|')
+end
 
 -- Deadline first, then what makes it fail, then what makes it achieved. Returns the status and what settled it.
 local function decide(goal, kind)
@@ -239,7 +256,7 @@ end
 
 -- A settled goal may close the group, and closing may decide others: judge until nothing moves.
 local function judge_goals(kind)
-  local moved = group.goals ~= ''
+  local moved = group.goals ~= '' and group.status ~= 'waiting'
   while moved do
     moved = false
     local kept = {}
@@ -260,19 +277,15 @@ local function await_callables()
   local lines, changed = {}, false
   for line in string.gmatch(group.goals, '[^;]+') do
     local goal = goal_of(line)
-    if goal.deadline == 0 then
-      changed = true
-      line = table.concat({goal.name, goal.on_achieved, goal.on_failed, text(now + CALLABLE_WAIT), goal.program,
-                           goal.fail_program}, '|')
-    end
-    lines[#lines + 1] = line
+    if goal.deadline == 0 then goal.deadline = now + CALLABLE_WAIT; changed = true end
+    lines[#lines + 1] = goal_text(goal)
   end
   if not changed then return end
   group.goals = table.concat(lines, ';')
   call('HSET', META, 'goals', group.goals)
 end
 
-local function finish()
+local function finish(visible)
   local facts = call('HMGET', META, 'retention', 'goals_total')
   if not group.outcome then
     local good = group.completed == group.total
@@ -282,17 +295,20 @@ local function finish()
   group.status = 'finished'
   call('HSET', META, 'outcome', group.outcome, 'finished', text(now))
   -- Pages whose acknowledgement was lost with a worker: nobody needs them any more.
-  call('UNLINK', OUTBOX)
+  call('UNLINK', OUTBOX); pages = {}
+  for gid in string.gmatch(call('HGET', META, 'dependents') or '', '%S+') do
+    pages[#pages + 1] = add_page('@|' .. group.outcome .. '|' .. gid, visible)
+  end
   -- A backstop only: maintenance prunes after the retention, an hour earlier.
   local ttl = text(tonumber(facts[1]) + 3600000)
   for _, key in ipairs(KEYS) do call('PEXPIRE', key, ttl) end
 end
 
-local function end_of_group()
+local function end_of_group(visible)
   local open = group.waiting + group.pending + group.in_progress
   if group.status == 'finished' or open > 0 then return end
-  if group.status ~= 'closing' and (group.status ~= 'active' or group.open == '1') then return end
-  if group.goals ~= '' then await_callables() else finish() end
+  if group.status ~= 'closing' and (group.open == '1' or withheld() and group.status ~= 'paused') then return end
+  if group.goals ~= '' then await_callables() else finish(visible) end
 end
 
 -- The shared tail of every script that may end tasks: results, dependents, pages, goals, closing, finishing, counters,
@@ -304,7 +320,7 @@ local function tail(kind, visible)
   walk_dependents()
   if not closed() then write_pages(visible) end
   judge_goals(kind)
-  end_of_group()
+  end_of_group(visible)
   local changes, changed = {}, #log > 0 or #settled > 0 or group.status ~= before.status
   for _, name in ipairs(NUMBERS) do
     if group[name] ~= before[name] then changes[#changes + 1] = name; changes[#changes + 1] = text(group[name]) end
@@ -320,8 +336,21 @@ local function tail(kind, visible)
   if group.status == 'finished' and number == 1 then call('PEXPIRE', EVENTS, call('PTTL', META)) end
 end
 
--- The nearest deadline of an undecided goal, 0 if there is none.
+-- The goals and their deadlines start with the group.
+local function start_goals()
+  local lines = {}
+  for line in string.gmatch(group.goals, '[^;]+') do
+    local goal = goal_of(line)
+    if goal.deadline > 0 then goal.deadline = now + goal.deadline end
+    lines[#lines + 1] = goal_text(goal)
+  end
+  group.goals = table.concat(lines, ';')
+  if group.goals ~= '' then call('HSET', META, 'goals', group.goals) end
+end
+
+-- The nearest deadline of an undecided goal, 0 if there is none. A group that waits has not started them.
 local function next_deadline()
+  if group.status == 'waiting' then return 0 end
   local nearest = 0
   for line in string.gmatch(group.goals, '[^;]+') do
     local deadline = goal_of(line).deadline

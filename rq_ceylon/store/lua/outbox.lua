@@ -1,7 +1,8 @@
 -- outbox: hand out visible pages, take acknowledgements, work off internal pages.
 -- KEYS: the group's.
 -- ARGV: pages wanted, relay lease ms, page acknowledgements (see acknowledge_pages).
--- Reply: GONE | OK status next-deadline-ms pages more. Withheld while staging.
+-- Reply: GONE | OK status next-deadline-ms pages more. Withheld while the group is not active. Of a closed group only
+--        messages to other groups are left.
 -- Repeatable: acknowledgements are removals; a page handed out is hidden for one relay lease and seen again unless it
 -- is acknowledged.
 local wanted, relay_lease = tonumber(ARGV[1]), tonumber(ARGV[2])
@@ -9,9 +10,9 @@ local wanted, relay_lease = tonumber(ARGV[1]), tonumber(ARGV[2])
 if not load() then return {'GONE'} end
 drain()
 acknowledge_pages(3)
-if group.status == 'staging' then return {'OK', group.status, '0', {}, '0'} end
+if withheld() then return {'OK', group.status, text(next_deadline()), {}, '0'} end
 local got = {}
-if wanted > 0 and not closed() then
+if wanted > 0 then
   for _, page in ipairs(call('ZRANGEBYSCORE', OUTBOX, '-inf', text(now), 'LIMIT', 0, wanted)) do
     local step, position, tid = string.match(page, '^%d+|#(%a+)|(%d+)|(.+)$')
     if step then
@@ -25,4 +26,4 @@ if wanted > 0 and not closed() then
   if #walks > 0 then tail('outbox', now + relay_lease) end
   for _, page in ipairs(pages) do got[#got + 1] = page end
 end
-return {'OK', group.status, text(next_deadline()), closed() and {} or got, more}
+return {'OK', group.status, text(next_deadline()), got, more}

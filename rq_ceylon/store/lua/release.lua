@@ -12,10 +12,12 @@ local given_back = 0
 local function give_back(stream, id)
   local entry = call('XRANGE', KEYS[stream], id, id)[1]
   if entry and entry[2][1] == 'task' then
-    local task = entry[2][2]
-    if not string.match(task, ' %d+ %S+$') then task = task .. ' ' .. stream .. ':' .. id end
-    call('XADD', KEYS[stream], '*', 'task', task)
-    given_back = given_back + 1
+    local facts, lineage, supersedes = string.match(entry[2][2], '^(%S+ %S+ %d+) ?(%S*) ?(%d*)$')
+    if facts then
+      if lineage == '' or lineage == '-' then lineage = stream .. ':' .. id end
+      call('XADD', KEYS[stream], '*', 'task', facts .. ' ' .. lineage .. (supersedes ~= '' and ' ' .. supersedes or ''))
+      given_back = given_back + 1
+    end
   end
   acknowledge(KEYS[stream], {id})
 end

@@ -1,7 +1,8 @@
 -- Shared by the scripts of the role slot.
 -- KEYS: high normal low delayed meta bell quarantine, all of one role. Entries are named '<1..3>:<stream id>'.
--- An entry has one field, `task`: 'gid tid issue', then the lineage if it is a copy: the entry it replaces, whose line of
--- deliveries it continues.
+-- An entry has one field, `task`: 'gid tid issue lineage supersedes', the last two left out where there are none. The
+-- lineage of a copy is the entry it replaces, whose line of deliveries it continues ('-' for none); `supersedes` is the
+-- fence of a lost delivery, whose lease it ends.
 local DELAYED, META, BELL, QUARANTINE = KEYS[4], KEYS[5], KEYS[6], KEYS[7]
 local GROUP = 'workers'
 local BELL_MAX = 64          -- tokens; more idle workers than that wake within their blocking wait

@@ -2,7 +2,8 @@
 -- nothing; a rolling group (single tasks of one client) is active from its first part until it is sealed.
 -- KEYS: the group's.
 -- ARGV: part, last (1|0), rolling (1|0), digest of all parts so far, relay lease ms, page acknowledgements (see
---       acknowledge_pages), n, n meta fields and values, goals (see goal_of; deadlines relative),
+--       acknowledge_pages), n, n meta fields and values, goals (see goal_of; deadlines relative), groups that it
+--       depends on ('' or 'a b c'; with the last part),
 --       then per task: tid, text (role|priority|delay ms|expires ms|crash limit|JSON), tids it needs ('' or 'a b c').
 -- Reply: OK status pages | REPEAT status (known: nothing written, enqueue nothing) | GAP (parts before it are unknown, or
 --        the number is known with another digest) | CLOSED (sealed meanwhile) | EXISTS (the key is taken by other content)
@@ -14,7 +15,8 @@ local acknowledgements = 6
 local meta_first = acknowledgements + 1 + 3 * tonumber(ARGV[acknowledgements])
 local meta_count = tonumber(ARGV[meta_first])
 local goals_at = meta_first + 1 + meta_count
-local first_task = goals_at + 1
+local depends_on = ARGV[goals_at + 1]
+local first_task = goals_at + 2
 
 local known = load()
 if known then
@@ -85,19 +87,15 @@ for i = first_task, #ARGV, 3 do
 end
 group.total = group.total + #tids
 
--- The goals start with the group, so that deadlines count from here; an impossible one refuses the whole group.
-local active = rolling or last
+-- An impossible goal refuses the whole group.
+local complete = rolling or last
 if last and not rolling then
-  local lines = {}
-  for line in string.gmatch(ARGV[goals_at], '[^;]+') do
+  group.goals = ARGV[goals_at]
+  for line in string.gmatch(group.goals, '[^;]+') do
     local goal = goal_of(line)
-    if goal.deadline > 0 then goal.deadline = now + goal.deadline end
     if verdict(goal.program) == 0 then return refused('goal', goal.name) end
-    lines[#lines + 1] = table.concat({goal.name, goal.on_achieved, goal.on_failed, text(goal.deadline), goal.program,
-                                      goal.fail_program}, '|')
   end
-  group.goals = table.concat(lines, ';')
-  group.status = 'active'
+  group.status = depends_on == '' and 'active' or 'waiting'
 end
 
 -- From here on: writes only. The first must be one that may be refused at maxmemory.
@@ -106,7 +104,9 @@ call('HSET', META, 'v', LAYOUT, 'status', group.status, 'open', rolling and not 
 if not known then call('HSET', META, 'created', text(now), unpack(ARGV, meta_first + 1, meta_first + meta_count)) end
 group.open = rolling and not last and '1' or '0'
 acknowledge_pages(acknowledgements)
-if group.goals ~= '' and active then call('HSET', META, 'goals', group.goals) end
+if last and not rolling then
+  if depends_on ~= '' then call('HSET', META, 'depends_on', depends_on, 'goals', group.goals) else start_goals() end
+end
 call('HSET', TASKS, unpack(tasks))
 if #unmet > 0 then call('HSET', NEEDS, unpack(unmet)) end
 for _, parent in ipairs(parents) do
@@ -115,11 +115,11 @@ for _, parent in ipairs(parents) do
 end
 for role in pairs(roles) do call('HSETNX', META, 'horizon:' .. role, '0') end
 -- Pages of a staged part belong to any relay as soon as the group is active; `outbox` withholds them until then.
-if not active or part > 1 and not rolling then visible = now end
-if active then
+if not complete or part > 1 and not rolling or withheld() then visible = now end
+if complete then
   if part == 1 or not rolling then before.status = 'staging' end
   tail('submit', visible)
-  return {'OK', group.status, (rolling or part == 1) and not closed() and pages or {}}
+  return {'OK', group.status, (rolling or part == 1) and not withheld() and pages or {}}
 end
 write_pages(visible)
 call('HSET', META, 'total', text(group.total), 'waiting', text(group.waiting), 'pending', text(group.pending),

@@ -7,20 +7,22 @@ an hour loses nothing. Time is the server's.
 
 from __future__ import annotations
 
+import asyncio
 import collections
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from loguru import logger
 
 from rq_ceylon.errors import CeylonError, ConnectionLostError
+from rq_ceylon.maintenance.reissue import Reissue
+from rq_ceylon.maintenance.relay import relay
 from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.keys import INDEX_SHARDS, Keys
 from rq_ceylon.store.scripts import Call, command
-from rq_ceylon.store.transitions import OutboxReply, Page, PageAck
 
 GROUPS_PER_STEP = 100
-PAGES_PER_CALL = 50
+AFTER_ERROR_S = 5.0
 MOVING_MS, STILL_MS = 10_000, 60_000
 """How long until the next look at a group while something moves, and while nothing does. No step is further from the
 next than the first, so that a new group is seen in time."""
@@ -42,6 +44,7 @@ class Maintenance:
 
     def __init__(self, connection: Connection, keys: Keys) -> None:
         self._connection, self._keys = connection, keys
+        self._reissue = Reissue(connection, keys)
         self._consumers_at = 0
 
     async def run_once(self) -> float:
@@ -77,8 +80,15 @@ class Maintenance:
         status, deadline_ms = answer.status, answer.next_deadline_ms
         if status is not None and 0 < deadline_ms <= now_ms:
             status, deadline_ms = await judge(self._connection, self._keys, gid)
+        if status == "waiting":
+            status = await meet(self._connection, self._keys, gid)
+            moves = True
         if status == "active":
             status = await seal(self._connection, self._keys, gid)
+        if status in ("active", "closing") and not moves:
+            moves = await self._reissue.run(gid) > 0 or status == "closing"
+        else:
+            self._reissue.forget(gid)
         if status is None:
             return await self._forget(gid, now_ms)
         due_ms = now_ms + (MOVING_MS if moves else STILL_MS)
@@ -119,38 +129,39 @@ async def _run(connection: Connection, calls: Sequence[Call]) -> list[object]:
     return await connection.run(calls, refusals=True) if calls else []
 
 
-async def relay(connection: Connection, keys: Keys, gid: str) -> tuple[OutboxReply, bool]:
+async def maintain(url: str, keys: Keys, on_error: Callable[[CeylonError], None]) -> None:
     """
-    Hand over the pages of a group that whoever wrote them left in the outbox. Returns the last answer of the outbox,
-    and whether there were pages, or some are still left to whoever wrote them.
-
-    A page is acknowledged only after its role has it: what happens twice is settled at the claim.
+    Maintain for as long as this runs.
     """
-    acks: list[PageAck] = []
-    moved = False
-    while True:
-        calls = [
-            transitions.outbox(keys, gid, wanted=PAGES_PER_CALL, acks=acks),
-            command("ZCARD", keys.group_part(gid, "outbox")),
-        ]
-        reply, left = await connection.run(calls)
-        answer = transitions.outbox_reply(gid, reply)
-        if not answer.pages and not answer.more:
-            return answer, moved or left > 0
-        moved = True
-        acks = await hand_over(connection, keys, answer.pages)
+    connection = Connection(url)
+    maintenance = Maintenance(connection, keys)
+    try:
+        while True:
+            try:
+                pause_s = await maintenance.run_once()
+            except CeylonError as error:
+                on_error(error)
+                pause_s = AFTER_ERROR_S
+            await asyncio.sleep(pause_s)
+    finally:
+        await connection.close()
 
 
-async def hand_over(connection: Connection, keys: Keys, pages: Sequence[Page]) -> list[PageAck]:
+async def meet(connection: Connection, keys: Keys, gid: str) -> str | None:
     """
-    Enqueue pages, and return what acknowledges them.
+    Ask the groups on which this one depends whether they have finished, should their message have been lost, and start
+    it once all have. Returns the group's status (None: gone).
     """
-    by_role: dict[str, list[Page]] = collections.defaultdict(list)
-    for page in pages:
-        by_role[page.role].append(page)
-    calls: list[Call] = [transitions.enqueue(keys, role, some) for role, some in by_role.items()]
-    horizons = await connection.run(calls) if calls else []
-    return [PageAck(page, horizon) for some, horizon in zip(by_role.values(), horizons, strict=True) for page in some]
+    others = await queries.depends_on(connection, keys, gid)
+    asked = await connection.run([transitions.register(keys, other, gid) for other in others])
+    for other, reply in zip(others, asked, strict=True):
+        word, *rest = reply
+        if word == "OK" and rest[0] != "finished":
+            continue
+        outcome = rest[1] if word == "OK" else "gone"
+        await connection.run([transitions.met(keys, gid, other, outcome)])
+    answer, _ = await relay(connection, keys, gid)
+    return answer.status
 
 
 async def judge(connection: Connection, keys: Keys, gid: str) -> tuple[str | None, int]:

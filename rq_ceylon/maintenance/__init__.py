@@ -1,0 +1,8 @@
+"""
+What any worker or monitor does for all.
+"""
+
+from rq_ceylon.maintenance.relay import hand_over, relay
+from rq_ceylon.maintenance.steps import Maintenance, maintain
+
+__all__ = ["Maintenance", "hand_over", "maintain", "relay"]

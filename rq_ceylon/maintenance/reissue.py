@@ -1,0 +1,109 @@
+"""
+Puts back what Redis itself lost: entries of a role whose queue is gone or went back in time.
+
+The group knows its open tasks, and per role the *horizon*: the largest entry or due ms that any of its pages got there.
+A role that has nothing left up to that horizon, and does not show a task that is open, has lost its entry. Nothing here
+decides more than "ring again": a false alarm is answered at the claim.
+"""
+
+from __future__ import annotations
+
+import time
+
+from rq_ceylon.maintenance.relay import relay
+from rq_ceylon.store import queries, transitions
+from rq_ceylon.store.connection import Connection
+from rq_ceylon.store.keys import Keys
+
+OPEN = ("active", "closing")
+
+
+class Reissue:
+    """
+    One process's looks at groups with open tasks and an empty outbox.
+    """
+
+    def __init__(self, connection: Connection, keys: Keys) -> None:
+        self._connection, self._keys = connection, keys
+        self._silent_since: dict[tuple[str, str, str], float] = {}
+
+    async def run(self, gid: str) -> int:
+        """
+        Ring again what is lost of one group. Returns how many entries that were.
+        """
+        seen = await self._look(gid)
+        if seen is None or seen.status not in OPEN or seen.open == 0 or seen.in_outbox:
+            return 0
+        # A closed group rings nothing, whatever its roles show: what a vanished worker ran is cancelled.
+        shown: dict[str, list[str]] = {role: [] for role in seen.horizons}
+        if seen.status == "active":
+            shown = await self._probe(gid, seen)
+        rung = 0
+        for role, tids in shown.items():
+            rung += await self._ring(gid, role, seen.pages, tids)
+            await relay(self._connection, self._keys, gid)
+            # The next role waits until the pages of this one have arrived.
+            seen = await self._look(gid)
+            if seen is None or seen.in_outbox:
+                break
+        return rung
+
+    async def _look(self, gid: str) -> transitions.Look | None:
+        (reply,) = await self._connection.run([transitions.look(self._keys, gid)])
+        return transitions.look_reply(reply)
+
+    async def _probe(self, gid: str, seen: transitions.Look) -> dict[str, list[str]]:
+        """
+        The roles that are clear up to the group's horizon, with its tasks that they show; none if all are shown.
+        """
+        calls = [transitions.probe(self._keys, role, gid, horizon) for role, horizon in seen.horizons.items()]
+        replies = await self._connection.run(calls)
+        clear = {role: tids for role, (word, *tids) in zip(seen.horizons, replies, strict=True) if word == "CLEAR"}
+        if len(clear) == len(seen.horizons) and sum(len(set(tids)) for tids in clear.values()) >= seen.open:
+            return {}
+        return clear
+
+    async def _ring(self, gid: str, role: str, pages: int, shown: list[str]) -> int:
+        rung, cursor = 0, "0"
+        while True:
+            call = transitions.scan(self._keys, gid, role, pages, cursor, shown)
+            (reply,) = await self._connection.run([call])
+            if reply[0] != "OK":
+                return rung
+            _, _, cursor, running, entries = reply
+            rung += int(entries)
+            claims = list(zip(running[::3], running[1::3], running[2::3], strict=True))
+            lost = await self._lost(gid, role, claims)
+            if lost:
+                (answer,) = await self._connection.run([transitions.orphans(self._keys, gid, lost)])
+                rung += int(answer[2]) if answer[0] == "OK" else 0
+            if cursor == "0":
+                return rung
+
+    async def _lost(self, gid: str, role: str, claims: list[tuple[str, str, str]]) -> list[tuple[str, str]]:
+        """
+        Those of these running tasks (task, fence, worker) that no worker runs: its worker lives and holds nothing so
+        old, or its heartbeat is gone, and was for a whole lease of the role.
+        """
+        if not claims:
+            return []
+        marks = await queries.low_marks(self._connection, self._keys, {worker for _, _, worker in claims}, role)
+        lease_s = await queries.lease_s(self._connection, self._keys, role)
+        now, lost = time.monotonic(), []
+        for tid, fence, worker in claims:
+            key, mark = (gid, tid, fence), marks[worker]
+            if mark is not None:
+                self._silent_since.pop(key, None)
+                if int(fence) < mark:
+                    lost.append((tid, fence))
+            elif now - self._silent_since.setdefault(key, now) >= lease_s:
+                del self._silent_since[key]
+                lost.append((tid, fence))
+        return lost
+
+    def forget(self, gid: str) -> None:
+        """
+        Nothing of this group is open any more.
+        """
+        for key in [key for key in self._silent_since if key[0] == gid]:
+            del self._silent_since[key]

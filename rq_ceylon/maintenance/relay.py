@@ -1,0 +1,57 @@
+"""
+From the outbox of a group to where its pages belong.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Sequence
+
+from rq_ceylon.store import transitions
+from rq_ceylon.store.connection import Connection
+from rq_ceylon.store.keys import Keys
+from rq_ceylon.store.scripts import Call, command
+from rq_ceylon.store.transitions import OutboxReply, Page, PageAck
+
+PAGES_PER_CALL = 50
+
+
+async def relay(connection: Connection, keys: Keys, gid: str) -> tuple[OutboxReply, bool]:
+    """
+    Hand over the pages of a group that whoever wrote them left in the outbox. Returns the last answer of the outbox,
+    and whether there were pages, or some are still left to whoever wrote them.
+
+    A page is acknowledged only after its role has it: what happens twice is settled at the claim.
+    """
+    acks: list[PageAck] = []
+    moved = False
+    while True:
+        calls = [
+            transitions.outbox(keys, gid, wanted=PAGES_PER_CALL, acks=acks),
+            command("ZCARD", keys.group_part(gid, "outbox")),
+        ]
+        reply, left = await connection.run(calls)
+        answer = transitions.outbox_reply(gid, reply)
+        if not answer.pages and not answer.more:
+            return answer, moved or left > 0
+        moved = True
+        acks = await hand_over(connection, keys, answer.pages)
+
+
+async def hand_over(connection: Connection, keys: Keys, pages: Sequence[Page]) -> list[PageAck]:
+    """
+    Enqueue pages, and return what acknowledges them.
+    """
+    by_role: dict[str, list[Page]] = collections.defaultdict(list)
+    messages = [page for page in pages if page.is_message]
+    for page in pages:
+        if not page.is_message:
+            by_role[page.role].append(page)
+    calls: list[Call] = [transitions.enqueue(keys, role, some) for role, some in by_role.items()]
+    calls += [transitions.deliver(keys, page) for page in messages]
+    replies = await connection.run(calls) if calls else []
+    for page, (word, *_) in zip(messages, replies[len(by_role) :], strict=True):
+        if word == "OK":
+            await relay(connection, keys, page.text.rpartition("|")[2])
+    acks = [PageAck(page, horizon) for some, horizon in zip(by_role.values(), replies, strict=False) for page in some]
+    return acks + [PageAck(page) for page in messages]

@@ -1,0 +1,44 @@
+-- depend: groups that start once others have completed. The waiting group keeps the others in `depends_on`, each of them
+-- keeps its `dependents`, and tells them by a message in its outbox when it has finished.
+-- KEYS: the group's.
+-- ARGV: register gid        this group is to tell that one
+--       met gid outcome     that group, on which this one depends, has finished
+-- Reply: GONE | OK status outcome | NO status (met: it does not wait for that one, or no longer).
+-- Repeatable: the first adds once, the second removes once.
+local action, gid, outcome = ARGV[1], ARGV[2], ARGV[3]
+
+local function without(list, name)
+  local kept = {}
+  for word in string.gmatch(list, '%S+') do
+    if word ~= name then kept[#kept + 1] = word end
+  end
+  return table.concat(kept, ' '), #kept
+end
+
+if not load() then return {'GONE'} end
+if action == 'register' then
+  if group.status ~= 'finished' then
+    local list = without(call('HGET', META, 'dependents') or '', gid)
+    call('HSET', META, 'dependents', list == '' and gid or list .. ' ' .. gid)
+  end
+  return {'OK', group.status, group.outcome or ''}
+end
+
+drain()
+local list = call('HGET', META, 'depends_on') or ''
+local rest, left = without(list, gid)
+if group.status ~= 'waiting' or rest == list then return {'NO', group.status} end
+if outcome == 'completed' then
+  call('HSET', META, 'depends_on', rest)
+  if left > 0 then return {'OK', group.status, ''} end
+  group.status = 'active'
+  start_goals()
+  for _, page in ipairs(call('ZRANGE', OUTBOX, 0, -1)) do call('ZADD', OUTBOX, text(now), page) end
+else
+  start_goals()
+  group.outcome = 'cancelled'
+  call('HSET', META, 'outcome', 'cancelled', 'reason', 'group ' .. gid .. ' it depends on is ' .. outcome)
+  close(false)
+end
+tail('depend', now)
+return {'OK', group.status, group.outcome or ''}

@@ -1,0 +1,69 @@
+-- reissue: find and put back what Redis itself lost of this group in a role. docs/protocol.md states the rule.
+-- KEYS: the group's.
+-- ARGV: look
+--       scan role pages cursor count tid...   open tasks of the role that it does not show (tid...): pending ones become
+--                                             pages, those in progress are listed
+--       orphans (tid fence)...                in progress under this fence, and lost: a page that ends that lease; in a
+--                                             closed group they are cancelled
+-- Reply: GONE | OK status ...: look: pages-in-outbox page-number open-tasks, then role horizon role horizon ...
+--                              scan: cursor {tid fence worker ...} how-many-pages-entries
+--                              orphans: how many
+--        scan: MOVED (something was handed over since the look).
+-- Repeatable: an entry too many is DUPLICATE or OUTDATED at its claim; orphans compare the fence.
+local mode = ARGV[1]
+
+if not load() then return {'GONE'} end
+if mode == 'look' then
+  local reply = {'OK', group.status, text(call('ZCARD', OUTBOX)), text(group.pages), text(group.pending + group.in_progress)}
+  local facts = call('HGETALL', META)
+  for i = 1, #facts, 2 do
+    local role = string.match(facts[i], '^horizon:(.+)$')
+    if role then reply[#reply + 1] = role; reply[#reply + 1] = facts[i + 1] end
+  end
+  return reply
+end
+if group.status ~= 'active' and group.status ~= 'closing' then return {'MOVED', group.status} end
+
+drain()
+if mode == 'scan' then
+  local role, number, cursor, count = ARGV[2], tonumber(ARGV[3]), ARGV[4], tonumber(ARGV[5])
+  if cursor == '0' and (number ~= group.pages or call('ZCARD', OUTBOX) > 0) then return {'MOVED', group.status} end
+  local shown = {}
+  for i = 6, #ARGV do shown[ARGV[i]] = true end
+  local found = call('HSCAN', TASKS, cursor, 'COUNT', count)
+  local running_here, entries = {}, 0
+  for i = 1, #found[2], 2 do
+    local tid = found[2][i]
+    local its_role, priority = head_of(found[2][i + 1])
+    if its_role == role and not shown[tid] then
+      local record = call('HGET', CLAIMS, tid)
+      local claim = record and claim_of(record)
+      if running(claim) then
+        running_here[#running_here + 1] = tid
+        running_here[#running_here + 1] = text(claim.fence)
+        running_here[#running_here + 1] = claim.worker
+      elseif not closed() and call('HEXISTS', NEEDS, tid) == 0 then
+        local _, _, not_before = head_of(found[2][i + 1])
+        local due = claim and tonumber(claim.due) or not claim and not_before
+        enqueue_later(tid, role, priority, issue_of(claim), due and due > now and due)
+        entries = entries + 1
+      end
+    end
+  end
+  tail('reissue', now)
+  return {'OK', group.status, found[1], running_here, text(entries)}
+end
+
+local count = 0
+for i = 2, #ARGV, 2 do
+  local tid, fence = ARGV[i], tonumber(ARGV[i + 1])
+  local record = call('HGET', CLAIMS, tid)
+  local claim = record and claim_of(record)
+  if running(claim) and claim.fence == fence then
+    count = count + 1
+    if closed() then settle(tid, 'in_progress', 'cancelled', 'closed', claim.role, claim, 0, '')
+    else enqueue_later(tid, claim.role, claim.priority, issue_of(claim), nil, fence) end
+  end
+end
+tail('reissue', now)
+return {'OK', group.status, text(count)}
