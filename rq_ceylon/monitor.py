@@ -9,11 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.metadata
 import inspect
-import os
-import secrets
-import socket
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -22,17 +18,16 @@ from loguru import logger
 
 from rq_ceylon.errors import CeylonError, ConnectionLostError
 from rq_ceylon.handlers import GoalCheck, Registry
-from rq_ceylon.maintenance import Maintenance
+from rq_ceylon.maintenance import maintain
 from rq_ceylon.models import GoalStatus, GoalView, GroupStatus, GroupView
+from rq_ceylon.presence import Presence
 from rq_ceylon.store import queries, statistics, transitions
 from rq_ceylon.store.codec import encode
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.events import LOOK_S, EventHub, Watch
 from rq_ceylon.store.keys import Keys
-from rq_ceylon.store.scripts import Call
 from rq_ceylon.store.statistics import GroupStatistics
 
-HEARTBEAT_TTL_MS = 15_000
 COALESCE_S = 0.02
 """Notifications that come within this time after a look are looked at together."""
 
@@ -80,13 +75,12 @@ class Monitor:
         on_settled: SettledHook | None = None,
     ) -> None:
         self.url, self.keys, self.registry = url, Keys(namespace), registry or Registry()
-        host = (name or socket.gethostname().split(".")[0])[:24]
-        self.name = f"{host}-{os.getpid()}-{secrets.token_hex(4)}"
+        self.presence = Presence(self.keys, "monitor", name, task_names=list(self.registry.goal_checks))
+        self.name = self.presence.name
         self._on_settled = on_settled
         self._groups: dict[str, _Watched] = {}
         self._deadlines: dict[str, int] = {}
         self._said: set[tuple[str, ...]] = set()
-        self._started_ms = round(time.time() * 1000)
         self._stop = asyncio.Event()
         self._minute: int | None = None
 
@@ -111,8 +105,9 @@ class Monitor:
                 settled = {goal.name for goal in view.goals if goal.settled}
                 self._groups[view.id] = _Watched(view.created_ms, announced=settled, finished=view.is_finished)
             logger.info("Monitor {} watches namespace {}", self.name, self.keys.namespace)
-            await self._until_stopped(self._watch(connection, hub), self._maintain(), self._beat())
-            await connection.run(transitions.farewell(self.keys, self.name))
+            maintenance = maintain(self.url, self.keys, self._say_maintenance)
+            await self._until_stopped(self._watch(connection, hub), maintenance, self._beat())
+            await connection.run(self.presence.farewell())
         except ConnectionLostError as error:
             if not self._stop.is_set():
                 raise
@@ -299,32 +294,21 @@ class Monitor:
                 await connection.run([call], refusals=True)
 
     # ---- beside it ---------------------------------------------------------------------------------------------------
-    async def _maintain(self) -> None:
-        connection = Connection(self.url)
-        maintenance = Maintenance(connection, self.keys)
-        try:
-            while True:
-                try:
-                    pause_s = await maintenance.run_once()
-                except CeylonError as error:
-                    pause_s = LOOK_S
-                    self._say("maintenance", error)
-                await asyncio.sleep(pause_s)
-        finally:
-            await connection.close()
-
     async def _beat(self) -> None:
         connection = Connection(self.url)
         try:
             while True:
                 try:
-                    await connection.run(self._heartbeat())
+                    await connection.run(self.presence.beat(stopping=self._stop.is_set()))
                     await self._sample(connection)
                 except CeylonError as error:
                     self._say("heartbeats and samples", error)
-                await asyncio.sleep(LOOK_S)
+                await asyncio.sleep(BEAT_S)
         finally:
             await connection.close()
+
+    def _say_maintenance(self, error: CeylonError) -> None:
+        self._say("maintenance", error)
 
     def _say(self, what: str, error: CeylonError) -> None:
         # That Redis is away is said by the watching side.
@@ -350,21 +334,6 @@ class Monitor:
             calls = transitions.sample(self.keys, role.name, minute, encode(facts), previous=self._minute)
             await connection.run(calls)
         self._minute = minute
-
-    def _heartbeat(self) -> list[Call]:
-        facts = {
-            "kind": "monitor",
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "version": importlib.metadata.version("rq-ceylon"),
-            "roles": [],
-            "slots": 0,
-            "task_names": sorted(self.registry.goal_checks),
-            "tasks": {},
-            "started_ms": self._started_ms,
-            "stopping": self._stop.is_set(),
-        }
-        return transitions.heartbeat(self.keys, self.name, facts, ttl_ms=HEARTBEAT_TTL_MS)
 
 
 def _how_it_stood(goal: GoalView) -> str:

@@ -364,8 +364,8 @@ async def test_an_attempt_ended_from_outside_says_why(why: StopReason, kind: str
     running = asyncio.create_task(executor.run(assigned(fence=3)))
     await eventually(started.is_set, "the handler runs")
 
-    executor.cancel(99, why)
-    executor.cancel(3, why)
+    executor.cancel("r", 99, why)
+    executor.cancel("r", 3, why)
     outcome = await running
 
     assert (outcome.kind, outcome.blob) == (kind, b"")
@@ -389,7 +389,7 @@ async def test_a_handler_that_ends_well_in_spite_of_a_cancellation_counts() -> N
     running = asyncio.create_task(executor.run(assigned(fence=3)))
     await started.wait()
 
-    executor.cancel(3, "cancelled")
+    executor.cancel("r", 3, "cancelled")
     outcome = await running
 
     assert (outcome.kind, outcome.blob) == ("completed", b'"done"')

@@ -17,7 +17,7 @@ PACKAGE = "rq_ceylon"
 FLOORS: list[set[str]] = [
     {"errors", "settings", "models", "graph", "goals", "groupfile", "handlers"},
     {"store"},
-    {"maintenance"},
+    {"maintenance", "presence"},
     {"client", "worker", "monitor"},
     {"app"},
     {"task", "cli", "testing"},

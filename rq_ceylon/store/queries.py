@@ -340,6 +340,13 @@ def _worker(name: str, text: str | None) -> WorkerView | None:
     )
 
 
+async def known_tasks(connection: Connection, keys: Keys, role: str) -> set[str]:
+    """
+    The tasks that live workers of a role can run.
+    """
+    return {name for worker in await workers(connection, keys) if role in worker.roles for name in worker.task_names}
+
+
 async def low_marks(connection: Connection, keys: Keys, names: Iterable[str], role: str) -> dict[str, int | None]:
     """
     Per worker the fence in this role below which it holds nothing; None without a heartbeat.

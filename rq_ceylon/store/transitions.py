@@ -521,6 +521,18 @@ def farewell(keys: Keys, name: str) -> list[Call]:
     return [command("DEL", keys.worker(name)), command("SREM", keys.workers, name)]
 
 
+def unknown(keys: Keys, role: str, task_name: str, now_ms: int, *, ttl_ms: int) -> list[Call]:
+    """
+    Note since when no live worker of a role knows a task; the second reply is that time (epoch ms).
+    """
+    key = keys.role_part(role, f"unknown:{task_name}")
+    return [command("SET", key, now_ms, "NX", "PX", ttl_ms), command("GET", key), command("PEXPIRE", key, ttl_ms)]
+
+
+def known(keys: Keys, roles: Iterable[str], task_names: Sequence[str]) -> list[Call]:
+    return [command("DEL", *(keys.role_part(role, f"unknown:{name}") for name in task_names)) for role in roles]
+
+
 SAMPLES_KEPT = 24 * 60
 """Minutes."""
 

@@ -131,7 +131,7 @@ class Executor:
         self.registry, self.result_bytes_max, self.on_freed = registry, result_bytes_max, on_freed
         self.abandoned = 0
         self._threads = asyncio.Semaphore(threads)
-        self._running: dict[int, tuple[asyncio.Task[Any], TaskContext]] = {}
+        self._running: dict[tuple[str, int], tuple[asyncio.Task[Any], TaskContext]] = {}
 
     async def run(self, assignment: Assignment) -> Outcome:
         """
@@ -175,7 +175,7 @@ class Executor:
         except InvalidInputError as error:
             return attempt.failed("invalid", error)
         runner = asyncio.ensure_future(self._call(handler, arguments, body.get("arguments") or {}, context))
-        self._running[assignment.fence] = runner, context
+        self._running[assignment.role, assignment.fence] = runner, context
         try:
             async with asyncio.timeout(timeout_s) as limit:
                 value = await runner
@@ -203,7 +203,7 @@ class Executor:
         except BaseException as error:
             return await self._told(context, error, attempt.of(error))
         finally:
-            self._running.pop(assignment.fence, None)
+            self._running.pop((assignment.role, assignment.fence), None)
         try:
             blob = value if handler.kind == "process" else handler.dump_result(value)
         except InvalidInputError as error:
@@ -216,13 +216,13 @@ class Executor:
             return attempt.failed("invalid", too_large, kind="PayloadTooLargeError")
         return Outcome(kind="completed", blob=blob, run_ms=attempt.run_ms())
 
-    def cancel(self, fence: int, why: StopReason) -> None:
+    def cancel(self, role: str, fence: int, why: StopReason) -> None:
         """
         End an attempt from outside: `run` then returns stopped (cancelled), lost, or release (shutdown). A handler that
         ends normally all the same counts by what it returns.
         """
-        if fence in self._running:
-            runner, context = self._running[fence]
+        if (role, fence) in self._running:
+            runner, context = self._running[role, fence]
             context.stopped = context.stopped or why
             runner.cancel()
 
@@ -299,7 +299,7 @@ class _Attempt:
         return round((time.monotonic() - self.started) * 1000)
 
     def failed(self, reason: str, error: BaseException, *, kind: str = "") -> Outcome:
-        return Outcome(kind="failed", reason=reason, blob=_error_blob(error, kind), run_ms=self.run_ms())
+        return Outcome(kind="failed", reason=reason, blob=error_blob(error, kind), run_ms=self.run_ms())
 
     def stopped(self, why: StopReason) -> Outcome:
         kind: Literal["stopped", "lost", "release"] = (
@@ -318,7 +318,7 @@ class _Attempt:
             kind="retry",
             reason=reason,
             delay_ms=round((delay_s or 0) * 1000),
-            blob=_error_blob(error),
+            blob=error_blob(error),
             run_ms=self.run_ms(),
         )
 
@@ -335,7 +335,7 @@ class _Attempt:
         return self.again_or_failed("error", error, error.delay_s if isinstance(error, _RemoteError) else None)
 
 
-def _error_blob(error: BaseException, kind: str = "") -> bytes:
+def error_blob(error: BaseException, kind: str = "") -> bytes:
     if isinstance(error, _RemoteError):
         return to_json(error.error)
     return to_json(_error_of(error, kind))

@@ -7,37 +7,31 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
-import importlib.metadata
 import inspect
-import os
-import secrets
-import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from loguru import logger
 
-from rq_ceylon.errors import CeylonError, ConnectionLostError, QueueFullError
+from rq_ceylon.errors import CeylonError, ConnectionLostError, QueueFullError, UnknownTaskError
 from rq_ceylon.handlers import Registry
-from rq_ceylon.maintenance import Maintenance
+from rq_ceylon.maintenance import maintain
 from rq_ceylon.models import DEFAULT_TIMEOUT_S, check_id
+from rq_ceylon.presence import BEAT_S, Presence, is_unroutable
 from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.codec import decode, task_parts
 from rq_ceylon.store.connection import LOST, Connection, heed_cancellation, subscribed
 from rq_ceylon.store.keys import Keys
+from rq_ceylon.store.scripts import Call
 from rq_ceylon.store.transitions import Committed
-from rq_ceylon.worker.executor import Assignment, Executor, Outcome
+from rq_ceylon.worker.executor import Assignment, Executor, Outcome, error_blob
 from rq_ceylon.worker.leases import Leases
 from rq_ceylon.worker.turn import Granted, Held, Stage, Turns
 
 BELL_S = 0.5
 """Longest blocking wait: work starts at worst so late while a slot is free."""
 
-LOOK_S = 5.0
-"""Heartbeats, and looks at whether what runs should stop (a notification says so sooner)."""
-
-HEARTBEAT_TTL_MS = 15_000
 BURST_WAIT_S = 60.0
 """A burst worker waits for entries (retries, say) that are due within this time, and leaves later ones."""
 
@@ -72,9 +66,8 @@ class Worker:
     ) -> None:
         self.url, self.registry, self.roles = url, registry, [check_id(role, "role") for role in dict.fromkeys(roles)]
         self.keys = Keys(namespace)
-        # Unique per boot: a name's pending entries belong to one process, and to none after it.
-        boot = f"{os.getpid()}-{secrets.token_hex(4)}"
-        self.name = check_id(f"{name or socket.gethostname().split('.')[0][:24]}-{boot}", "name")
+        self.presence = Presence(self.keys, "worker", name, task_names=registry.names(), roles=self.roles, slots=slots)
+        self.name = self.presence.name
         self.slots, self.grace_s, self.burst = slots, grace_s, burst
         self.leases = Leases(url=url, keys=self.keys, worker=self.name, on_lost=self._lost_in_thread)
         self.turns = Turns(
@@ -85,14 +78,13 @@ class Worker:
             lease_ms=round(lease_s * 1000),
             leases=self.leases,
         )
-        self.started_ms = round(time.time() * 1000)
         self.completed = 0
         self._stop = asyncio.Event()
         self._cold = asyncio.Event()
         self._wake = asyncio.Event()
         self.executor = Executor(registry, threads=threads, on_freed=self._wake.set)
         self._idle = asyncio.Event()
-        self._running: dict[int, tuple[Held, asyncio.Task[None]]] = {}
+        self._running: dict[tuple[str, int], tuple[Held, asyncio.Task[None]]] = {}
         self._defaults: dict[str, Mapping[str, Any]] = {"": {}}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._lost_pause_s = 0.0
@@ -125,7 +117,7 @@ class Worker:
             await connection.check()
             await _call_all(self.registry.on_start)
             with contextlib.suppress(QueueFullError):  # a worker is what makes room again
-                await connection.run(self._heartbeat())
+                await connection.run([*self._heartbeat(), *self.presence.advertise()])
             self.leases.start()
             logger.info(
                 "Worker {} serves {} with {} slots: {}",
@@ -140,7 +132,7 @@ class Worker:
                     ("bell", self._listen_to_bells()),
                     ("looks", self._look_regularly()),
                     ("control", self._listen_to_control()),
-                    ("maintenance", self._maintain()),
+                    ("maintenance", maintain(self.url, self.keys, _log_maintenance)),
                 )
             ]
             try:
@@ -253,11 +245,10 @@ class Worker:
     def _start(self, connection: Connection, grant: Granted) -> None:
         delivery = grant.held.delivery
         runner = asyncio.create_task(self._run_one(connection, grant))
-        self._running[delivery.fence] = (grant.held, runner)
+        self._running[delivery.role, delivery.fence] = (grant.held, runner)
 
     async def _run_one(self, connection: Connection, grant: Granted) -> None:
         delivery, claimed = grant.held.delivery, grant.claimed
-        fence = delivery.fence
         try:
             if grant.stop:
                 outcome = Outcome(kind="stopped")
@@ -276,7 +267,7 @@ class Worker:
                 grant.held,
                 Committed(
                     delivery.tid,
-                    fence,
+                    delivery.fence,
                     outcome.kind,
                     outcome.reason,
                     outcome.delay_ms,
@@ -286,7 +277,7 @@ class Worker:
             )
             _log_end(delivery.gid, delivery.tid, claimed.attempt, outcome)
         finally:
-            self._running.pop(fence, None)
+            self._running.pop((delivery.role, delivery.fence), None)
             self._wake.set()
 
     async def _execute(self, connection: Connection, grant: Granted) -> Outcome:
@@ -317,8 +308,11 @@ class Worker:
         handler = self.registry.find(body.get("uses") or "default")
         limit = body.get("timeout") or (handler.timeout_s if handler else None) or DEFAULT_TIMEOUT_S
         self.leases.hold(delivery.role, delivery.entry, time.monotonic() + limit + self.grace_s)
-
-        return await self.executor.run(assignment)
+        outcome = await self.executor.run(assignment)
+        if outcome.reason == "unknown" and await is_unroutable(connection, self.keys, delivery.role, body["uses"]):
+            error = f"no worker of role {delivery.role!r} has known a task {body['uses']!r} for an hour"
+            return Outcome(kind="failed", reason="unroutable", blob=error_blob(UnknownTaskError(error)))
+        return outcome
 
     def _lost_in_thread(self, role: str, entry: str) -> None:
         """
@@ -333,7 +327,7 @@ class Worker:
             return
         if held.stage is Stage.RUNNING:
             logger.warning("Lost the lease of {}/{}; its result will not count", held.delivery.gid, held.delivery.tid)
-            self.executor.cancel(held.delivery.fence, "lost")
+            self.executor.cancel(held.delivery.role, held.delivery.fence, "lost")
         self.turns.forget(held)
 
     # ---- beside the turns --------------------------------------------------------------------------------------------
@@ -346,7 +340,7 @@ class Worker:
                     await connection.run(self._heartbeat())
                 except (ConnectionLostError, QueueFullError) as error:
                     logger.debug("No heartbeat for now: {}", error)  # the turns go on, and say what they meet
-                await asyncio.sleep(min(LOOK_S, self.turns.lease_ms / 3000))
+                await asyncio.sleep(min(BEAT_S, self.turns.lease_ms / 3000))
         finally:
             await connection.close()
 
@@ -375,47 +369,21 @@ class Worker:
         Cancel what runs here and should not any more.
         """
         wanted: dict[str, list[str]] = collections.defaultdict(list)
-        fences = {}
-        for fence, (held, _) in self._running.items():
+        running = {}
+        for attempt, (held, _) in self._running.items():
             wanted[held.delivery.gid].append(held.delivery.tid)
-            fences[held.delivery.gid, held.delivery.tid] = fence
+            running[held.delivery.gid, held.delivery.tid] = attempt
         if wanted:
             for key in await queries.stopping(connection, self.keys, wanted):
-                self.executor.cancel(fences[key], "cancelled")
+                self.executor.cancel(*running[key], "cancelled")
 
-    async def _maintain(self) -> None:
-        connection = Connection(self.url)
-        maintenance = Maintenance(connection, self.keys)
-        try:
-            while True:
-                try:
-                    pause = await maintenance.run_once()
-                except CeylonError as error:
-                    logger.debug("No maintenance for now: {}", error)
-                    pause = LOOK_S
-                await asyncio.sleep(pause)
-        finally:
-            await connection.close()
-
-    def _heartbeat(self) -> list[Any]:
+    def _heartbeat(self) -> list[Call]:
         now_ms, now = time.time() * 1000, time.monotonic()
-        tasks = {}
-        for held, _ in list(self._running.values()):
-            tasks[f"{held.delivery.gid}/{held.delivery.tid}"] = round(now_ms - (now - held.since) * 1000)
-        facts = {
-            "kind": "worker",
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "version": _version(),
-            "roles": self.roles,
-            "slots": self.slots,
-            "task_names": self.registry.names(),
-            "tasks": tasks,
-            "started_ms": self.started_ms,
-            "stopping": self._stop.is_set(),
-            "low_marks": self.turns.low_marks(),
+        tasks = {
+            f"{held.delivery.gid}/{held.delivery.tid}": round(now_ms - (now - held.since) * 1000)
+            for held, _ in self._running.values()
         }
-        return transitions.heartbeat(self.keys, self.name, facts, ttl_ms=HEARTBEAT_TTL_MS, roles=self.roles)
+        return self.presence.beat(stopping=self._stop.is_set(), tasks=tasks, low_marks=self.turns.low_marks())
 
     # ---- the end -----------------------------------------------------------------------------------------------------
     async def _shut_down(self) -> None:
@@ -436,8 +404,8 @@ class Worker:
             pass
         if self._running:
             logger.warning("Giving back {} tasks that still run", len(self._running))
-        for fence in list(self._running):
-            self.executor.cancel(fence, "shutdown")
+        for role, fence in list(self._running):
+            self.executor.cancel(role, fence, "shutdown")
         self._wake.set()
 
     async def _leave(self, connection: Connection) -> None:
@@ -449,7 +417,7 @@ class Worker:
                 more = "1"
                 while more == "1":
                     ((_, more),) = await connection.run([transitions.release_all(self.keys, role, self.name)])
-            await connection.run(transitions.farewell(self.keys, self.name))
+            await connection.run(self.presence.farewell())
         except CeylonError as error:
             logger.warning("Left without farewell: {}", error)
         logger.info("Worker {} stopped after {} completed tasks", self.name, self.completed)
@@ -468,12 +436,12 @@ def _log_end(gid: str, tid: str, attempt: int, outcome: Outcome) -> None:
         logger.info("{}/{} {} {}", gid, tid, outcome.kind, outcome.reason)
 
 
+def _log_maintenance(error: CeylonError) -> None:
+    logger.debug("No maintenance for now: {}", error)  # the turns go on, and say what they meet
+
+
 async def _call_all(hooks: Sequence[Callable[[], Any]]) -> None:
     for hook in hooks:
         result = hook()
         if inspect.isawaitable(result):
             await result
-
-
-def _version() -> str:
-    return importlib.metadata.version("rq-ceylon")

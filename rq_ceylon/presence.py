@@ -1,0 +1,93 @@
+"""
+How workers and monitors show that they live: an entry in the registry that goes when its heartbeat stops.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import secrets
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from rq_ceylon.models import check_id
+from rq_ceylon.store import queries, transitions
+from rq_ceylon.store.connection import Connection
+from rq_ceylon.store.keys import Keys
+from rq_ceylon.store.scripts import Call
+
+TTL_MS = 15_000
+BEAT_S = 5.0
+
+UNROUTABLE_MS = 3_600_000
+"""So long somebody may still come who knows a task that no live worker of its role knows."""
+
+
+class Presence:
+    """
+    The entry of this process.
+
+    Attributes:
+        name: unique per boot: what is pending for a name belongs to one process, and to none after it.
+    """
+
+    def __init__(
+        self,
+        keys: Keys,
+        kind: Literal["worker", "monitor"],
+        name: str | None,
+        *,
+        task_names: Sequence[str],
+        roles: Sequence[str] = (),
+        slots: int = 0,
+    ) -> None:
+        shown = name or socket.gethostname().split(".")[0][:24]
+        self.name = check_id(f"{shown}-{os.getpid()}-{secrets.token_hex(4)}", "name")
+        self._keys, self._roles = keys, roles
+        self._facts: dict[str, Any] = {
+            "kind": kind,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "version": importlib.metadata.version("rq-ceylon"),
+            "roles": list(roles),
+            "slots": slots,
+            "task_names": sorted(task_names),
+            "started_ms": round(time.time() * 1000),
+        }
+
+    def beat(
+        self, *, stopping: bool, tasks: Mapping[str, int] | None = None, low_marks: Mapping[str, int] | None = None
+    ) -> list[Call]:
+        """
+        A heartbeat.
+
+        Args:
+            tasks: what runs here: `<gid>/<tid>` → since when, epoch ms.
+            low_marks: per role the fence below which this worker holds nothing.
+        """
+        facts = {**self._facts, "stopping": stopping, "tasks": tasks or {}, "low_marks": low_marks or {}}
+        return transitions.heartbeat(self._keys, self.name, facts, ttl_ms=TTL_MS, roles=self._roles)
+
+    def advertise(self) -> list[Call]:
+        """
+        Say, at the start, that the tasks known here are not unknown to their roles.
+        """
+        return transitions.known(self._keys, self._roles, self._facts["task_names"])
+
+    def farewell(self) -> list[Call]:
+        return transitions.farewell(self._keys, self.name)
+
+
+async def is_unroutable(connection: Connection, keys: Keys, role: str, task_name: str) -> bool:
+    """
+    Has no live worker of the role known this task for an hour? The hour counts from the first time that one was asked
+    for it in vain, and anew once a worker that knows it has started.
+    """
+    if task_name in await queries.known_tasks(connection, keys, role):
+        return False
+    now_ms = await queries.server_ms(connection, keys)
+    calls = transitions.unknown(keys, role, task_name, now_ms, ttl_ms=2 * UNROUTABLE_MS)
+    _, since_ms, _ = await connection.run(calls)
+    return now_ms - int(since_ms) >= UNROUTABLE_MS
