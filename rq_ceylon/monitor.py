@@ -20,7 +20,7 @@ from rq_ceylon.errors import CeylonError, ConnectionLostError
 from rq_ceylon.handlers import GoalCheck, Registry
 from rq_ceylon.maintenance import maintain
 from rq_ceylon.models import GoalStatus, GoalView, GroupStatus, GroupView
-from rq_ceylon.presence import Presence
+from rq_ceylon.presence import BEAT_S, Presence
 from rq_ceylon.store import queries, statistics, transitions
 from rq_ceylon.store.codec import encode
 from rq_ceylon.store.connection import Connection
