@@ -56,8 +56,12 @@ class Bench:
         delay_ms: int | None = None,
         expires_ms: int | None = None,
         crash_limit: int | None = None,
+        depends_on: Sequence[str] = (),
+        on_need_failed: str = "skip",
     ) -> transitions.SubmitReply:
-        facts = GroupFacts("g", 86_400_000, goals=compile_goals(goal))
+        facts = GroupFacts(
+            "g", 86_400_000, goals=compile_goals(goal), depends_on=depends_on, on_need_failed=on_need_failed
+        )
         text = task_text(role, priority, delay_ms, expires_ms, crash_limit, b"{}")
         staged = [StagedTask(tid, text, (needs or {}).get(tid, ())) for tid in tasks]
         for call in transitions.announce(self.keys, gid, [role]):
@@ -67,9 +71,13 @@ class Bench:
 
     def ring(self, pages: Sequence[Page]) -> None:
         """
-        Enqueue pages and acknowledge them.
+        Take pages where they belong, and acknowledge them.
         """
         for page in pages:
+            if page.is_message:
+                self.run(transitions.deliver(self.keys, page))
+                self.run(transitions.outbox(self.keys, page.gid, acks=[PageAck(page)]))
+                continue
             horizon = self.run(transitions.enqueue(self.keys, page.role, [page]))
             self.run(transitions.outbox(self.keys, page.gid, acks=[PageAck(page, horizon)]))
 
@@ -99,8 +107,16 @@ class Bench:
         )
         return list(transitions.fetch_reply(role, self.run(call)).deliveries)
 
-    def claim(self, worker: str, *deliveries: Delivery) -> list[str]:
-        reply = self.run(transitions.claim(self.keys, deliveries[0].gid, worker, deliveries))
+    def relay(self, gid: str) -> None:
+        """
+        Hand over all that is visible in an outbox.
+        """
+        call = transitions.outbox(self.keys, gid, wanted=50)
+        while pages := transitions.outbox_reply(gid, self.run(call)).pages:
+            self.ring(pages)
+
+    def claim(self, worker: str, *deliveries: Delivery, suspect: bool = True) -> list[str]:
+        reply = self.run(transitions.claim(self.keys, deliveries[0].gid, worker, deliveries, suspect=suspect))
         return [answer.verdict for answer in transitions.claim_reply(reply, len(deliveries)).answers]
 
     def commit(self, worker: str, delivery: Delivery, kind: str = "completed", *, delay_ms: int = 0) -> str:

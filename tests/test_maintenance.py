@@ -274,6 +274,129 @@ async def test_a_group_that_is_gone_leaves_the_index_but_not_before_its_client_h
     assert next_look_ms(bench, "g") is None
 
 
+# ---- groups on groups ------------------------------------------------------------------------------------------------
+async def test_a_group_that_waits_for_one_that_finished_unheard_is_started(
+    bench: Bench, maintenance: Maintenance
+) -> None:
+    bench.queued("first")
+    bench.submit("g", depends_on=["first"])  # and its client is gone before it registered
+    await maintenance.run_once()
+    assert bench.meta("g")["status"] == "waiting"
+    assert (next_look_ms(bench, "g") or 0) <= MOVING_MS
+
+    delivery = bench.started("w", "first")
+    bench.commit_with_pages("w", delivery)  # and the worker that got the message is gone
+    make_due(bench, "g")
+    await maintenance.run_once()
+
+    assert bench.meta("g")["status"] == "active"
+    assert queued_tasks(bench) == ["a", "a"]
+
+
+async def test_a_group_that_waits_for_one_that_is_gone_is_cancelled(bench: Bench, maintenance: Maintenance) -> None:
+    bench.submit("g", depends_on=["nobody"])
+
+    await maintenance.run_once()
+
+    assert (bench.meta("g")["outcome"], bench.meta("g")["reason"]) == (
+        "cancelled",
+        "group nobody it depends on is gone",
+    )
+
+
+# ---- reissue ---------------------------------------------------------------------------------------------------------
+def wipe(bench: Bench) -> None:
+    bench.redis.delete(*bench.keys.role("p"))
+
+
+def live(bench: Bench, worker: str, low_mark: int) -> None:
+    facts = {**FACTS, "low_marks": {"p": low_mark}}
+    for call in transitions.heartbeat(bench.keys, worker, facts, ttl_ms=60_000, roles=["p"]):
+        bench.run(call)
+
+
+async def test_a_role_wiped_in_redis_is_rung_again_once_with_retries_in_their_time(
+    bench: Bench, maintenance: Maintenance
+) -> None:
+    bench.queued("g", ["a", "b", "c", "d"], needs={"d": ["a"]})
+    delivery = bench.started("w", "g")
+    bench.commit("w", delivery, "retry", delay_ms=60_000)
+    wipe(bench)
+
+    await maintenance.run_once()
+
+    assert sorted(queued_tasks(bench)) == ["b", "c"]
+    assert bench.redis.zcard(bench.keys.role_part("p", "delayed")) == 1
+    for _ in range(3):
+        make_due(bench, "g")
+        await maintenance.run_once()
+    assert bench.redis.xlen(bench.keys.role_part("p", "normal")) == 2
+
+
+async def test_a_role_without_workers_does_not_grow(bench: Bench, maintenance: Maintenance) -> None:
+    bench.queued("g", [str(n) for n in range(250)])
+    bench.queued("h", ["a", "b"])
+    for _ in range(5):
+        for gid in ("g", "h"):
+            make_due(bench, gid)
+        await maintenance.run_once()
+    assert bench.redis.xlen(bench.keys.role_part("p", "normal")) == 252
+
+
+async def test_a_running_task_whose_worker_lives_and_has_it_is_left_to_it(
+    bench: Bench, maintenance: Maintenance
+) -> None:
+    bench.queued("g")
+    delivery = bench.started("w", "g")
+    wipe(bench)
+    live(bench, "w", delivery.fence)
+
+    await maintenance.run_once()
+
+    assert queued_tasks(bench) == []
+    assert bench.commit("w", delivery) == "OK"
+
+
+async def test_a_running_task_that_its_worker_no_longer_has_is_rung_for_another(
+    bench: Bench, maintenance: Maintenance
+) -> None:
+    bench.queued("g")
+    delivery = bench.started("w", "g")
+    wipe(bench)
+    live(bench, "w", delivery.fence + 1)
+
+    await maintenance.run_once()
+
+    (again,) = bench.fetch("v")
+    assert bench.claim("v", again) == ["GRANTED"]
+    assert bench.commit("w", delivery) == "STALE"
+
+
+async def test_what_a_vanished_worker_ran_is_rung_after_a_lease_and_in_a_closed_group_cancelled(
+    bench: Bench, maintenance: Maintenance
+) -> None:
+    bench.queued("g", ["a", "b"])
+    bench.queued("closed", goal=Goal("failed >= 1"))
+    deliveries = bench.fetch("w", 3)
+    for delivery in deliveries:
+        assert bench.claim("w", delivery) == ["GRANTED"]
+    bench.run(transitions.cancel_group(bench.keys, "closed"))
+    assert bench.meta("closed")["status"] == "closing"
+    bench.redis.delete(*(bench.keys.role_part("p", part) for part in ("high", "normal", "low")))
+
+    await maintenance.run_once()
+    assert queued_tasks(bench) == []
+    assert bench.meta("closed")["status"] == "closing"
+
+    async with asyncio.timeout(5):
+        while bench.meta("closed")["status"] != "finished" or len(queued_tasks(bench)) < 2:
+            await asyncio.sleep(0.05)
+            for gid in ("g", "closed"):
+                make_due(bench, gid)
+            await maintenance.run_once()
+    assert bench.counters("closed") == {"total": 1, "cancelled": 1}
+
+
 # ---- consumers -------------------------------------------------------------------------------------------------------
 def consumers(bench: Bench) -> set[str]:
     rows = bench.redis.xinfo_consumers(bench.keys.role_part("p", "normal"), "workers")

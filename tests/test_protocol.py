@@ -515,6 +515,208 @@ def test_a_finished_group_leaves_no_page_even_if_its_acknowledgement_was_lost(be
     assert not bench.redis.exists(bench.keys.group_part("g", "outbox"))
 
 
+# ---- pause -----------------------------------------------------------------------------------------------------------
+def test_a_paused_group_starts_nothing_finishes_what_runs_and_goes_on_where_it_was(bench: Bench) -> None:
+    bench.queued("g", ["a", "b", "c"])
+    a = bench.started("w", "g")
+    assert bench.run(transitions.pause_group(bench.keys, "g")) == ["OK", "paused"]
+    (b,) = bench.fetch("w", 1)
+    assert bench.claim("w", b) == ["PARKED"]
+    assert bench.commit("w", a) == "OK"
+    bench.fetch("w", 0, acks=[a.entry, b.entry])
+    bench.relay("g")
+    assert bench.counters("g") == {"total": 3, "pending": 2, "completed": 1}
+    assert bench.run(transitions.resume_group(bench.keys, "g")) == ["OK", "active"]
+    bench.relay("g")
+    for _ in range(2):
+        bench.commit("w", bench.started("w", "g"))
+    assert (bench.meta("g")["status"], bench.meta("g")["completed"]) == ("finished", "3")
+
+
+def test_what_a_dead_worker_ran_in_a_paused_group_waits_for_it_to_go_on(bench: Bench) -> None:
+    bench.queued("g")
+    bench.started("v", "g")
+    bench.run(transitions.pause_group(bench.keys, "g"))
+    bench.age(LEASE_MS + 1)
+    (delivery,) = bench.fetch("w")
+    assert bench.claim("w", delivery) == ["PARKED"]
+    assert (bench.counters("g"), bench.meta("g")["crashes"]) == ({"total": 1, "pending": 1}, "1")
+    bench.run(transitions.resume_group(bench.keys, "g"))
+    bench.relay("g")
+    bench.commit("w", bench.started("w", "g"))
+    assert bench.meta("g")["status"] == "finished"
+
+
+def test_a_paused_group_whose_last_task_ends_finishes(bench: Bench) -> None:
+    bench.queued("g")
+    delivery = bench.started("w", "g")
+    bench.run(transitions.pause_group(bench.keys, "g"))
+    bench.commit("w", delivery)
+    assert bench.meta("g")["status"] == "finished"
+
+
+def test_a_paused_role_delivers_nothing_and_takes_acknowledgements(bench: Bench) -> None:
+    bench.queued("g", ["a", "b"])
+    a = bench.started("w", "g")
+    for call in transitions.pause_role(bench.keys, "p"):
+        bench.run(call)
+    bench.commit("w", a)
+    assert bench.fetch("w", acks=[a.entry]) == []
+    assert bench.redis.xlen(bench.keys.role_part("p", "normal")) == 1
+    for call in transitions.resume_role(bench.keys, "p"):
+        bench.run(call)
+    assert [delivery.tid for delivery in bench.fetch("w")] == ["b"]
+
+
+# ---- groups on groups ------------------------------------------------------------------------------------------------
+def depend(bench: Bench, gid: str, *others: str) -> None:
+    for other in others:
+        bench.run(transitions.register(bench.keys, other, gid))
+
+
+def test_a_group_starts_when_all_on_which_it_depends_have_completed_and_its_deadlines_with_it(bench: Bench) -> None:
+    bench.queued("first")
+    bench.queued("second")
+    bench.queued("g", depends_on=["first", "second"], goal=Goal("completed >= 1", deadline=60))
+    depend(bench, "g", "first", "second")
+    bench.relay("g")
+    assert bench.meta("g")["status"] == "waiting"
+    assert bench.meta("g")["goals"].split("|")[3] == "60000"
+    bench.commit("w", bench.started("w", "first"))
+    assert bench.meta("g")["status"] == "waiting"
+    bench.commit("w", bench.started("w", "second"))
+    assert bench.meta("g")["status"] == "active"
+    assert int(bench.meta("g")["goals"].split("|")[3]) > 1_000_000_000_000
+    bench.relay("g")
+    bench.commit("w", bench.started("w", "g"))
+    assert bench.meta("g")["outcome"] == "completed"
+    assert not bench.redis.exists(bench.keys.group_part("first", "outbox"))
+
+
+def test_a_group_is_cancelled_with_the_reason_when_one_on_which_it_depends_did_not_complete(bench: Bench) -> None:
+    bench.queued("first")
+    bench.queued("g", ["a", "b"], depends_on=["first"], goal=Goal("completed >= 1", deadline=60))
+    bench.queued("h", depends_on=["g"])
+    depend(bench, "g", "first")
+    depend(bench, "h", "g")
+    bench.commit("w", bench.started("w", "first"), "failed")
+    meta = bench.meta("g")
+    assert (meta["status"], meta["outcome"], meta["cancelled"]) == ("finished", "cancelled", "2")
+    assert meta["reason"] == "group first it depends on is failed"
+    assert meta["goal:goal"].split("|")[3] == "depend"
+    bench.relay("g")
+    assert bench.meta("h")["outcome"] == "cancelled"
+
+
+def test_a_message_that_comes_twice_or_from_another_group_changes_nothing(bench: Bench) -> None:
+    bench.queued("first")
+    bench.queued("g", depends_on=["first"])
+    assert bench.run(transitions.met(bench.keys, "g", "stranger", "completed")) == ["NO", "waiting"]
+    bench.run(transitions.met(bench.keys, "g", "first", "completed"))
+    before = bench.state("g")
+    assert bench.run(transitions.met(bench.keys, "g", "first", "failed")) == ["NO", "active"]
+    assert bench.state("g") == before
+
+
+def test_registering_twice_tells_once_and_with_a_finished_group_at_once(bench: Bench) -> None:
+    bench.queued("first")
+    assert bench.run(transitions.register(bench.keys, "first", "g")) == ["OK", "active", ""]
+    before = bench.state("first")
+    bench.run(transitions.register(bench.keys, "first", "g"))
+    assert bench.state("first") == before
+    bench.commit("w", bench.started("w", "first"))
+    assert bench.run(transitions.register(bench.keys, "first", "h")) == ["OK", "finished", "completed"]
+    assert bench.run(transitions.register(bench.keys, "nobody", "h")) == ["GONE"]
+
+
+# ---- tasks whose needs were not met ----------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("policy", "counters"),
+    [
+        ("skip", {"total": 3, "failed": 1, "cancelled": 2}),
+        ("fail", {"total": 3, "failed": 3}),
+        ("continue", {"total": 3, "pending": 1, "waiting": 1, "failed": 1}),
+    ],
+)
+def test_what_needs_a_task_that_did_not_complete_ends_as_the_group_wants_it(
+    bench: Bench, policy: str, counters: dict[str, int]
+) -> None:
+    bench.queued("g", ["a", "b", "c"], needs={"b": ["a"], "c": ["b"]}, on_need_failed=policy)
+    bench.commit("w", bench.started("w", "g"), "failed")
+    assert bench.counters("g") == counters
+
+
+# ---- suspects --------------------------------------------------------------------------------------------------------
+def crashed(bench: Bench, gid: str, times: int) -> None:
+    """
+    Let the workers of all tasks of a group die so often.
+    """
+    for round_ in range(times):
+        deliveries = bench.fetch(f"dead{round_}", 10)
+        assert [bench.claim(f"dead{round_}", delivery) for delivery in deliveries] == [["GRANTED"]] * len(deliveries)
+        bench.age(LEASE_MS + 1)
+
+
+def test_suspects_start_one_at_a_time_and_what_is_put_off_is_not_written(bench: Bench) -> None:
+    bench.queued("g", ["a", "b"])
+    crashed(bench, "g", 2)
+    first, second = bench.fetch("w", 10)
+    before = bench.state("g")
+    assert bench.claim("w", first, suspect=False) == ["LATER"]
+    assert bench.state("g") == before
+    assert bench.claim("w", first, second) == ["GRANTED", "LATER"]
+    assert bench.commit("w", first) == "OK"
+    assert bench.claim("w", second) == ["GRANTED"]
+
+
+# ---- reissue ---------------------------------------------------------------------------------------------------------
+def test_an_entry_that_supersedes_the_fence_on_record_ends_that_lease_and_no_other(bench: Bench) -> None:
+    bench.queued("g")
+    lost = bench.started("v", "g")
+    assert bench.run(transitions.orphans(bench.keys, "g", [("a", str(lost.fence + 1))]))[2] == "0"
+    assert bench.run(transitions.orphans(bench.keys, "g", [("a", str(lost.fence))]))[2] == "1"
+    bench.relay("g")
+    (again,) = bench.fetch("w")
+    assert again.supersedes == str(lost.fence)
+    assert bench.claim("w", again._replace(supersedes="1")) == ["DUPLICATE"]
+    assert bench.claim("w", again) == ["GRANTED"]
+    assert bench.commit("v", lost) == "STALE"
+    assert bench.commit("w", again) == "OK"
+    assert bench.meta("g")["crashes"] == "1"
+
+
+def test_a_superseding_entry_that_is_given_back_still_supersedes(bench: Bench) -> None:
+    bench.queued("g")
+    lost = bench.started("v", "g")
+    bench.run(transitions.orphans(bench.keys, "g", [("a", str(lost.fence))]))
+    bench.relay("g")
+    (unclaimed,) = bench.fetch("u")
+    bench.run(transitions.release(bench.keys, "p", "u", [unclaimed.entry]))
+    (copy,) = bench.fetch("w")
+    assert (copy.lineage, copy.supersedes) == (unclaimed.entry, str(lost.fence))
+    assert bench.claim("w", copy) == ["GRANTED"]
+
+
+def test_a_scan_rings_what_the_role_does_not_show_and_lists_what_runs(bench: Bench) -> None:
+    bench.queued("g", ["a", "b", "c", "d"], needs={"d": ["a"]})
+    running = bench.started("w", "g")
+    look = transitions.look_reply(bench.run(transitions.look(bench.keys, "g")))
+    assert look is not None
+    assert (look.status, look.in_outbox, look.open, list(look.horizons)) == ("active", 0, 3, ["p"])
+    shown = bench.run(transitions.probe(bench.keys, "p", "g", look.horizons["p"]))
+    assert shown == ["CLEAR", "a", "b", "c"]
+    reply = bench.run(transitions.scan(bench.keys, "g", "p", look.pages, "0", ["b"]))
+    assert reply == ["OK", "active", "0", ["a", str(running.fence), "w"], "1"]
+    assert bench.run(transitions.scan(bench.keys, "g", "p", look.pages, "0", ["b"]))[0] == "MOVED"
+
+
+def test_a_probe_says_busy_while_more_is_left_up_to_the_horizon_than_it_looks_at(bench: Bench) -> None:
+    bench.queued("g", [str(n) for n in range(150)])
+    horizon = transitions.look_reply(bench.run(transitions.look(bench.keys, "g"))).horizons["p"]  # type: ignore[union-attr]
+    assert bench.run(transitions.probe(bench.keys, "p", "g", horizon)) == ["BUSY"]
+    assert bench.run(transitions.probe(bench.keys, "p", "g", "0"))[0] == "CLEAR"
+
+
 # ---- caps and lifetimes ----------------------------------------------------------------------------------------------
 def test_more_dependents_than_one_call_looks_at_are_released_by_the_next(bench: Bench) -> None:
     children = [f"c{n}" for n in range(2500)]
@@ -550,7 +752,7 @@ def test_a_finished_group_has_a_ttl_on_every_key_and_is_pruned_after_its_retenti
     assert bench.run(prune) == ["GONE"]
 
 
-@pytest.mark.parametrize("action", ["cancel_group", "cancel_tasks", "seal", "judge", "outbox"])
+@pytest.mark.parametrize("action", ["cancel_group", "cancel_tasks", "seal", "judge", "outbox", "pause", "resume"])
 def test_control_calls_made_twice_change_nothing_the_second_time(bench: Bench, action: str) -> None:
     bench.queued("g", ["a", "b", "c"], goal="completed >= 1", rolling=False)
     bench.started("w", "g")
@@ -561,6 +763,8 @@ def test_control_calls_made_twice_change_nothing_the_second_time(bench: Bench, a
         "seal": transitions.seal(keys, "g", untouched_ms=0),
         "judge": transitions.judge(keys, "g"),
         "outbox": transitions.outbox(keys, "g"),
+        "pause": transitions.pause_group(keys, "g"),
+        "resume": transitions.resume_group(keys, "g"),
     }[action]
     bench.run(call)
     before = bench.state("g")
