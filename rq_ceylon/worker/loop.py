@@ -27,6 +27,7 @@ from rq_ceylon.store.scripts import Call
 from rq_ceylon.store.transitions import Committed
 from rq_ceylon.worker.executor import Assignment, Executor, Outcome, error_blob
 from rq_ceylon.worker.leases import Leases
+from rq_ceylon.worker.neighbours import LOOK_S, Neighbours
 from rq_ceylon.worker.turn import Granted, Held, Stage, Turns
 
 BELL_S = 0.5
@@ -82,6 +83,7 @@ class Worker:
         self._stop = asyncio.Event()
         self._cold = asyncio.Event()
         self._wake = asyncio.Event()
+        self.neighbours = Neighbours(url, self.keys)
         self.executor = Executor(registry, threads=threads, on_freed=self._wake.set)
         self._idle = asyncio.Event()
         self._running: dict[tuple[str, int], tuple[Held, asyncio.Task[None]]] = {}
@@ -119,6 +121,7 @@ class Worker:
             with contextlib.suppress(QueueFullError):  # a worker is what makes room again
                 await connection.run([*self._heartbeat(), *self.presence.advertise()])
             self.leases.start()
+            self.neighbours.enter(self.name, self.roles)
             logger.info(
                 "Worker {} serves {} with {} slots: {}",
                 self.name,
@@ -132,6 +135,7 @@ class Worker:
                     ("bell", self._listen_to_bells()),
                     ("looks", self._look_regularly()),
                     ("control", self._listen_to_control()),
+                    ("neighbours", self._look_at_neighbours()),
                     ("maintenance", maintain(self.url, self.keys, _log_maintenance)),
                 )
             ]
@@ -144,6 +148,7 @@ class Worker:
             await self._leave(connection)
         finally:
             self.leases.stop()
+            self.neighbours.leave()
             await self.executor.close()
             await _call_all(self.registry.on_stop)
             await connection.close()
@@ -341,6 +346,16 @@ class Worker:
                 except (ConnectionLostError, QueueFullError) as error:
                     logger.debug("No heartbeat for now: {}", error)  # the turns go on, and say what they meet
                 await asyncio.sleep(min(BEAT_S, self.turns.lease_ms / 3000))
+        finally:
+            await connection.close()
+
+    async def _look_at_neighbours(self) -> None:
+        connection = Connection(self.url)
+        try:
+            while True:
+                await asyncio.sleep(LOOK_S)
+                with contextlib.suppress(CeylonError):  # then at the next look, or when the lease ends
+                    await self.neighbours.bury_dead(connection)
         finally:
             await connection.close()
 

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from loguru import logger
 
 from rq_ceylon.errors import CeylonError
-from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.keys import Keys
+from rq_ceylon.worker.neighbours import Neighbours
 
 SUPERVISED = "CEYLON_SUPERVISED"
 """Set for a child: its standard input is a pipe that closes when its supervisor is gone."""
@@ -73,7 +73,7 @@ class Supervisor:
             code = await asyncio.to_thread(child.wait)
             del self._children[child.pid]
             if code < 0 or code not in (0, 130, 143):
-                await self._bury(child.pid)
+                await self._bury()
             if self._stop.is_set() or (self.burst and code == 0):
                 self.exit_code = self.exit_code or max(code, 0)
                 return
@@ -97,26 +97,15 @@ class Supervisor:
         self._children[child.pid] = child
         return child
 
-    async def _bury(self, pid: int) -> None:
+    async def _bury(self) -> None:
         """
-        Give back, in its name, what a dead child held: it is ours, so it is certain that it is dead. What it had
-        claimed counts a crash when it is claimed again.
+        Give back at once what a dead child held.
         """
         connection = Connection(self.url)
         try:
-            for name, view in (await queries.registered(connection, self.keys)).items():
-                if f"-{pid}-" not in name or view is None or view.host != os.uname().nodename:
-                    continue
-                given_back = 0
-                for role in view.roles:
-                    more = "1"
-                    while more == "1":
-                        ((count, more),) = await connection.run([transitions.release_all(self.keys, role, name)])
-                        given_back += int(count)
-                await connection.run(transitions.farewell(self.keys, name))
-                logger.warning("Worker {} died; gave back {} tasks that it held", name, given_back)
+            await Neighbours(self.url, self.keys).bury_dead(connection)
         except CeylonError as error:
-            logger.warning("What process {} held comes back when its lease ends: {}", pid, error)
+            logger.warning("What the dead process held comes back when its lease ends: {}", error)
         finally:
             await connection.close()
 

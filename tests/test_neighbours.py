@@ -1,0 +1,111 @@
+"""
+Workers on one host give back at once what a killed one held; nobody takes from the living.
+"""
+
+import os
+import signal
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from bench import Bench
+from commands import Commands, commands_on, until
+
+from rq_ceylon.app import Ceylon
+from rq_ceylon.models import Task, TaskGroup
+from rq_ceylon.store.connection import Connection
+from rq_ceylon.worker.neighbours import Neighbours
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """
+    A host of the test's own.
+    """
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def commands(redis_url: str, tmp_path: Path) -> Iterator[Commands]:
+    with commands_on(redis_url, tmp_path) as commands:
+        yield commands
+
+
+@pytest.fixture
+async def connection(redis_url: str) -> AsyncIterator[Connection]:
+    one = Connection(redis_url)
+    yield one
+    await one.close()
+
+
+@pytest.fixture
+def bench(redis_url: str, namespace: str) -> Bench:
+    return Bench(redis_url, namespace)
+
+
+def test_a_killed_workers_tasks_restart_on_its_host_long_before_the_lease_ends(
+    redis_url: str, commands: Commands
+) -> None:
+    with Ceylon(redis_url).sync_client() as client:
+        doomed = commands.start("worker", "--role", "p", "-c", "1", "--lease", "10m")
+        group = client.submit(TaskGroup("g", [Task(role="p", duration=2)]))
+        until(lambda: group.view().counters.in_progress == 1, "the task runs")
+        commands.start("worker", "--role", "p", "-c", "1")
+        until(lambda: len(client.workers()) == 2, "both workers are there")
+
+        os.kill(doomed.pid, signal.SIGKILL)
+
+        view = group.wait("all", timeout=20)
+        assert (view.counters.completed, view.counters.crashes) == (1, 1)
+        assert len(client.workers()) == 1
+
+
+async def test_the_living_are_left_alone_and_the_dead_are_buried_once(bench: Bench, connection: Connection) -> None:
+    bench.queued("g")
+    bench.started("neighbour", "g")
+    theirs, mine = Neighbours("redis://x", bench.keys), Neighbours("redis://x", bench.keys)
+    theirs.enter("neighbour", ["p"])
+    mine.enter("me", ["p"])
+
+    await mine.bury_dead(connection)
+    assert bench.fetch("w") == []
+
+    assert theirs._mine is not None
+    os.close(theirs._mine[1])  # as its end would
+    await mine.bury_dead(connection)
+    (delivery,) = bench.fetch("w")
+    assert bench.claim("w", delivery) == ["GRANTED"]
+    await mine.bury_dead(connection)
+    assert bench.fetch("w") == []
+    mine.leave()
+
+
+async def test_whoever_leaves_has_nothing_to_be_buried_and_other_namespaces_are_not_neighbours(
+    bench: Bench, connection: Connection, redis_url: str, folder: Path
+) -> None:
+    mine, other = Neighbours(redis_url, bench.keys), Neighbours(redis_url, Bench(redis_url, "other").keys)
+    mine.enter("me", ["p"])
+    assert mine._folder != other._folder
+    mine.leave()
+    assert [path for path in folder.rglob("*") if path.is_file()] == []
+
+
+async def test_a_folder_of_somebody_else_is_not_trusted(bench: Bench, connection: Connection, folder: Path) -> None:
+    shared = folder / f"ceylon-{os.getuid()}"
+    shared.mkdir()
+    shared.chmod(0o777)
+    bench.queued("g")
+    bench.started("w", "g")
+    mine = Neighbours("redis://x", bench.keys)
+    mine.enter("me", ["p"])
+    mine._folder.mkdir()
+    forged = mine._folder / "w"
+    forged.write_text('{"worker": "w", "roles": ["p"]}')
+
+    await mine.bury_dead(connection)
+
+    assert bench.fetch("v") == []
