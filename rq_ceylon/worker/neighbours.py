@@ -1,5 +1,5 @@
 """
-Workers of one host bury each other's dead: what a killed one held is given back within two seconds, not after its lease.
+Workers of one host bury each other's dead: what a killed one held is given back in two seconds, not after its lease.
 
 Each worker holds a kernel lock on a file of its own, in a folder that the workers of this user on this host share. The
 lock ends with the process, however that ends, so a file whose lock is free belongs to a worker that is certainly dead.
