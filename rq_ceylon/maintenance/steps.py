@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from loguru import logger
 
@@ -66,11 +66,13 @@ class Maintenance:
                 next_ms = now_ms + STILL_MS
             if next_ms is not None:
                 next_looks[gid] = next_ms
-        entered = await self._enter(next_looks)
+        calls = [transitions.look_again(self._keys, gid, at_ms) for gid, at_ms in next_looks.items()]
+        if calls:
+            await self._connection.run(calls)
         if now_ms >= self._consumers_at:
             self._consumers_at = now_ms + CONSUMERS_EVERY_MS
             await remove_left_consumers(self._connection, self._keys)
-        return await self._pause_s() if entered else MOVING_MS / 1000
+        return await self._pause_s()
 
     async def _look(self, gid: str, now_ms: int) -> int | None:
         """
@@ -107,16 +109,6 @@ class Maintenance:
             return now_ms + STILL_MS
         await drop(self._connection, self._keys, gid)
         return None
-
-    async def _enter(self, next_looks: Mapping[str, int]) -> bool:
-        """
-        False if Redis refused any, as it does at its memory limit: those groups stay due.
-        """
-        calls = [transitions.look_again(self._keys, gid, at_ms) for gid, at_ms in next_looks.items()]
-        refused = [reply for reply in await _run(self._connection, calls) if isinstance(reply, CeylonError)]
-        if refused:
-            logger.debug("The next look at {} groups cannot be entered: {}", len(refused), refused[0])
-        return not refused
 
     async def _pause_s(self) -> float:
         calls = [command("ZRANGE", self._keys.index(shard), 0, 0, "WITHSCORES") for shard in range(INDEX_SHARDS)]

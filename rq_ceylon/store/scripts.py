@@ -37,14 +37,21 @@ def command(*words: Any) -> Call:
     return Call("", (words[1],), words)
 
 
+def insist(name: str, key: str, *words: Any) -> Call:
+    """
+    A command on one key that is run at the memory limit too.
+    """
+    return Call("insist", (key,), (name, *words))
+
+
 @cache
 def source(script: str) -> str:
     """
     The full text of a script: the prelude, what its slot's scripts share, and its own body.
     """
-    shared = "group" if script in GROUP_SCRIPTS else "role"
+    shared = ["group"] if script in GROUP_SCRIPTS else ["role"] if script in ROLE_SCRIPTS else []
     folder = resources.files(__package__) / "lua"
-    return "\n".join((folder / f"{name}.lua").read_text("utf-8") for name in ("prelude", shared, script))
+    return "\n".join((folder / f"{name}.lua").read_text("utf-8") for name in ("prelude", *shared, script))
 
 
 @cache

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 from rq_ceylon.goals import CompiledGoal
 from rq_ceylon.store.codec import encode
 from rq_ceylon.store.keys import Keys
-from rq_ceylon.store.scripts import Call, command
+from rq_ceylon.store.scripts import Call, command, insist
 
 RELAY_LEASE_MS = 10_000
 """How long a page of the outbox is left to whoever got it in a reply, before a relay hands it over."""
@@ -441,7 +441,7 @@ def look_again(keys: Keys, gid: str, at_ms: int) -> Call:
     """
     Enter the time of the next look at a group; never later than its next deadline.
     """
-    return command("ZADD", keys.index_of(gid), "XX", at_ms, gid)
+    return insist("ZADD", keys.index_of(gid), "XX", at_ms, gid)
 
 
 def drop_from_index(keys: Keys, gid: str) -> Call:
@@ -509,11 +509,11 @@ def heartbeat(keys: Keys, name: str, facts: Mapping[str, Any], *, ttl_ms: int, r
     Say that a worker or monitor lives. `facts` are the fields of `models.WorkerView`, the name excepted.
     """
     calls = [
-        command("SET", keys.worker(name), encode(facts), "PX", ttl_ms),
-        command("SADD", keys.workers, name),
+        insist("SET", keys.worker(name), encode(facts), "PX", ttl_ms),
+        insist("SADD", keys.workers, name),
     ]
     if roles:
-        calls.append(command("SADD", keys.roles, *roles))
+        calls.append(insist("SADD", keys.roles, *roles))
     return calls
 
 

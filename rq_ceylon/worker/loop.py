@@ -14,7 +14,7 @@ from typing import Any
 
 from loguru import logger
 
-from rq_ceylon.errors import CeylonError, ConnectionLostError, QueueFullError, UnknownTaskError
+from rq_ceylon.errors import CeylonError, ConnectionLostError, UnknownTaskError
 from rq_ceylon.handlers import Registry
 from rq_ceylon.maintenance import maintain
 from rq_ceylon.models import DEFAULT_TIMEOUT_S, check_id
@@ -118,8 +118,7 @@ class Worker:
         try:
             await connection.check()
             await _call_all(self.registry.on_start)
-            with contextlib.suppress(QueueFullError):  # a worker is what makes room again
-                await connection.run([*self._heartbeat(), *self.presence.advertise()])
+            await connection.run([*self._heartbeat(), *self.presence.advertise()])
             self.leases.start()
             self.neighbours.enter(self.name, self.roles)
             logger.info(
@@ -343,7 +342,7 @@ class Worker:
                 try:
                     await self._look(connection)
                     await connection.run(self._heartbeat())
-                except (ConnectionLostError, QueueFullError) as error:
+                except ConnectionLostError as error:
                     logger.debug("No heartbeat for now: {}", error)  # the turns go on, and say what they meet
                 await asyncio.sleep(min(BEAT_S, self.turns.lease_ms / 3000))
         finally:
