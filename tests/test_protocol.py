@@ -629,6 +629,19 @@ def test_registering_twice_tells_once_and_with_a_finished_group_at_once(bench: B
     assert bench.run(transitions.register(bench.keys, "nobody", "h")) == ["GONE"]
 
 
+def test_a_finished_group_is_not_removed_before_those_that_depend_on_it_were_told(bench: Bench) -> None:
+    bench.queued("first")
+    bench.queued("g", depends_on=["first"])
+    depend(bench, "g", "first")
+    _, pages = bench.commit_with_pages("w", bench.started("w", "first"))
+    bench.redis.hset(bench.keys.group_part("first", "meta"), "retention", 0)
+    prune = transitions.prune(bench.keys, "first", staging_ms=1000)
+    assert bench.run(prune)[0] == "NO"
+    bench.ring(pages)
+    assert bench.meta("g")["status"] == "active"
+    assert bench.run(prune) == ["OK", "pruned"]
+
+
 # ---- tasks whose needs were not met ----------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("policy", "counters"),

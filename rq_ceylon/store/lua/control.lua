@@ -23,6 +23,8 @@ if action == 'prune' then
   local due = 0
   if group.status == 'finished' then due = tonumber(facts[1]) + tonumber(facts[2])
   elseif group.status == 'staging' then due = tonumber(facts[3]) + tonumber(ARGV[2]) end
+  -- Whom it has to tell must not find it gone before its message.
+  if group.status == 'finished' and call('EXISTS', OUTBOX) == 1 then due = math.max(due, now + 1000) end
   if due == 0 or now < due then return {'NO', group.status, text(due)} end
   call('UNLINK', unpack(KEYS))
   return {'OK', 'pruned'}
