@@ -13,6 +13,7 @@ from loguru import logger
 
 if TYPE_CHECKING:
     from rq_ceylon.app import AppTask, Ceylon, SyncClient, SyncGroupHandle, SyncTaskHandle
+    from rq_ceylon.attempt import Backoff, FailTask, RetryTask, TaskContext
     from rq_ceylon.client import Client, GroupHandle, TaskHandle
     from rq_ceylon.errors import (
         AppImportError,
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
         UnknownTaskError,
         WaitTimeoutError,
     )
-    from rq_ceylon.handlers import Backoff, FailTask, RetryTask, TaskContext
     from rq_ceylon.models import (
         Counters,
         Goal,
@@ -55,7 +55,7 @@ _HOME = {
     "errors": "AppImportError CeylonError ConnectionLostError GoalImpossibleError GroupExistsError GroupFileError "
     "InvalidInputError NotFoundError NoWorkerError PayloadTooLargeError QueueFullError RedisError TaskCancelledError "
     "TaskFailedError UnknownTaskError WaitTimeoutError",
-    "handlers": "Backoff FailTask RetryTask TaskContext",
+    "attempt": "Backoff FailTask RetryTask TaskContext",
     "models": "Counters Goal GoalStatus GroupStatus GroupView Priority Task TaskGroup TaskResult TaskStatus TaskView",
     "monitor": "Monitor",
     "worker": "Worker",

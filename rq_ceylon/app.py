@@ -14,8 +14,9 @@ from functools import cached_property, update_wrapper
 from types import TracebackType
 from typing import Any, Concatenate, Generic, Literal, ParamSpec, Self, TypeVar, cast, overload
 
+from rq_ceylon.attempt import Backoff
 from rq_ceylon.client import Client, GroupHandle, TaskHandle
-from rq_ceylon.handlers import Backoff, GoalCheck, Handler, Registry
+from rq_ceylon.handlers import GoalCheck, Handler, Registry
 from rq_ceylon.models import (
     Duration,
     GroupView,

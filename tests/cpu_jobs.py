@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-from rq_ceylon.handlers import FailTask, RetryTask
+from rq_ceylon.attempt import FailTask, RetryTask
 
 
 def square(number: int) -> int:

@@ -16,7 +16,8 @@ import pytest
 from commands import is_alive
 from pydantic_core import from_json
 
-from rq_ceylon.handlers import Backoff, FailTask, Handler, Registry, RetryTask, StopReason, TaskContext
+from rq_ceylon.attempt import Backoff, FailTask, RetryTask, StopReason, TaskContext
+from rq_ceylon.handlers import Handler, Registry
 from rq_ceylon.worker.executor import Assignment, Executor, Outcome
 
 pytestmark = pytest.mark.anyio

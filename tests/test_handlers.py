@@ -21,17 +21,9 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import from_json, to_json
 
+from rq_ceylon.attempt import AttemptStoppedError, Backoff, FailTask, RetryTask, TaskContext, type_names
 from rq_ceylon.errors import InvalidInputError, UnknownTaskError
-from rq_ceylon.handlers import (
-    AttemptStoppedError,
-    Backoff,
-    FailTask,
-    Handler,
-    Registry,
-    RetryTask,
-    TaskContext,
-    type_names,
-)
+from rq_ceylon.handlers import Handler, Registry
 
 if TYPE_CHECKING:
     from nowhere import Missing  # type: ignore[import-not-found]

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from rq_ceylon.app import Ceylon
+from rq_ceylon.attempt import Backoff, TaskContext
 from rq_ceylon.client import Client
 from rq_ceylon.errors import TaskCancelledError, TaskFailedError
-from rq_ceylon.handlers import Backoff, TaskContext
 from rq_ceylon.models import Task, TaskGroup, TaskStatus
 from rq_ceylon.worker import Worker
 

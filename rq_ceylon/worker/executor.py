@@ -23,18 +23,9 @@ import anyio.to_process
 from loguru import logger
 from pydantic_core import from_json, to_json
 
+from rq_ceylon.attempt import AttemptStoppedError, FailTask, RetryTask, StopReason, TaskContext, type_names
 from rq_ceylon.errors import InvalidInputError
-from rq_ceylon.handlers import (
-    DEFAULT_HANDLER,
-    AttemptStoppedError,
-    FailTask,
-    Handler,
-    Registry,
-    RetryTask,
-    StopReason,
-    TaskContext,
-    type_names,
-)
+from rq_ceylon.handlers import DEFAULT_HANDLER, Handler, Registry
 from rq_ceylon.models import DEFAULT_MAX_ATTEMPTS, DEFAULT_TIMEOUT_S
 
 RESULT_BYTES_MAX = 1024 * 1024

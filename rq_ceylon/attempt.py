@@ -1,0 +1,159 @@
+"""
+What a handler may know about the attempt it runs in, and what it may say about the next one.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from loguru import logger
+
+from rq_ceylon.errors import InvalidInputError
+from rq_ceylon.models import Duration, seconds
+
+if TYPE_CHECKING:
+    from loguru import Logger
+
+StopReason = Literal["cancelled", "lost", "shutdown", "timeout"]
+
+
+@dataclass(frozen=True)
+class Backoff:
+    """
+    How long to wait before the next attempt: `min(cap, first * factor ** (attempt - 1))`; with jitter a uniform choice
+    between half of that and all of it. Tasks that failed together then come back spread out, which the server that
+    failed them needs; and still none comes back at once, as it may when the choice starts at zero.
+    """
+
+    first: Duration = "1s"
+    factor: float = 2.0
+    cap: Duration = "10m"
+    jitter: bool = True
+
+    def __post_init__(self) -> None:
+        seconds(self.first, "backoff: first")
+        seconds(self.cap, "backoff: cap")
+        if not isinstance(self.factor, int | float) or not math.isfinite(self.factor) or self.factor < 1:
+            raise InvalidInputError(f"backoff: factor: {self.factor!r} is not usable; give a number from 1 on")
+
+    def delay_s(self, attempt: int) -> float:
+        """
+        The wait after attempt 1, 2, ... failed.
+        """
+        cap = seconds(self.cap, "backoff: cap")
+        try:
+            delay = min(cap, seconds(self.first, "backoff: first") * self.factor ** (attempt - 1))
+        except OverflowError:
+            delay = cap
+        return random.uniform(delay / 2, delay) if self.jitter else delay
+
+
+class RetryTask(Exception):
+    """
+    Raised by a handler: try again, after `delay` if given, else after the handler's backoff, while attempts are left.
+    """
+
+    def __init__(self, delay: Duration | None = None, reason: str = "") -> None:
+        super().__init__(reason)
+        self.delay_s = None if delay is None else seconds(delay, "RetryTask: delay")
+        self.reason = reason
+
+
+class FailTask(Exception):
+    """
+    Raised by a handler: the task has failed, and another attempt would not help.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class AttemptStoppedError(BaseException):
+    """
+    Raised by `TaskContext.check_cancelled`. Not an `Exception`, so that a handler's `except Exception` lets it through.
+    """
+
+
+@dataclass(kw_only=True, eq=False)
+class TaskContext:
+    """
+    What a handler may know about the attempt it runs in: it gets one for a parameter annotated `TaskContext`.
+    May be used from any thread.
+
+    Attributes:
+        uses: the name that the task asked for.
+        attempt: 1 for the first. `crashes` counts workers that died under the task; they spend no attempt.
+        fence: grows with every delivery of a task, so an external store can refuse whoever shows an older one.
+        duration: expected run time in seconds, 0 if the task gave none.
+        needs: results of the tasks that this one needed, by their ids.
+        deadline: when this attempt times out, as `time.monotonic()` tells it.
+        reported: what `progress` last said: the fraction, if any, and the message.
+        stopped: why the attempt is over although its handler still runs; set by the worker.
+    """
+
+    group_id: str
+    task_id: str
+    uses: str
+    role: str
+    worker: str
+    attempt: int
+    max_attempts: int
+    crashes: int
+    fence: int
+    duration: float = 0.0
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    needs: Mapping[str, Any] = field(default_factory=dict)
+    deadline: float = math.inf
+    reported: tuple[float | None, str] = field(init=False, default=(None, ""))
+    stopped: StopReason | None = field(init=False, default=None)
+
+    @property
+    def id(self) -> str:
+        return f"{self.group_id}/{self.task_id}"
+
+    @property
+    def idempotency_key(self) -> str:
+        """
+        The same for every attempt of the task, and for no other task.
+        """
+        return self.id
+
+    @property
+    def log(self) -> Logger:
+        return logger.bind(task=self.task_id, group=self.group_id, attempt=self.attempt)
+
+    def progress(self, fraction: float | None = None, message: str = "") -> None:
+        """
+        Say how far the attempt is: from 0 to 1 (what is outside is moved to the nearer end), None for as before.
+        Kept in `reported` for as long as the attempt runs, never stored.
+        """
+        known = self.reported[0] if fraction is None else min(max(float(fraction), 0.0), 1.0)
+        self.reported = (known, message[:200])
+
+    @property
+    def is_cancelled(self) -> bool:
+        """
+        Whether this attempt was cancelled, lost to another worker, or timed out: what it does now counts for nothing.
+        """
+        return self.stopped is not None or time.monotonic() >= self.deadline
+
+    def check_cancelled(self) -> None:
+        """
+        End the handler here if the attempt is over. For plain functions, whose thread nobody can stop, and long loops.
+        """
+        if self.is_cancelled:
+            raise AttemptStoppedError(f"task {self.id}: this attempt is over ({self.stopped or 'timeout'})")
+
+
+def type_names(kind: type[BaseException]) -> tuple[str, ...]:
+    """
+    The full names of an exception type and its bases, the most specific first.
+    """
+    # In a child process the main module bears multiprocessing's name for it.
+    return tuple(f"{one.__module__}.{one.__qualname__}".replace("__mp_main__", "__main__") for one in kind.__mro__)
