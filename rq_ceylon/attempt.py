@@ -58,6 +58,8 @@ class RetryTask(Exception):
     Raised by a handler: try again, after `delay` if given, else after the handler's backoff, while attempts are left.
     """
 
+    delay_s: float | None = None
+
     def __init__(self, delay: Duration | None = None, reason: str = "") -> None:
         super().__init__(reason)
         self.delay_s = None if delay is None else seconds(delay, "RetryTask: delay")

@@ -3,6 +3,9 @@ Functions that tests run in child processes, which import them from here.
 """
 
 import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -36,3 +39,57 @@ def divide(number: int) -> float:
 
 def leave() -> None:
     raise SystemExit(3)
+
+
+def exit_now() -> None:
+    os._exit(3)
+
+
+def kill_itself() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def exit_while_a_program_goes_on() -> None:
+    os.system("sleep 60 &")  # it inherits whatever may be inherited
+    os._exit(4)
+
+
+def write_much() -> str:
+    print("printed")
+    subprocess.run(["echo", "echoed"], check=True)
+    sys.stderr.write("x" * 5_000_000)
+    return "done"
+
+
+def pid_and_argument(text: str) -> list[object]:
+    return [os.getpid(), len(text)]
+
+
+def start_a_program_and_sleep(path: str) -> None:
+    program = subprocess.Popen(["sleep", "60"])
+    Path(path).write_text(f"{os.getpid()} {program.pid}")
+    program.wait()
+
+
+def meet(folder: str) -> int:
+    """
+    How many of these ran at the same time as this one, at most.
+    """
+    mine = Path(folder) / str(os.getpid())
+    mine.touch()
+    time.sleep(0.1)
+    count = len(os.listdir(folder))
+    mine.unlink()
+    return count
+
+
+def not_json() -> object:
+    return object()
+
+
+class HopelessError(FailTask):
+    pass
+
+
+def hopeless() -> None:
+    raise HopelessError("no use")

@@ -6,19 +6,26 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import threading
-from collections.abc import Callable
+import time
+from asyncio.subprocess import PIPE
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import cpu_jobs
 import pytest
-from commands import is_alive
+from commands import ROOT, is_alive
+from loguru import logger
+from pydantic import BeforeValidator
 from pydantic_core import from_json
 
 from rq_ceylon.attempt import Backoff, FailTask, RetryTask, StopReason, TaskContext
 from rq_ceylon.handlers import Handler, Registry
-from rq_ceylon.worker.executor import Assignment, Executor, Outcome
+from rq_ceylon.worker.children import Children
+from rq_ceylon.worker.executor import Executor
+from rq_ceylon.worker.outcome import BUSY, UNKNOWN, Assignment, Outcome
 
 pytestmark = pytest.mark.anyio
 
@@ -27,20 +34,33 @@ Body = dict[str, Any]
 STEADY = Backoff(first="1s", factor=2, jitter=False)
 
 
-def executor_of(function: Callable[..., Any], *, result_bytes_max: int = 1000, **rules: Any) -> Executor:
+MADE: list[Executor] = []
+
+
+@pytest.fixture(autouse=True)
+async def _close_executors() -> AsyncIterator[None]:
+    yield
+    while MADE:
+        await MADE.pop().close()
+
+
+def executor_of(function: Callable[..., Any], **options: Any) -> Executor:
     """
-    An executor that knows one handler, `job`; its backoff is 1 s, 2 s, 4 s, ...
+    An executor that knows one handler, `job`; its backoff is 1 s, 2 s, 4 s, ... It is closed after the test.
     """
+    own = {name: options.pop(name) for name in ("threads", "wait_s", "cleanup_s", "on_freed") if name in options}
     registry = Registry()
-    registry.add(Handler("job", function, **{"backoff": STEADY, **rules}))
-    return Executor(registry, result_bytes_max=result_bytes_max)
+    registry.add(Handler("job", function, **{"backoff": STEADY, **options}))
+    executor = Executor(registry, result_bytes_max=1000, **own)
+    MADE.append(executor)
+    return executor
 
 
-def assigned(*, attempt: int = 1, releases: int = 0, fence: int = 7, **body: Any) -> Assignment:
+def assigned(*, attempt: int = 1, releases: int = 0, role: str = "r", fence: int = 7, **body: Any) -> Assignment:
     return Assignment(
         group_id="g",
         task_id="t",
-        role="r",
+        role=role,
         worker="w",
         attempt=attempt,
         crashes=0,
@@ -48,6 +68,19 @@ def assigned(*, attempt: int = 1, releases: int = 0, fence: int = 7, **body: Any
         fence=fence,
         body={"uses": "job", **body},
     )
+
+
+@pytest.fixture
+def logged() -> Iterator[list[str]]:
+    """
+    The lines that the package logs, each with its level.
+    """
+    lines: list[str] = []
+    logger.enable("rq_ceylon")
+    sink = logger.add(lines.append, format="{level} {message}")
+    yield lines
+    logger.remove(sink)
+    logger.disable("rq_ceylon")
 
 
 def error_of(outcome: Outcome) -> dict[str, str]:
@@ -219,8 +252,93 @@ async def test_an_unknown_handler_gives_the_task_back_for_longer_each_time() -> 
 
     outcomes = [await executor.run(assigned(releases=releases)) for releases in (0, 1, 2, 6, 50)]
 
-    assert {(outcome.kind, outcome.reason) for outcome in outcomes} == {("release", "unknown")}
+    assert {(outcome.kind, outcome.reason) for outcome in outcomes} == {("release", UNKNOWN)}
     assert [outcome.delay_ms for outcome in outcomes] == [5_000, 10_000, 20_000, 300_000, 300_000]
+
+
+async def test_an_unknown_handler_is_answered_with_what_is_known_here() -> None:
+    async def job() -> None: ...
+
+    outcome = await executor_of(job).run(assigned(uses="jop"))
+
+    assert outcome.summary == (
+        "UnknownTaskError: no task is registered as 'jop'; did you mean 'job'? registered: default, echo, job"
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("arguments", [1]),
+        ("arguments", "text"),
+        ("metadata", 5),
+        ("timeout", "soon"),
+        ("timeout", [1]),
+        ("timeout", -1),
+        ("max_attempts", "3"),
+        ("max_attempts", 1.5),
+        ("max_attempts", -1),
+        ("duration", "x"),
+        ("uses", ["job"]),
+    ],
+)
+async def test_a_body_that_makes_no_sense_fails_at_once_and_names_the_field(field: str, value: Any) -> None:
+    ran = []
+
+    async def note() -> None:
+        ran.append(1)
+
+    outcome = await executor_of(note).run(assigned(**{field: value}))
+
+    assert (outcome.kind, outcome.reason) == ("failed", "invalid")
+    assert f"{field}: {value!r} " in error_of(outcome)["message"]
+    assert ran == []
+
+
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise ValueError
+
+    __repr__ = __str__
+
+
+async def test_an_exception_that_cannot_be_shown_is_recorded_all_the_same() -> None:
+    async def fail() -> None:
+        raise Mute
+
+    outcome = await executor_of(fail).run(assigned())
+
+    assert (outcome.kind, error_of(outcome)["type"]) == ("retry", "Mute")
+    assert error_of(outcome)["message"] == "(its message cannot be shown: ValueError)"
+    assert "raise Mute" in error_of(outcome)["traceback"]
+
+
+class Careless(RetryTask):
+    def __init__(self) -> None: ...
+
+
+async def test_a_retry_task_of_ones_own_that_says_no_delay_waits_the_backoff() -> None:
+    async def fail() -> None:
+        raise Careless
+
+    outcome = await executor_of(fail).run(assigned())
+
+    assert (outcome.kind, outcome.delay_ms) == ("retry", 1000)
+
+
+def careless(value: Any) -> Any:
+    raise KeyError(value)
+
+
+async def test_what_a_users_type_raises_while_it_converts_is_an_error_of_the_attempt() -> None:
+    async def take(a: Annotated[int, BeforeValidator(careless)]) -> None: ...
+
+    async def give() -> Annotated[int, BeforeValidator(careless)]:
+        return 1
+
+    for function, arguments in ((take, {"a": 1}), (give, {})):
+        outcome = await executor_of(function).run(assigned(arguments=arguments))
+        assert (outcome.kind, outcome.reason, error_of(outcome)["type"]) == ("retry", "error", "KeyError")
 
 
 async def test_on_error_is_told_of_each_failed_attempt_and_may_itself_fail() -> None:
@@ -315,6 +433,98 @@ async def test_a_plain_function_can_ask_whether_it_is_over() -> None:
     await eventually(lambda: ended.is_set() and executor.abandoned == 0, "the thread has ended")
 
 
+# ---- waiting for a place ---------------------------------------------------------------------------------------------
+async def test_waiting_for_a_thread_does_not_count_as_time_of_the_attempt() -> None:
+    may_end, left = threading.Event(), []
+
+    def work(context: TaskContext, *, wait: bool = False) -> None:
+        left.append(context.deadline - time.monotonic())
+        if wait:
+            may_end.wait(10)
+
+    executor = executor_of(work, threads=1)
+    begun: list[float] = []
+    first = asyncio.create_task(executor.run(assigned(fence=1, arguments={"wait": True})))
+    await eventually(lambda: len(left) == 1, "the first runs")
+    second = asyncio.create_task(
+        executor.run(assigned(fence=2, timeout=0.2), begun=lambda context: begun.append(context.deadline))
+    )
+    await asyncio.wait([second], timeout=0.3)
+
+    assert not second.done()
+    assert begun == []
+    may_end.set()
+    assert [(await one).kind for one in (first, second)] == ["completed", "completed"]
+    assert 0 < left[1] <= 0.2
+    assert len(begun) == 1
+    assert (await second).run_ms < 200
+
+
+@pytest.mark.parametrize("cpu", [False, True])
+async def test_a_task_that_waits_for_its_turn_can_be_cancelled(cpu: bool, tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    executor = executor_of(cpu_jobs.write_pid_and_sleep, threads=1, cpu=cpu) if cpu else None
+    ran, may_end = [], threading.Event()
+
+    def block() -> None:
+        ran.append(1)
+        may_end.wait(10)
+
+    if executor is None:
+        executor = executor_of(block, threads=1)
+    executor._children = Children(1)
+    arguments = {"path": str(path)} if cpu else {}
+    first = asyncio.create_task(executor.run(assigned(fence=1, arguments=arguments)))
+    await eventually(lambda: bool(ran) or (path.exists() and path.read_text() != ""), "the first runs")
+    second = asyncio.create_task(executor.run(assigned(fence=2, arguments=arguments)))
+    await asyncio.sleep(0)
+
+    executor.cancel("r", 2, "cancelled")
+    outcome = await asyncio.wait_for(second, 5)
+
+    assert (outcome.kind, outcome.run_ms) == ("stopped", 0)
+    assert not first.done()
+    assert executor.abandoned == 0
+    executor.cancel("r", 1, "cancelled")
+    may_end.set()
+    await first
+
+
+async def test_an_abandoned_thread_keeps_its_place_until_it_ends() -> None:
+    may_end, ran = threading.Event(), []
+
+    def work(number: int) -> None:
+        ran.append(number)
+        may_end.wait(10)
+
+    executor = executor_of(work, threads=1)
+    await executor.run(assigned(fence=1, timeout=0.02, arguments={"number": 1}))
+    second = asyncio.create_task(executor.run(assigned(fence=2, arguments={"number": 2})))
+    await asyncio.wait([second], timeout=0.05)
+
+    assert (ran, executor.abandoned) == ([1], 1)
+    may_end.set()
+    assert (await second).kind == "completed"
+    assert (ran, executor.abandoned) == ([1, 2], 0)
+
+
+async def test_a_task_whose_turn_does_not_come_is_given_back_and_spends_no_attempt() -> None:
+    may_end = threading.Event()
+
+    def block() -> None:
+        may_end.wait(10)
+
+    executor = executor_of(block, threads=1, wait_s=0.05)
+    first = asyncio.create_task(executor.run(assigned(fence=1)))
+    await asyncio.sleep(0)
+
+    outcome = await executor.run(assigned(fence=2))
+
+    assert (outcome.kind, outcome.reason, outcome.run_ms) == ("release", BUSY, 0)
+    may_end.set()
+    assert (await first).kind == "completed"
+
+
 # ---- processes -------------------------------------------------------------------------------------------------------
 async def test_a_child_process_is_killed_at_its_timeout(tmp_path: Path) -> None:
     path = tmp_path / "pid"
@@ -343,6 +553,179 @@ async def test_errors_of_a_child_process_count_as_those_of_any_other() -> None:
     assert (left.kind, error_of(left)["type"]) == ("retry", "SystemExit")
     assert (divided.kind, error_of(divided)["type"]) == ("failed", "ZeroDivisionError")
     assert "return number / 0" in error_of(divided)["traceback"]
+
+
+async def test_a_process_is_used_again_by_the_next_task() -> None:
+    executor = executor_of(cpu_jobs.own_pid, cpu=True)
+
+    first, second = [from_json((await executor.run(assigned())).blob) for _ in range(2)]
+
+    assert first == second
+
+
+async def test_no_more_processes_than_there_are_places_run_at_once(tmp_path: Path) -> None:
+    executor = executor_of(cpu_jobs.meet, cpu=True)
+    executor._children = Children(2)
+
+    outcomes = await asyncio.gather(
+        *(executor.run(assigned(fence=fence, arguments={"folder": str(tmp_path)})) for fence in range(6))
+    )
+
+    assert {outcome.kind for outcome in outcomes} == {"completed"}
+    assert max(from_json(outcome.blob) for outcome in outcomes) <= 2
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (cpu_jobs.exit_now, "the process of this task died (exit code 3)"),
+        (cpu_jobs.exit_while_a_program_goes_on, "the process of this task died (exit code 4)"),
+        (cpu_jobs.kill_itself, "the process of this task died (signal 9, SIGKILL: "),
+    ],
+)
+async def test_a_process_that_dies_is_an_error_of_the_attempt_and_says_how(
+    function: Callable[..., Any], words: str
+) -> None:
+    again = await executor_of(function, cpu=True).run(assigned())
+    refused = await executor_of(function, cpu=True, retry={ChildProcessError: None}).run(assigned())
+
+    assert (again.kind, again.reason, again.delay_ms) == ("retry", "error", 1000)
+    assert error_of(again)["type"] == "ChildProcessError"
+    assert error_of(again)["message"].startswith(words)
+    assert refused.kind == "failed"
+
+
+async def test_after_a_process_died_the_next_task_gets_another() -> None:
+    executor = executor_of(cpu_jobs.exit_now, cpu=True)
+    executor.registry.add(Handler("square", cpu_jobs.square, cpu=True))
+
+    outcomes = [await executor.run(assigned()), await executor.run(assigned(uses="square", arguments={"number": 3}))]
+
+    assert [outcome.kind for outcome in outcomes] == ["retry", "completed"]
+
+
+async def test_what_a_process_writes_is_seen_and_disturbs_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    outcome = await asyncio.wait_for(executor_of(cpu_jobs.write_much, cpu=True).run(assigned()), 30)
+
+    out, err = capfd.readouterr()
+    assert (outcome.kind, outcome.blob) == ("completed", b'"done"')
+    assert out == "printed\nechoed\n"
+    assert err.count("x") == 5_000_000
+
+
+async def test_arguments_of_a_megabyte_reach_a_process() -> None:
+    executor = executor_of(cpu_jobs.pid_and_argument, cpu=True)
+
+    outcome = await executor.run(assigned(arguments={"text": "x" * 1_000_000}))
+
+    assert from_json(outcome.blob)[1] == 1_000_000
+
+
+async def test_a_result_of_a_process_that_is_no_json_fails_as_that_of_any_other() -> None:
+    outcome = await executor_of(cpu_jobs.not_json, cpu=True).run(assigned())
+
+    assert (outcome.kind, outcome.reason) == ("failed", "invalid")
+    assert error_of(outcome)["message"] == (
+        "task 'job': result: a object is not JSON; annotate it with its type so that it is converted, "
+        "or pass text, numbers, true/false, null, lists and objects"
+    )
+
+
+async def test_a_fail_task_of_ones_own_ends_a_task_in_a_process_too() -> None:
+    outcome = await executor_of(cpu_jobs.hopeless, cpu=True).run(assigned())
+
+    assert (outcome.kind, outcome.reason, error_of(outcome)["type"]) == ("failed", "error", "HopelessError")
+
+
+async def test_a_cancelled_process_is_killed_with_the_programs_it_started(tmp_path: Path) -> None:
+    path = tmp_path / "pids"
+    executor = executor_of(cpu_jobs.start_a_program_and_sleep, cpu=True)
+    running = asyncio.create_task(executor.run(assigned(arguments={"path": str(path)})))
+    await eventually(lambda: path.exists() and " " in path.read_text(), "the program runs")
+
+    executor.cancel("r", 7, "cancelled")
+
+    assert (await running).kind == "stopped"
+    for pid in path.read_text().split():
+        await eventually(lambda pid=pid: not is_alive(int(pid)), "both are gone")  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("delay_s", [0, 0.002, 0.01, 0.05])
+async def test_a_process_whose_task_is_cancelled_while_it_starts_is_not_left_behind(delay_s: float) -> None:
+    before = children()
+    executor = executor_of(cpu_jobs.own_pid, cpu=True)
+    running = asyncio.create_task(executor.run(assigned()))
+    await asyncio.sleep(delay_s)
+
+    executor.cancel("r", 7, "cancelled")
+
+    assert (await running).kind in ("stopped", "completed")
+    await executor.close()
+    await eventually(lambda: children() <= before, "no child is left")
+
+
+def children() -> set[int]:
+    listed = Path("/proc/self/task").glob("*/children")
+    return {int(pid) for one in listed for pid in one.read_text().split() if is_alive(int(pid))}
+
+
+SCRIPT = """
+import asyncio, os, sys, time
+from rq_ceylon.handlers import Handler, Registry
+from rq_ceylon.worker.executor import Executor
+from rq_ceylon.worker.outcome import Assignment
+
+class OwnError(Exception):
+    pass
+
+def work(number: int) -> int:
+    if number == 0:
+        raise OwnError
+    if number == 1:
+        print("child", os.getpid(), flush=True)
+        time.sleep(60)
+    return number + 1
+
+async def main(*numbers):
+    registry = Registry()
+    registry.add(Handler("work", work, cpu=True, retry={OwnError: None}))
+    executor = Executor(registry)
+    for number in numbers:
+        body = {"uses": "work", "arguments": {"number": number}}
+        outcome = await executor.run(Assignment(group_id="g", task_id="t", role="r", worker="w", attempt=1, crashes=0,
+                                                releases=0, fence=1, body=body))
+        print(outcome.kind, outcome.blob.decode()[:5], flush=True)
+    await executor.close()
+
+if __name__ == "__main__":
+    asyncio.run(main(*map(int, sys.argv[1:])))
+"""
+
+
+@pytest.mark.parametrize("how", [["script.py"], ["-m", "script"]], ids=["path", "module"])
+async def test_a_function_of_the_main_module_runs_in_a_process(how: list[str], tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, *how, "5", "0", cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=PIPE
+    )
+
+    out, _ = await process.communicate()
+
+    assert out.decode().splitlines() == ["completed 6", 'failed {"typ']
+
+
+async def test_a_process_ends_with_its_worker_even_if_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "script.py", "1", cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=PIPE
+    )
+    assert process.stdout is not None
+    _, pid = (await process.stdout.readline()).split()
+
+    process.kill()
+    await process.communicate()
+
+    await eventually(lambda: not is_alive(int(pid)), "the child is gone")
 
 
 # ---- stopped from outside --------------------------------------------------------------------------------------------
@@ -396,7 +779,140 @@ async def test_a_handler_that_ends_well_in_spite_of_a_cancellation_counts() -> N
     assert (outcome.kind, outcome.blob) == ("completed", b'"done"')
 
 
-async def test_closing_ends_what_still_runs() -> None:
+@pytest.mark.parametrize(
+    ("why", "kind"), [("cancelled", "stopped"), ("lost", "lost"), ("shutdown", "release")], ids=lambda value: value
+)
+@pytest.mark.parametrize("form", ["async", "thread"])
+async def test_what_a_handler_raises_while_it_is_stopped_says_nothing_about_its_task(
+    why: StopReason, kind: str, form: str
+) -> None:
+    started, told = threading.Event(), []
+
+    async def clean_up() -> None:
+        started.set()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            raise ValueError("while cleaning up")
+
+    def check(context: TaskContext) -> None:
+        started.set()
+        while not context.is_cancelled:
+            time.sleep(0.001)
+        raise ValueError("while cleaning up")
+
+    executor = executor_of(clean_up if form == "async" else check)
+    executor.registry.on_error.append(lambda context, error: told.append(error))
+    running = asyncio.create_task(executor.run(assigned(fence=3, attempt=3)))
+    await eventually(started.is_set, "the handler runs")
+
+    executor.cancel("r", 3, why)
+    outcome = await running
+
+    assert (outcome.kind, outcome.blob, told) == (kind, b"", [])
+    await eventually(lambda: executor.abandoned == 0, "nothing goes on")
+
+
+async def test_cancelling_one_of_two_roles_with_equal_fences_spares_the_other() -> None:
+    """
+    Each role counts its own fences, so a worker of two roles may hold the same number twice.
+    """
+    may_end = asyncio.Event()
+
+    async def work() -> None:
+        await may_end.wait()
+
+    executor = executor_of(work)
+    first, second = [asyncio.create_task(executor.run(assigned(role=role, fence=3))) for role in ("a", "b")]
+    await asyncio.sleep(0)
+
+    executor.cancel("a", 3, "cancelled")
+
+    assert (await first).kind == "stopped"
+    may_end.set()
+    assert (await second).kind == "completed"
+
+
+async def test_a_second_cancellation_does_not_cut_short_the_cleaning_up() -> None:
+    started, cleaning, may_end = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    cleaned = []
+
+    async def work() -> None:
+        started.set()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            cleaning.set()
+            await may_end.wait()
+            cleaned.append(1)
+
+    executor = executor_of(work)
+    running = asyncio.create_task(executor.run(assigned()))
+    await started.wait()
+    executor.cancel("r", 7, "cancelled")
+    await cleaning.wait()
+
+    executor.cancel("r", 7, "cancelled")
+    may_end.set()
+
+    assert (await running).kind == "stopped"
+    assert cleaned == [1]
+
+
+@pytest.mark.parametrize(
+    ("how", "kind"), [("cancel", "stopped"), ("timeout", "retry"), ("close", "release")], ids=lambda value: value
+)
+async def test_a_coroutine_that_does_not_end_when_cancelled_is_abandoned_and_named(
+    how: str, kind: str, logged: list[str]
+) -> None:
+    started, give_up, freed = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def stubborn() -> None:
+        while not give_up.is_set():
+            started.set()
+            try:
+                await give_up.wait()
+            except asyncio.CancelledError:
+                continue
+
+    executor = executor_of(stubborn, cleanup_s=0.05, on_freed=freed.set)
+    running = asyncio.create_task(executor.run(assigned(timeout=0.05 if how == "timeout" else 60)))
+    await started.wait()
+
+    if how == "close":
+        await asyncio.wait_for(executor.close(), 5)
+    elif how == "cancel":
+        executor.cancel("r", 7, "cancelled")
+    outcome = await asyncio.wait_for(running, 5)
+
+    assert outcome.kind == kind
+    assert executor.abandoned == 1
+    assert any(line.startswith("ERROR Task g/t goes on although it was cancelled") for line in logged)
+    give_up.set()
+    await freed.wait()
+    assert executor.abandoned == 0
+
+
+async def test_a_cancelled_run_cancels_its_handler() -> None:
+    started, ended = asyncio.Event(), asyncio.Event()
+
+    async def work() -> None:
+        started.set()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+
+    running = asyncio.create_task(executor_of(work).run(assigned()))
+    await started.wait()
+    running.cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    await asyncio.wait_for(ended.wait(), 5)
+
+
+async def test_closing_gives_back_what_still_runs_and_spends_no_attempt() -> None:
     started, ended = asyncio.Event(), asyncio.Event()
 
     async def sleep() -> None:
@@ -411,6 +927,6 @@ async def test_closing_ends_what_still_runs() -> None:
     await started.wait()
 
     await executor.close()
-    await running
 
     assert ended.is_set()
+    assert (await running).kind == "release"

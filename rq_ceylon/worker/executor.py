@@ -5,94 +5,30 @@ Turns one assignment into an outcome. Runs users' code, and never touches Redis.
 from __future__ import annotations
 
 import asyncio
-import importlib
 import inspect
-import signal
-import sys
 import threading
-import time
-import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from contextvars import copy_context
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
-import anyio
-import anyio.to_process
 from loguru import logger
-from pydantic_core import from_json, to_json
 
-from rq_ceylon.attempt import AttemptStoppedError, FailTask, RetryTask, StopReason, TaskContext, type_names
-from rq_ceylon.errors import InvalidInputError
-from rq_ceylon.handlers import DEFAULT_HANDLER, Handler, Registry
-from rq_ceylon.models import DEFAULT_MAX_ATTEMPTS, DEFAULT_TIMEOUT_S
+from rq_ceylon.attempt import AttemptStoppedError, StopReason, TaskContext
+from rq_ceylon.errors import InvalidInputError, PayloadTooLargeError, UnknownTaskError
+from rq_ceylon.handlers import Registry
+from rq_ceylon.worker.children import Children
+from rq_ceylon.worker.outcome import BUSY, Assignment, Attempt, Outcome, invalid, unknown
 
 RESULT_BYTES_MAX = 1024 * 1024
-TRACEBACK_MAX = 8192
-UNKNOWN_FIRST_MS, UNKNOWN_CAP_MS = 5_000, 300_000
-"""How long a task whose handler is unknown here stays away: doubling, so that another host or a new version gets it."""
 
+WAIT_S = 60.0
+"""How long a task waits for a thread or a process before it is given back: others may be idle."""
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Assignment:
-    """
-    A granted task.
-
-    Attributes:
-        body: the task's JSON over its group's defaults: uses, arguments, duration, timeout (s), max_attempts, metadata.
-        needs: results of the tasks it needed, by id.
-    """
-
-    group_id: str
-    task_id: str
-    role: str
-    worker: str
-    attempt: int
-    crashes: int
-    releases: int
-    fence: int
-    body: Mapping[str, Any]
-    needs: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """
-    How an attempt ended.
-
-    Attributes:
-        kind: completed; failed; retry; release (given back, spends no attempt); stopped (cancelled from outside); lost
-            (another worker has the task: nothing is to be recorded).
-        blob: JSON: the result, or `{"type", "message", "traceback"}` of a failure.
-        run_ms: by the monotonic clock.
-    """
-
-    kind: Literal["completed", "failed", "retry", "release", "stopped", "lost"]
-    reason: str = ""
-    delay_ms: int = 0
-    blob: bytes = b""
-    run_ms: int = 0
-
-    @property
-    def summary(self) -> str:
-        """
-        The error in one line.
-        """
-        if not self.blob or self.kind not in ("failed", "retry"):
-            return ""
-        error = from_json(self.blob)
-        return f"{error['type']}: {error['message']}"
-
-
-class _RemoteError(Exception):
-    """
-    An exception of a child process, as text.
-    """
-
-    def __init__(self, names: tuple[str, ...], error: dict[str, str], delay_s: float | None) -> None:
-        super().__init__(error["message"])
-        self.names, self.error, self.delay_s = names, error, delay_s
+CLEANUP_S = 5.0
+"""How long a coroutine may go on after it was cancelled; then it is cancelled once more and abandoned."""
 
 
 class _Raised(NamedTuple):
@@ -103,12 +39,52 @@ class _Raised(NamedTuple):
     error: BaseException
 
 
+class _Run:
+    """
+    An attempt under way. `settled` is done when it is over: its runner has ended, or was abandoned.
+    """
+
+    def __init__(self, attempt: Attempt, begun: Callable[[TaskContext], None], work: Callable[[_Run], Any]) -> None:
+        self.attempt, self.begun = attempt, begun
+        self.loop = asyncio.get_running_loop()
+        self.settled: asyncio.Future[None] = self.loop.create_future()
+        self.timer: asyncio.TimerHandle | None = None
+        self.runner: asyncio.Task[Any] = self.loop.create_task(work(self))
+        self.runner.add_done_callback(self.settle)
+
+    def settle(self, _: object = None) -> None:
+        if not self.settled.done():
+            self.settled.set_result(None)
+
+    def after(self, delay_s: float | None, then: Callable[[], None] = lambda: None) -> None:
+        """
+        Set the one timer of the attempt, None: to nothing.
+        """
+        if self.timer is not None:
+            self.timer.cancel()
+        self.timer = None if delay_s is None else self.loop.call_later(delay_s, then)
+
+    def end(self) -> Any:
+        """
+        What the handler returned, or what ended it.
+        """
+        if not self.runner.done() or self.runner.cancelled():
+            return _Raised(asyncio.CancelledError())
+        return self.runner.result()
+
+
 class Executor:
     """
     Runs handlers: coroutine functions on the loop, plain ones in threads, `cpu=True` in processes.
 
-    A thread cannot be stopped: when its attempt is settled early it is *abandoned*. `abandoned` counts those that still
-    run; each keeps occupying a slot, and `on_freed` is called when one ends.
+    A thread cannot be stopped, nor a coroutine that goes on when cancelled: when its attempt is settled early it is
+    *abandoned*. `abandoned` counts those that still run; each keeps occupying a slot (a thread its place among the
+    threads, too), and `on_freed` is called when one ends.
+
+    Args:
+        threads: how many plain functions at once; others wait, and so do `cpu=True` ones, of which as many run as there
+            are processors. Waiting is not part of the attempt: its time begins with its handler.
+        cleanup_s: see CLEANUP_S.
     """
 
     def __init__(
@@ -117,268 +93,192 @@ class Executor:
         *,
         threads: int = 16,
         result_bytes_max: int = RESULT_BYTES_MAX,
+        wait_s: float = WAIT_S,
+        cleanup_s: float = CLEANUP_S,
         on_freed: Callable[[], None] = lambda: None,
     ) -> None:
         self.registry, self.result_bytes_max, self.on_freed = registry, result_bytes_max, on_freed
         self.abandoned = 0
+        self._wait_s, self._cleanup_s = wait_s, cleanup_s
         self._threads = asyncio.Semaphore(threads)
-        self._running: dict[tuple[str, int], tuple[asyncio.Task[Any], TaskContext]] = {}
+        self._children = Children()
+        self._running: dict[tuple[str, int], _Run] = {}
 
-    async def run(self, assignment: Assignment) -> Outcome:
+    async def run(self, assignment: Assignment, *, begun: Callable[[TaskContext], None] = lambda _: None) -> Outcome:
         """
         Run one attempt. Whatever users' code does becomes an outcome.
+
+        Args:
+            begun: called when the handler is about to be called, from when on `deadline` of its context is known.
         """
-        body = assignment.body
-        uses = body.get("uses") or DEFAULT_HANDLER
-        handler = self.registry.find(uses)
-        if handler is None:
-            delay = min(UNKNOWN_CAP_MS, UNKNOWN_FIRST_MS * 2 ** min(assignment.releases, 10))
+        try:
+            attempt = Attempt(self.registry, assignment)
+        except UnknownTaskError as error:
+            outcome = unknown(assignment.releases, error)
             logger.warning(
-                "Task {}/{} uses {!r}, which is not registered here ({}); given back for {} s",
+                "Task {}/{} is given back for {:g} s: {}",
                 assignment.group_id,
                 assignment.task_id,
-                uses,
-                ", ".join(self.registry.names()),
-                delay / 1000,
+                outcome.delay_ms / 1000,
+                error,
             )
-            return Outcome(kind="release", reason="unknown", delay_ms=delay)
-        timeout_s = body.get("timeout") or handler.timeout_s or DEFAULT_TIMEOUT_S
-        max_attempts = body.get("max_attempts") or handler.max_attempts or DEFAULT_MAX_ATTEMPTS
-        started = time.monotonic()
-        context = TaskContext(
-            group_id=assignment.group_id,
-            task_id=assignment.task_id,
-            uses=uses,
-            role=assignment.role,
-            worker=assignment.worker,
-            attempt=assignment.attempt,
-            max_attempts=max_attempts,
-            crashes=assignment.crashes,
-            fence=assignment.fence,
-            duration=body.get("duration") or 0.0,
-            metadata=body.get("metadata") or {},
-            needs=assignment.needs,
-            deadline=started + timeout_s,
-        )
-        attempt = _Attempt(handler, context, started)
+            return outcome
+        except InvalidInputError as error:
+            return invalid(error)
         try:
-            arguments = handler.call_arguments(body.get("arguments") or {}, context)
+            arguments = attempt.handler.call_arguments(attempt.raw, attempt.context)
         except InvalidInputError as error:
             return attempt.failed("invalid", error)
-        runner = asyncio.ensure_future(self._call(handler, arguments, body.get("arguments") or {}, context))
-        self._running[assignment.role, assignment.fence] = runner, context
+        except Exception as error:  # of a user's validator
+            return await self._told(attempt, error, attempt.raised(error))
+        run = _Run(attempt, begun, lambda run: self._call(run, arguments))
+        key = (assignment.role, assignment.fence)
+        self._running[key] = run
         try:
-            async with asyncio.timeout(timeout_s) as limit:
-                value = await runner
-                if isinstance(value, _Raised):
-                    raise value.error
-        except TimeoutError as error:
-            if limit.expired():
-                context.stopped = context.stopped or "timeout"
-                problem = TimeoutError(f"no result within {timeout_s:g} s")
-                return await self._told(context, problem, attempt.again_or_failed("timeout", problem))
-            return await self._told(context, error, attempt.of(error))
-        except asyncio.CancelledError as error:
-            stop = context.stopped
-            if stop is None:
-                # Not cancelled by us: the handler raised it, or the worker itself goes down.
-                task = asyncio.current_task()
-                if task is not None and task.cancelling():
-                    raise
-                return await self._told(context, error, attempt.of(error))
-            return attempt.stopped(stop)
-        except AttemptStoppedError as error:
-            if context.stopped is None:
-                return await self._told(context, error, attempt.again_or_failed("timeout", error))
-            return attempt.stopped(context.stopped)
-        except BaseException as error:
-            return await self._told(context, error, attempt.of(error))
+            await run.settled
+        except asyncio.CancelledError:  # the worker itself goes down
+            self._stop(run, "shutdown")
+            raise
         finally:
-            self._running.pop((assignment.role, assignment.fence), None)
-        try:
-            blob = value if handler.kind == "process" else handler.dump_result(value)
-        except InvalidInputError as error:
-            return attempt.failed("invalid", error)
-        if len(blob) > self.result_bytes_max:
-            too_large = InvalidInputError(
-                f"the result of task {uses!r} has {len(blob):,} bytes, {self.result_bytes_max:,} are allowed; "
-                "store it elsewhere and return a reference"
-            )
-            return attempt.failed("invalid", too_large, kind="PayloadTooLargeError")
-        return Outcome(kind="completed", blob=blob, run_ms=attempt.run_ms())
+            run.after(None)
+            del self._running[key]
+        return await self._outcome(run)
 
     def cancel(self, role: str, fence: int, why: StopReason) -> None:
         """
-        End an attempt from outside: `run` then returns stopped (cancelled), lost, or release (shutdown). A handler that
-        ends normally all the same counts by what it returns.
+        End an attempt from outside: `run` then returns stopped (cancelled), lost, or release (shutdown), whatever the
+        handler raises. One that ends normally all the same counts by what it returns.
         """
-        if (role, fence) in self._running:
-            runner, context = self._running[role, fence]
-            context.stopped = context.stopped or why
-            runner.cancel()
+        if (run := self._running.get((role, fence))) is not None:
+            self._stop(run, why)
 
     async def close(self) -> None:
         """
-        Cancel what still runs. Abandoned threads are daemons: they do not keep the process.
+        Give back what still runs, and end the processes. What does not end is left behind: threads are daemons, they do
+        not keep the process.
         """
-        runners = [runner for runner, _ in self._running.values()]
-        for runner in runners:
-            runner.cancel()
-        await asyncio.gather(*runners, return_exceptions=True)
+        runs = list(self._running.values())
+        for run in runs:
+            self._stop(run, "shutdown")
+        if runs:
+            await asyncio.wait([run.settled for run in runs])
+        await self._children.close()
 
-    async def _call(
-        self, handler: Handler[..., Any], arguments: dict[str, Any], raw: Mapping[str, Any], context: TaskContext
-    ) -> Any:
-        if handler.kind == "async":
-            try:
+    # ---- how it runs -------------------------------------------------------------------------------------------------
+    async def _call(self, run: _Run, arguments: dict[str, Any]) -> Any:
+        handler = run.attempt.handler
+        try:
+            if handler.kind == "async":
+                self._begin(run)
                 return await handler.function(**arguments)
-            except (SystemExit, KeyboardInterrupt) as error:
-                return _Raised(error)
-        if handler.kind == "process":
-            return await _in_process(handler, raw)
-        async with self._threads:
-            return await self._in_thread(handler, arguments, context)
+            run.after(self._wait_s, lambda: self._stop(run, "timeout"))
+            if handler.kind == "process":
+                return await self._children.call(handler, run.attempt.raw, lambda: self._begin(run))
+            return await self._in_thread(run, partial(handler.function, **arguments))
+        except BaseException as error:
+            return _Raised(error)
 
-    async def _in_thread(self, handler: Handler[..., Any], arguments: dict[str, Any], context: TaskContext) -> Any:
-        loop = asyncio.get_running_loop()
+    def _begin(self, run: _Run) -> None:
+        run.attempt.begin()
+        run.after(run.attempt.timeout_s, lambda: self._stop(run, "timeout"))
+        run.begun(run.attempt.context)
+
+    async def _in_thread(self, run: _Run, function: Callable[[], Any]) -> Any:
         done: Future[Any] = Future()
         variables = copy_context()
         abandoned = False
 
         def body() -> None:
             try:
-                done.set_result(variables.run(handler.function, **arguments))
+                done.set_result(variables.run(function))
             except BaseException as error:
                 done.set_result(_Raised(error))
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(returned)
+            with suppress(RuntimeError):  # the loop is closed: the worker has gone, and nobody counts any more
+                run.loop.call_soon_threadsafe(returned)
 
         def returned() -> None:
+            self._threads.release()
             if abandoned:
-                self.abandoned -= 1
-                self.on_freed()
+                self._freed()
 
-        threading.Thread(target=body, name=f"task-{context.id}", daemon=True).start()
+        await self._threads.acquire()
+        try:
+            self._begin(run)
+            threading.Thread(target=body, name=f"task-{run.attempt.context.id}", daemon=True).start()
+        except BaseException:
+            self._threads.release()
+            raise
         try:
             return await asyncio.shield(asyncio.wrap_future(done))
         except asyncio.CancelledError:
-            if not done.done():
-                abandoned = True
-                self.abandoned += 1
+            if done.done():
+                return done.result()
+            abandoned = True
+            self.abandoned += 1
             raise
 
-    async def _told(self, context: TaskContext, error: BaseException, outcome: Outcome) -> Outcome:
+    # ---- how it ends -------------------------------------------------------------------------------------------------
+    def _stop(self, run: _Run, why: StopReason) -> None:
+        """
+        Cancel an attempt; only once, since a second time would cut short what it does about the first.
+        """
+        context = run.attempt.context
+        if context.stopped is None and not run.runner.done():
+            context.stopped = why
+            run.after(self._cleanup_s, lambda: self._abandon(run))
+            run.runner.cancel()
+
+    def _abandon(self, run: _Run) -> None:
+        if run.runner.done():
+            return
+        logger.error(
+            "Task {} goes on although it was cancelled ({}); it is left behind, and takes a slot until it ends",
+            run.attempt.context.id,
+            run.attempt.context.stopped,
+        )
+        self.abandoned += 1
+        run.runner.add_done_callback(self._freed)
+        run.runner.cancel()
+        run.settle()
+
+    def _freed(self, _: object = None) -> None:
+        self.abandoned -= 1
+        self.on_freed()
+
+    async def _outcome(self, run: _Run) -> Outcome:
+        attempt, context, end = run.attempt, run.attempt.context, run.end()
+        if isinstance(end, _Raised):
+            if context.stopped is None and isinstance(end.error, AttemptStoppedError):
+                context.stopped = "timeout"  # the handler saw it before the loop did
+            match context.stopped:
+                case None:
+                    return await self._told(attempt, end.error, attempt.raised(end.error))
+                case "timeout" if attempt.began is None:
+                    return Outcome(kind="release", reason=BUSY)
+                case "timeout":
+                    return await self._told(attempt, *attempt.timed_out())
+                case why:
+                    return attempt.stopped(why)
+        try:
+            blob: bytes = end if attempt.handler.kind == "process" else attempt.handler.dump_result(end)
+        except InvalidInputError as error:
+            return attempt.failed("invalid", error)
+        except Exception as error:  # of a user's serializer
+            return await self._told(attempt, error, attempt.raised(error))
+        if len(blob) > self.result_bytes_max:
+            too_large = PayloadTooLargeError(
+                f"the result of task {context.uses!r} has {len(blob):,} bytes, {self.result_bytes_max:,} are allowed; "
+                "store it elsewhere and return a reference"
+            )
+            return attempt.failed("invalid", too_large)
+        return attempt.completed(blob)
+
+    async def _told(self, attempt: Attempt, error: BaseException, outcome: Outcome) -> Outcome:
         for hook in self.registry.on_error:
             try:
-                told = hook(context, error)
+                told = hook(attempt.context, error)
                 if inspect.isawaitable(told):
                     await told
             except Exception:
-                logger.exception("on_error of task {} failed", context.id)
+                logger.exception("on_error of task {} failed", attempt.context.id)
         return outcome
-
-
-class _Attempt:
-    """
-    What an attempt's end means.
-    """
-
-    def __init__(self, handler: Handler[..., Any], context: TaskContext, started: float) -> None:
-        self.handler, self.context, self.started = handler, context, started
-
-    def run_ms(self) -> int:
-        return round((time.monotonic() - self.started) * 1000)
-
-    def failed(self, reason: str, error: BaseException, *, kind: str = "") -> Outcome:
-        return Outcome(kind="failed", reason=reason, blob=error_blob(error, kind), run_ms=self.run_ms())
-
-    def stopped(self, why: StopReason) -> Outcome:
-        kind: Literal["stopped", "lost", "release"] = (
-            "release" if why == "shutdown" else "lost" if why == "lost" else "stopped"
-        )
-        return Outcome(kind=kind, run_ms=self.run_ms())
-
-    def again_or_failed(self, reason: str, error: BaseException, delay_s: float | None = None) -> Outcome:
-        names = error.names if isinstance(error, _RemoteError) else type_names(type(error))
-        backoff = self.handler.backoff_for(names)
-        if self.context.attempt >= self.context.max_attempts or (backoff is None and delay_s is None):
-            return self.failed(reason, error)
-        if delay_s is None and backoff is not None:
-            delay_s = backoff.delay_s(self.context.attempt)
-        return Outcome(
-            kind="retry",
-            reason=reason,
-            delay_ms=round((delay_s or 0) * 1000),
-            blob=error_blob(error),
-            run_ms=self.run_ms(),
-        )
-
-    def of(self, error: BaseException) -> Outcome:
-        """
-        The outcome of an exception that the handler raised.
-        """
-        if isinstance(error, FailTask) or (
-            isinstance(error, _RemoteError) and error.names[0] == type_names(FailTask)[0]
-        ):
-            return self.failed("error", error)
-        if isinstance(error, RetryTask):
-            return self.again_or_failed("error", error, error.delay_s)
-        return self.again_or_failed("error", error, error.delay_s if isinstance(error, _RemoteError) else None)
-
-
-def error_blob(error: BaseException, kind: str = "") -> bytes:
-    if isinstance(error, _RemoteError):
-        return to_json(error.error)
-    return to_json(_error_of(error, kind))
-
-
-def _error_of(error: BaseException, kind: str = "") -> dict[str, str]:
-    frames = error.__traceback__
-    # The user's frames only: ours say nothing about the failure.
-    while frames is not None and frames.tb_frame.f_globals.get("__name__", "").startswith(
-        ("rq_ceylon.worker", "asyncio", "concurrent.")
-    ):
-        frames = frames.tb_next
-    is_of_user = frames is not None or error.__cause__ is not None
-    text = "".join(traceback.format_exception(type(error), error, frames)) if is_of_user else ""
-    return {
-        "type": kind or type(error).__name__,
-        "message": str(error).encode(errors="replace").decode()[:TRACEBACK_MAX],
-        "traceback": text.encode(errors="replace").decode()[-TRACEBACK_MAX:],
-    }
-
-
-async def _in_process(handler: Handler[..., Any], raw: Mapping[str, Any]) -> bytes:
-    """
-    Run a handler in a child process, which imports it by name: no object of a user is sent, only JSON. Cancelling kills
-    that child alone.
-    """
-    function = handler.function
-    reply = await anyio.to_process.run_sync(
-        _child, function.__module__, function.__qualname__, to_json(raw), cancellable=True
-    )
-    answer = from_json(reply)
-    if "error" in answer:
-        raise _RemoteError(tuple(answer["names"]), answer["error"], answer["delay_s"])
-    blob: bytes = to_json(answer["value"])
-    return blob
-
-
-def _child(module: str, qualname: str, raw: bytes) -> bytes:
-    """
-    In the child: call the function, answer JSON.
-    """
-    # Ctrl-C goes to the whole terminal group; the parent decides what becomes of this task.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    names = [module, "__mp_main__"] if module == "__main__" else [module]
-    loaded = next((sys.modules[name] for name in names if name in sys.modules), None) or importlib.import_module(module)
-    found: Any = loaded
-    for part in qualname.split("."):
-        found = getattr(found, part)
-    function = getattr(found, "function", found)
-    handler: Handler[..., Any] = Handler(function.__name__, function, cpu=False)
-    try:
-        return b'{"value":' + handler.dump_result(function(**handler.call_arguments(from_json(raw), None))) + b"}"
-    except BaseException as error:
-        delay_s = error.delay_s if isinstance(error, RetryTask) else None
-        return to_json({"error": _error_of(error), "names": type_names(type(error)), "delay_s": delay_s})

@@ -1,0 +1,265 @@
+"""
+The processes of `cpu=True` tasks: a worker starts them when needed, keeps them for the next task, and kills one whose
+task is stopped. No object of a user travels, only JSON and the name of the function, over a socket of its own: the
+child's stdout and stderr are those of its worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import importlib
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+from pydantic_core import from_json, to_json
+
+from rq_ceylon.attempt import RetryTask, type_names
+from rq_ceylon.errors import InvalidInputError
+from rq_ceylon.handlers import Handler
+from rq_ceylon.worker.outcome import RemoteError, error_of
+
+_BOOT = (
+    "import json, sys; path, argv, *rest = json.loads(sys.argv[1]); sys.path[:] = path; sys.argv[:] = argv; "
+    "from rq_ceylon.worker.children import serve; serve(*rest)"
+)
+_SIZE_BYTES = 8
+_VALUE, _ERROR, _INVALID = b"v", b"e", b"i"
+
+
+# ---- in the worker ---------------------------------------------------------------------------------------------------
+class Children:
+    """
+    At most `count` processes at once: as many as there are processors to use, unless told otherwise.
+    """
+
+    def __init__(self, count: int | None = None) -> None:
+        self._places = asyncio.Semaphore(count or _processors())
+        self._idle: list[_Child] = []
+        self._living: set[_Child] = set()
+
+    async def call(self, handler: Handler[..., Any], raw: Mapping[str, Any], begin: Callable[[], None]) -> bytes:
+        """
+        Run a handler in a process; `begin` is called when there is one. Cancelling kills that process alone.
+
+        Returns:
+            The result as JSON.
+
+        Raises:
+            RemoteError: what the handler raised.
+            ChildProcessError: the process died.
+        """
+        function = handler.function
+        request = to_json([handler.name, function.__module__, function.__qualname__, *_main(), raw])
+        async with self._places:
+            child = self._pop_idle() or await self._start()
+            try:
+                begin()
+                reply = await child.ask(request)
+            except BaseException:
+                child.kill()
+                raise
+            self._idle.append(child)
+        kind, content = reply[:1], reply[1:]
+        if kind == _VALUE:
+            return content
+        names, error, delay_s = from_json(content)
+        raise RemoteError(tuple(names), error, delay_s, is_invalid=kind == _INVALID)
+
+    async def close(self) -> None:
+        """
+        Kill them all.
+        """
+        self._idle.clear()
+        for child in list(self._living):
+            child.kill()
+            await child.gone()
+
+    def _pop_idle(self) -> _Child | None:
+        while self._idle:
+            child = self._idle.pop()
+            if child.is_alive:
+                return child
+        return None
+
+    async def _start(self) -> _Child:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            reader, writer = await asyncio.open_unix_connection(sock=ours)
+            paths = [one for one in sys.path if isinstance(one, str)]
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    "-P",  # nothing of the working directory is imported before the path is the worker's
+                    "-u",  # what a task printed before it was killed is seen
+                    "-c",
+                    _BOOT,
+                    json.dumps([paths, sys.argv, theirs.fileno(), os.getpid()]),
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                    # Not of the terminal's group: Ctrl-C asks the worker, which decides what becomes of the task. And
+                    # a group of its own: the programs that a task starts are killed with it.
+                    start_new_session=True,
+                )
+            except BaseException:
+                writer.close()  # should the process exist all the same, this ends it
+                raise
+        child = _Child(process, reader, writer)
+        self._living.add(child)
+        child.exit.add_done_callback(lambda _: self._living.discard(child))
+        try:
+            await child.read()  # it is ready
+        except BaseException:
+            child.kill()
+            raise
+        return child
+
+
+class _Child:
+    """
+    One process and the socket to it.
+    """
+
+    def __init__(
+        self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self._process, self._reader, self._writer = process, reader, writer
+        self.exit = asyncio.ensure_future(process.wait())
+        # A program that the task started may keep the other end of the socket open; the end of the child counts.
+        self.exit.add_done_callback(lambda _: writer.close())
+
+    @property
+    def is_alive(self) -> bool:
+        return not self.exit.done() and not self._reader.at_eof()
+
+    async def ask(self, request: bytes) -> bytes:
+        self._writer.write(_framed(request))
+        return await self.read()
+
+    async def read(self) -> bytes:
+        try:
+            size = int.from_bytes(await self._reader.readexactly(_SIZE_BYTES), "big")
+            return await self._reader.readexactly(size)
+        except (asyncio.IncompleteReadError, OSError):
+            pass
+        await asyncio.wait([self.exit], timeout=1.0)
+        if not self.exit.done():
+            raise ChildProcessError("the process of this task closed its connection to the worker")
+        raise ChildProcessError(f"the process of this task died ({_cause(self.exit.result())})")
+
+    def kill(self) -> None:
+        """
+        End it and the programs that it started; not an error if it has ended.
+        """
+        if not self.exit.done():
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    async def gone(self) -> None:
+        await self.exit
+        with suppress(OSError):
+            await self._writer.wait_closed()
+
+
+def _processors() -> int:
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _cause(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else "unknown"
+    hint = ": killed from outside, or for want of memory" if -code == signal.SIGKILL else ""
+    return f"signal {-code}, {name}{hint}"
+
+
+def _main() -> tuple[str | None, str | None]:
+    """
+    Where the child finds the main module: by its name if it was started so (`python -m`), else by its path.
+    """
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    return (spec.name, None) if spec is not None else (None, getattr(main, "__file__", None))
+
+
+def _framed(content: bytes) -> bytes:
+    return len(content).to_bytes(_SIZE_BYTES, "big") + content
+
+
+# ---- in the child ----------------------------------------------------------------------------------------------------
+def serve(descriptor: int, parent: int) -> None:
+    """
+    Answer calls until the worker is gone.
+    """
+    _end_with(parent)
+    with socket.socket(fileno=descriptor) as connection, connection.makefile("rb") as requests:
+        connection.set_inheritable(False)
+        connection.sendall(_framed(b""))
+        while head := requests.read(_SIZE_BYTES):
+            request = from_json(requests.read(int.from_bytes(head, "big")))
+            connection.sendall(_framed(_run(*request)))
+
+
+def _end_with(parent: int) -> None:
+    """
+    Let the kernel kill this process when its worker dies, whatever the task is doing then. Other systems have no such
+    call: there a child ends after its task.
+    """
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before
+        sys.exit(1)
+
+
+def _run(name: str, module: str, qualname: str, main: str | None, path: str | None, raw: dict[str, Any]) -> bytes:
+    try:
+        handler = _handler(name, module, qualname, main, path)
+        value = handler.function(**handler.call_arguments(raw, None))
+        try:
+            return _VALUE + handler.dump_result(value)
+        except InvalidInputError as error:
+            return _INVALID + _told(error)
+    except BaseException as error:
+        return _ERROR + _told(error)
+
+
+def _told(error: BaseException) -> bytes:
+    delay_s = error.delay_s if isinstance(error, RetryTask) else None
+    return to_json([type_names(type(error)), error_of(error), delay_s])
+
+
+@cache
+def _handler(name: str, module: str, qualname: str, main: str | None, path: str | None) -> Handler[..., Any]:
+    if module == "__main__":
+        _load_main(main, path)
+    found: Any = importlib.import_module(module)
+    for part in qualname.split("."):
+        found = getattr(found, part)
+    return Handler(name, getattr(found, "function", found))
+
+
+@cache
+def _load_main(name: str | None, path: str | None) -> None:
+    """
+    Make the worker's main module ours, under the name that multiprocessing gives it: what stands under
+    `if __name__ == "__main__"` does not run here.
+    """
+    main = ModuleType("__mp_main__")
+    if name is not None:
+        main.__dict__.update(runpy.run_module(name, run_name=main.__name__, alter_sys=True))
+    elif path is not None:
+        main.__dict__.update(runpy.run_path(path, run_name=main.__name__))
+    sys.modules["__main__"] = sys.modules[main.__name__] = main

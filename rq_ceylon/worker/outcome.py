@@ -1,0 +1,250 @@
+"""
+What is to run, and what its end means: one assignment becomes one outcome. Runs nothing itself.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic_core import from_json, to_json
+
+from rq_ceylon.attempt import FailTask, RetryTask, StopReason, TaskContext, type_names
+from rq_ceylon.errors import InvalidInputError
+from rq_ceylon.handlers import DEFAULT_HANDLER, Handler, Registry
+from rq_ceylon.models import DEFAULT_MAX_ATTEMPTS, DEFAULT_TIMEOUT_S, seconds
+
+TRACEBACK_MAX = 8192
+
+UNKNOWN = "unknown"
+"""The reason of a release because the handler is not registered here; its blob says what is."""
+
+UNKNOWN_FIRST_MS, UNKNOWN_CAP_MS = 5_000, 300_000
+"""How long such a task stays away: doubling with each release, so that another host or a new version gets it."""
+
+BUSY = "busy"
+"""The reason of a release because no thread or process became free in time: other workers may have one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """
+    A granted task.
+
+    Attributes:
+        body: the task's JSON over its group's defaults: uses, arguments, duration, timeout (s), max_attempts, metadata.
+        needs: results of the tasks it needed, by id.
+    """
+
+    group_id: str
+    task_id: str
+    role: str
+    worker: str
+    attempt: int
+    crashes: int
+    releases: int
+    fence: int
+    body: Mapping[str, Any]
+    needs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """
+    How an attempt ended.
+
+    Attributes:
+        kind: completed; failed; retry; release (given back, spends no attempt); stopped (cancelled from outside); lost
+            (another worker has the task: nothing is to be recorded).
+        blob: JSON: the result, or `{"type", "message", "traceback"}` of what went wrong.
+        run_ms: by the monotonic clock, from when the handler began.
+    """
+
+    kind: Literal["completed", "failed", "retry", "release", "stopped", "lost"]
+    reason: str = ""
+    delay_ms: int = 0
+    blob: bytes = b""
+    run_ms: int = 0
+
+    @property
+    def summary(self) -> str:
+        """
+        The error in one line.
+        """
+        if not self.blob or self.kind == "completed":
+            return ""
+        error = from_json(self.blob)
+        return f"{error['type']}: {error['message']}"
+
+
+def unknown(releases: int, error: BaseException) -> Outcome:
+    """
+    The outcome of a task that nothing here can run, after so many releases.
+    """
+    delay = min(UNKNOWN_CAP_MS, UNKNOWN_FIRST_MS * 2 ** min(releases, 10))
+    return Outcome(kind="release", reason=UNKNOWN, delay_ms=delay, blob=to_json(error_of(error)))
+
+
+def invalid(error: InvalidInputError) -> Outcome:
+    """
+    The outcome of a task whose body cannot be used.
+    """
+    return Outcome(kind="failed", reason="invalid", blob=to_json(error_of(error)))
+
+
+class RemoteError(Exception):
+    """
+    An exception of a child process, as text.
+
+    Attributes:
+        names: the `type_names` of it.
+        error: as `error_of` gives it.
+        is_invalid: the function did its work, but what it returned cannot be a result.
+    """
+
+    def __init__(
+        self, names: tuple[str, ...], error: dict[str, str], delay_s: float | None = None, *, is_invalid: bool = False
+    ) -> None:
+        super().__init__(error["message"])
+        self.names, self.error, self.delay_s, self.is_invalid = names, error, delay_s, is_invalid
+
+
+class Attempt:
+    """
+    One attempt: its handler, its context, its arguments, and what each of its ends means.
+
+    Attributes:
+        raw: the arguments as JSON values.
+        arguments: the same for the call.
+        began: when the handler was called, by the monotonic clock; None: it is still to be.
+
+    Raises:
+        UnknownTaskError: no handler of this name is registered here.
+        InvalidInputError: the task's body, which any client may have written, cannot be used.
+    """
+
+    def __init__(self, registry: Registry, assignment: Assignment) -> None:
+        body = assignment.body
+        uses = body.get("uses") or DEFAULT_HANDLER
+        if not isinstance(uses, str):
+            raise InvalidInputError(f"uses: {uses!r} is not usable; give the name of a task")
+        self.handler: Handler[..., Any] = registry.get(uses)
+        self.timeout_s = (
+            seconds(body.get("timeout") or 0, f"task {uses!r}: timeout") or self.handler.timeout_s or DEFAULT_TIMEOUT_S
+        )
+        max_attempts = body.get("max_attempts") or self.handler.max_attempts or DEFAULT_MAX_ATTEMPTS
+        if isinstance(max_attempts, bool) or not isinstance(max_attempts, int) or max_attempts < 1:
+            raise InvalidInputError(
+                f"task {uses!r}: max_attempts: {max_attempts!r} is not usable; give a whole number from 1 on"
+            )
+        self.context = TaskContext(
+            group_id=assignment.group_id,
+            task_id=assignment.task_id,
+            uses=uses,
+            role=assignment.role,
+            worker=assignment.worker,
+            attempt=assignment.attempt,
+            max_attempts=max_attempts,
+            crashes=assignment.crashes,
+            fence=assignment.fence,
+            duration=seconds(body.get("duration") or 0, f"task {uses!r}: duration"),
+            metadata=_object(body, uses, "metadata"),
+            needs=assignment.needs,
+        )
+        self.raw = _object(body, uses, "arguments")
+        self.began: float | None = None
+
+    def begin(self) -> None:
+        """
+        From here on the time of the attempt counts.
+        """
+        self.began = time.monotonic()
+        self.context.deadline = self.began + self.timeout_s
+
+    def completed(self, blob: bytes) -> Outcome:
+        return Outcome(kind="completed", blob=blob, run_ms=self._run_ms())
+
+    def failed(self, reason: str, error: BaseException) -> Outcome:
+        return Outcome(kind="failed", reason=reason, blob=_blob_of(error), run_ms=self._run_ms())
+
+    def stopped(self, why: StopReason) -> Outcome:
+        kind: Literal["stopped", "lost", "release"] = (
+            "release" if why == "shutdown" else "lost" if why == "lost" else "stopped"
+        )
+        return Outcome(kind=kind, run_ms=self._run_ms())
+
+    def timed_out(self) -> tuple[TimeoutError, Outcome]:
+        error = TimeoutError(f"no result within {self.timeout_s:g} s")
+        return error, self._again_or_failed("timeout", error, type_names(TimeoutError), None)
+
+    def raised(self, error: BaseException) -> Outcome:
+        """
+        The outcome of an exception that the handler raised.
+        """
+        names, delay_s = type_names(type(error)), None
+        if isinstance(error, RemoteError):
+            if error.is_invalid:
+                return self.failed("invalid", error)
+            names, delay_s = error.names, error.delay_s
+        elif isinstance(error, RetryTask):
+            delay_s = error.delay_s
+        if type_names(FailTask)[0] in names:
+            return self.failed("error", error)
+        return self._again_or_failed("error", error, names, delay_s)
+
+    def _again_or_failed(
+        self, reason: str, error: BaseException, names: tuple[str, ...], delay_s: float | None
+    ) -> Outcome:
+        backoff = self.handler.backoff_for(names)
+        if self.context.attempt >= self.context.max_attempts or (backoff is None and delay_s is None):
+            return self.failed(reason, error)
+        if delay_s is None and backoff is not None:
+            delay_s = backoff.delay_s(self.context.attempt)
+        return Outcome(
+            kind="retry",
+            reason=reason,
+            delay_ms=round((delay_s or 0) * 1000),
+            blob=_blob_of(error),
+            run_ms=self._run_ms(),
+        )
+
+    def _run_ms(self) -> int:
+        return 0 if self.began is None else round((time.monotonic() - self.began) * 1000)
+
+
+def error_of(error: BaseException) -> dict[str, str]:
+    """
+    An exception as text: its type, its message, and the traceback of the user's frames (ours say nothing about it).
+    """
+    frames = error.__traceback__
+    while frames is not None and frames.tb_frame.f_globals.get("__name__", "").startswith(
+        ("rq_ceylon.worker", "asyncio", "concurrent.")
+    ):
+        frames = frames.tb_next
+    is_of_user = frames is not None or error.__cause__ is not None
+    text = "".join(traceback.format_exception(type(error), error, frames)) if is_of_user else ""
+    try:
+        message = str(error)
+    except Exception as problem:
+        message = f"(its message cannot be shown: {type(problem).__name__})"
+    return {
+        "type": type(error).__name__,
+        "message": message.encode(errors="replace").decode()[:TRACEBACK_MAX],
+        "traceback": text.encode(errors="replace").decode()[-TRACEBACK_MAX:],
+    }
+
+
+def _blob_of(error: BaseException) -> bytes:
+    return to_json(error.error if isinstance(error, RemoteError) else error_of(error))
+
+
+def _object(body: Mapping[str, Any], uses: str, name: str) -> Mapping[str, Any]:
+    value = body.get(name)
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise InvalidInputError(f"task {uses!r}: {name}: {value!r} is not usable; give an object, by name")
+    return value
