@@ -17,7 +17,7 @@ from loguru import logger
 from rq_ceylon.errors import CeylonError, ConnectionLostError, UnknownTaskError
 from rq_ceylon.handlers import Registry
 from rq_ceylon.maintenance import maintain
-from rq_ceylon.models import DEFAULT_TIMEOUT_S, check_id
+from rq_ceylon.models import check_id
 from rq_ceylon.presence import BEAT_S, Presence, is_unroutable
 from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.codec import decode, task_parts
@@ -25,9 +25,10 @@ from rq_ceylon.store.connection import LOST, Connection, heed_cancellation, subs
 from rq_ceylon.store.keys import Keys
 from rq_ceylon.store.scripts import Call
 from rq_ceylon.store.transitions import Committed
-from rq_ceylon.worker.executor import Assignment, Executor, Outcome, error_blob
+from rq_ceylon.worker.executor import WAIT_S, Executor
 from rq_ceylon.worker.leases import Leases
 from rq_ceylon.worker.neighbours import LOOK_S, Neighbours
+from rq_ceylon.worker.outcome import Assignment, Outcome, error_blob
 from rq_ceylon.worker.turn import Granted, Held, Stage, Turns
 
 BELL_S = 0.5
@@ -309,10 +310,12 @@ class Worker:
             body=body,
             needs=needs,
         )
-        handler = self.registry.find(body.get("uses") or "default")
-        limit = body.get("timeout") or (handler.timeout_s if handler else None) or DEFAULT_TIMEOUT_S
-        self.leases.hold(delivery.role, delivery.entry, time.monotonic() + limit + self.grace_s)
-        outcome = await self.executor.run(assignment)
+
+        def hold(until: float) -> None:
+            self.leases.hold(delivery.role, delivery.entry, until + self.grace_s)
+
+        hold(time.monotonic() + WAIT_S)
+        outcome = await self.executor.run(assignment, begun=lambda context: hold(context.deadline))
         if outcome.reason == "unknown" and await is_unroutable(connection, self.keys, delivery.role, body["uses"]):
             error = f"no worker of role {delivery.role!r} has known a task {body['uses']!r} for an hour"
             return Outcome(kind="failed", reason="unroutable", blob=error_blob(UnknownTaskError(error)))
