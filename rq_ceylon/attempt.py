@@ -153,6 +153,18 @@ class TaskContext:
             raise AttemptStoppedError(f"task {self.id}: this attempt is over ({self.stopped or 'timeout'})")
 
 
+def check_max_attempts(value: object, name: str) -> int:
+    """
+    Return `value` if it may say how many attempts a task has.
+
+    Raises:
+        InvalidInputError: it is not a whole number from 1 on.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InvalidInputError(f"{name}: {value!r} is not usable; give a whole number from 1 on")
+    return value
+
+
 def type_names(kind: type[BaseException]) -> tuple[str, ...]:
     """
     The full names of an exception type and its bases, the most specific first.

@@ -17,7 +17,7 @@ from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypeVar, cast, 
 
 from pydantic_core import to_json
 
-from rq_ceylon.attempt import Backoff, TaskContext, type_names
+from rq_ceylon.attempt import Backoff, TaskContext, check_max_attempts, type_names
 from rq_ceylon.errors import InvalidInputError, UnknownTaskError
 from rq_ceylon.models import DEFAULT_ROLE, GroupView, Priority, check_id, seconds
 from rq_ceylon.values import BadValueError, JsonType
@@ -79,12 +79,8 @@ class Handler(Generic[P, R]):
     def _check_rules(self) -> None:
         if self.timeout_s == 0:
             raise InvalidInputError(f"task {self.name!r}: timeout: 0 leaves no time; leave it out for the default")
-        if self.max_attempts is not None and (
-            isinstance(self.max_attempts, bool) or not isinstance(self.max_attempts, int) or self.max_attempts < 1
-        ):
-            raise InvalidInputError(
-                f"task {self.name!r}: max_attempts: {self.max_attempts!r} is not usable; give a whole number from 1 on"
-            )
+        if self.max_attempts is not None:
+            check_max_attempts(self.max_attempts, f"task {self.name!r}: max_attempts")
         if self.priority is not None and self.priority not in list(Priority):
             raise InvalidInputError(
                 f"task {self.name!r}: priority: {self.priority!r} is not known; use {', '.join(Priority)}"

@@ -579,7 +579,6 @@ async def test_no_more_processes_than_there_are_places_run_at_once(tmp_path: Pat
     ("function", "words"),
     [
         (cpu_jobs.exit_now, "the process of this task died (exit code 3)"),
-        (cpu_jobs.exit_while_a_program_goes_on, "the process of this task died (exit code 4)"),
         (cpu_jobs.kill_itself, "the process of this task died (signal 9, SIGKILL: "),
     ],
 )
@@ -593,6 +592,17 @@ async def test_a_process_that_dies_is_an_error_of_the_attempt_and_says_how(
     assert error_of(again)["type"] == "ChildProcessError"
     assert error_of(again)["message"].startswith(words)
     assert refused.kind == "failed"
+
+
+async def test_what_a_process_leaves_behind_ends_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+
+    outcome = await executor_of(cpu_jobs.exit_while_a_process_goes_on, cpu=True).run(
+        assigned(arguments={"path": str(path)})
+    )
+
+    assert error_of(outcome)["message"] == "the process of this task died (exit code 4)"
+    await eventually(lambda: not is_alive(int(path.read_text())), "the other is gone")
 
 
 async def test_after_a_process_died_the_next_task_gets_another() -> None:

@@ -135,8 +135,7 @@ class _Child:
     ) -> None:
         self._process, self._reader, self._writer = process, reader, writer
         self.exit = asyncio.ensure_future(process.wait())
-        # A program that the task started may keep the other end of the socket open; the end of the child counts.
-        self.exit.add_done_callback(lambda _: writer.close())
+        self.exit.add_done_callback(self._clear)
 
     @property
     def is_alive(self) -> bool:
@@ -162,8 +161,16 @@ class _Child:
         End it and the programs that it started; not an error if it has ended.
         """
         if not self.exit.done():
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+            self._kill_group()
+
+    def _kill_group(self) -> None:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def _clear(self, _: object) -> None:
+        # However it ended: a program that it started may go on, and hold the other end of the socket.
+        self._kill_group()
+        self._writer.close()
 
     async def gone(self) -> None:
         await self.exit

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic_core import from_json, to_json
 
-from rq_ceylon.attempt import FailTask, RetryTask, StopReason, TaskContext, type_names
+from rq_ceylon.attempt import FailTask, RetryTask, StopReason, TaskContext, check_max_attempts, type_names
 from rq_ceylon.errors import InvalidInputError
 from rq_ceylon.handlers import DEFAULT_HANDLER, Handler, Registry
 from rq_ceylon.models import DEFAULT_MAX_ATTEMPTS, DEFAULT_TIMEOUT_S, seconds
@@ -135,11 +135,6 @@ class Attempt:
         self.timeout_s = (
             seconds(body.get("timeout") or 0, f"task {uses!r}: timeout") or self.handler.timeout_s or DEFAULT_TIMEOUT_S
         )
-        max_attempts = body.get("max_attempts") or self.handler.max_attempts or DEFAULT_MAX_ATTEMPTS
-        if isinstance(max_attempts, bool) or not isinstance(max_attempts, int) or max_attempts < 1:
-            raise InvalidInputError(
-                f"task {uses!r}: max_attempts: {max_attempts!r} is not usable; give a whole number from 1 on"
-            )
         self.context = TaskContext(
             group_id=assignment.group_id,
             task_id=assignment.task_id,
@@ -147,7 +142,10 @@ class Attempt:
             role=assignment.role,
             worker=assignment.worker,
             attempt=assignment.attempt,
-            max_attempts=max_attempts,
+            max_attempts=check_max_attempts(
+                body.get("max_attempts") or self.handler.max_attempts or DEFAULT_MAX_ATTEMPTS,
+                f"task {uses!r}: max_attempts",
+            ),
             crashes=assignment.crashes,
             fence=assignment.fence,
             duration=seconds(body.get("duration") or 0, f"task {uses!r}: duration"),
