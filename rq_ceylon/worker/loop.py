@@ -14,7 +14,7 @@ from typing import Any
 
 from loguru import logger
 
-from rq_ceylon.errors import CeylonError, ConnectionLostError, UnknownTaskError
+from rq_ceylon.errors import CeylonError, ConnectionLostError
 from rq_ceylon.handlers import Registry
 from rq_ceylon.maintenance import maintain
 from rq_ceylon.models import check_id
@@ -28,7 +28,7 @@ from rq_ceylon.store.transitions import Committed
 from rq_ceylon.worker.executor import WAIT_S, Executor
 from rq_ceylon.worker.leases import Leases
 from rq_ceylon.worker.neighbours import LOOK_S, Neighbours
-from rq_ceylon.worker.outcome import Assignment, Outcome, error_blob
+from rq_ceylon.worker.outcome import UNKNOWN, Assignment, Outcome
 from rq_ceylon.worker.turn import Granted, Held, Stage, Turns
 
 BELL_S = 0.5
@@ -316,9 +316,8 @@ class Worker:
 
         hold(time.monotonic() + WAIT_S)
         outcome = await self.executor.run(assignment, begun=lambda context: hold(context.deadline))
-        if outcome.reason == "unknown" and await is_unroutable(connection, self.keys, delivery.role, body["uses"]):
-            error = f"no worker of role {delivery.role!r} has known a task {body['uses']!r} for an hour"
-            return Outcome(kind="failed", reason="unroutable", blob=error_blob(UnknownTaskError(error)))
+        if outcome.reason == UNKNOWN and await is_unroutable(connection, self.keys, delivery.role, body["uses"]):
+            return Outcome(kind="failed", reason="unroutable", blob=outcome.blob)
         return outcome
 
     def _lost_in_thread(self, role: str, entry: str) -> None:
