@@ -16,6 +16,7 @@ from typing import Any, Concatenate, Generic, Literal, ParamSpec, Self, TypeVar,
 
 from rq_ceylon.attempt import Backoff
 from rq_ceylon.client import Client, GroupHandle, TaskHandle
+from rq_ceylon.errors import InvalidInputError
 from rq_ceylon.handlers import GoalCheck, Handler, Registry
 from rq_ceylon.models import (
     Duration,
@@ -35,7 +36,10 @@ from rq_ceylon.store.events import Event
 
 P = ParamSpec("P")
 R = TypeVar("R")
+C = TypeVar("C")
+"""What calling the function gives: R itself, or a coroutine of it."""
 T = TypeVar("T")
+G = TypeVar("G", bound=GoalCheck)
 H = TypeVar("H", bound=Callable[..., Any])
 
 _OF_PARENTS: list[Any] = []
@@ -67,9 +71,9 @@ class Ceylon:
 
     # ---- registering -------------------------------------------------------------------------------------------------
     @overload
-    def task(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> AppTask[P, R]: ...
+    def task(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> AppTask[P, R, Coroutine[Any, Any, R]]: ...
     @overload
-    def task(self, function: Callable[P, R], /) -> AppTask[P, R]: ...
+    def task(self, function: Callable[P, R], /) -> AppTask[P, R, R]: ...
     @overload
     def task(
         self,
@@ -102,7 +106,7 @@ class Ceylon:
             cpu: run in a process of its own, which a timeout can end.
         """
 
-        def register(function: Callable[..., Any]) -> AppTask[..., Any]:
+        def register(function: Callable[..., Any]) -> AppTask[..., Any, Any]:
             limit = None if timeout is None else seconds(timeout, "timeout")
             handler: Handler[..., Any] = Handler(name or function.__name__, function, timeout_s=limit, **rules)
             self.registry.add(handler)
@@ -110,12 +114,28 @@ class Ceylon:
 
         return register if function is None else register(function)
 
-    def goal_check(self, check: GoalCheck) -> GoalCheck:
+    @overload
+    def goal_check(self, check: G, /) -> G: ...
+    @overload
+    def goal_check(self, /, *, name: str | None = None) -> Callable[[G], G]: ...
+
+    def goal_check(self, check: Any = None, /, *, name: str | None = None) -> Any:
         """
-        Register a callable for goals with `call: <name>`; monitors run it with the group's view. True: achieved.
+        Register a callable for goals with `call: <name>`; bare, or with a name. Monitors run it with the group's view.
+        True: achieved.
+
+        Args:
+            name: registered name; the function's own if left out.
         """
-        self.registry.goal_checks[check_id(getattr(check, "__name__", None), "goal check name")] = check
-        return check
+
+        def register(check: G) -> G:
+            called = check_id(name or getattr(check, "__name__", None), "goal check name")
+            taken = self.registry.goal_checks.setdefault(called, check)
+            if taken is not check:
+                raise InvalidInputError(f"goal check {called!r}: the name is taken; give one of them another name")
+            return check
+
+        return register if check is None else register(check)
 
     def on_start(self, hook: H) -> H:
         """
@@ -188,15 +208,15 @@ class _Decorator:
     """
 
     @overload
-    def __call__(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> AppTask[P, R]: ...
+    def __call__(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> AppTask[P, R, Coroutine[Any, Any, R]]: ...
     @overload
-    def __call__(self, function: Callable[P, R], /) -> AppTask[P, R]: ...
+    def __call__(self, function: Callable[P, R], /) -> AppTask[P, R, R]: ...
 
     def __call__(self, function: Any, /) -> Any:
         raise TypeError("only a type")
 
 
-class AppTask(Generic[P, R]):
+class AppTask(Generic[P, R, C]):
     """
     A registered handler. Calling it calls the plain function; the rest makes tasks of it.
     """
@@ -206,11 +226,11 @@ class AppTask(Generic[P, R]):
         self.function = handler.function
         update_wrapper(cast(Any, self), handler.function)
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> C:
         """
         The plain function, here and now (a coroutine function gives its coroutine).
         """
-        return cast(R, self.function(*args, **kwargs))
+        return cast(C, self.function(*args, **kwargs))
 
     def using(
         self,
@@ -224,7 +244,7 @@ class AppTask(Generic[P, R]):
         id: str | None = None,
         needs: Sequence[str] | None = None,
         metadata: Mapping[str, Any] | None = None,
-    ) -> AppTask[P, R]:
+    ) -> AppTask[P, R, C]:
         """
         The same with other options for the tasks it makes; see `Task`.
         """
@@ -244,19 +264,16 @@ class AppTask(Generic[P, R]):
         """
         Submit one task with these arguments.
         """
+        task = self.bind(*args, **kwargs)
         client = await self._app.implicit_client()
-        handle = await client.submit(self.bind(*args, **kwargs))
-        gid, _, tid = handle.id.partition("/")
-        return TaskHandle(client, gid, tid, self.handler)
+        return await client.submit(task)
 
     def enqueue(self, *args: P.args, **kwargs: P.kwargs) -> SyncTaskHandle[R]:
         """
         The same without await; also inside a running event loop, which it blocks for a moment.
         """
-        client = self._app.implicit_sync_client()
-        handle = client.submit(self.bind(*args, **kwargs))
-        gid, _, tid = handle.id.partition("/")
-        return SyncTaskHandle(client, TaskHandle(client.inner, gid, tid, self.handler))
+        task = self.bind(*args, **kwargs)
+        return self._app.implicit_sync_client().submit(task)
 
 
 # ---- the sync side ---------------------------------------------------------------------------------------------------

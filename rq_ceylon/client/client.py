@@ -1,0 +1,142 @@
+"""
+The door: submits tasks and groups, and finds them again.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, Self, overload
+
+from rq_ceylon.client.handles import GroupHandle, TaskHandle
+from rq_ceylon.client.rolling import Rolling
+from rq_ceylon.client.session import Session
+from rq_ceylon.client.staging import stage
+from rq_ceylon.client.submission import Submission
+from rq_ceylon.errors import InvalidInputError
+from rq_ceylon.handlers import Registry
+from rq_ceylon.models import GroupView, RoleView, Task, TaskGroup, WorkerView, check_id
+from rq_ceylon.store import queries
+
+LONG_DELAY_MS = 600_000
+"""Tasks due later than this go to a rolling group of their own, so that they do not pin the results of others."""
+
+
+class Client(Session):
+    """
+    A producer's connection to Redis: submits work, and follows it.
+
+        async with app.client() as client:
+            run = await client.submit(TaskGroup("thumbnails", tasks, goal="completed >= 95%"))
+            print(await run.wait("goal"))
+
+    Concurrent submissions and waits share their round trips, so one client serves as many of them as you like. It
+    belongs to one event loop and one process; `app.sync_client()` is the same without await, for any thread.
+
+    Args:
+        url: where Redis is.
+        namespace: keeps applications on one Redis apart.
+        registry: handlers known here: the arguments of their tasks are checked before anything is sent, and their
+            results come back as the annotated type.
+    """
+
+    def __init__(self, url: str, *, namespace: str = "ceylon", registry: Registry | None = None) -> None:
+        super().__init__(url, namespace, registry)
+        self._soon, self._late = Rolling(self), Rolling(self)
+
+    async def open(self) -> Self:
+        """
+        Connect, and refuse a server that is not fit.
+
+        Raises:
+            RedisError: not reachable (nothing is retried), or too old, evicting, or of another kind.
+        """
+        await self.connect()
+        return self
+
+    async def close(self) -> None:
+        """
+        Send what is on its way and disconnect. Submitted work goes on; who still waits for it here gets an error.
+        """
+        for rolling in (self._soon, self._late):
+            await rolling.close()
+        await self.disconnect()
+
+    async def __aenter__(self) -> Self:
+        return await self.open()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    @overload
+    async def submit(self, work: Task, *, require_workers: bool = False) -> TaskHandle[Any]: ...
+    @overload
+    async def submit(self, work: TaskGroup, *, require_workers: bool = False) -> GroupHandle: ...
+
+    async def submit(self, work: Task | TaskGroup, *, require_workers: bool = False) -> TaskHandle[Any] | GroupHandle:
+        """
+        Hand over a task or a group; returns once Redis has it.
+
+        Args:
+            require_workers: refuse if a role has no live worker.
+
+        Raises:
+            InvalidInputError: something in it cannot be used; nothing was written.
+            GoalImpossibleError: a goal could hold in no outcome; nothing is kept.
+            GroupExistsError: its key was used for other content.
+            NoWorkerError: see `require_workers`; nothing was written.
+            QueueFullError: Redis is at its memory limit.
+            ConnectionLostError: no answer for 5 s. Submitting again is safe for a group with a key.
+        """
+        self.check_owner()
+        if isinstance(work, TaskGroup):
+            submission = Submission(self, work)
+            is_new = await submission.run(require_workers=require_workers)
+            return GroupHandle(self, submission.gid, name=work.name, repeated=not is_new)
+        if work.needs or work.id is not None:
+            raise InvalidInputError(
+                "a single task can neither need others nor choose its id; submit it in a TaskGroup (with a key, if the "
+                "submission is to be repeatable)"
+            )
+        ready = stage(work, self.registry)
+        if require_workers:
+            await self.require_workers([ready.role])
+        rolling = self._late if (ready.delay_ms or 0) > LONG_DELAY_MS else self._soon
+        gid, tid = await rolling.submit(ready)
+        handler = self.registry.find(work.uses) if self.registry and work.uses else None
+        return TaskHandle(self, gid, tid, handler)
+
+    # ---- look up -----------------------------------------------------------------------------------------------------
+    def task(self, task_id: str) -> TaskHandle[Any]:
+        """
+        A task by its public id, `<gid>/<tid>`, from any process.
+        """
+        gid, _, tid = task_id.partition("/")
+        if not tid:
+            raise InvalidInputError(f"task id {task_id!r} has no /; a task's id is <group>/<task>")
+        return TaskHandle(self, check_id(gid, "group id"), check_id(tid, "task id"))
+
+    def group(self, gid: str) -> GroupHandle:
+        """
+        A group by its id, from any process.
+        """
+        return GroupHandle(self, check_id(gid, "group id"))
+
+    async def groups(self) -> list[GroupView]:
+        """
+        All groups of the namespace, oldest first.
+        """
+        return await queries.groups(self.connection, self.keys)
+
+    async def workers(self) -> list[WorkerView]:
+        """
+        Live workers and monitors, by name.
+        """
+        return await queries.workers(self.connection, self.keys)
+
+    async def roles(self) -> list[RoleView]:
+        """
+        All roles ever used, as they stand.
+        """
+        return await queries.roles(self.connection, self.keys)

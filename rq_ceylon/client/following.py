@@ -1,0 +1,265 @@
+"""
+Waits for groups and their tasks, however many wait, with one reader per group.
+
+A notification says only "look now", and Redis may be away, or come back without its data: so a reader looks by itself
+every few seconds, begins anew after a lost connection, and tells everybody if the group is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import islice
+from typing import Any
+
+from loguru import logger
+
+from rq_ceylon.errors import CeylonError, ConnectionLostError, NotFoundError
+from rq_ceylon.models import GroupStatus, GroupView, TaskResult, TaskStatus
+from rq_ceylon.store import queries
+from rq_ceylon.store.connection import Connection
+from rq_ceylon.store.events import LOOK_S, EventHub, Watch
+from rq_ceylon.store.keys import Keys
+
+NO_WORKER_S = 10.0
+"""After so long a wait, the roles of what is waited for are told to whoever warns about those that nobody serves."""
+
+REMIND_TASKS_MAX = 1000
+RESULTS_PER_READ = 500
+RECONNECT_S = 0.2
+
+Warn = Callable[[Iterable[str]], Awaitable[None]]
+
+
+class Following:
+    """
+    The readers of one client: one per group that somebody waits for.
+    """
+
+    def __init__(self, connection: Connection, keys: Keys, hub: EventHub, warn: Warn) -> None:
+        self._shared = connection, keys, hub, warn
+        self._followers: dict[str, Follower] = {}
+
+    @contextmanager
+    def follow(self, gid: str) -> Iterator[Follower]:
+        """
+        The reader of a group, shared with all others who wait for it; it ends with the last of them.
+        """
+        follower = self._followers.get(gid)
+        if follower is None:
+            follower = self._followers[gid] = Follower(gid, *self._shared)
+        follower.holders += 1
+        try:
+            yield follower
+        finally:
+            follower.holders -= 1
+            if not follower.holders:
+                self._followers.pop(gid, None)
+                follower.wake()
+
+    async def close(self) -> None:
+        for follower in list(self._followers.values()):
+            await follower.close()
+
+
+class Follower:
+    """
+    Reads the events of one group for all who wait for it: each event once, and the results that somebody waits for.
+    """
+
+    def __init__(self, gid: str, connection: Connection, keys: Keys, hub: EventHub, warn: Warn) -> None:
+        self._gid, self._connection, self._keys, self._hub, self._warn = gid, connection, keys, hub, warn
+        self.holders = 0
+        self._results: dict[str, list[asyncio.Future[TaskResult]]] = {}
+        self._new: set[str] = set()  # waited for, and not yet asked for
+        self._changes: dict[asyncio.Future[GroupView], GroupView | None] = {}
+        self._reader: asyncio.Task[None] | None = None
+        self._watch: Watch | None = None
+        self._seq = 0
+        self._created_ms: int | None = None
+        self._closed = False
+
+    # ---- who waits ---------------------------------------------------------------------------------------------------
+    async def result(self, tid: str) -> TaskResult:
+        """
+        The result of a task, once it has ended.
+
+        Raises:
+            NotFoundError: the group or the task is not, or no longer, known.
+        """
+        future: asyncio.Future[TaskResult] = asyncio.get_running_loop().create_future()
+        self._results.setdefault(tid, []).append(future)
+        self._new.add(tid)
+        try:
+            self._read()
+            return await future
+        finally:
+            waiting = self._results.get(tid, [])
+            if future in waiting:
+                waiting.remove(future)
+                if not waiting:
+                    del self._results[tid]
+
+    async def change(self, seen: GroupView | None) -> GroupView:
+        """
+        The group, once it is no longer as it was seen.
+
+        Raises:
+            NotFoundError: the group is not, or no longer, known.
+        """
+        future: asyncio.Future[GroupView] = asyncio.get_running_loop().create_future()
+        self._changes[future] = seen
+        try:
+            self._read()
+            return await future
+        finally:
+            self._changes.pop(future, None)
+
+    def wake(self) -> None:
+        if self._watch is not None:
+            self._watch.tell(self._gid)
+
+    async def close(self) -> None:
+        self._closed = True
+        if self._reader is not None:
+            self._reader.cancel()
+            await asyncio.gather(self._reader, return_exceptions=True)
+        self._fail(_closed_words())
+
+    def _read(self) -> None:
+        if self._closed:
+            raise _closed_words()
+        if self._reader is None or self._reader.done():
+            self._reader = asyncio.create_task(self._run(), name=f"follow {self._gid}")
+        else:
+            self.wake()
+
+    # ---- the reader --------------------------------------------------------------------------------------------------
+    async def _run(self) -> None:
+        try:
+            async with self._hub.watch(self._gid) as self._watch:
+                await self._read_on(self._watch)
+        except Exception as error:  # whatever it is, it must not leave anybody waiting
+            self._fail(error)
+
+    async def _read_on(self, watch: Watch) -> None:
+        fresh, is_away = True, False
+        waited: set[str] = set(self._results)
+        remind_at = time.monotonic() + NO_WORKER_S
+        while self.holders:
+            try:
+                if self._results or self._changes:
+                    await self._look(fresh=fresh)
+                if time.monotonic() >= remind_at:
+                    await self._remind(waited)
+                    waited, remind_at = set(self._results), time.monotonic() + NO_WORKER_S
+                is_away = False
+            except ConnectionLostError as error:
+                if not is_away:
+                    logger.warning("Waiting for group {} goes on once Redis answers: {}", self._gid, error)
+                fresh = is_away = True
+                await asyncio.sleep(RECONNECT_S)
+                continue
+            told = await watch.wait(min(LOOK_S, max(0.0, remind_at - time.monotonic())))
+            fresh = not told or None in told
+
+    async def _look(self, *, fresh: bool) -> None:
+        """
+        Read on from the last event, and ask for what ended and what is newly waited for; on a fresh look, for all.
+        """
+        view = await self._view()
+        new, self._new = self._new, set()
+        is_closed = view.status in (GroupStatus.CLOSING, GroupStatus.FINISHED)
+        if fresh or is_closed or view.events < self._seq:
+            asked: Iterable[str] = list(self._results)
+            self._seq = view.events
+        else:
+            asked = new | await self._ended(view.events)
+        await self._ask([tid for tid in asked if tid in self._results], closed=is_closed, doubtful=fresh or bool(new))
+        for future, seen in list(self._changes.items()):
+            if view != seen and not future.done():
+                future.set_result(view)
+
+    async def _view(self) -> GroupView:
+        try:
+            view = await queries.group(self._connection, self._keys, self._gid)
+        except NotFoundError:
+            if self._created_ms is None:
+                raise
+            raise self._lost() from None
+        # A key gives the same id again, so the group may be there anew: another one, whose events begin at 1.
+        if self._created_ms not in (None, view.created_ms):
+            raise self._lost()
+        self._created_ms = view.created_ms
+        return view
+
+    def _lost(self) -> NotFoundError:
+        return NotFoundError(
+            f"group {self._gid!r} is no longer known in namespace {self._keys.namespace!r}: Redis has lost it, as a "
+            "server does that starts anew without its data; submit it again"
+        )
+
+    async def _ended(self, last: int) -> set[str]:
+        """
+        The tasks in the events up to this number that were not yet read.
+        """
+        ended: set[str] = set()
+        while self._seq < last:
+            batch = await queries.events(self._connection, self._keys, self._gid, self._seq + 1)
+            if not batch:
+                break
+            ended.update(task.tid for event in batch for task in event.tasks)
+            self._seq = batch[-1].seq
+        return ended
+
+    async def _ask(self, tids: list[str], *, closed: bool, doubtful: bool) -> None:
+        connection, keys, gid = self._connection, self._keys, self._gid
+        for first in range(0, len(tids), RESULTS_PER_READ):
+            some = tids[first : first + RESULTS_PER_READ]
+            found = await queries.results(connection, keys, gid, some)
+            for tid, result in found.items():
+                self._tell(tid, result)
+            left = [tid for tid in some if tid not in found]
+            if closed:
+                for task in await queries.some_tasks(connection, keys, gid, left):
+                    if task.status is TaskStatus.CANCELLED and task.result is None:
+                        self._tell(task.id, TaskResult(task.id, TaskStatus.CANCELLED, task.reason, task.role))
+            if doubtful:
+                for tid in await queries.missing(connection, keys, gid, left):
+                    self._tell(tid, NotFoundError(f"group {gid!r} has no task {tid!r}, or no longer"))
+
+    async def _remind(self, waited: set[str]) -> None:
+        """
+        Tell the roles of what has been waited for a while and has not begun; of a big group, of some of its tasks.
+        """
+        stuck = list(islice((tid for tid in self._results if tid in waited), 20))
+        with suppress(CeylonError):  # the next look will meet it too
+            tasks = await queries.some_tasks(self._connection, self._keys, self._gid, stuck)
+            if self.holders > sum(map(len, self._results.values())):
+                async for task in queries.tasks(self._connection, self._keys, self._gid):
+                    tasks.append(task)
+                    if len(tasks) == REMIND_TASKS_MAX:
+                        break
+            await self._warn({task.role for task in tasks if task.status in (TaskStatus.WAITING, TaskStatus.PENDING)})
+
+    def _tell(self, tid: str, result: TaskResult | NotFoundError) -> None:
+        for future in self._results.pop(tid, []):
+            if future.done():
+                continue
+            if isinstance(result, NotFoundError):
+                future.set_exception(result)
+            else:
+                future.set_result(result)
+
+    def _fail(self, error: Exception) -> None:
+        futures: list[asyncio.Future[Any]] = [future for some in self._results.values() for future in some]
+        for future in (*futures, *self._changes):
+            if not future.done():
+                future.set_exception(error)
+        self._results, self._new = {}, set()
+
+
+def _closed_words() -> CeylonError:
+    return CeylonError("the client was closed; what was waited for goes on")

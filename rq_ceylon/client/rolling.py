@@ -1,0 +1,190 @@
+"""
+Sends single tasks. They share *rolling groups*: one submission is in flight at a time, and what is submitted meanwhile
+goes with the next, so that many cost little.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from loguru import logger
+
+from rq_ceylon.client.session import Session
+from rq_ceylon.client.staging import ReadyTask, chain, new_id
+from rq_ceylon.errors import CeylonError
+from rq_ceylon.store import transitions
+from rq_ceylon.store.scripts import Call
+from rq_ceylon.store.transitions import GroupFacts, Page, PageAck, StagedTask
+
+ROLLING_TASKS_MAX, ROLLING_S = 1000, 60.0
+"""A group takes no more tasks once it has so many, or is so old."""
+
+FACTS = GroupFacts(name="single tasks", retention_ms=3_600_000)
+
+
+class _Waiting(NamedTuple):
+    """
+    A task to be sent, and who hears its id once Redis has it.
+    """
+
+    task: ReadyTask
+    accepted: asyncio.Future[tuple[str, str]]
+
+
+@dataclass
+class _Group:
+    """
+    The group that tasks go to at present. Nobody else writes it: its id comes from the system's randomness.
+    """
+
+    gid: str = field(default_factory=new_id)
+    part: int = 0
+    count: int = 0
+    digest: bytes = b""
+
+
+class Rolling:
+    """
+    The single tasks of one client on their way.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._waiting: deque[_Waiting] = deque()
+        self._group = _Group()
+        # What the next turn carries beside tasks: pages to enqueue, their acknowledgements, groups to seal.
+        self._pages: list[Page] = []
+        self._acks: list[PageAck] = []
+        self._to_seal: list[str] = []
+        self._pump: asyncio.Task[None] | None = None
+        self._ageing: asyncio.TimerHandle | None = None
+
+    async def submit(self, task: ReadyTask) -> tuple[str, str]:
+        """
+        Returns the ids of its group and of the task once Redis has it.
+        """
+        accepted: asyncio.Future[tuple[str, str]] = asyncio.get_running_loop().create_future()
+        self._waiting.append(_Waiting(task, accepted))
+        self._wake()
+        return await accepted
+
+    async def close(self) -> None:
+        """
+        Send what is on its way, and seal.
+        """
+        if self._pump is not None:
+            await asyncio.gather(self._pump, return_exceptions=True)
+        group = self._renew()
+        if group.part:
+            with suppress(CeylonError):
+                await self._session.connection.run([self._seal(group.gid)])
+
+    def _wake(self) -> None:
+        if self._pump is None or self._pump.done():
+            self._pump = asyncio.create_task(self._run(), name="submit")
+
+    async def _run(self) -> None:
+        while self._waiting or self._pages or self._acks or self._to_seal:
+            batch = self._next_batch()
+            try:
+                await self._turn(batch)
+            except Exception as error:  # whatever it is, it must not leave anybody waiting
+                for waiting in batch:
+                    if not waiting.accepted.done():
+                        waiting.accepted.set_exception(error)
+                if not batch:
+                    logger.warning("Maintenance enqueues what was submitted: {}", error)
+                self._pages, self._acks, self._to_seal = [], [], []
+                self._renew()
+            # Who was answered just now and submits again at once shares the next round trip.
+            await asyncio.sleep(0)
+
+    def _next_batch(self) -> list[_Waiting]:
+        batch: list[_Waiting] = []
+        size = 0
+        while self._waiting and len(batch) < transitions.SUBMIT_TASKS_MAX:
+            size += len(self._waiting[0].task.text)
+            if batch and size > transitions.SUBMIT_BYTES_MAX:
+                break
+            batch.append(self._waiting.popleft())
+        return batch
+
+    async def _turn(self, batch: list[_Waiting]) -> None:
+        """
+        Enqueue what the last part returned, and send the next part.
+        """
+        keys, group = self._session.keys, self._group
+        by_role: dict[str, list[Page]] = {}
+        for page in self._pages:
+            by_role.setdefault(page.role, []).append(page)
+        acks: dict[str, list[PageAck]] = {}
+        for ack in self._acks:
+            acks.setdefault(ack.page.gid, []).append(ack)
+        calls: list[Call] = [transitions.enqueue(keys, role, pages) for role, pages in by_role.items()]
+        own_acks = acks.pop(group.gid, []) if batch else []
+        calls += [transitions.outbox(keys, gid, acks=some) for gid, some in acks.items()]
+        calls += [self._seal(gid) for gid in self._to_seal]
+        self._pages, self._acks, self._to_seal = [], [], []
+        tasks = [StagedTask(str(group.count + n), waiting.task.text) for n, waiting in enumerate(batch, 1)]
+        digest = chain(group.digest, tasks)
+        last = group.count + len(batch) >= ROLLING_TASKS_MAX
+        if batch:
+            if not group.part:
+                calls += transitions.announce(keys, group.gid, {waiting.task.role for waiting in batch})
+            calls.append(
+                transitions.submit(
+                    keys,
+                    group.gid,
+                    FACTS,
+                    tasks,
+                    part=group.part + 1,
+                    last=last,
+                    digest=digest.hex()[:32],
+                    rolling=True,
+                    acks=own_acks,
+                )
+            )
+        replies = await self._session.call(calls)
+        for pages, horizon in zip(by_role.values(), replies, strict=False):
+            self._acks += [PageAck(page, horizon) for page in pages]
+        if not batch:
+            return
+        reply = transitions.submit_reply(group.gid, replies[-1])
+        if reply.word not in ("OK", "REPEAT"):
+            # Sealed meanwhile, or Redis lost earlier parts: the same tasks open a new group.
+            self._waiting.extendleft(reversed(batch))
+            self._renew()
+            return
+        group.part, group.count, group.digest = group.part + 1, group.count + len(batch), digest
+        self._pages = list(reply.pages)
+        for task, waiting in zip(tasks, batch, strict=True):
+            if not waiting.accepted.done():
+                waiting.accepted.set_result((group.gid, task.tid))
+        if last:
+            self._renew()
+        elif group is self._group and self._ageing is None:
+            self._ageing = asyncio.get_running_loop().call_later(ROLLING_S, self._retire)
+
+    def _retire(self) -> None:
+        """
+        Seal the group for its age, used or not.
+        """
+        self._to_seal.append(self._renew().gid)
+        self._wake()
+
+    def _renew(self) -> _Group:
+        """
+        Open a new group, and return the one before it.
+        """
+        before, self._group = self._group, _Group()
+        if self._ageing is not None:
+            self._ageing.cancel()
+            self._ageing = None
+        return before
+
+    def _seal(self, gid: str) -> Call:
+        return transitions.seal(self._session.keys, gid, untouched_ms=0)

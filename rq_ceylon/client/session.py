@@ -1,0 +1,113 @@
+"""
+What all parts of a client share: where Redis is, one connection, one ear for events, and who may use them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import os
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from loguru import logger
+
+from rq_ceylon.client.following import Follower, Following
+from rq_ceylon.errors import CeylonError, NoWorkerError
+from rq_ceylon.handlers import Registry
+from rq_ceylon.models import check_id
+from rq_ceylon.store import queries
+from rq_ceylon.store.connection import Connection
+from rq_ceylon.store.events import EventHub
+from rq_ceylon.store.keys import Keys
+from rq_ceylon.store.scripts import Call
+
+ANSWER_S = 5.0
+"""How long a call is repeated while Redis does not answer."""
+
+WARN_AGAIN_S = 60.0
+"""A role that nobody serves is named in a warning this often at most, however many wait for it."""
+
+
+class Session:
+    """
+    One client's connection to Redis. It belongs to one event loop and one process.
+    """
+
+    def __init__(self, url: str, namespace: str, registry: Registry | None) -> None:
+        self.url, self.keys, self.registry = url, Keys(check_id(namespace, "namespace")), registry
+        self.connection = Connection(url)
+        self.hub = EventHub(url, self.keys)
+        self._following = Following(self.connection, self.keys, self.hub, self._warn_of_missing)
+        self._warned_at: dict[str, float] = {}
+        self._owner: tuple[int, asyncio.AbstractEventLoop] | None = None
+
+    async def connect(self) -> None:
+        """
+        Raises:
+            RedisError: not reachable (nothing is retried), or too old, evicting, or of another kind.
+        """
+        self._owner = os.getpid(), asyncio.get_running_loop()
+        await self.connection.check()
+
+    async def disconnect(self) -> None:
+        """
+        Who still waits gets an error.
+        """
+        self._owner = None
+        await self._following.close()
+        await self.hub.close()
+        await self.connection.close()
+
+    def check_owner(self) -> None:
+        if self._owner is None:
+            raise CeylonError("this client is not open; use `async with app.client() as client`")
+        if self._owner != (os.getpid(), asyncio.get_running_loop()):
+            raise CeylonError("this client belongs to another process or event loop; make one here")
+
+    async def call(self, calls: Sequence[Call]) -> list[Any]:
+        """
+        Send calls that are safe to repeat, for up to 5 s.
+        """
+        return await self.connection.run_until_answered(calls, give_up_after=ANSWER_S)
+
+    def follow(self, gid: str) -> AbstractContextManager[Follower]:
+        """
+        The one reader of a group's events that all waiters of this client share.
+        """
+        self.check_owner()
+        return self._following.follow(gid)
+
+    # ---- who serves a role -------------------------------------------------------------------------------------------
+    async def missing_roles(self, roles: Iterable[str]) -> list[str]:
+        """
+        Those of these roles that no live worker serves, each in words: with the nearest role that one does.
+        """
+        return list((await self._missing(roles)).values())
+
+    async def require_workers(self, roles: Iterable[str]) -> None:
+        """
+        Raises:
+            NoWorkerError: no live worker serves one of these roles.
+        """
+        if missing := await self.missing_roles(roles):
+            raise NoWorkerError("; ".join(missing) + "; start one with: ceylon-worker --role ROLE")
+
+    async def _missing(self, roles: Iterable[str]) -> dict[str, str]:
+        served = await queries.served_roles(self.connection, self.keys)
+        return {role: _missing_words(role, served) for role in sorted(set(roles) - served)}
+
+    async def _warn_of_missing(self, roles: Iterable[str]) -> None:
+        for role, words in (await self._missing(roles)).items():
+            now = time.monotonic()
+            if now - self._warned_at.get(role, -WARN_AGAIN_S) >= WARN_AGAIN_S:
+                self._warned_at[role] = now
+                logger.warning("Still waiting: {}", words)
+
+
+def _missing_words(role: str, served: set[str]) -> str:
+    near = difflib.get_close_matches(role, sorted(served), 1)
+    serve = f"workers serve: {', '.join(sorted(served))}" if served else "no worker is running"
+    return f"no worker serves role {role!r} ({serve})" + (f'; did you mean "{near[0]}"?' if near else "")

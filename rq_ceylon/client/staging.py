@@ -1,0 +1,218 @@
+"""
+Turns tasks and groups into what is sent. No I/O: all that can be refused without Redis is refused here.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from rq_ceylon.errors import InvalidInputError, PayloadTooLargeError
+from rq_ceylon.goals import compile_goals
+from rq_ceylon.graph import in_order
+from rq_ceylon.handlers import Registry
+from rq_ceylon.models import DEFAULT_ROLE, Duration, Priority, Task, TaskGroup, check_id, seconds
+from rq_ceylon.store.codec import encode, task_text
+from rq_ceylon.store.keys import STREAMS
+from rq_ceylon.store.transitions import SUBMIT_BYTES_MAX, SUBMIT_TASKS_MAX, GroupFacts, StagedTask
+
+PAYLOAD_BYTES_MAX = 1024 * 1024
+
+
+def check_group(group: TaskGroup) -> None:
+    """
+    All that a submission checks before it sends, without Redis. Consumes `group.tasks` if that is an iterator.
+
+    Raises:
+        InvalidInputError: as `Client.submit`.
+    """
+    for _ in StagedGroup(group, None, gid=new_id()).parts():
+        pass
+
+
+class StagedGroup:
+    """
+    A group as it is sent: its facts, and its tasks in parts of at most 500 tasks and 4 MiB, made one at a time.
+
+    Attributes:
+        gid: its id; the same for the same key.
+        roles, count: of the parts made so far.
+    """
+
+    def __init__(self, group: TaskGroup, registry: Registry | None, *, gid: str) -> None:
+        if not isinstance(group.name, str) or not 0 < len(group.name) <= 200:
+            raise InvalidInputError(f"group: name: {group.name!r} is not usable; give 1 to 200 characters")
+        self.group, self.gid = group, gid
+        self.what = f"group {group.name!r}"
+        self.goals = compile_goals(group.goal)
+        self.facts = GroupFacts(
+            name=group.name,
+            retention_ms=round(seconds(group.retention, "retention") * 1000),
+            key=group.key or "",
+            description=group.description,
+            defaults=_present(_shared(group.defaults, "defaults")),
+            goals=self.goals,
+        )
+        self.roles: set[str] = set()
+        self.count = 0
+        self._registry = registry
+
+    def digest(self) -> bytes:
+        """
+        Of all but the tasks; the start of the chain of its parts' digests.
+        """
+        return hashlib.sha256(encode([self.facts.meta()[1::2], self.facts.programs()])).digest()
+
+    def parts(self) -> Iterator[list[StagedTask]]:
+        part: list[StagedTask] = []
+        size = 0
+        for tid, task in self._tasks():
+            ready = stage(task, self._registry, tid, self.group.defaults, self.group.priority)
+            staged = StagedTask(tid, ready.text, ready.needs)
+            if part and (len(part) == SUBMIT_TASKS_MAX or size + staged.size > SUBMIT_BYTES_MAX):
+                yield part
+                part, size = [], 0
+            part.append(staged)
+            size += staged.size
+            self.roles.add(ready.role)
+            self.count += 1
+        if not self.count:
+            raise InvalidInputError(f"{self.what} has no tasks; give at least one")
+        yield part
+
+    def _tasks(self) -> Iterator[tuple[str, Task]]:
+        tasks = self.group.tasks
+        if not isinstance(tasks, Sequence):
+            for position, task in enumerate(tasks, 1):
+                yield _task_id(task, position), task
+            return
+        by_id: dict[str, Task] = {}
+        given, position = {task.id for task in tasks if task.id is not None}, 0
+        for task in tasks:
+            position += 1
+            while task.id is None and str(position) in given:
+                position += 1
+            tid = _task_id(task, position)
+            if tid in by_id:
+                raise InvalidInputError(f"{self.what}: two tasks have the id {tid!r}; ids are unique")
+            by_id[tid] = task
+        # A task comes after what it needs, so that each part can be checked against those before it.
+        if any(task.needs for task in tasks):
+            for tid in in_order({tid: task.needs for tid, task in by_id.items()}, self.what):
+                yield tid, by_id[tid]
+        else:
+            yield from by_id.items()
+
+
+class ReadyTask(NamedTuple):
+    """
+    A task as it is sent, but for its id.
+    """
+
+    text: bytes
+    role: str
+    needs: Sequence[str]
+    delay_ms: int | None
+
+
+_NOTHING = Task()
+
+
+def stage(
+    task: Task,
+    registry: Registry | None,
+    tid: str = "",
+    defaults: Task = _NOTHING,
+    priority: Priority | str | None = None,
+) -> ReadyTask:
+    """
+    Check a task and pack it. What is None is taken from the group, then from the handler.
+
+    Args:
+        registry: handlers known here, which check the arguments of their tasks.
+        priority: the group's.
+
+    Raises:
+        InvalidInputError: a field, or an argument, cannot be used.
+    """
+    where = f"task {tid or task.uses or 'default'!r}"
+    uses = task.uses or defaults.uses
+    handler = registry.find(uses) if registry and uses else None
+    arguments = dict(task.arguments)
+    if handler is not None:
+        arguments = handler.check(arguments)
+    role = task.role or defaults.role or (handler.role if handler else None) or DEFAULT_ROLE
+    check_id(role, f"{where}: role")
+    rank = task.priority or defaults.priority or priority or (handler.priority if handler else None) or Priority.NORMAL
+    if str(rank) not in STREAMS:
+        raise InvalidInputError(f"{where}: priority: {rank!r} is not known; use high, normal or low")
+    body = {**_shared(task, where), "arguments": arguments or None, "needs": list(task.needs) or None}
+    try:
+        blob = encode(_present(body))
+    except ValueError as error:
+        raise InvalidInputError(f"{where}: it is not JSON ({error}); give plain values") from error
+    if len(blob) > PAYLOAD_BYTES_MAX:
+        raise PayloadTooLargeError(
+            f"{where}: its arguments are {len(blob):,} bytes, {PAYLOAD_BYTES_MAX:,} are allowed; "
+            "store the data elsewhere and pass a reference"
+        )
+    delay_ms = _ms(defaults.delay if task.delay is None else task.delay, f"{where}: delay")
+    expires_ms = _ms(defaults.expires if task.expires is None else task.expires, f"{where}: expires")
+    text = task_text(role, STREAMS[str(rank)], delay_ms, expires_ms, None, blob)
+    return ReadyTask(text, role, list(dict.fromkeys(task.needs)), delay_ms)
+
+
+def _shared(task: Task, where: str) -> dict[str, Any]:
+    """
+    The fields of a task that its worker needs, and that a group's defaults may give as well.
+    """
+    if task.max_attempts is not None and (not isinstance(task.max_attempts, int) or task.max_attempts < 1):
+        raise InvalidInputError(
+            f"{where}: max_attempts: {task.max_attempts!r} is not usable; give a whole number from 1 on"
+        )
+    return {
+        "uses": None if task.uses is None else check_id(task.uses, f"{where}: uses"),
+        "duration": None if task.duration is None else seconds(task.duration, f"{where}: duration"),
+        "timeout": None if task.timeout is None else seconds(task.timeout, f"{where}: timeout"),
+        "max_attempts": task.max_attempts,
+        "metadata": dict(task.metadata) if task.metadata else None,
+    }
+
+
+def _present(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _ms(value: Duration | None, name: str) -> int | None:
+    return None if value is None else round(seconds(value, name) * 1000)
+
+
+def _task_id(task: Task, position: int) -> str:
+    return str(position) if task.id is None else check_id(task.id, "task id")
+
+
+# ---- ids and digests -------------------------------------------------------------------------------------------------
+def keyed_id(namespace: str, key: str) -> str:
+    return "k" + hashlib.sha256(f"{namespace}\0{key}".encode()).hexdigest()[:20]
+
+
+def new_id() -> str:
+    """
+    Sorts by time; its 50 random bits come from the system, so a copied process draws others.
+    """
+    stamp = int(time.time() * 1000).to_bytes(6, "big")
+    return base64.b32hexencode(stamp + os.urandom(7)).decode().rstrip("=").lower()[:20]
+
+
+def chain(digest: bytes, tasks: Sequence[StagedTask]) -> bytes:
+    """
+    The digest of all parts so far: a repeated part is known by it, and a key's content too.
+    """
+    longer = hashlib.sha256(digest)
+    for task in tasks:
+        longer.update(b"%b\0%b\0%b\0" % (task.tid.encode(), task.text, " ".join(task.needs).encode()))
+    return longer.digest()

@@ -1,0 +1,123 @@
+"""
+Sends one group: staged in parts, one after another, and active with its last one, all or nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import NoReturn
+
+from rq_ceylon.client.session import Session
+from rq_ceylon.client.staging import StagedGroup, chain, keyed_id, new_id
+from rq_ceylon.errors import CeylonError, GoalImpossibleError, GroupExistsError, InvalidInputError, RedisError
+from rq_ceylon.goals import impossible_words
+from rq_ceylon.maintenance import hand_over, relay
+from rq_ceylon.models import Counters, GroupStatus, TaskGroup
+from rq_ceylon.store import queries, transitions
+from rq_ceylon.store.transitions import StagedTask, SubmitReply
+
+
+class Submission:
+    """
+    One group on its way.
+    """
+
+    def __init__(self, session: Session, group: TaskGroup) -> None:
+        self._session, self._key = session, group.key
+        gid = keyed_id(session.keys.namespace, group.key) if group.key else new_id()
+        self._staged = StagedGroup(group, session.registry, gid=gid)
+        self._digest = self._staged.digest()
+        self._part = 0
+
+    @property
+    def gid(self) -> str:
+        return self._staged.gid
+
+    async def run(self, *, require_workers: bool) -> bool:
+        """
+        Send all; False if the same was submitted before, and nothing was written.
+        """
+        try:
+            reply = await self._send_all(require_workers=require_workers)
+        except BaseException:
+            # Nothing half-written; but of a key another client may be staging the same: that one goes on, or the next
+            # submission does, or maintenance removes what is left.
+            if self._part and not self._key:
+                # In a task of its own: this one may be cancelled.
+                await asyncio.gather(asyncio.create_task(self._drop()), return_exceptions=True)
+            raise
+        if reply.word == "REPEAT":
+            return False
+        await self._enqueue(reply)
+        return True
+
+    async def _send_all(self, *, require_workers: bool) -> SubmitReply:
+        parts = self._staged.parts()
+        tasks: list[StagedTask] | None = next(parts)
+        roles: set[str] = set()
+        reply = SubmitReply("OK")
+        while tasks is not None:
+            following = next(parts, None)
+            if require_workers and self._staged.roles - roles:
+                roles = set(self._staged.roles)
+                await self._session.require_workers(roles)
+            reply = await self._send(tasks, last=following is None)
+            tasks = following
+        return reply
+
+    async def _send(self, tasks: Sequence[StagedTask], *, last: bool) -> SubmitReply:
+        self._part += 1
+        self._digest = chain(self._digest, tasks)
+        keys, staged = self._session.keys, self._staged
+        submit = transitions.submit(
+            keys, self.gid, staged.facts, tasks, part=self._part, last=last, digest=self._digest.hex()[:32]
+        )
+        *_, answer = await self._session.call([*transitions.announce(keys, self.gid, staged.roles), submit])
+        reply = transitions.submit_reply(self.gid, answer)
+        if reply.word not in ("OK", "REPEAT"):
+            await self._refuse(reply)
+        return reply
+
+    async def _refuse(self, reply: SubmitReply) -> NoReturn:
+        what = self._staged.what
+        match reply.word, reply.detail:
+            case "EXISTS", _:
+                raise GroupExistsError(await self._exists_words())
+            case "REFUSED", "goal":
+                goal = next(goal for goal in self._staged.goals if goal.name == reply.name)
+                count = self._staged.count
+                raise GoalImpossibleError(impossible_words(goal, Counters(total=count, pending=count)))
+            case "REFUSED", "duplicate":
+                raise InvalidInputError(f"{what}: two tasks have the id {reply.name!r}; ids are unique")
+            case "REFUSED", _:
+                raise InvalidInputError(
+                    f"{what}: a task needs {reply.name!r}, which no earlier task has as its id; "
+                    "give it before the tasks that need it"
+                )
+        raise RedisError(f"Redis lost earlier parts of {what} ({reply.word}); submit it again")
+
+    async def _exists_words(self) -> str:
+        words = f"key {self._key!r} was submitted before with other content (group {self.gid})"
+        with suppress(CeylonError):
+            view = await queries.group(self._session.connection, self._session.keys, self.gid)
+            if view.status is GroupStatus.STAGING:
+                return (
+                    f"{words}, which has not come to its end: another client is still sending it, or gave up; "
+                    f"use another key, submit the same content, or remove it with: ceylon cancel {self.gid}"
+                )
+        return f"{words}; use another key, or submit the same content"
+
+    async def _drop(self) -> None:
+        # Removes it only if it is still staging.
+        await self._session.connection.run([transitions.prune(self._session.keys, self.gid, staging_ms=0)])
+
+    async def _enqueue(self, reply: SubmitReply) -> None:
+        # Should this process end here, a relay hands the pages over.
+        connection, keys = self._session.connection, self._session.keys
+        if self._part > 1:
+            await relay(connection, keys, self.gid)
+        elif reply.pages:
+            acks = await hand_over(connection, keys, reply.pages)
+            await self._session.call([transitions.outbox(keys, self.gid, acks=acks)])
