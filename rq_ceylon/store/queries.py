@@ -324,19 +324,20 @@ async def registered(connection: Connection, keys: Keys) -> dict[str, WorkerView
 def _worker(name: str, text: str | None) -> WorkerView | None:
     if text is None:
         return None
+    # Another version's may lack fields: an unknown value is better than no list at all.
     facts = decode(text)
     return WorkerView(
         name=name,
-        kind=facts["kind"],
-        host=facts["host"],
-        pid=facts["pid"],
-        version=facts["version"],
-        roles=facts["roles"],
-        slots=facts["slots"],
-        task_names=facts["task_names"],
-        tasks=facts["tasks"],
-        started_ms=facts["started_ms"],
-        stopping=facts["stopping"],
+        kind=facts.get("kind", "worker"),
+        host=facts.get("host", "?"),
+        pid=facts.get("pid", 0),
+        version=facts.get("version", "?"),
+        roles=facts.get("roles", ()),
+        slots=facts.get("slots", 0),
+        task_names=facts.get("task_names", ()),
+        tasks=facts.get("tasks", {}),
+        started_ms=facts.get("started_ms", 0),
+        stopping=facts.get("stopping", False),
     )
 
 
