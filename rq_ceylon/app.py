@@ -297,7 +297,9 @@ class SyncClient:
         self._thread.start()
 
         async def connect() -> Client:
-            return await self._make().open()
+            client = self._make()
+            client.until_enqueued = True  # a script or a forked child often ends right after its last call
+            return await client.open()
 
         try:
             self._inner = self.call(connect)

@@ -166,6 +166,21 @@ def test_hooks_and_goal_checks_are_registered_and_stay_functions() -> None:
     assert app.registry.goal_checks == {"enough": enough}
 
 
+def test_a_goal_check_may_have_a_name_of_its_own_that_nothing_else_has() -> None:
+    app = Ceylon()
+
+    @app.goal_check(name="enough-files")
+    def enough(view: GroupView) -> bool:
+        return True
+
+    app.goal_check(enough)
+    assert app.registry.goal_checks == {"enough-files": enough, "enough": enough}
+    with pytest.raises(InvalidInputError, match="enough-files"):
+        app.goal_check(name="enough-files")(lambda view: False)
+    with pytest.raises(InvalidInputError, match="goal check name"):
+        app.goal_check(name="not good")(enough)
+
+
 def test_an_application_needs_no_redis_until_it_is_used() -> None:
     app = Ceylon()
 
@@ -200,6 +215,29 @@ def test_arguments_that_do_not_fit_are_refused_and_nothing_is_sent(
         assert client.keys("*") == []
 
 
+@pytest.mark.anyio
+async def test_arguments_are_checked_before_redis_is_asked_for_anything() -> None:
+    double = task_of(make_app("redis://127.0.0.1:1", "n"), "double")
+
+    with pytest.raises(InvalidInputError, match="number"):
+        double.enqueue("x")
+    with pytest.raises(InvalidInputError, match="number"):
+        await double.aenqueue("x")
+    with pytest.raises(RedisError, match="Cannot reach Redis"):
+        double.enqueue(1)
+
+
+@pytest.mark.anyio
+async def test_calling_a_registered_coroutine_function_gives_its_coroutine() -> None:
+    app = Ceylon()
+
+    @app.task
+    async def area(width: int) -> int:
+        return 2 * width
+
+    assert await area(3) == await area.using(role="r")(3) == 6
+
+
 def test_using_adds_options_and_leaves_the_task_as_it_was(redis_url: str, namespace: str) -> None:
     double = task_of(make_app(redis_url, namespace), "double")
 
@@ -217,6 +255,13 @@ def test_a_result_comes_back_as_the_annotated_type(app: Ceylon) -> None:
         point = Point(1, date(2024, 2, 29))
 
         assert task_of(app, "move").enqueue(point).result(timeout=20) == Point(2, date(2024, 2, 29))
+
+
+def test_a_submitted_task_gives_the_annotated_type_too(app: Ceylon) -> None:
+    with working(app), app.sync_client() as client:
+        handle = client.submit(task_of(app, "move").bind(Point(1, date(2024, 2, 29))))
+
+        assert handle.result(timeout=20) == Point(2, date(2024, 2, 29))
 
 
 def test_a_failure_comes_back_with_the_remote_traceback(app: Ceylon) -> None:
@@ -280,6 +325,26 @@ def test_a_client_that_was_closed_says_so_or_connects_anew(app: Ceylon) -> None:
 
     with pytest.raises(RuntimeError, match="not open"):
         app.sync_client().task("g/1")
+
+
+def test_what_a_process_enqueued_right_before_it_was_gone_is_in_its_queue(app: Ceylon) -> None:
+    script = f"""
+import os
+from rq_ceylon import Ceylon
+
+app = Ceylon({app.settings.redis_url!r}, namespace={app.settings.namespace!r})
+
+@app.task(role="p")
+def double(number: int) -> int: ...
+
+double.enqueue(1)
+double.enqueue(2)
+os._exit(0)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+    with app.sync_client() as client:
+        assert [role.queued for role in client.roles()] == [2]
 
 
 SCRIPT = """

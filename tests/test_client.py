@@ -37,6 +37,7 @@ from rq_ceylon import (
     WaitTimeoutError,
     Worker,
 )
+from rq_ceylon.client import rolling
 from rq_ceylon.store import queries
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.server import EmbeddedServer
@@ -166,6 +167,93 @@ async def test_the_same_key_is_the_same_group_and_other_content_is_refused(app: 
             await client.submit(TaskGroup("g", [Task(role="p")] * 4, key="nightly"))
 
 
+def _tasks(count: int, *, words: str = "", at: int = 0, then: Callable[[], None] = lambda: None) -> Iterator[Task]:
+    """
+    Tasks in parts of 500; `then` is called when the producer asks for number `at`.
+    """
+    for n in range(count):
+        if n == at:
+            then()
+        yield Task(role="p", arguments={"n": n, "words": words})
+
+
+async def test_two_clients_that_submit_the_same_under_one_key_at_once_both_succeed(app: Ceylon) -> None:
+    async with app.client() as one, app.client() as other:
+        runs = await asyncio.gather(
+            one.submit(TaskGroup("g", _tasks(5000), key="nightly")),
+            other.submit(TaskGroup("g", _tasks(5000), key="nightly")),
+        )
+
+        assert {run.id for run in runs} == {runs[0].id}
+        assert sorted(run.repeated for run in runs) == [False, True]
+        assert (await runs[0].view()).counters.pending == 5000
+
+
+async def test_other_content_under_a_key_that_is_being_submitted_is_refused_and_harms_nothing(app: Ceylon) -> None:
+    """
+    The later one's parts seem known until it meets the newest; its failure removed the group of the first.
+    """
+    begun = asyncio.Event()
+    async with app.client() as one, app.client() as other:
+        first = asyncio.create_task(one.submit(TaskGroup("g", _tasks(9000, at=2500, then=begun.set), key="nightly")))
+        await begun.wait()
+        with pytest.raises(GroupExistsError, match="still sending"):
+            await other.submit(TaskGroup("g", _tasks(1300), key="nightly"))
+
+        assert (await (await first).view()).counters.pending == 9000
+
+
+async def test_a_keyed_submission_that_fails_leaves_the_same_one_of_another_client_alone(app: Ceylon) -> None:
+    begun = asyncio.Event()
+
+    def broken() -> Iterator[Task]:
+        yield from _tasks(1200)
+        raise ValueError("the source broke")
+
+    async with app.client() as one, app.client() as other:
+        first = asyncio.create_task(one.submit(TaskGroup("g", _tasks(9000, at=2500, then=begun.set), key="nightly")))
+        await begun.wait()
+        with pytest.raises(ValueError, match="the source broke"):
+            await other.submit(TaskGroup("g", broken(), key="nightly"))
+
+        assert (await (await first).view()).counters.pending == 9000
+
+
+async def test_a_keyed_submission_that_failed_is_continued_by_the_next(app: Ceylon) -> None:
+    def broken() -> Iterator[Task]:
+        yield from _tasks(1200)
+        raise ValueError("the source broke")
+
+    async with app.client() as client:
+        with pytest.raises(ValueError, match="the source broke"):
+            await client.submit(TaskGroup("g", broken(), key="nightly"))
+        with pytest.raises(GroupExistsError, match="ceylon cancel k"):
+            await client.submit(TaskGroup("g", _tasks(1600, words="other"), key="nightly"))
+        run = await client.submit(TaskGroup("g", _tasks(1600), key="nightly"))
+
+        assert ((await run.view()).counters.pending, run.repeated) == (1600, False)
+
+
+async def test_a_cancelled_submission_leaves_nothing(app: Ceylon) -> None:
+    begun = asyncio.Event()
+    async with app.client() as client:
+        submission = asyncio.create_task(client.submit(TaskGroup("g", _tasks(9000, at=2500, then=begun.set))))
+        await begun.wait()
+        submission.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await submission
+
+        assert await client.groups() == []
+
+
+async def test_a_delay_of_nothing_is_one_that_was_given(app: Ceylon) -> None:
+    async with app.client() as client:
+        tasks = [Task(role="p", delay=0), Task(role="p")]
+        await client.submit(TaskGroup("g", tasks, defaults=Task(delay="1h")))
+
+        assert [(role.queued, role.delayed) for role in await client.roles()] == [(1, 1)]
+
+
 async def test_what_cannot_be_used_is_refused_and_nothing_is_written(app: Ceylon) -> None:
     async with app.client() as client:
         bad: list[tuple[Any, type[Exception], str]] = [
@@ -239,6 +327,18 @@ async def test_a_rolling_group_is_sealed_and_its_tasks_all_run(app: Ceylon) -> N
         assert len({handle.id.partition("/")[0] for handle in handles}) >= 2
 
 
+async def test_an_idle_rolling_group_is_sealed_by_its_client(app: Ceylon, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rolling, "ROLLING_S", 0.05)
+    async with app.client() as client:
+        handle = await client.submit(Task(role="p"))
+        await handle.cancel()
+
+        view = await client.group(handle.id.partition("/")[0]).wait("all", timeout=20)
+        assert view.counters.cancelled == 1
+        again = await client.submit(Task(role="p"))
+        assert again.id.partition("/")[0] != view.id
+
+
 async def test_waiting_has_a_limit_and_unknown_ids_are_said_so(app: Ceylon) -> None:
     async with app.client() as client:
         handle = await client.submit(Task(role="nobody"))
@@ -261,6 +361,79 @@ async def test_a_waiter_raises_when_the_server_came_back_empty(app: Ceylon) -> N
             raw.flushall()
         with pytest.raises(NotFoundError):
             await waiting
+
+
+async def test_every_waiter_raises_when_the_server_came_back_without_its_data(
+    start_server: Callable[..., EmbeddedServer], short_tmp_path: Path, namespace: str
+) -> None:
+    server = start_server(folder=short_tmp_path)
+    async with Ceylon(server.url, namespace=namespace).client() as client:
+        lone = await client.submit(Task(role="p"))
+        run = await client.submit(TaskGroup("g", [Task(role="p")] * 2, goal="completed >= 1"))
+
+        async def all_of(items: AsyncIterator[Any]) -> list[Any]:
+            return [item async for item in items]
+
+        waiting = [
+            asyncio.create_task(one)
+            for one in (
+                lone.result(),
+                run.task("1").result(),
+                run.wait(),
+                all_of(run.progress()),
+                all_of(run.results()),
+            )
+        ]
+        async for _ in run.progress():
+            break
+        await asyncio.sleep(0.1)
+        server.kill()
+        start_server(folder=short_tmp_path)
+
+        done, _ = await asyncio.wait(waiting, timeout=30)
+        assert done == set(waiting)
+        for one in waiting:
+            with pytest.raises(NotFoundError, match="is no longer known"):
+                one.result()
+
+
+async def test_a_waiter_raises_when_its_group_was_lost_and_its_key_submitted_again(app: Ceylon) -> None:
+    async with app.client() as client:
+        group = TaskGroup("g", [Task(role="p")], key="nightly")
+        run = await client.submit(group)
+        views = run.progress()
+        await anext(views)
+        with redis.Redis.from_url(app.settings.redis_url) as raw:
+            raw.flushall()
+        assert (await client.submit(group)).id == run.id
+
+        with pytest.raises(NotFoundError, match="Redis has lost it"):
+            await asyncio.wait_for(anext(views), 20)
+
+
+async def test_results_that_are_lost_while_they_are_read_are_not_taken_for_the_end(app: Ceylon) -> None:
+    async with app.client() as client, working(app):
+        run = await client.submit(TaskGroup("g", [Task(role="p"), Task(role="p")]))
+        await run.wait("all", timeout=20)
+        results = run.results()
+        await anext(results)
+        with redis.Redis.from_url(app.settings.redis_url) as raw:
+            raw.flushall()
+
+        with pytest.raises(NotFoundError):
+            [result async for result in results]
+
+
+async def test_a_heartbeat_of_another_version_may_lack_fields(app: Ceylon) -> None:
+    async with app.client() as client:
+        keys = client.keys
+        with redis.Redis.from_url(app.settings.redis_url) as raw:
+            raw.sadd(keys.workers, "w")
+            raw.set(keys.worker("w"), '{"kind": "worker", "roles": ["p"], "what": 1}')
+
+        (worker,) = await client.workers()
+        assert (worker.name, worker.roles, worker.slots, worker.stopping) == ("w", ["p"], 0, False)
+        assert await client.missing_roles(["p"]) == []
 
 
 async def test_a_role_that_nobody_serves_is_refused_on_demand_with_the_nearest(app: Ceylon) -> None:

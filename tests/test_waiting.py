@@ -9,8 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from loguru import logger
 
 from rq_ceylon import Ceylon, CeylonError, InvalidInputError, NotFoundError, Task, TaskGroup
+from rq_ceylon.client import following
 from rq_ceylon.store.connection import Connection
 
 pytestmark = pytest.mark.anyio
@@ -57,6 +59,58 @@ async def test_a_thousand_waiters_share_a_few_round_trips(app: Ceylon, trips: Ca
         assert trips() <= 20
         assert not any(one.done() for one in waiting[1:])
     assert {str(one.exception()) for one in waiting[1:]} == {"the client was closed; what was waited for goes on"}
+
+
+async def test_waiting_for_a_group_asks_nothing_while_nothing_changes(app: Ceylon, trips: Callable[[], int]) -> None:
+    """
+    A wait was answered at once with the same view, and began anew: thousands of round trips a second.
+    """
+    async with app.client() as client:
+        run = await client.submit(TaskGroup("g", [Task(role="p")] * 2))
+        waiting = [asyncio.create_task(run.wait("all")) for _ in range(10)]
+        await asyncio.sleep(0.05)
+        trips()
+
+        await asyncio.sleep(0.1)
+        assert trips() <= 2
+        await run.task("1").cancel()
+        await run.task("2").cancel()
+        assert {view.status for view in await asyncio.gather(*waiting)} == {"finished"}
+
+
+async def test_a_role_that_nobody_serves_is_named_once_for_all_who_wait(
+    app: Ceylon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(following, "NO_WORKER_S", 0.03)
+    lines: list[str] = []
+    named = asyncio.Event()
+
+    def tell(line: str) -> None:
+        lines.append(line)
+        if len(lines) == 2:
+            named.set()
+
+    logger.enable("rq_ceylon")
+    sink = logger.add(tell, format="{message}")
+    try:
+        async with app.client() as client:
+            handles = [await client.submit(Task(role="lone")) for _ in range(20)]
+            run = await client.submit(TaskGroup("g", [Task(role="grouped")] * 5))
+            waiting = [asyncio.create_task(handle.result()) for handle in handles]
+            waiting += [asyncio.create_task(run.task(str(n)).result()) for n in range(1, 6)]
+            waiting += [asyncio.create_task(run.wait()) for _ in range(5)]
+            async with asyncio.timeout(20):
+                await named.wait()
+            await asyncio.sleep(0.1)
+        await asyncio.gather(*waiting, return_exceptions=True)
+    finally:
+        logger.remove(sink)
+        logger.disable("rq_ceylon")
+
+    assert sorted(line.strip() for line in lines) == [
+        "Still waiting: no worker serves role 'grouped' (no worker is running)",
+        "Still waiting: no worker serves role 'lone' (no worker is running)",
+    ]
 
 
 async def test_who_asks_for_an_unknown_task_disturbs_nobody_else(app: Ceylon) -> None:

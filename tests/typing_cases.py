@@ -7,9 +7,10 @@ error.
 
 from __future__ import annotations
 
+from collections.abc import Coroutine
 from typing import Any, assert_type
 
-from rq_ceylon import Ceylon, GroupHandle, SyncGroupHandle, SyncTaskHandle, Task, TaskGroup, TaskHandle
+from rq_ceylon import Ceylon, GroupHandle, GroupView, SyncGroupHandle, SyncTaskHandle, Task, TaskGroup, TaskHandle
 
 app = Ceylon()
 
@@ -40,6 +41,30 @@ def calls() -> None:
     bare(1)  # type: ignore[arg-type]
     bare("a", wide=1)  # type: ignore[call-arg]
     ruled()  # type: ignore[call-arg]
+
+
+async def coroutine_calls() -> None:
+    assert_type(await bare_async("a"), list[int])
+    later: Coroutine[Any, Any, dict[str, int]] = ruled_async(number=1)
+    assert_type(await later, dict[str, int])
+    assert_type(await ruled_async.using(delay="5s")(1), dict[str, int])
+    await bare_async(1)  # type: ignore[arg-type]
+    await bare("a")  # type: ignore[misc]
+
+
+@app.goal_check
+def enough(view: GroupView) -> bool:
+    return True
+
+
+@app.goal_check(name="plenty")
+async def much(view: GroupView) -> bool:
+    return True
+
+
+async def goal_checks(view: GroupView) -> None:
+    assert_type(enough(view), bool)
+    assert_type(await much(view), bool)
 
 
 def binds() -> None:

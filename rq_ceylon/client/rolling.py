@@ -28,11 +28,12 @@ FACTS = GroupFacts(name="single tasks", retention_ms=3_600_000)
 
 class _Waiting(NamedTuple):
     """
-    A task to be sent, and who hears its id once Redis has it.
+    A task to be sent, and who hears its ids; `enqueued`: not before its role has it.
     """
 
     task: ReadyTask
-    accepted: asyncio.Future[tuple[str, str]]
+    enqueued: bool
+    ids: asyncio.Future[tuple[str, str]]
 
 
 @dataclass
@@ -60,17 +61,22 @@ class Rolling:
         self._pages: list[Page] = []
         self._acks: list[PageAck] = []
         self._to_seal: list[str] = []
+        self._told_next: list[tuple[_Waiting, tuple[str, str]]] = []
         self._pump: asyncio.Task[None] | None = None
         self._ageing: asyncio.TimerHandle | None = None
 
-    async def submit(self, task: ReadyTask) -> tuple[str, str]:
+    async def submit(self, task: ReadyTask, *, enqueued: bool) -> tuple[str, str]:
         """
         Returns the ids of its group and of the task once Redis has it.
+
+        Args:
+            enqueued: only once its role has it too, one round trip later: should this process end before, it would wait
+                for maintenance.
         """
-        accepted: asyncio.Future[tuple[str, str]] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Waiting(task, accepted))
+        ids: asyncio.Future[tuple[str, str]] = asyncio.get_running_loop().create_future()
+        self._waiting.append(_Waiting(task, enqueued, ids))
         self._wake()
-        return await accepted
+        return await ids
 
     async def close(self) -> None:
         """
@@ -90,16 +96,19 @@ class Rolling:
     async def _run(self) -> None:
         while self._waiting or self._pages or self._acks or self._to_seal:
             batch = self._next_batch()
+            told, self._told_next = self._told_next, []
             try:
                 await self._turn(batch)
             except Exception as error:  # whatever it is, it must not leave anybody waiting
                 for waiting in batch:
-                    if not waiting.accepted.done():
-                        waiting.accepted.set_exception(error)
+                    if not waiting.ids.done():
+                        waiting.ids.set_exception(error)
                 if not batch:
                     logger.warning("Maintenance enqueues what was submitted: {}", error)
                 self._pages, self._acks, self._to_seal = [], [], []
                 self._renew()
+            for waiting, ids in told:
+                _tell(waiting, ids)
             # Who was answered just now and submits again at once shares the next round trip.
             await asyncio.sleep(0)
 
@@ -115,7 +124,7 @@ class Rolling:
 
     async def _turn(self, batch: list[_Waiting]) -> None:
         """
-        Enqueue what the last part returned, and send the next part.
+        Enqueue what the last part returned, acknowledge what the turn before enqueued, and send the next part.
         """
         keys, group = self._session.keys, self._group
         by_role: dict[str, list[Page]] = {}
@@ -124,30 +133,28 @@ class Rolling:
         acks: dict[str, list[PageAck]] = {}
         for ack in self._acks:
             acks.setdefault(ack.page.gid, []).append(ack)
-        calls: list[Call] = [transitions.enqueue(keys, role, pages) for role, pages in by_role.items()]
         own_acks = acks.pop(group.gid, []) if batch else []
+        calls: list[Call] = [transitions.enqueue(keys, role, pages) for role, pages in by_role.items()]
         calls += [transitions.outbox(keys, gid, acks=some) for gid, some in acks.items()]
         calls += [self._seal(gid) for gid in self._to_seal]
         self._pages, self._acks, self._to_seal = [], [], []
         tasks = [StagedTask(str(group.count + n), waiting.task.text) for n, waiting in enumerate(batch, 1)]
-        digest = chain(group.digest, tasks)
-        last = group.count + len(batch) >= ROLLING_TASKS_MAX
+        digest, last = chain(group.digest, tasks), group.count + len(batch) >= ROLLING_TASKS_MAX
+        if batch and not group.part:
+            calls += transitions.announce(keys, group.gid, {waiting.task.role for waiting in batch})
         if batch:
-            if not group.part:
-                calls += transitions.announce(keys, group.gid, {waiting.task.role for waiting in batch})
-            calls.append(
-                transitions.submit(
-                    keys,
-                    group.gid,
-                    FACTS,
-                    tasks,
-                    part=group.part + 1,
-                    last=last,
-                    digest=digest.hex()[:32],
-                    rolling=True,
-                    acks=own_acks,
-                )
+            submit = transitions.submit(
+                keys,
+                group.gid,
+                FACTS,
+                tasks,
+                part=group.part + 1,
+                last=last,
+                digest=digest.hex()[:32],
+                rolling=True,
+                acks=own_acks,
             )
+            calls.append(submit)
         replies = await self._session.call(calls)
         for pages, horizon in zip(by_role.values(), replies, strict=False):
             self._acks += [PageAck(page, horizon) for page in pages]
@@ -162,8 +169,10 @@ class Rolling:
         group.part, group.count, group.digest = group.part + 1, group.count + len(batch), digest
         self._pages = list(reply.pages)
         for task, waiting in zip(tasks, batch, strict=True):
-            if not waiting.accepted.done():
-                waiting.accepted.set_result((group.gid, task.tid))
+            if waiting.enqueued and self._pages:
+                self._told_next.append((waiting, (group.gid, task.tid)))
+            else:
+                _tell(waiting, (group.gid, task.tid))
         if last:
             self._renew()
         elif group is self._group and self._ageing is None:
@@ -188,3 +197,8 @@ class Rolling:
 
     def _seal(self, gid: str) -> Call:
         return transitions.seal(self._session.keys, gid, untouched_ms=0)
+
+
+def _tell(waiting: _Waiting, ids: tuple[str, str]) -> None:
+    if not waiting.ids.done():
+        waiting.ids.set_result(ids)
