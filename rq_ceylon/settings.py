@@ -12,7 +12,8 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import parse_qs, quote, urlsplit
+from typing import Literal
+from urllib.parse import parse_qs, parse_qsl, quote, unquote, urlencode, urlsplit
 
 from rq_ceylon.errors import InvalidInputError, RedisError
 from rq_ceylon.models import check_id
@@ -22,7 +23,23 @@ DEFAULT_NAMESPACE = "ceylon"
 SOCKET_PATH_BYTES = 100
 """A unix socket's path must be shorter than this; kernels stop at 104 (macOS) or 108 (Linux)."""
 
-_FORMS = "redis://host:port/db, rediss://host:port/db, unix:///path/to/socket or embedded://"
+_FORMS = (
+    "redis://host:port/db, rediss://host:port/db, unix:///path/to/socket, "
+    "redis+sentinel://host:26379,host2:26379/primary-name/db, redis+cluster://host:port,host2:port or embedded://"
+)
+
+_OPTIONS = {"db", "username", "password", "client_name", "socket_connect_timeout", "socket_keepalive"}
+_TLS_FILES = {"ssl_ca_certs", "ssl_certfile", "ssl_keyfile"}
+_TLS_OPTIONS = _TLS_FILES | {
+    "ssl_ca_path",
+    "ssl_cert_reqs",
+    "ssl_check_hostname",
+    "ssl_ciphers",
+    "ssl_min_version",
+    "ssl_password",
+}
+SENTINEL_OPTIONS = {"sentinel_username": "username", "sentinel_password": "password"}
+"""The user of the Sentinels themselves, who know none otherwise."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +48,8 @@ class Settings:
     What every command needs to know first.
 
     Attributes:
-        redis_url: `redis://`, `rediss://`, `unix://`, or `embedded://` for a throw-away server.
+        redis_url: `redis://`, `unix://`, `redis+sentinel://` or `redis+cluster://` (with TLS `rediss…`), or
+            `embedded://` for a throw-away server of this process.
         redis_source: where it came from: argument, CEYLON_REDIS_URL, REDIS_URL or ceylon server.
         namespace: keeps installations apart that share one Redis.
     """
@@ -73,7 +91,7 @@ def masked(url: str) -> str:
     """
     The URL with its password hidden, for messages. Works on malformed URLs too: it rather hides too much.
     """
-    hidden = re.sub(r"(?<=[?&]password=)[^&#]*", "***", url)
+    hidden = re.sub(r"(?<=password=)[^&#]*", "***", url)
     # Up to the last @: a password may hold a / or @ that its owner forgot to quote.
     return re.sub(r"(?<=://)([^/?#:@]*):.*@", r"\1:***@", hidden)
 
@@ -137,29 +155,122 @@ def _check_url(url: str, source: str) -> str:
         return InvalidInputError(f"Redis URL {masked(url)!r} (from: {source}): {problem}; use {_FORMS}")
 
     try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError:  # its text may quote a piece of the password
+        place = place_of(url)
+        options = parse_qs(urlsplit(url).query, keep_blank_values=True)
+    except ValueError as error:  # the standard library's own text may quote a piece of the password
+        if isinstance(error, InvalidInputError):
+            raise refuse(str(error)) from None
         raise refuse("it is malformed (in a password, write / as %2F, # as %23, ? as %3F)") from None
-    databases = parse_qs(parts.query).get("db", [])
-    match parts.scheme:
-        case "redis" | "rediss":
-            if not parts.hostname or port == 0:
-                raise refuse("it names no host, or port 0")
-            databases.append(parts.path.strip("/") or "0")
-        case "unix":
-            if parts.netloc.rpartition("@")[2] or not parts.path.strip("/"):
-                raise refuse("it names no absolute path of a socket")
-        case "embedded":
-            if url != "embedded://":
-                raise refuse("embedded:// takes nothing more")
-        case "redis+sentinel" | "redis+cluster":
-            raise refuse(f"{parts.scheme}:// is not supported yet")
-        case "":
-            raise refuse("it has no scheme")
-        case _:
-            raise refuse(f"{parts.scheme}:// is not known")
+    known = _OPTIONS | (_TLS_OPTIONS if place.tls else set())
+    known |= set(SENTINEL_OPTIONS) if place.kind == "sentinel" else set()
+    if unknown := sorted(set(options) - known):
+        raise refuse(f"the option {unknown[0]!r} is not known (known: {', '.join(sorted(known))})")
+    for name in sorted(_TLS_FILES & set(options)):
+        if not Path(options[name][-1]).is_file():
+            raise refuse(f"{name}: there is no file {options[name][-1]!r}")
     # redis-py takes a path that is no number for database 0, which may be another application's.
+    databases = [place.database, *options.get("db", [])]
     if not all(database.isdecimal() and database.isascii() for database in databases):
         raise refuse("the database is not a number")
+    if place.kind == "cluster" and any(int(database) for database in databases):
+        raise refuse("a cluster has no database but 0")
     return url
+
+
+Address = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Place:
+    """
+    What a URL says.
+
+    Attributes:
+        kind: one server; the primary that Sentinels know; a cluster; or a server of this process.
+        addresses: of the server, the Sentinels, or some nodes of the cluster; none for a unix socket.
+        primary: the name under which the Sentinels know the primary.
+        tls: all of it speaks TLS.
+    """
+
+    url: str
+    kind: Literal["server", "sentinel", "cluster", "embedded"]
+    addresses: tuple[Address, ...] = ()
+    primary: str = ""
+    database: str = "0"
+    tls: bool = False
+
+    def server_url(self, address: Address) -> str:
+        """
+        The URL of one server: same user, database and options, another address.
+        """
+        parts = urlsplit(self.url)
+        user = parts.netloc.rpartition("@")[0]
+        options = [(name, value) for name, value in parse_qsl(parts.query) if name not in SENTINEL_OPTIONS]
+        return self._url(address, f"{user}@" if user else "", options)
+
+    def sentinel_url(self, address: Address) -> str:
+        """
+        The URL of a Sentinel: the options for its own user take the place of the servers' user.
+        """
+        given = parse_qsl(urlsplit(self.url).query)
+        options = [(name, value) for name, value in given if name not in {"db", *SENTINEL_OPTIONS.values()}]
+        return self._url(address, "", [(SENTINEL_OPTIONS.get(name, name), value) for name, value in options], "0")
+
+    def _url(self, address: Address, user: str, options: list[tuple[str, str]], database: str | None = None) -> str:
+        scheme, query = "rediss" if self.tls else "redis", urlencode(options, quote_via=quote)
+        where = f"{user}{shown_address(address)}/{self.database if database is None else database}"
+        return f"{scheme}://{where}{'?' if query else ''}{query}"
+
+
+def shown_address(address: Address) -> str:
+    host, port = address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def place_of(url: str) -> Place:
+    """
+    Read a URL.
+
+    Raises:
+        InvalidInputError: it is none of ours; the message says only what is wrong with it.
+        ValueError: it is no URL at all.
+    """
+    parts = urlsplit(url)
+    scheme = parts.scheme.replace("rediss", "redis", 1)
+    tls, path = scheme != parts.scheme, parts.path.strip("/")
+    match scheme:
+        case "redis":
+            addresses = _addresses(parts.netloc, 6379)
+            if len(addresses) > 1:
+                raise InvalidInputError("it names several hosts, which only redis+sentinel:// and redis+cluster:// may")
+            return Place(url, "server", addresses, database=path or "0", tls=tls)
+        case "redis+sentinel":
+            addresses = _addresses(parts.netloc, 26379)
+            primary, _, database = path.partition("/")
+            if not primary:
+                raise InvalidInputError("it does not say under which name the Sentinels know the primary")
+            return Place(url, "sentinel", addresses, unquote(primary), database or "0", tls)
+        case "redis+cluster":
+            return Place(url, "cluster", _addresses(parts.netloc, 6379), database=path or "0", tls=tls)
+        case "unix":
+            if parts.netloc.rpartition("@")[2] or not path:
+                raise InvalidInputError("it names no absolute path of a socket")
+            return Place(url, "server")
+        case "embedded":
+            if url != "embedded://":
+                raise InvalidInputError("embedded:// takes nothing more")
+            return Place(url, "embedded")
+        case "":
+            raise InvalidInputError("it has no scheme")
+        case _:
+            raise InvalidInputError(f"{parts.scheme}:// is not known")
+
+
+def _addresses(netloc: str, default_port: int) -> tuple[Address, ...]:
+    found = []
+    for item in netloc.rpartition("@")[2].split(","):
+        parts = urlsplit(f"//{item}")
+        if not parts.hostname or parts.port == 0:
+            raise InvalidInputError("it names no host, or port 0")
+        found.append((unquote(parts.hostname), parts.port or default_port))
+    return tuple(found)

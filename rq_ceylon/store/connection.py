@@ -1,8 +1,5 @@
 """
-Sends calls to Redis, one pipeline at a time, and turns what goes wrong into our errors.
-
-redis-py repeats commands on its own by default, up to ten times; here it never does: who sends a call knows whether it
-may be repeated (`run_until_answered`), and a blocking read must not be.
+Sends calls to Redis, one pipeline per server at a time, and turns what goes wrong into our errors.
 """
 
 from __future__ import annotations
@@ -10,66 +7,39 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import redis
 import redis.asyncio
-from redis.asyncio.retry import Retry as AsyncRetry
-from redis.backoff import NoBackoff
-from redis.retry import Retry
+from loguru import logger
 
-from rq_ceylon.errors import CeylonError, ConnectionLostError, QueueFullError, RedisError
-from rq_ceylon.settings import masked
-from rq_ceylon.store import scripts
+from rq_ceylon.errors import CeylonError, ConnectionLostError, RedisError
+from rq_ceylon.settings import masked, place_of
+from rq_ceylon.store.places import client_of, heed_cancellation, servers_of, some_url
 from rq_ceylon.store.scripts import Call
+from rq_ceylon.store.server import is_throw_away
+from rq_ceylon.store.trouble import LOST, REMEDIES, classified, unfit, warn_once
 
-ANSWER_S = 10.0
-"""How long an answer may take. Scripts take milliseconds; a server that loads its data set says so at once."""
-
-FLOOR = {"redis": (6, 2), "valkey": (7, 2)}
-
-_OPTIONS: dict[str, Any] = {
-    "decode_responses": True,
-    "protocol": 2,
-    "socket_timeout": ANSWER_S,
-    "socket_connect_timeout": 2.0,
-    "retry_on_error": [],
-    "health_check_interval": 0,
-}
-LOST = (redis.ConnectionError, redis.TimeoutError, OSError)
-"""What a broken connection raises."""
-
-# Errors that a restarting, failing-over or busy server gives for a while: nothing was executed, try again.
-_PASSING = (
-    "LOADING",
-    "READONLY",
-    "MASTERDOWN",
-    "UNBLOCKED",
-    "CLUSTERDOWN",
-    "TRYAGAIN",
-    "BUSY ",
-    "NOREPLICAS",
-    "MISCONF",
-)
+LOADING_S = 0.5
+"""Between two looks at a server that still loads its data."""
 
 
 class Connection:
     """
-    One connection to Redis. Not for use by two tasks at once: a second `run` waits for the first.
+    One connection to Redis, or one to each node of a cluster. Not for use by two tasks at once: a second `run` waits
+    for the first.
     """
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self._client = redis.asyncio.Redis.from_url(
-            url, retry=AsyncRetry(NoBackoff(), 0), single_connection_client=True, **_OPTIONS
-        )
+        self._servers = servers_of(url)
         self._one_at_a_time = asyncio.Lock()
 
     async def run(self, calls: Sequence[Call], *, refusals: bool = False) -> list[Any]:
         """
-        Send calls in one pipeline and return their replies, in order.
+        Send calls in one pipeline (of each node that they concern) and return their replies, in order.
 
         Args:
             refusals: put the error of a refused call in the place of its reply, instead of raising it.
@@ -79,32 +49,24 @@ class Connection:
             QueueFullError: a call was refused at `maxmemory`.
             RedisError: Redis refused a call for another reason.
         """
-        async with self._one_at_a_time:
-            try:
-                replies = await self._send(calls)
-                unknown = [i for i, reply in enumerate(replies) if isinstance(reply, redis.exceptions.NoScriptError)]
-                if unknown:
-                    for script in sorted({calls[i].script for i in unknown}):
-                        await self._client.script_load(scripts.source(script))
-                    for i, reply in zip(unknown, await self._send([calls[i] for i in unknown]), strict=True):
-                        replies[i] = reply
-            except LOST as error:
-                heed_cancellation()
-                raise classified(error, self.url) from error
-        heed_cancellation()
-        for i, reply in enumerate(replies):
-            if isinstance(reply, redis.RedisError):
-                refusal = classified(reply, self.url)
-                if not refusals or isinstance(refusal, ConnectionLostError):
-                    raise refusal from reply
-                replies[i] = refusal
+        replies = await self.run_each(calls)
+        for reply in replies:
+            if isinstance(reply, ConnectionLostError) or (isinstance(reply, CeylonError) and not refusals):
+                raise reply
         return replies
 
-    async def _send(self, calls: Sequence[Call]) -> list[Any]:
-        pipeline = self._client.pipeline(transaction=False)
-        for call in calls:
-            pipeline.execute_command(*scripts.words(call))
-        replies: list[Any] = await pipeline.execute(raise_on_error=False)
+    async def run_each(self, calls: Sequence[Call]) -> list[Any]:
+        """
+        As `run`, but raise nothing: an error stands in the place of each reply that it took, ConnectionLostError where
+        it is unknown whether the call has happened. In a cluster a broken node takes the replies of its own calls only.
+        """
+        async with self._one_at_a_time:
+            replies = await self._servers.send(calls)
+        heed_cancellation()
+        for i, reply in enumerate(replies):
+            if isinstance(reply, Exception):
+                replies[i] = classified(reply, self.url, _about(calls[i]))
+                replies[i].__cause__ = reply
         return replies
 
     async def run_until_answered(
@@ -139,147 +101,98 @@ class Connection:
         Wait for a token in any of these lists; False when none came in time.
         """
         async with self._one_at_a_time:
-            try:
-                rang = await self._client.blpop(list(keys), timeout=timeout_s) is not None
-            except LOST as error:
-                heed_cancellation()
-                raise classified(error, self.url) from error
-            except redis.RedisError as error:
-                raise classified(error, self.url) from error
+            with _classifying(self.url, f"BLPOP {keys[0]}"):
+                rang = await self._servers.pop(keys, timeout_s)
         heed_cancellation()
         return rang
 
     async def check(self) -> None:
         """
-        Refuse a server that cannot do this work.
+        Refuse a server that cannot do this work; wait for one that is still loading its data, and say so.
 
         Raises:
-            RedisError: too old, evicting, or a cluster node; it names the remedy.
+            RedisError: not reachable, too old, evicting, or of another kind than the URL says; it names the remedy.
         """
+        place, where = place_of(self.url), masked(self.url)
         async with self._one_at_a_time:
             try:
-                info = await self._client.info()
-            except LOST as error:
-                heed_cancellation()
-                raise classified(error, self.url) from error
-            except redis.RedisError as error:
-                raise classified(error, self.url) from error
+                with _classifying(self.url, "INFO"):
+                    infos = await self._servers.infos()
+                    if any(info.get("loading") for info in infos):
+                        logger.info("Redis at {} is loading its data; waiting for it", where)
+                    while any(info.get("loading") for info in infos):
+                        await asyncio.sleep(LOADING_S)
+                        infos = await self._servers.infos()
+            except ConnectionLostError as error:
+                raise ConnectionLostError(f"{error}.\n{REMEDIES}") from error
         heed_cancellation()
-        refuse_unfit(info, self.url)
+        for info in infos:
+            if problem := unfit(info, place):
+                raise RedisError(f"Redis at {where} {problem}")
+            if not info.get("aof_enabled") and place.kind != "embedded" and not is_throw_away(self.url):
+                warn_once(
+                    f"Redis at {where} writes no append-only file: a restart loses tasks, or all of them; "
+                    "set it with: redis-cli CONFIG SET appendonly yes (and in its configuration file)"
+                )
 
     async def close(self) -> None:
-        await self._client.aclose()
+        await self._servers.close()
 
 
 class ThreadConnection:
     """
-    The same for a thread: the lease thread must not depend on the event loop that it watches over.
+    The same for a thread, on an event loop of its own: the lease thread must not depend on the one that it watches
+    over. To be used and closed by one thread.
     """
 
     def __init__(self, url: str) -> None:
-        self.url = url
-        self._client = redis.Redis.from_url(url, retry=Retry(NoBackoff(), 0), single_connection_client=True, **_OPTIONS)
+        self._runner = asyncio.Runner()
+        self._connection = Connection(url)
 
     def run(self, calls: Sequence[Call]) -> list[Any]:
         """
         As `Connection.run`.
         """
-        execute: Callable[..., Any] = self._client.execute_command
-        replies = []
-        try:
-            for call in calls:
-                try:
-                    replies.append(execute(*scripts.words(call)))
-                except redis.exceptions.NoScriptError:
-                    self._client.script_load(scripts.source(call.script))
-                    replies.append(execute(*scripts.words(call)))
-        except (*LOST, redis.RedisError) as error:
-            raise classified(error, self.url) from error
-        return replies
+        return self._runner.run(self._connection.run(calls))
 
     def close(self) -> None:
-        self._client.close()
+        self._runner.run(self._connection.close())
+        self._runner.close()
 
 
 @asynccontextmanager
 async def subscribed(url: str) -> AsyncIterator[redis.asyncio.client.PubSub]:
     """
     A pub/sub connection; its losses are the subscriber's to handle, since a notification is never the record.
+
+    Raises:
+        ConnectionLostError: it is lost, or was never there.
+        RedisError: refused, as by an ACL; said once as a warning, since who subscribes goes on without.
     """
-    client = redis.asyncio.Redis.from_url(url, retry=AsyncRetry(NoBackoff(), 0), **{**_OPTIONS, "socket_timeout": None})
+    client = None
     try:
-        async with client.pubsub() as pubsub:
-            yield pubsub
+        with _classifying(url, "SUBSCRIBE"):
+            client = client_of(await some_url(place_of(url)), socket_timeout=None)
+            async with client.pubsub() as pubsub:
+                yield pubsub
+    except ConnectionLostError:
+        raise
+    except RedisError as error:
+        warn_once(f"Notifications do not come, so changes are noticed late: {error}")
+        raise
     finally:
-        await client.aclose()
+        if client is not None:
+            await client.aclose()
 
 
-def heed_cancellation() -> None:
-    """
-    Raise the cancellation of the present task, should redis-py have swallowed it, as it does while it connects.
-    """
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        raise asyncio.CancelledError
+@contextmanager
+def _classifying(url: str, about: str) -> Iterator[None]:
+    try:
+        yield
+    except (*LOST, redis.RedisError) as error:
+        heed_cancellation()
+        raise classified(error, url, about) from error
 
 
-def classified(error: BaseException, url: str) -> CeylonError:
-    """
-    What an error of redis-py or the operating system means to us, in words for the user. By text, not by class: errors
-    from scripts arrive as plain response errors on Redis 6.2.
-    """
-    text = str(error)
-    where = masked(url)
-    if "OOM" in text or "maxmemory" in text:
-        return QueueFullError(
-            f"Redis at {where} is at its memory limit and takes no new tasks; wait until workers have drained it, "
-            "or raise maxmemory"
-        )
-    if isinstance(error, redis.exceptions.AuthenticationError) or any(
-        word in text for word in ("WRONGPASS", "NOAUTH", "Authentication required", "invalid username-password")
-    ):
-        return RedisError(f"Redis at {where} refuses the user or password; check the URL (redis://user:password@host)")
-    if "NOPERM" in text:
-        return RedisError(
-            f"Redis at {where} does not allow what is needed ({text}); see docs/deployment.md for the ACL"
-        )
-    if "LAYOUT" in text:
-        return RedisError(f"Redis at {where} holds data of another version of rq-ceylon ({text}); upgrade this one")
-    if isinstance(error, LOST) or any(word in text for word in _PASSING):
-        return ConnectionLostError(f"Cannot reach Redis at {where} ({_plain(error)})")
-    return RedisError(f"Redis at {where} answered: {text}")
-
-
-def _plain(error: BaseException) -> str:
-    text = str(error)
-    for words, plain in (
-        ("refused", "connection refused"),
-        ("No such file", "no such socket"),
-        ("Timeout", "no answer in time"),
-        ("not known", "unknown host"),
-        ("Name or service", "unknown host"),
-        ("closed by server", "connection closed"),
-    ):
-        if words in text:
-            return plain
-    return text or type(error).__name__
-
-
-def refuse_unfit(info: dict[str, Any], url: str) -> None:
-    """
-    Raise RedisError if a server with this INFO cannot do this work.
-    """
-    where = masked(url)
-    engine = "valkey" if "valkey_version" in info else "redis"
-    version = str(info.get("valkey_version") or info.get("redis_version") or "0.0")
-    if tuple(int(part) for part in version.split(".")[:2]) < FLOOR[engine]:
-        floor = ".".join(map(str, FLOOR[engine]))
-        raise RedisError(f"Redis at {where} is {engine} {version}; at least {engine} {floor} is needed: upgrade it")
-    if info.get("redis_mode") == "cluster":
-        raise RedisError(f"Redis at {where} is a cluster node; this version works with a standalone server")
-    policy = info.get("maxmemory_policy", "noeviction")
-    if policy != "noeviction":
-        raise RedisError(
-            f"Redis at {where} evicts keys when memory is short (maxmemory-policy {policy}), which would lose tasks; "
-            "set it with: redis-cli CONFIG SET maxmemory-policy noeviction"
-        )
+def _about(call: Call) -> str:
+    return f"{call.script or call.args[0]} on {call.keys[0]}"

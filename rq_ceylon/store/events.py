@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 from loguru import logger
 
 from rq_ceylon.errors import CeylonError
-from rq_ceylon.store.connection import LOST, heed_cancellation, subscribed
+from rq_ceylon.store.connection import subscribed
 from rq_ceylon.store.keys import Keys
+from rq_ceylon.store.places import heed_cancellation
+from rq_ceylon.store.trouble import LOST
 
 LOOK_S = 5.0
 """The longest anybody goes on without looking, should notifications be lost."""
@@ -154,9 +156,8 @@ class EventHub:
         while True:
             try:
                 async with subscribed(self._url) as pubsub:
-                    await pubsub.psubscribe(
-                        self._keys.events_channel("\\*")
-                    )  # keeps the connection open with no waiter
+                    # Of no group, so nothing comes: it keeps the connection open while nobody waits.
+                    await pubsub.subscribe(self._keys.events_channel(""))
                     self._pubsub = pubsub
                     for channel in list(self._watches):
                         await self._send("subscribe", channel)
@@ -168,7 +169,7 @@ class EventHub:
                     async for message in pubsub.listen():
                         pause = 0.1
                         self._dispatch(message)
-            except (CeylonError, *LOST) as error:
+            except CeylonError as error:
                 heed_cancellation()
                 logger.debug("Events: {}", error)
             finally:

@@ -12,17 +12,20 @@ from __future__ import annotations
 import fcntl
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
+from urllib.parse import urlsplit
 
 from rq_ceylon.errors import RedisError
 from rq_ceylon.settings import fits_socket, is_private, socket_path, socket_url
@@ -159,12 +162,34 @@ class EmbeddedServer:
 _running: set[EmbeddedServer] = set()
 """The servers of this very process."""
 
+_shared: list[EmbeddedServer] = []
+_starting = threading.Lock()
+
+
+def shared() -> EmbeddedServer:
+    """
+    The server behind `embedded://`: one of this process, started on first use.
+    """
+    with _starting:
+        if not _shared:
+            _shared.append(EmbeddedServer.start())
+        return _shared[0]
+
+
+def is_throw_away(url: str) -> bool:
+    """
+    Whether this is a server that was started without a folder to keep, by this process or another.
+    """
+    parts = urlsplit(url)
+    return parts.scheme == "unix" and re.search(r"/ceylon-[^/]+/redis\.sock$", parts.path) is not None
+
 
 def _forget_in_child() -> None:
     # A child that kept the pipe open would keep the server alive after its parent's death.
     for server in _running:
         os.close(server._tie)
     _running.clear()
+    _shared.clear()
 
 
 os.register_at_fork(after_in_child=_forget_in_child)

@@ -21,8 +21,9 @@ from rq_ceylon.models import check_id
 from rq_ceylon.presence import BEAT_S, Presence, is_unroutable
 from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.codec import decode, task_parts
-from rq_ceylon.store.connection import LOST, Connection, heed_cancellation, subscribed
+from rq_ceylon.store.connection import Connection, subscribed
 from rq_ceylon.store.keys import Keys
+from rq_ceylon.store.places import heed_cancellation
 from rq_ceylon.store.scripts import Call
 from rq_ceylon.store.transitions import Committed
 from rq_ceylon.worker.executor import WAIT_S, Executor
@@ -373,7 +374,7 @@ class Worker:
                             pause = 0.1
                             if message["type"] == "message":
                                 await self._look(connection)
-                except (CeylonError, *LOST):
+                except CeylonError:
                     heed_cancellation()
                     await asyncio.sleep(pause)
                     pause = min(2 * pause, 5.0)

@@ -1,0 +1,389 @@
+"""
+The servers behind a URL: one, the primary that Sentinels know now, or the nodes of a cluster.
+
+Each kind takes calls and answers each with its reply or its error, so that what one server refuses or loses does not
+take the answers of others with it. redis-py repeats commands on its own by default, up to ten times; here it never
+does: who sends a call knows whether it may be repeated, and a blocking read must not be.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import redis
+import redis.asyncio
+from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel
+from redis.backoff import NoBackoff
+from redis.crc import key_slot
+
+from rq_ceylon.errors import ConnectionLostError, RedisError
+from rq_ceylon.settings import Address, Place, masked, place_of
+from rq_ceylon.store import scripts, server
+from rq_ceylon.store.scripts import Call
+from rq_ceylon.store.trouble import LOST, is_demotion, text_of
+
+ANSWER_S = 10.0
+"""How long an answer may take. Scripts take milliseconds; a server that loads its data set says so at once."""
+
+CONNECT_S = 2.0
+REDIRECTS = 5
+"""How often a call follows a slot that moves, before its sender is told to try again."""
+
+
+def heed_cancellation() -> None:
+    """
+    Raise the cancellation of the present task, should redis-py have swallowed it, as it does while it connects.
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
+
+
+def client_of(url: str, **options: Any) -> redis.asyncio.Redis:
+    """
+    redis-py's client of one server, with nothing repeated and nothing sent that was not asked for.
+    """
+    defaults: dict[str, Any] = {
+        "decode_responses": True,
+        "protocol": 2,
+        "socket_timeout": ANSWER_S,
+        "socket_connect_timeout": CONNECT_S,
+        "retry": Retry(NoBackoff(), 0),
+        "retry_on_error": [],
+        "health_check_interval": 0,
+    }
+    return redis.asyncio.Redis.from_url(url, **{**defaults, **options})
+
+
+class Node:
+    """
+    One connection to one server. Not for use by two tasks at once.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._client = client_of(url, single_connection_client=True)
+
+    async def send(self, calls: Sequence[Call], *, asking: bool = False) -> list[Any]:
+        """
+        Reply or error of each call, in order. A script that the server does not know is loaded, and called again.
+
+        Args:
+            asking: the slot of these calls is on its way to this node.
+        """
+        try:
+            replies = await self._send(calls, asking)
+            unknown = [i for i, reply in enumerate(replies) if isinstance(reply, redis.exceptions.NoScriptError)]
+            if unknown:
+                for script in sorted({calls[i].script for i in unknown}):
+                    await self._client.script_load(scripts.source(script))
+                for i, reply in zip(unknown, await self._send([calls[i] for i in unknown], asking), strict=True):
+                    replies[i] = reply
+        except (*LOST, redis.RedisError) as error:
+            heed_cancellation()
+            return [error] * len(calls)
+        heed_cancellation()
+        return replies
+
+    async def _send(self, calls: Sequence[Call], asking: bool) -> list[Any]:
+        pipeline = self._client.pipeline(transaction=False)
+        for call in calls:
+            if asking:
+                pipeline.execute_command("ASKING")
+            pipeline.execute_command(*scripts.words(call))
+        replies: list[Any] = await pipeline.execute(raise_on_error=False)
+        return replies[1::2] if asking else replies
+
+    async def command(self, *words: Any) -> Any:
+        """
+        One plain command.
+
+        Raises:
+            redis.RedisError: as redis-py raises it.
+        """
+        execute: Any = self._client.execute_command
+        try:
+            reply = await execute(*words)
+        except LOST:
+            heed_cancellation()
+            raise
+        heed_cancellation()
+        return reply
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+
+class Servers(Protocol):
+    """
+    What is behind a URL.
+    """
+
+    async def send(self, calls: Sequence[Call]) -> list[Any]:
+        """
+        Reply or error of each call, in order.
+        """
+
+    async def pop(self, keys: Sequence[str], timeout_s: float) -> bool:
+        """
+        Wait for a token in any of these lists; False when none came in time. Raises what redis-py raises.
+        """
+
+    async def infos(self) -> list[dict[str, Any]]:
+        """
+        INFO of each that takes writes. Raises what redis-py raises.
+        """
+
+    async def close(self) -> None: ...
+
+
+def servers_of(url: str) -> Servers:
+    place = place_of(url)
+    return Cluster(place) if place.kind == "cluster" else Primary(place)
+
+
+async def some_url(place: Place) -> str:
+    """
+    Where one server is that can be asked right now: the server, the primary, or a node of the cluster.
+
+    Raises:
+        ConnectionLostError: the Sentinels know no primary that lives.
+        RedisError: they know none of this name.
+    """
+    match place.kind:
+        case "embedded":
+            return server.shared().url
+        case "sentinel":
+            return place.server_url(await _primary_address(place))
+        case "cluster":
+            return place.server_url(random.choice(place.addresses))
+        case "server":
+            return place.url
+
+
+async def _primary_address(place: Place) -> Address:
+    sentinels = Sentinel([])  # type: ignore[no-untyped-call]
+    sentinels.sentinels = [client_of(place.sentinel_url(address)) for address in place.addresses]
+    try:
+        address: Address = await sentinels.discover_master(place.primary)
+        heed_cancellation()
+        return address
+    except redis.sentinel.MasterNotFoundError as error:
+        heed_cancellation()
+        where, known = masked(place.url), await _names_known(sentinels)
+        if known and place.primary not in known:
+            raise RedisError(
+                f"The Sentinels at {where} know no primary {place.primary!r}; they know: {', '.join(known)}"
+            ) from None
+        problem = f"the Sentinels know no primary {place.primary!r} that lives" if known else "no Sentinel answers"
+        raise ConnectionLostError(f"Cannot reach Redis at {where} ({problem})") from error
+    finally:
+        await sentinels.aclose()
+
+
+async def _names_known(sentinels: Sentinel) -> list[str]:
+    names: set[str] = set()
+    for sentinel in sentinels.sentinels:
+        try:
+            names.update(dict(await sentinel.sentinel_masters()))  # type: ignore[arg-type]
+        except LOST:
+            heed_cancellation()
+    return sorted(names)
+
+
+class Primary:
+    """
+    One server; where Sentinels watch, whichever is the primary now: it is looked up again after each loss.
+    """
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self._node: Node | None = None
+
+    async def send(self, calls: Sequence[Call]) -> list[Any]:
+        try:
+            node = await self._reached()
+        except (*LOST, RedisError) as error:
+            return [error] * len(calls)
+        replies = await node.send(calls)
+        await self._forget_demoted(replies)
+        return replies
+
+    async def pop(self, keys: Sequence[str], timeout_s: float) -> bool:
+        node = await self._reached()
+        try:
+            return await node.command("BLPOP", *keys, timeout_s) is not None
+        except (*LOST, redis.RedisError) as error:
+            await self._forget_demoted([error])
+            raise
+
+    async def infos(self) -> list[dict[str, Any]]:
+        return [await (await self._reached()).command("INFO")]
+
+    async def _reached(self) -> Node:
+        if self._node is None:
+            self._node = Node(await some_url(self._place))
+        return self._node
+
+    async def _forget_demoted(self, replies: Sequence[Any]) -> None:
+        if self._node is not None and any(isinstance(reply, LOST) or is_demotion(reply) for reply in replies):
+            node, self._node = self._node, None
+            await node.close()
+
+    async def close(self) -> None:
+        if self._node is not None:
+            await self._node.close()
+
+
+class Cluster:
+    """
+    The primaries of a cluster. A call goes to the node that owns the slot of its first key, all nodes at the same time.
+    """
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self._owners: dict[int, Address] = {}
+        self._nodes: dict[Address, Node] = {}
+        self._bells: dict[str, Node] = {}
+        self._waiting: dict[str, asyncio.Task[bool]] = {}
+
+    async def send(self, calls: Sequence[Call]) -> list[Any]:
+        replies: list[Any] = [None] * len(calls)
+        left: dict[int, Address | None] = dict.fromkeys(range(len(calls)))  # and where a call was told to ask
+        for _ in range(REDIRECTS):
+            try:
+                await self._know_owners()
+            except (*LOST, redis.RedisError) as error:
+                heed_cancellation()
+                for i in left:
+                    replies[i] = error
+                return replies
+            groups: dict[tuple[Address, bool], list[int]] = {}
+            for i, told in left.items():
+                groups.setdefault((told or self._owner(calls[i].keys[0]), told is not None), []).append(i)
+            answers = await asyncio.gather(
+                *(self._send_to(to, [calls[i] for i in some], asking) for (to, asking), some in groups.items())
+            )
+            left = {}
+            for some, got in zip(groups.values(), answers, strict=True):
+                for i, reply in zip(some, got, strict=True):
+                    replies[i] = reply
+                    if isinstance(reply, redis.exceptions.AskError):  # MOVED is one too
+                        left[i] = self._redirected(reply)
+            if not left:
+                return replies
+        for i in left:
+            replies[i] = redis.exceptions.TryAgainError(text_of(replies[i]), status_code="TRYAGAIN")
+        return replies
+
+    async def _send_to(self, address: Address, calls: Sequence[Call], asking: bool) -> list[Any]:
+        replies = await self._node(address).send(calls, asking=asking)
+        if any(_is_out_of_date(reply) for reply in replies):
+            self._owners.clear()
+        return replies
+
+    def _redirected(self, error: redis.exceptions.AskError) -> Address | None:
+        address = (error.host or self._place.addresses[0][0], error.port)
+        if not isinstance(error, redis.exceptions.MovedError):
+            return address
+        self._owners[error.slot_id] = address
+        return None
+
+    def _owner(self, key: str) -> Address:
+        # A slot that nobody owns: any node answers with the error to tell.
+        return self._owners.get(key_slot(key.encode())) or next(iter(self._owners.values()))
+
+    def _node(self, address: Address) -> Node:
+        if address not in self._nodes:
+            self._nodes[address] = Node(self._place.server_url(address))
+        return self._nodes[address]
+
+    async def _know_owners(self) -> None:
+        """
+        Ask for the map of slots, where it is not known or was found to be out of date.
+        """
+        if self._owners:
+            return
+        known = list(self._nodes)
+        candidates = random.sample(known, len(known)) + [one for one in self._place.addresses if one not in known]
+        lost: BaseException | None = None
+        for address in candidates:
+            try:
+                ranges = await self._node(address).command("CLUSTER", "SLOTS")
+            except LOST as error:
+                lost = error
+                await self._drop(address)
+                continue
+            for start, end, (host, port, *_), *_ in ranges:
+                for slot in range(int(start), int(end) + 1):
+                    self._owners[slot] = (host or address[0], int(port))
+            if self._owners:
+                return
+            lost = redis.exceptions.ClusterDownError("Hash slot not served", status_code="CLUSTERDOWN")
+        assert lost is not None
+        raise lost
+
+    async def _drop(self, address: Address) -> None:
+        node = self._nodes.pop(address, None)
+        if node is not None:
+            await node.close()
+
+    async def pop(self, keys: Sequence[str], timeout_s: float) -> bool:
+        """
+        One blocking read per key, as no command may touch two slots; each has a connection of its own. Those that have
+        not ended when one has go on until the next `pop`: to break one off could lose its token.
+        """
+        await self._know_owners()
+        for key in keys:
+            if key not in self._waiting:
+                self._waiting[key] = asyncio.create_task(self._pop_one(key, timeout_s), name=f"bell {key}")
+        await asyncio.wait(
+            [self._waiting[key] for key in keys], timeout=timeout_s + 1, return_when=asyncio.FIRST_COMPLETED
+        )
+        ended = [self._waiting.pop(key) for key in keys if self._waiting[key].done()]
+        errors = [error for task in ended if (error := task.exception()) is not None]
+        if errors:
+            raise errors[0]
+        return any(task.result() for task in ended)
+
+    async def _pop_one(self, key: str, timeout_s: float) -> bool:
+        url = self._place.server_url(self._owner(key))
+        node = self._bells.get(key)
+        if node is None or node.url != url:
+            if node is not None:
+                await node.close()
+            node = self._bells[key] = Node(url)
+        try:
+            return await node.command("BLPOP", key, timeout_s) is not None
+        except redis.exceptions.AskError as error:
+            if self._redirected(error) is not None:  # on its way, and empty: come back later
+                await asyncio.sleep(timeout_s)
+            return False
+        except (*LOST, redis.RedisError) as error:
+            if _is_out_of_date(error):
+                self._owners.clear()
+            raise
+
+    async def infos(self) -> list[dict[str, Any]]:
+        await self._know_owners()
+        return [await self._node(address).command("INFO") for address in sorted(set(self._owners.values()))]
+
+    async def close(self) -> None:
+        for task in self._waiting.values():
+            task.cancel()
+        await asyncio.gather(*self._waiting.values(), return_exceptions=True)
+        for node in (*self._nodes.values(), *self._bells.values()):
+            await node.close()
+
+
+def _is_out_of_date(reply: Any) -> bool:
+    """
+    Whether an answer means that the map of slots may not hold any more.
+    """
+    return isinstance(reply, (*LOST, redis.exceptions.ClusterDownError)) or (
+        isinstance(reply, redis.RedisError) and is_demotion(reply)
+    )

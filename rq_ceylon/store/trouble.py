@@ -1,0 +1,190 @@
+"""
+What goes wrong with Redis, in words for the user: what happened, where, and what to do.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import redis
+from loguru import logger
+
+from rq_ceylon.errors import CeylonError, ConnectionLostError, QueueFullError, RedisError
+from rq_ceylon.settings import Place, masked, place_of, shown_address
+
+LOST = (redis.ConnectionError, redis.TimeoutError, OSError)
+"""What a broken connection raises."""
+
+FLOOR = {"redis": (6, 2), "valkey": (7, 2)}
+
+REMEDIES = (
+    "Start one in another terminal: ceylon server · ceylon up · docker compose up -d redis\n"
+    "Or say where it is: --redis redis://host:6379/0, or the variable CEYLON_REDIS_URL."
+)
+
+# Codes and texts of a restarting, failing-over or busy server: nothing was executed, try again.
+_PASSING = {
+    "LOADING": "it is loading its data",
+    "READONLY": "it is a replica now",
+    "MASTERDOWN": "it is a replica without its primary",
+    "UNBLOCKED": "it became a replica",
+    "CLUSTERDOWN": "the cluster is down",
+    "TRYAGAIN": "a slot of the cluster is being moved",
+    "BUSY ": "it is busy with a script",
+    "NOREPLICAS": "it has too few replicas to write",
+    "MISCONF": "it cannot save to its disk",
+}
+
+_LOST_WORDS = {
+    "refused": "connection refused",
+    "No such file": "no such socket",
+    "Timeout": "no answer in time",
+    "timed out": "no answer in time",
+    "not known": "unknown host",
+    "Name or service": "unknown host",
+    "No address associated": "unknown host",
+    "name resolution": "the name server does not answer",
+    "nodename nor servname": "unknown host",
+    "unreachable": "no way to that network",
+    "Permission denied": "this user may not use the socket",
+}
+
+_said: set[str] = set()
+
+
+def warn_once(message: str) -> None:
+    """
+    Log a warning, unless this process has logged the same before.
+    """
+    if message not in _said:
+        _said.add(message)
+        logger.warning("{}", message)
+
+
+def text_of(error: BaseException) -> str:
+    """
+    An error as the server sent it: redis-py strips the codes that it knows, but not where a script failed on Redis 6.2.
+    """
+    code = getattr(error, "status_code", None)
+    return f"{code} {error}" if code else str(error)
+
+
+def is_demotion(error: BaseException) -> bool:
+    """
+    Whether a server says that it is no primary any more.
+    """
+    return isinstance(error, redis.RedisError) and any(
+        code in text_of(error) for code in ("READONLY", "MASTERDOWN", "UNBLOCKED")
+    )
+
+
+def classified(error: BaseException, url: str, about: str = "") -> CeylonError:
+    """
+    What an error of redis-py or the operating system means to us. By text, not by class: errors from scripts arrive as
+    plain response errors on Redis 6.2.
+
+    Args:
+        about: what was asked for, for a refusal by the ACL.
+    """
+    text, where = text_of(error), masked(url)
+    if isinstance(error, CeylonError):
+        return error
+    if "OOM" in text or "maxmemory" in text:
+        return QueueFullError(
+            f"Redis at {where} is at its memory limit and takes no new tasks; wait until workers have drained it, "
+            "or raise maxmemory"
+        )
+    if isinstance(error, redis.exceptions.AuthenticationError) or any(
+        word in text for word in ("WRONGPASS", "NOAUTH", "Authentication required", "invalid username-password")
+    ):
+        return RedisError(f"Redis at {where} refuses the user or password; check the URL (redis://user:password@host)")
+    if any(word in text for word in ("NOPERM", "no permission", "ACL failure")):
+        what = f"{text}; asked for: {about}" if about else text
+        return RedisError(
+            f"Redis at {where} does not allow what is needed ({what}); see docs/deployment.md for the ACL"
+        )
+    if "LAYOUT" in text:
+        return RedisError(f"Redis at {where} holds data of another version of rq-ceylon ({text}); upgrade this one")
+    if wrong := _wrong_kind(text, place_of(url)) or _tls_problem(text):
+        return RedisError(f"Redis at {where} {wrong}")
+    for code, plain in _PASSING.items():
+        if code in text:
+            return ConnectionLostError(f"Cannot reach Redis at {where} ({plain})")
+    if isinstance(error, LOST):
+        return ConnectionLostError(f"Cannot reach Redis at {where} ({_plain(error, text)})")
+    return RedisError(f"Redis at {where} answered: {text}")
+
+
+def _plain(error: BaseException, text: str) -> str:
+    for words, plain in _LOST_WORDS.items():
+        if words in text:
+            return plain
+    if isinstance(error, redis.TimeoutError | TimeoutError):
+        return "no answer in time"
+    if any(words in text for words in ("closed by server", "reset by peer", "Connection lost", "lost by peer")):
+        return "connection closed"
+    return text or type(error).__name__
+
+
+def _wrong_kind(text: str, place: Place) -> str:
+    address = shown_address(place.addresses[0]) if place.addresses else "host:port"
+    s = "s" if place.tls else ""
+    if re.match(r"(MOVED|ASK|CROSSSLOT) ", text) and place.kind != "cluster":
+        return f"is a node of a cluster; use redis{s}+cluster://{address}"
+    if "cluster support disabled" in text:
+        return f"is not a cluster; use redis{s}://{address}/0"
+    if "unknown command" in text.lower() and place.kind == "sentinel" and "SENTINEL" in text.upper():
+        return f"is not a Sentinel but a server; use redis{s}://{address}/{place.database}"
+    return ""
+
+
+def _tls_problem(text: str) -> str:
+    if "CERTIFICATE_VERIFY_FAILED" in text or "certificate verify failed" in text:
+        reason = re.sub(r"^.*certificate verify failed: |\s*\(_ssl\.c.*$", "", text)
+        return (
+            f"shows a certificate that is not trusted ({reason}); name the CA that signed it: "
+            "rediss://…?ssl_ca_certs=/path/to/ca.pem"
+        )
+    if any(word in text for word in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG")):
+        return "does not speak TLS at this port; use redis:// or its TLS port"
+    if "CERTIFICATE_REQUIRED" in text or "certificate required" in text:
+        return (
+            "wants a certificate of this client; name it: rediss://…?ssl_certfile=/path/to/cert.pem&ssl_keyfile=/path"
+        )
+    if "[SSL" in text:
+        return f"and this client do not agree on TLS ({text})"
+    return ""
+
+
+def unfit(info: Mapping[str, Any], place: Place) -> str:
+    """
+    Why a server with this INFO cannot do this work, and the remedy; '' if it can.
+    """
+    engine = "valkey" if "valkey_version" in info else "redis"
+    version = str(info.get("valkey_version") or info.get("redis_version") or "0.0")
+    address = shown_address(place.addresses[0]) if place.addresses else "host:port"
+    s = "s" if place.tls else ""
+    mode = info.get("redis_mode")
+    if mode == "sentinel":
+        names = sorted(str(facts.get("name")) for name, facts in info.items() if re.fullmatch(r"master\d+", name))
+        return (
+            f"is a Sentinel; use redis{s}+sentinel://{address}/{names[0] if len(names) == 1 else 'primary-name'}/0"
+            + (f" (it knows: {', '.join(names)})" if len(names) > 1 else "")
+        )
+    if mode == "cluster" and place.kind != "cluster":
+        return f"is a node of a cluster; use redis{s}+cluster://{address}"
+    if tuple(int(part) for part in version.split(".")[:2]) < FLOOR[engine]:
+        floor = ".".join(map(str, FLOOR[engine]))
+        return f"is {engine} {version}; at least {engine} {floor} is needed: upgrade it"
+    policy = info.get("maxmemory_policy", "noeviction")
+    if policy != "noeviction":
+        return (
+            f"evicts keys when memory is short (maxmemory-policy {policy}), which would lose tasks; "
+            "set it with: redis-cli CONFIG SET maxmemory-policy noeviction"
+        )
+    if info.get("role") == "slave":
+        primary = shown_address((str(info.get("master_host")), int(info.get("master_port", 6379))))
+        return f"is a replica, which takes no tasks; use its primary: redis{s}://{primary}/{place.database}"
+    return ""
