@@ -205,6 +205,7 @@ class TaskGroup:
         priority: for tasks that name none.
         retention: how long the group is kept after it finished; default 24 h.
         description: for people.
+        depends_on: ids of groups that must complete before this one starts.
     """
 
     name: str
@@ -216,6 +217,7 @@ class TaskGroup:
     priority: Priority | str | None = None
     retention: Duration = DEFAULT_RETENTION_S
     description: str = ""
+    depends_on: Sequence[str] = ()
 
 
 COUNTERS = ("waiting", "pending", "in_progress", "completed", "failed", "cancelled")
