@@ -209,7 +209,7 @@ def test_a_dry_run_checks_the_file_and_needs_no_redis(commands: Commands, store:
     without = Commands("", commands.folder).run("submit", "group.yaml", "--dry-run")
 
     assert (ended.returncode, without.returncode) == (0, 0), ended.stderr + without.stderr
-    assert "2 tasks, valid" in ended.stdout
+    assert "valid: 1 group, 2 tasks" in ended.stdout
     assert store.keys("*") == []
 
 

@@ -14,18 +14,23 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rq_ceylon import groupfile
 from rq_ceylon.errors import GroupFileError
-from rq_ceylon.groupfile import load
+from rq_ceylon.groupfile import load, reader
 from rq_ceylon.models import Goal, Priority, Task, TaskGroup
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
-TASK_KEYS = "use one of uses, role, duration, timeout, max_attempts, priority, delay, expires, metadata, with, needs"
+TASK_KEYS = "use one of uses, role, duration, timeout, max_attempts, priority, delay, expires, metadata, with, "
+TASK_KEYS += "needs, matrix"
 DEFAULT_KEYS = "use one of uses, role, duration, timeout, max_attempts, priority, delay, expires, metadata"
-GROUP_KEYS = "use one of name, description, key, priority, retention, defaults, tasks, goal"
+GROUP_KEYS = "use one of name, description, key, priority, retention, defaults, tasks, goal, depends_on"
 DURATIONS = "give seconds (30) or text such as 30s, 5m, 1h30m, 250ms, 2d"
 IDS = "use 1 to 64 letters, digits and . _ : -"
+
+
+def loaded(text: str | bytes, filename: str = "group.yaml") -> TaskGroup:
+    (group,) = load(text, filename)
+    return group
 
 
 def problems(text: str | bytes) -> list[str]:
@@ -124,25 +129,25 @@ tasks: {a: }
 name: x
 tasks:
   a:
-    matrix: {n: [1, 2]}
+    retries: 3
     depends_on: [b]
 """,
             [
-                f"4:5: tasks.a.matrix: unknown key; {TASK_KEYS}",
+                f"4:5: tasks.a.retries: unknown key; {TASK_KEYS}",
                 f"5:5: tasks.a.depends_on: unknown key; {TASK_KEYS}",
             ],
-            id="matrix",
+            id="unknown_keys_of_a_task",
         ),
         pytest.param(
             """\
 name: x
-depends_on: other
+needs: other
 tasks: {a: }
 """,
             [
-                f"2:1: depends_on: unknown key; {GROUP_KEYS}",
+                f"2:1: needs: unknown key; {GROUP_KEYS}",
             ],
-            id="depends_on",
+            id="needs_of_a_group",
         ),
         pytest.param(
             """\
@@ -464,9 +469,13 @@ name: x
 tasks: {a: }
 ---
 name: y
+tasks: {a: {rolle: r}}
+--- {}
 """,
             [
-                "3:1: file: a second document starts here; give each group a file of its own",
+                '5:13: tasks.a.rolle: unknown key; did you mean "role"?',
+                "6:5: name: missing; add it",
+                "6:5: tasks: missing; add it",
             ],
             id="second_document",
         ),
@@ -749,7 +758,7 @@ def test_a_full_file_becomes_the_group_it_describes() -> None:
            success_message: Done!, failure_message: Not done.}
     """
 
-    assert load(text, "group.yaml") == TaskGroup(
+    assert loaded(text, "group.yaml") == TaskGroup(
         "Thumbnails",
         [
             Task(
@@ -781,6 +790,7 @@ def test_a_full_file_becomes_the_group_it_describes() -> None:
         key="album-7",
         priority=Priority.LOW,
         retention=172800,
+        depends_on=[],
         defaults=Task(role="processor", timeout=90, max_attempts=5),
     )
 
@@ -791,17 +801,17 @@ def test_json_and_yaml_of_the_same_group_are_the_same_group() -> None:
         "tasks": {"a": {"with": {"x": [1, -2.5e3, 1e5, True, None, "yes", ""], "😀": {}}}, "b": {"needs": ["a"]}},
         "goal": "completed >= 1",
     }
-    expected = load(yaml.safe_dump(group, allow_unicode=False), "group.yaml")
+    expected = loaded(yaml.safe_dump(group, allow_unicode=False), "group.yaml")
 
     assert expected.name == group["name"]
     for text in (json.dumps(group), json.dumps(group, indent="\t"), json.dumps(group, separators=(",", ":"))):
-        assert load(text, "group.json") == expected
-        assert load(text.encode(), "group.json") == expected
-        assert load("\ufeff" + text, "group.json") == expected
+        assert loaded(text, "group.json") == expected
+        assert loaded(text.encode(), "group.json") == expected
+        assert loaded("\ufeff" + text, "group.json") == expected
 
 
 def test_tasks_may_be_a_list_and_need_no_id() -> None:
-    group = load("name: x\ntasks:\n- {id: 1}\n-\n- {needs: 1}\n- uses: echo\n", "group.yaml")
+    group = loaded("name: x\ntasks:\n- {id: 1}\n-\n- {needs: 1}\n- uses: echo\n", "group.yaml")
 
     assert list(group.tasks) == [
         Task(id="1", needs=[]),
@@ -818,7 +828,7 @@ def test_words_and_odd_numbers_stay_the_text_they_are() -> None:
     words = ["yes", "no", "on", "off", "y", "n", "1:30", "12:30:00", "010", "0o10", "0x1F", "1_000", "+1", ".5", "1."]
     words += ["2026-01-01", "2026-01-01T10:00:00Z", "=", "<<", "nan", "inf"]
     text = f"name: no\ntasks:\n  on: {{with: {{x: [{', '.join(words)}]}}}}\n  1: {{needs: on}}\n  010: {{needs: 1}}\n"
-    group = load(text, "group.yaml")
+    group = loaded(text, "group.yaml")
 
     assert group.name == "no"
     assert [(task.id, list(task.needs)) for task in group.tasks] == [("on", []), ("1", ["on"]), ("010", ["1"])]
@@ -827,30 +837,30 @@ def test_words_and_odd_numbers_stay_the_text_they_are() -> None:
 
 def test_numbers_truths_and_null_are_those_of_json() -> None:
     text = "name: x\ntasks: {a: {with: {x: [0, -1, 1.5, 1e3, true, False, null, ~, , \"1\", 'true']}}}\n"
-    (task,) = load(text.replace(", ,", ","), "group.yaml").tasks
+    (task,) = loaded(text.replace(", ,", ","), "group.yaml").tasks
 
     assert task.arguments == {"x": [0, -1, 1.5, 1000.0, True, False, None, None, "1", "true"]}
 
 
 def test_a_pair_of_surrogates_stays_text_where_single_quotes_say_so() -> None:
-    group = load("{name: '\\ud83d\\ude00', tasks: {a: }}", "group.yaml")
+    group = loaded("{name: '\\ud83d\\ude00', tasks: {a: }}", "group.yaml")
 
     assert group.name == "\\ud83d\\ude00"
 
 
 def test_a_file_of_16_mib_is_read_and_a_larger_one_refused_before_it_is_read() -> None:
     text = "name: x\ntasks: {a: }\n#"
-    room = groupfile.MAX_BYTES - len(text)
+    room = reader.MAX_BYTES - len(text)
     padding = "é" * (room // 2) + "." * (room % 2)
 
-    assert load(text + padding, "group.yaml").name == "x"
+    assert loaded(text + padding, "group.yaml").name == "x"
     assert problems(text + padding + ".") == [
         "group.yaml:1:1: file: 16,777,217 bytes, more than 16,777,216; split it into several groups"
     ]
 
 
 def test_values_are_counted_so_that_a_small_file_cannot_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(groupfile, "MAX_VALUES", 10)
+    monkeypatch.setattr(reader, "MAX_VALUES", 10)
 
     assert problems("name: x\ntasks: {a: {with: {x: [1, 2, 3, 4, 5, 6]}}}\n") == [
         "group.yaml:2:36: file: more than 10 values; split it into several groups"
@@ -860,7 +870,7 @@ def test_values_are_counted_so_that_a_small_file_cannot_fill_the_memory(monkeypa
 def test_twenty_levels_are_not_too_deep() -> None:
     nested = "[" * 16 + "1" + "]" * 16
 
-    assert load(f"name: x\ntasks: {{a: {{with: {{x: {nested}}}}}}}\n", "group.yaml").name == "x"
+    assert loaded(f"name: x\ntasks: {{a: {{with: {{x: {nested}}}}}}}\n", "group.yaml").name == "x"
     assert problems(f"name: x\ntasks: {{a: {{with: {{x: [{nested}]}}}}}}\n") == [
         "group.yaml:2:39: tasks.a.with.x: nested more than 20 deep; make it flatter"
     ]
@@ -902,7 +912,7 @@ def test_no_message_can_forge_a_line_or_steer_a_terminal(text: str) -> None:
 def test_without_libyaml_the_pure_python_parser_is_as_strict(
     text: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(groupfile, "_Loader", yaml.SafeLoader)
+    monkeypatch.setattr(reader, "_Loader", yaml.SafeLoader)
 
     assert re.match(f"group.yaml:{expected}", "\n".join(problems(text)))
 
@@ -948,7 +958,7 @@ FRAGMENTS += [
 def test_no_text_ends_in_a_traceback(text: str | bytes) -> None:
     for loader in (yaml.CSafeLoader, yaml.SafeLoader):
         with pytest.MonkeyPatch.context() as patch, suppress(GroupFileError):
-            patch.setattr(groupfile, "_Loader", loader)
+            patch.setattr(reader, "_Loader", loader)
             load(text, "group.yaml")
 
 
@@ -956,16 +966,16 @@ def test_the_error_is_one_text_with_a_problem_per_line() -> None:
     with pytest.raises(
         GroupFileError, match=r"^a\.yaml:1:1: name: missing; add it\na\.yaml:1:1: tasks: missing; add it$"
     ):
-        load("{}", "a.yaml")
+        loaded("{}", "a.yaml")
 
 
 @pytest.mark.parametrize("name", ["data_processing.yaml", "dag.yaml"])
 def test_the_examples_load(name: str) -> None:
-    assert load((EXAMPLES / name).read_bytes(), name).goal
+    assert loaded((EXAMPLES / name).read_bytes(), name).goal
 
 
 def test_the_example_of_the_tutorial_asks_for_five_of_ten() -> None:
-    group = load((EXAMPLES / "data_processing.yaml").read_text(), "data_processing.yaml")
+    group = loaded((EXAMPLES / "data_processing.yaml").read_text(), "data_processing.yaml")
 
     assert group.name == "Data Processing"
     assert group.defaults == Task(role="processor", duration=1)

@@ -5,15 +5,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from rq_ceylon.cli.common import CONTEXT, EXIT_CODES, reported, run_async, settings, to_json, where
+from rq_ceylon.cli.files import in_words, read_groups
 
 if TYPE_CHECKING:
-    from rq_ceylon.client import GroupHandle
+    from rq_ceylon.client import Client, GroupHandle
     from rq_ceylon.models import GroupView, TaskGroup
 
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 @click.option("--wait", "wait", flag_value="auto", is_flag=False, default=None, metavar="[=goal|all]",
               help="Wait: bare, for the goals, or without goals for all tasks.")  # fmt: skip
 @click.option("--timeout", metavar="DURATION", help="Give up waiting after this; the group goes on.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, a line for each group.")
 @click.option("--require-workers", is_flag=True, help="Refuse if a role has no live worker.")
 @click.option("--key", metavar="KEY", help="Submitting the same content again under a key changes nothing.")
 @where
@@ -41,15 +43,15 @@ def submit(
     namespace: str | None,
 ) -> None:
     """
-    Submit a group of tasks from a YAML or JSON file; - reads standard input.
+    Submit groups of tasks from a YAML or JSON file, one per document; - reads standard input.
 
     \b
     Examples:
       ceylon-submit examples/data_processing.yaml --wait=all
       generate-group | ceylon-submit - --key nightly-2026-11-24
 
-    Prints the group's id. With --wait a bar shows how far it is, with a mark at the goal; Ctrl-C stops watching, the
-    group goes on.
+    Prints the id of each group. With --wait a bar shows how far it is, with a mark at the goal; Ctrl-C stops watching,
+    the group goes on.
     """
     from rq_ceylon.errors import InvalidInputError
     from rq_ceylon.models import seconds
@@ -58,66 +60,68 @@ def submit(
         # `--wait FILE` would take the file for the value: say so, instead of "missing argument".
         raise InvalidInputError(f"--wait: {wait!r} is not known; write --wait, --wait=goal or --wait=all")
     limit = None if timeout is None else seconds(timeout, "--timeout")
-    group = _read(file)
+    groups = read_groups(file)
     if key is not None:
-        group.key = key
+        if len(groups) > 1:
+            raise InvalidInputError(f"--key: {file} has {len(groups)} groups; write key: into each of them instead")
+        groups[0].key = key
+    if dry_run or len(groups) > 1:
+        words = in_words(groups)
     if dry_run:
-        _check(group)
-        click.echo(f"{file}: {len(list(group.tasks))} tasks, valid; nothing was sent")
+        click.echo(f"{file}: valid: {words}; nothing was sent")
         return
     place = settings(redis_url, namespace)
     sys.exit(
         run_async(
-            _submit(place.redis_url, place.namespace, group, wait, limit, as_json=as_json, require=require_workers)
+            _submit(place.redis_url, place.namespace, groups, wait, limit, as_json=as_json, require=require_workers)
         )
     )
 
 
-def _read(file: str) -> TaskGroup:
-    from rq_ceylon.errors import InvalidInputError
-    from rq_ceylon.groupfile import load
-
-    if file == "-":
-        return load(sys.stdin.buffer.read(), "<stdin>")
-    try:
-        with open(file, "rb") as opened:
-            return load(opened.read(), file)
-    except OSError as error:
-        raise InvalidInputError(f"{file}: cannot be read ({error.strerror}); give a YAML or JSON file, or -") from error
-
-
-def _check(group: TaskGroup) -> None:
-    """
-    All that a submission checks before it sends.
-    """
-    from rq_ceylon.client import check_group
-
-    check_group(group)
-
-
 async def _submit(
-    url: str, namespace: str, group: TaskGroup, wait: str | None, limit: float | None, *, as_json: bool, require: bool
+    url: str,
+    namespace: str,
+    groups: Sequence[TaskGroup],
+    wait: str | None,
+    limit: float | None,
+    *,
+    as_json: bool,
+    require: bool,
 ) -> int:
     from rq_ceylon.client import Client
+    from rq_ceylon.groupfile import resolved
 
     async with Client(url, namespace=namespace) as client:
-        handle = await client.submit(group, require_workers=require)
-        view = await handle.view()
-        if not as_json:
-            known = " (already submitted)" if handle.repeated else ""
-            click.echo(f"Submitted {view.counters.total} tasks as group {handle.id}{known}", err=True)
-            roles = {task.role async for task in handle.tasks()} if view.counters.total <= 10_000 else set()
-            for words in await client.missing_roles(roles):
-                click.echo(f"Note: {words}", err=True)
+        handles: list[GroupHandle] = []
+        for group in groups:
+            group.depends_on = resolved(group, [(one, handle.id) for one, handle in zip(groups, handles, strict=False)])
+            handles.append(await client.submit(group, require_workers=require))
+            if not as_json:
+                await _tell(client, handles[-1], print_id=wait is None)
         code = 0
-        if wait is not None:
-            until: Literal["goal", "all"] = "all" if wait == "all" else "goal"
-            view, code = await follow(handle, until, limit)
-        if as_json:
-            click.echo(to_json({"schema": 1, "group": group_facts(view), "goals": goal_facts(view)}))
-        elif wait is None:
-            click.echo(handle.id)
+        for handle in handles:
+            view = await handle.view()
+            if wait is not None:
+                until: Literal["goal", "all"] = "all" if wait == "all" else "goal"
+                view, one_code = await follow(handle, until, limit)
+                code = code or one_code
+            if as_json:
+                click.echo(to_json({"schema": 1, "group": group_facts(view), "goals": goal_facts(view)}))
         return code
+
+
+async def _tell(client: Client, handle: GroupHandle, *, print_id: bool) -> None:
+    """
+    Say what was submitted, and which of its roles nobody serves.
+    """
+    view = await handle.view()
+    known = " (already submitted)" if handle.repeated else ""
+    click.echo(f"Submitted {view.counters.total} tasks as group {handle.id}{known}", err=True)
+    roles = {task.role async for task in handle.tasks()} if view.counters.total <= 10_000 else set()
+    for words in await client.missing_roles(roles):
+        click.echo(f"Note: {words}", err=True)
+    if print_id:
+        click.echo(handle.id)
 
 
 async def follow(handle: GroupHandle, until: Literal["goal", "all"], limit: float | None) -> tuple[GroupView, int]:

@@ -1,0 +1,163 @@
+"""
+`ceylon validate`, `ceylon schema`, `ceylon graph`: group files without a submission.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from rq_ceylon.cli.common import reported, run_async, settings, where
+
+if TYPE_CHECKING:
+    from rq_ceylon.graph import Drawing
+    from rq_ceylon.models import TaskGroup
+
+GOALS_LATER = "whether a goal is possible is judged at the submission"
+"""The one evaluator of goals runs in Redis, so nothing here can tell."""
+
+
+def read_groups(file: str) -> list[TaskGroup]:
+    """
+    The groups of a file; - is standard input.
+
+    Raises:
+        InvalidInputError: it cannot be read, or is not valid.
+    """
+    from rq_ceylon.errors import InvalidInputError
+    from rq_ceylon.groupfile import load
+    from rq_ceylon.groupfile.reader import MAX_BYTES
+
+    if file == "-":
+        return load(sys.stdin.buffer.read(MAX_BYTES + 1), "<stdin>")
+    try:
+        with open(file, "rb") as opened:
+            text = opened.read(MAX_BYTES + 1)  # more is refused unread, even if it has no end
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise InvalidInputError(f"{file}: cannot be read ({why}); give a YAML or JSON file, or -") from error
+    return load(text, file)
+
+
+def in_words(groups: list[TaskGroup]) -> str:
+    """
+    What a file holds, once all is checked that a submission checks before it sends.
+
+    Raises:
+        InvalidInputError: as `Client.submit`.
+    """
+    from rq_ceylon.client import check_group
+    from rq_ceylon.goals import compile_goals
+    from rq_ceylon.models import DEFAULT_ROLE
+
+    tasks, goals, roles = 0, 0, set[str]()
+    for group in groups:
+        check_group(group)
+        goals += len(compile_goals(group.goal))
+        for task in group.tasks:
+            tasks += 1
+            roles.add(task.role or group.defaults.role or DEFAULT_ROLE)
+    served = f"{_counted(len(roles), 'role')} ({', '.join(sorted(roles))})"
+    parts = [_counted(len(groups), "group"), _counted(tasks, "task"), served, _counted(goals, "goal")]
+    return ", ".join(parts) + (f"; {GOALS_LATER}" if goals else "")
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+@click.command()
+@click.argument("files", metavar="FILE...", nargs=-1, required=True)
+@reported
+def validate(files: tuple[str, ...]) -> None:
+    """
+    Check group files: all that a submission checks before it sends. Needs no Redis.
+
+    Every problem is a line FILE:LINE:COLUMN: WHERE: WHAT; REMEDY.
+    """
+    from rq_ceylon.errors import InvalidInputError
+
+    code = 0
+    for file in files:
+        try:
+            click.echo(f"{file}: valid: {in_words(read_groups(file))}")
+        except InvalidInputError as error:
+            click.echo(str(error), err=True)
+            code = error.exit_code
+    sys.exit(code)
+
+
+@click.command()
+@reported
+def schema() -> None:
+    """
+    Print the JSON Schema of group files, for editors.
+
+    \b
+    Example:
+      ceylon schema > ceylon-group.schema.json
+    and in a file's first line:
+      # yaml-language-server: $schema=ceylon-group.schema.json
+    """
+    from rq_ceylon import groupfile
+
+    click.echo(groupfile.schema(), nl=False)
+
+
+@click.command()
+@click.argument("source", metavar="FILE|GROUP")
+@where
+@reported
+def graph(source: str, redis_url: str | None, namespace: str | None) -> None:
+    """
+    Print what needs what, as a Mermaid flowchart: of a group file, or of a submitted group with its states.
+
+    Many tasks are drawn as one box per kind: those that need the same kinds of tasks, in the same role. Of a submitted
+    group only the needs of tasks that have not ended are known.
+
+    \b
+    Example:
+      ceylon graph examples/dag.yaml
+    """
+    from rq_ceylon.graph import draw
+
+    if source == "-" or Path(source).exists() or Path(source).suffix in (".yaml", ".yml", ".json"):
+        click.echo(draw(_of_file(source)), nl=False)
+        return
+    place = settings(redis_url, namespace)
+    click.echo(draw([run_async(_of_group(place.redis_url, place.namespace, source))]), nl=False)
+
+
+def _of_file(file: str) -> list[Drawing]:
+    from rq_ceylon.graph import Drawing
+    from rq_ceylon.groupfile import resolved
+    from rq_ceylon.models import DEFAULT_ROLE
+
+    drawn: list[tuple[TaskGroup, str]] = []
+    found = []
+    for number, group in enumerate(read_groups(file), 1):
+        drawing = Drawing(f"g{number}", group.name, depends_on=resolved(group, drawn))
+        for at, task in enumerate(group.tasks, 1):
+            drawing.add(task.id or str(at), task.needs, task.role or group.defaults.role or DEFAULT_ROLE)
+        drawn.append((group, drawing.id))
+        found.append(drawing)
+    return found
+
+
+async def _of_group(url: str, namespace: str, gid: str) -> Drawing:
+    from rq_ceylon.client import Client
+    from rq_ceylon.graph import Drawing
+    from rq_ceylon.store import queries
+
+    async with Client(url, namespace=namespace) as client:
+        handle = client.group(gid)
+        view = await handle.view()
+        drawing = Drawing("g1", view.name)
+        async for task in handle.tasks():
+            drawing.add(task.id, (), task.role, str(task.status))
+        for at in range(0, len(ids := list(drawing.needs)), 500):
+            drawing.needs.update(await queries.needs(client.connection, client.keys, gid, ids[at : at + 500]))
+        return drawing

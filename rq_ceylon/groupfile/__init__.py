@@ -1,0 +1,134 @@
+"""
+Reads group files, YAML or JSON with one group per document, or says everything that is wrong with them and where.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.resources import files
+from typing import Any
+
+from rq_ceylon import goals
+from rq_ceylon.groupfile.reader import Document, Path, Problems, read
+from rq_ceylon.groupfile.shape import DefaultFields, GoalFields, GroupFields, guess, shape
+from rq_ceylon.groupfile.tasks import read_tasks, read_texts
+from rq_ceylon.models import Goal, Task, TaskGroup
+
+GROUP_ID = re.compile("[0-9a-v]{20}|k[0-9a-f]{20}")
+"""What the ids of submitted groups look like; else `depends_on` names the key or name of a document further up."""
+
+
+def load(text: str | bytes, filename: str) -> list[TaskGroup]:
+    """
+    Read the groups of a file, in its order; `filename` is only what the problems are prefixed with.
+
+    Tasks that come of a matrix are made while one goes through `tasks`. In `depends_on` stand ids, and the keys or
+    names of groups further up: `resolved` makes ids of these.
+
+    Raises:
+        GroupFileError: with all problems, in the order of the file. Only bad syntax and limits end the search early.
+    """
+    problems = Problems(filename)
+    documents = read(text, problems)
+    parts = [_parts(document) for document in documents]
+    _check_groups(documents)
+    if problems.found:
+        problems.give_up()
+    return [TaskGroup(**fields) for fields in parts]
+
+
+def schema() -> str:
+    """
+    JSON Schema (draft 2020-12) of one document, for editors. It cannot tell all that `load` can, such as a need that
+    nothing meets, and refuses nothing that `load` takes.
+    """
+    return files(__package__).joinpath("group.schema.json").read_text()
+
+
+def resolved(group: TaskGroup, submitted: Sequence[tuple[TaskGroup, str]]) -> list[str]:
+    """
+    The ids of the groups on which this one of a file depends, given those of the file submitted so far.
+    """
+    names = {one.name: gid for one, gid in submitted} | {one.key: gid for one, gid in submitted if one.key}
+    return [names.get(name, name) for name in group.depends_on]
+
+
+def _parts(document: Document) -> dict[str, Any]:
+    data = document.value
+    group = shape(document, GroupFields, data, ())
+    given = data if isinstance(data, dict) else {}
+    defaults = shape(
+        document, DefaultFields, read_texts(document, ("defaults",), given.get("defaults"), None), ("defaults",)
+    )
+    tasks, goal = read_tasks(document, given.get("tasks")), _goals(document, given.get("goal"))
+    return dict(group or ()) | {"tasks": tasks, "goal": goal, "defaults": Task(**dict(defaults or ()))}
+
+
+def _goals(document: Document, data: Any) -> list[Goal]:
+    found: list[Goal] = []
+    for at, value in enumerate(data if isinstance(data, list) else [] if data is None else [data]):
+        path: Path = ("goal", at) if isinstance(data, list) else ("goal",)
+        fields = shape(document, GoalFields, {"when": value} if isinstance(value, str) else value, path)
+        if fields and document.check(path, goals.compile_goals, [*found, Goal(**dict(fields))]):
+            found.append(Goal(**dict(fields)))
+    return found
+
+
+def _check_groups(documents: Sequence[Document]) -> None:
+    """
+    Groups depend only on groups that are there before them, and no two share a key.
+    """
+    titles = [_titles(document) for document in documents]
+    keys = [key for key, _ in titles]
+    steps: list[dict[int, tuple[Path, str]]] = []  # by document: those it depends on, and where it says so
+    for here, document in enumerate(documents):
+        if keys[here] is not None and keys.index(keys[here]) < here:
+            document.add(("key",), f"{keys[here]!r} is also the key of a group above; give another")
+        steps.append({})
+        for path, other in _depends_on(document):
+            found = [at for at, title in enumerate(titles) if other == title[0]]
+            found = found or [at for at, title in enumerate(titles) if other == title[1]]
+            if here in found:
+                document.add(path, "it depends on itself; remove it")
+            elif len(found) > 1:
+                document.add(path, f"{len(found)} groups are named {other!r}; give them keys, and write the key here")
+            elif found:
+                steps[here][found[0]] = path, other
+            elif not GROUP_ID.fullmatch(other):
+                options = [title for pair in titles[:here] for title in pair if title]
+                remedy = guess(other, options, "name a group further up by its key or name, or give a group's id")
+                document.add(path, f"no group has the key or name {other!r}; {remedy}")
+    for here, document in enumerate(documents):
+        for there, (path, other) in steps[here].items():
+            if there > here:
+                back = _way(steps, there, here)
+                circle = " -> ".join(titles[at][1] or "?" for at in (here, *back))
+                what = f"groups depend on each other in a circle: {circle}; remove one of these"
+                down = f"the group {other!r} comes further down; move it before this one"
+                document.add(path, what if back else down)
+
+
+def _way(steps: Sequence[Mapping[int, Any]], start: int, end: int) -> list[int]:
+    """
+    The shortest way between two documents; empty if there is none.
+    """
+    ways = {start: [start]}
+    for at in (reached := [start]):
+        for step in steps[at]:
+            if step not in ways:
+                ways[step] = [*ways[at], step]
+                reached.append(step)
+    return ways.get(end, [])
+
+
+def _titles(document: Document) -> tuple[str | None, str | None]:
+    data = document.value if isinstance(document.value, dict) else {}
+    key, name = data.get("key"), data.get("name")
+    return key if isinstance(key, str) else None, name if isinstance(name, str) else None
+
+
+def _depends_on(document: Document) -> Iterator[tuple[Path, str]]:
+    data = document.value.get("depends_on") if isinstance(document.value, dict) else None
+    listed = data if isinstance(data, list) else [data]
+    return ((("depends_on", at), one) for at, one in enumerate(listed) if isinstance(one, str))

@@ -1,0 +1,333 @@
+"""
+The tasks of a group file: read and checked as written, a task with a matrix once, and expanded while they are sent.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count, zip_longest
+from typing import Any
+
+from rq_ceylon import graph, models
+from rq_ceylon.errors import InvalidInputError
+from rq_ceylon.groupfile.matrix import (
+    AXIS,
+    MAX_BOUND,
+    MAX_COMBINATIONS,
+    Axis,
+    Matrix,
+    Text,
+    fill,
+    read_text,
+    texts_in,
+)
+from rq_ceylon.groupfile.reader import Document, Path
+from rq_ceylon.groupfile.shape import ListedTask, TaskFields, guess, shape, shown
+from rq_ceylon.models import Task
+
+_ATTRIBUTES = {"with": "arguments"}
+_GUESSES = 10  # a guess is slow among many ids
+
+
+@dataclass
+class _Entry:
+    """
+    A task as written.
+
+    Attributes:
+        name: its id; with a matrix, what the ids of its combinations begin with.
+        fixed: its fields as they are, by their names in `Task`.
+        open: those with a look-up in them.
+    """
+
+    path: Path
+    name: str
+    fixed: dict[str, Any] = field(default_factory=dict)
+    open: dict[str, Any] = field(default_factory=dict)
+    needs: list[str | Text] = field(default_factory=list)
+    matrix: Matrix | None = None
+
+
+class _Names:
+    """
+    All ids of a group, without a list of those that come of a matrix.
+    """
+
+    def __init__(self) -> None:
+        self.entries: dict[str, _Entry] = {}
+        self.matrices: dict[str, Matrix] = {}
+
+    def add(self, entry: _Entry) -> None:
+        self.entries[entry.name] = entry
+        if entry.matrix is not None:
+            self.matrices[entry.name] = entry.matrix
+
+    def made(self, task_id: str) -> Iterator[str]:
+        """
+        The tasks with a matrix that have a combination of this id.
+        """
+        for dash in re.finditer("-", task_id) if self.matrices else ():
+            name = task_id[: dash.start()]
+            if name in self.matrices and self.matrices[name].has(task_id):
+                yield name
+
+    def owner(self, task_id: str) -> str | None:
+        """
+        The entry that this id names, or one of whose combinations it names.
+        """
+        return task_id if task_id in self.entries else next(self.made(task_id), None)
+
+    def ids(self, named: str) -> Iterator[str]:
+        """
+        What a need means: a task, or all combinations of one.
+        """
+        matrix = self.matrices.get(named)
+        return iter((named,)) if matrix is None else (matrix.id(words) for _, words in matrix.rows())
+
+    def size(self, named: str) -> int:
+        return len(self.matrices.get(named, (named,)))
+
+
+class Tasks:
+    """
+    The tasks of a file with a matrix. They are made while one goes through them, each after those that it needs.
+    """
+
+    def __init__(self, names: _Names, order: Sequence[str]) -> None:
+        self._names, self._order = names, order
+
+    def __len__(self) -> int:
+        return sum(map(self._names.size, self._order))
+
+    def __iter__(self) -> Iterator[Task]:
+        for name in self._order:
+            entry = self._names.entries[name]
+            if entry.matrix is None:
+                yield Task(**entry.fixed, id=name, needs=self._needs(entry.needs))
+                continue
+            is_same = not any(isinstance(need, Text) for need in entry.needs)
+            same = self._needs(entry.needs) if is_same else []
+            for values, words in entry.matrix.rows():
+                filled = {key: fill(value, values) for key, value in entry.open.items()}
+                needs = same if is_same else self._needs(_said(need, values, words) for need in entry.needs)
+                yield Task(**entry.fixed, **filled, id=entry.matrix.id(words), needs=needs)
+
+    def _needs(self, needs: Any) -> list[str]:
+        return [task_id for need in needs for task_id in self._names.ids(need)]
+
+
+def _said(need: str | Text, values: Any, words: Any) -> str:
+    return need if isinstance(need, str) else str(need.fill(values, words))
+
+
+def read_tasks(document: Document, data: Any) -> Sequence[Task] | Tasks:
+    """
+    The tasks under `tasks:`. What is wrong with them is noted.
+    """
+    if not data or not isinstance(data, dict | list):
+        if data is not None:  # else the group's shape reports it
+            document.add(("tasks",), f"{shown(data)} where tasks are needed; write one per key, or a list of them")
+        return []
+    names = _Names()
+    for at, (key, value) in enumerate(data.items() if isinstance(data, dict) else ((None, value) for value in data)):
+        _read_entry(document, names, at, key, value)
+    _check_ids(document, names)
+    order = _check_needs(document, names)
+    if not names.matrices:
+        return [
+            Task(**one.fixed, id=None if name.startswith("#") else name, needs=list(map(str, one.needs)))
+            for name, one in names.entries.items()
+        ]
+    return Tasks(names, order)
+
+
+def _read_entry(document: Document, names: _Names, at: int, key: str | None, value: Any) -> None:
+    path: Path = ("tasks", at if key is None else key)
+    model = ListedTask if key is None else TaskFields
+    given = value.get("matrix") if isinstance(value, dict) else None
+    name = key if key is not None else value.get("id") if isinstance(value, dict) else None
+    name = str(name) if isinstance(name, str | int) else ""
+    matrix = None if given is None else _read_matrix(document, (*path, "matrix"), name, given)
+    entry = _Entry(path, name or f"#{at}", matrix=matrix)
+    texts: list[Text | None] = []
+    if isinstance(value, dict) and (given is None or matrix is not None):
+        value, texts = _read_open(document, entry, model, value)
+    fields = shape(document, model, value, path)
+    if key is not None:
+        document.check(path, models.check_id, key, "id")
+    elif name in names.entries:
+        where = f"tasks[{names.entries[name].path[1]}]"
+        document.add((*path, "id"), f"{name!r} is also the id of {where}; give another")
+    elif given is not None and not name:
+        document.add((*path, "matrix"), "its tasks have no name to begin their ids with; add an id")
+    if fields is not None:
+        entry.fixed = {key: one for key, one in fields if key not in ("id", "needs", "matrix", *entry.open)}
+        entry.needs = [text or need for need, text in zip_longest(fields.needs, texts)]
+    names.add(entry)
+
+
+def _read_open(
+    document: Document, entry: _Entry, model: type[TaskFields], value: dict[str, Any]
+) -> tuple[dict[str, Any], list[Text | None]]:
+    """
+    Read the texts of a task, and move those fields into the entry that have look-ups. Returns what is the same for all
+    its combinations, and those of its needs that have look-ups; `_` stands in their places.
+    """
+    closed: dict[str, Any] = {}
+    texts: list[Text | None] = []
+    for key, given in value.items():
+        path = (*entry.path, key)
+        if key in ("id", "matrix"):
+            closed[key] = given
+        elif key == "needs":
+            listed = given if isinstance(given, list) else [given]
+            read = [read_texts(document, (*path, at), one, entry.matrix) for at, one in enumerate(listed)]
+            texts = [one if isinstance(one, Text) else None for one in read]
+            closed[key] = ["_" if isinstance(one, Text) else one for one in read] if given is not None else None
+        elif any(texts_in(read := read_texts(document, path, given, entry.matrix))):
+            entry.open[_ATTRIBUTES.get(key, key)] = read
+            _check_open(document, path, model, key, read, entry.matrix)
+        else:
+            closed[key] = read
+    return closed, texts
+
+
+def read_texts(document: Document, path: Path, value: Any, matrix: Matrix | None) -> Any:
+    match value:
+        case str():
+            try:
+                return read_text(value, matrix)
+            except InvalidInputError as error:
+                document.add(path, str(error).partition(": ")[2])
+        case dict():
+            return {key: read_texts(document, (*path, key), one, matrix) for key, one in value.items()}
+        case list():
+            return [read_texts(document, (*path, at), one, matrix) for at, one in enumerate(value)]
+    return value
+
+
+def _check_open(
+    document: Document, path: Path, model: type[TaskFields], key: str, value: Any, matrix: Matrix | None
+) -> None:
+    if isinstance(value, dict) and key in ("with", "metadata"):  # any values will do
+        return
+    assert matrix is not None
+    for values, _ in matrix.rows(dict.fromkeys(axis for text in texts_in(value) for axis in text.axes)):
+        if shape(document, model, {key: fill(value, values)}, path[:-1]) is None:
+            return
+
+
+def _read_matrix(document: Document, path: Path, name: str, data: Any) -> Matrix | None:
+    if not data or not isinstance(data, dict):
+        document.add(path, f"{shown(data)} where axes are needed; write name: [first, second]")
+        return None
+    known = len(document.problems.found)
+    axes = []
+    for key, given in data.items():
+        if not re.fullmatch(AXIS, key):
+            what = f"{key!r} is not usable as an axis; use letters, digits, _ and -, not a digit first"
+            document.add((*path, key), what, at_key=True)
+        elif isinstance(given, list) and given:
+            axes.append(Axis(key, given))
+        elif isinstance(given, dict) and list(given) == ["range"]:
+            axes += _read_range(document, (*path, key, "range"), key, given["range"])
+        else:
+            remedy = "write [first, second], or {range: [first, end]}"
+            document.add((*path, key), f"{shown(given)} where values are needed; {remedy}")
+    if len(document.problems.found) > known:
+        return None
+    try:
+        return Matrix(name, axes)
+    except InvalidInputError as error:
+        document.add(path, str(error).partition(": ")[2])
+    return None
+
+
+def _read_range(document: Document, path: Path, name: str, given: Any) -> list[Axis]:
+    form = "write [first, end] or [first, end, step] in whole numbers; the end is not included"
+    numbers = given if isinstance(given, list) else [given]
+    if not 2 <= len(numbers) <= 3 or not all(type(one) is int and abs(one) <= MAX_BOUND for one in numbers):
+        document.add(path, f"{given!r} is not a range; {form}")
+    elif numbers[2:] == [0] or not range(*numbers):
+        document.add(path, f"{given!r} is an empty range; {form}")
+    else:
+        return [Axis(name, range(*numbers))]
+    return []
+
+
+def _check_ids(document: Document, names: _Names) -> None:
+    """
+    No id twice: neither as written and as made of a matrix, nor made of two.
+    """
+    if not names.matrices:
+        return
+    if (size := sum(map(names.size, names.entries))) > MAX_COMBINATIONS:
+        document.add(("tasks",), f"{size:,} tasks; give a group at most {MAX_COMBINATIONS:,}")
+        document.problems.give_up()
+    for entry in list(names.entries.values()):
+        if entry.name.startswith("#"):
+            del names.entries[entry.name]
+            entry.name = next(number for number in map(str, count(1)) if names.owner(number) is None)
+            names.entries[entry.name] = entry
+        other = next(names.made(entry.name), None)
+        if other is not None:
+            document.add(entry.path, f"{entry.name!r} is also an id that {other!r} makes; rename one", at_key=True)
+        if entry.matrix is None:
+            continue
+        for dash in re.finditer("-", entry.name):
+            begin = names.matrices.get(entry.name[: dash.start()])
+            if begin is not None and (twice := _shared(entry.matrix, begin)):
+                what = f"it makes the id {twice!r}, as {begin.name!r} does; rename one"
+                document.add(entry.path, what, at_key=True)
+
+
+def _shared(one: Matrix, other: Matrix) -> str | None:
+    """
+    An id that both make.
+    """
+    few, many = (one, other) if len(one) < len(other) else (other, one)
+    return next((task_id for _, words in few.rows() if many.has(task_id := few.id(words))), None)
+
+
+def _check_needs(document: Document, names: _Names) -> list[str]:
+    """
+    Note needs that cannot be met. Returns the tasks, each after those it needs.
+    """
+    wanted: dict[str, list[str]] = {}
+    for entry in names.entries.values():
+        owners: dict[str, None] = {}
+        size = 0
+        for at, need in enumerate(entry.needs):
+            path = (*entry.path, "needs", at)
+            most = 0
+            for named in _each(need, entry.matrix):
+                owner = names.owner(named)
+                if owner is None:
+                    known = names.entries if len(document.problems.found) < _GUESSES else ()
+                    remedy = guess(named, known, "name a task of this group")
+                    document.add(path, f"no task has the id {named!r}; {remedy}")
+                    break
+                if owner == entry.name:
+                    what = "it needs itself" if entry.matrix is None else "its combinations would need each other"
+                    document.add(path, f"{what}; remove it from its needs")
+                    break
+                owners[owner] = None
+                most = max(most, names.size(named))
+            size += most
+        if size > graph.MAX_NEEDS:
+            remedy = f"a task may need {graph.MAX_NEEDS}; put a task in between that gathers some of them"
+            document.add((*entry.path, "needs"), f"it needs {size:,} tasks; {remedy}")
+        wanted[entry.name] = list(owners)
+    try:
+        return graph.in_order(wanted, "tasks")
+    except InvalidInputError as error:
+        document.add(("tasks",), str(error).partition(": ")[2], at_key=True)
+        return []
+
+
+def _each(need: str | Text, matrix: Matrix | None) -> Iterator[str]:
+    if isinstance(need, str) or matrix is None:
+        return iter((str(need),))
+    return (str(need.fill(values, words)) for values, words in matrix.rows(need.axes))
