@@ -285,6 +285,15 @@ async def missing(connection: Connection, keys: Keys, gid: str, tids: Sequence[s
     return {tid for tid, *found in zip(tids, replies, replies[len(tids) :], strict=False) if not any(found)}
 
 
+async def needs(connection: Connection, keys: Keys, gid: str, tids: Sequence[str]) -> dict[str, list[str]]:
+    """
+    What those of these tasks need that have not ended; of the others it is no longer known.
+    """
+    (texts,) = await connection.run([command("HMGET", keys.group_part(gid, "tasks"), *tids)])
+    bodies = {tid: decode(task_parts(text)[-1]) for tid, text in zip(tids, texts, strict=True) if text}
+    return {tid: body["needs"] for tid, body in bodies.items() if body.get("needs")}
+
+
 async def stopping(connection: Connection, keys: Keys, wanted: Mapping[str, Sequence[str]]) -> set[tuple[str, str]]:
     """
     Which of these running tasks, `{gid: tids}`, were asked to stop.
