@@ -21,6 +21,7 @@ from rq_ceylon.cli.common import (
     to_json,
     where,
 )
+from rq_ceylon.cli.files import graph, schema, validate
 from rq_ceylon.cli.submit import goal_facts, group_facts
 
 if TYPE_CHECKING:
@@ -42,6 +43,10 @@ def ceylon() -> None:
       ceylon status            what is queued, running and done
       ceylon show GROUP        one group: goals, counters, tasks
     """
+
+
+for _command in (validate, schema, graph):
+    ceylon.add_command(_command)
 
 
 def _with_client(
