@@ -130,6 +130,8 @@ def guess(word: object, options: Iterable[str], otherwise: str) -> str:
 
 
 def shown(value: object) -> str:
+    if value is None:
+        return "nothing"
     if isinstance(value, dict | list):
         return ("a" if value else "an empty") + (" mapping" if isinstance(value, dict) else " list")
     return str(value).lower() if isinstance(value, bool) else repr(value)

@@ -152,7 +152,9 @@ def _read_entry(document: Document, names: _Names, at: int, key: str | None, val
     matrix = None if given is None else _read_matrix(document, (*path, "matrix"), name, given)
     entry = _Entry(path, name or f"#{at}", matrix=matrix)
     texts: list[Text | None] = []
-    if isinstance(value, dict) and (given is None or matrix is not None):
+    if isinstance(value, dict) and given is not None and matrix is None:
+        value = {key: one for key, one in value.items() if "${{" not in str(one)}  # nothing can be said of these
+    elif isinstance(value, dict):
         value, texts = _read_open(document, entry, model, value)
     fields = shape(document, model, value, path)
     if key is not None:
@@ -201,6 +203,7 @@ def read_texts(document: Document, path: Path, value: Any, matrix: Matrix | None
                 return read_text(value, matrix)
             except InvalidInputError as error:
                 document.add(path, str(error).partition(": ")[2])
+                document.refused.add(path)
         case dict():
             return {key: read_texts(document, (*path, key), one, matrix) for key, one in value.items()}
         case list():
@@ -266,11 +269,12 @@ def _check_ids(document: Document, names: _Names) -> None:
     if (size := sum(map(names.size, names.entries))) > MAX_COMBINATIONS:
         document.add(("tasks",), f"{size:,} tasks; give a group at most {MAX_COMBINATIONS:,}")
         document.problems.give_up()
-    for entry in list(names.entries.values()):
+    numbers = (number for number in map(str, count(1)) if names.owner(number) is None)
+    for entry in names.entries.values():
         if entry.name.startswith("#"):
-            del names.entries[entry.name]
-            entry.name = next(number for number in map(str, count(1)) if names.owner(number) is None)
-            names.entries[entry.name] = entry
+            entry.name = next(numbers)
+    names.entries = {entry.name: entry for entry in names.entries.values()}
+    for entry in names.entries.values():
         other = next(names.made(entry.name), None)
         if other is not None:
             document.add(entry.path, f"{entry.name!r} is also an id that {other!r} makes; rename one", at_key=True)

@@ -1,0 +1,321 @@
+"""
+Tasks with a matrix: what they become, what is refused, and that a hundred thousand cost no more memory than a few.
+"""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rq_ceylon.client import check_group
+from rq_ceylon.errors import GroupFileError
+from rq_ceylon.groupfile import load
+from rq_ceylon.groupfile.matrix import Axis, Matrix
+from rq_ceylon.models import Task
+
+
+def tasks(text: str) -> list[Task]:
+    (group,) = load(f"name: x\ntasks:\n{text}", "group.yaml")
+    return list(group.tasks)
+
+
+def ids(found: Iterable[Task]) -> list[str | None]:
+    return [task.id for task in found]
+
+
+def problems(text: str) -> list[str]:
+    """
+    Without the file's name and the line: `column: where: what`.
+    """
+    with pytest.raises(GroupFileError) as caught:
+        load(f"name: x\ntasks:\n{text}", "group.yaml")
+    return [problem.split(":", 2)[2] for problem in caught.value.problems]
+
+
+# ---- what it becomes -------------------------------------------------------------------------------------------------
+def test_a_matrix_makes_one_task_per_combination_the_last_axis_fastest() -> None:
+    found = tasks("""
+  size:
+    matrix: {picture: [cat, dog], width: {range: [100, 300, 100]}}
+    uses: resize
+    with: {path: "in/${{ matrix.picture }}.jpg", width: "${{ matrix.width }}"}
+""")
+
+    assert [(task.id, task.uses, task.arguments) for task in found] == [
+        ("size-cat-100", "resize", {"path": "in/cat.jpg", "width": 100}),
+        ("size-cat-200", "resize", {"path": "in/cat.jpg", "width": 200}),
+        ("size-dog-100", "resize", {"path": "in/dog.jpg", "width": 100}),
+        ("size-dog-200", "resize", {"path": "in/dog.jpg", "width": 200}),
+    ]
+
+
+@pytest.mark.parametrize(
+    "value", [5, 0.5, True, False, None, "text", "5", [1, "a"], {"deep": [None]}, -3, "", "a b", "é😀"]
+)
+def test_a_look_up_alone_keeps_the_value_and_its_type(value: Any) -> None:
+    text = json.dumps(value, ensure_ascii=False)
+    (task,) = tasks(f"  a: {{matrix: {{v: [{text}]}}, with: {{y: '${{{{matrix.v}}}}', z: ['${{{{ matrix.v }}}}']}}}}")
+
+    assert task.arguments["y"] == value
+    assert type(task.arguments["y"]) is type(value)
+    assert task.arguments["z"] == [value]
+
+
+@pytest.mark.parametrize("value", [[1, "a"], {"deep": [None]}])
+def test_a_list_or_mapping_stands_alone_only(value: Any) -> None:
+    (said,) = problems(f"  a: {{matrix: {{v: [{json.dumps(value)}]}}, with: {{y: 'a ${{{{ matrix.v }}}}'}}}}")
+
+    assert "which cannot stand in a text" in said
+
+
+def test_inside_a_text_a_value_stands_as_in_json() -> None:
+    found = tasks("  a: {matrix: {v: [5, 0.5, true, null, b]}, with: {x: '<${{ matrix.v }}|${{matrix.v}}>'}}")
+
+    assert [task.arguments["x"] for task in found] == ["<5|5>", "<0.5|0.5>", "<true|true>", "<null|null>", "<b|b>"]
+
+
+def test_every_field_takes_look_ups_and_each_combination_its_own() -> None:
+    one, two = tasks("""
+  a:
+    matrix: {of: [{uses: u1, s: 1m, n: 1, p: high}, {uses: u2, s: 2, n: 2, p: low}]}
+    uses: ${{ matrix.of.uses }}
+    role: r-${{ matrix.of.n }}
+    duration: ${{ matrix.of.s }}
+    timeout: ${{ matrix.of.n }}m
+    max_attempts: ${{ matrix.of.n }}
+    priority: ${{ matrix.of.p }}
+    delay: ${{ matrix.of.n }}
+    expires: ${{ matrix.of.n }}h
+    metadata: {deep: [{deeper: "${{ matrix.of.n }}"}]}
+    with: ${{ matrix.of }}
+""")
+
+    assert one == Task(
+        id="a-0", uses="u1", role="r-1", duration="1m", timeout="1m", max_attempts=1, priority="high", delay=1,
+        expires="1h", metadata={"deep": [{"deeper": 1}]}, arguments={"uses": "u1", "s": "1m", "n": 1, "p": "high"},
+        needs=[],
+    )  # fmt: skip
+    assert (two.id, two.uses, two.role, two.duration, two.priority) == ("a-1", "u2", "r-2", 2, "low")
+
+
+def test_needs_name_one_combination_or_all_of_them() -> None:
+    found = tasks("""
+  all: {needs: [size, fetch-dog]}
+  size:
+    matrix: {picture: [cat, dog], width: [1, 2]}
+    needs: "fetch-${{ matrix.picture }}"
+  fetch: {matrix: {picture: [cat, dog]}}
+""")
+
+    assert {task.id: task.needs for task in found} == {
+        "fetch-cat": [],
+        "fetch-dog": [],
+        "size-cat-1": ["fetch-cat"],
+        "size-cat-2": ["fetch-cat"],
+        "size-dog-1": ["fetch-dog"],
+        "size-dog-2": ["fetch-dog"],
+        "all": ["size-cat-1", "size-cat-2", "size-dog-1", "size-dog-2", "fetch-dog"],
+    }
+
+
+def test_each_task_comes_after_all_that_it_needs() -> None:
+    seen: set[str | None] = set()
+    for task in tasks(
+        "  c: {needs: b}\n  b: {matrix: {n: [1, 2]}, needs: 'a-${{ matrix.n }}'}\n  a: {matrix: {n: [1, 2]}}"
+    ):
+        assert seen.issuperset(task.needs)
+        seen.add(task.id)
+
+
+def test_values_that_no_id_can_hold_are_numbered_in_ids_and_in_needs_alike() -> None:
+    found = tasks("""
+  get: {matrix: {url: ["https://a/?b", "https://c"]}, with: {url: "${{ matrix.url }}"}}
+  use: {matrix: {url: ["https://a/?b", "https://c"]}, needs: "get-${{ matrix.url }}"}
+""")
+
+    assert [(task.id, task.needs) for task in found] == [
+        ("get-0", []),
+        ("get-1", []),
+        ("use-0", ["get-0"]),
+        ("use-1", ["get-1"]),
+    ]
+    assert found[1].arguments == {"url": "https://c"}
+
+
+@pytest.mark.parametrize(
+    ("axes", "expected"),
+    [
+        ("n: [1, 2.5, true, null]", ["t-1", "t-2.5", "t-true", "t-null"]),
+        ("n: [2026-01-01, eu-west]", ["t-2026-01-01", "t-eu-west"]),
+        ("n: [1, '1']", ["t-0", "t-1"]),
+        ("n: [a, a]", ["t-0", "t-1"]),
+        ("n: [a, '']", ["t-0", "t-1"]),
+        ("n: [a, b c]", ["t-0", "t-1"]),
+        ("n: [a, [1]]", ["t-0", "t-1"]),
+        ("n: [a, " + "x" * 25 + "]", ["t-0", "t-1"]),
+        ("n: {range: [-1, 2]}", ["t--1", "t-0", "t-1"]),
+        ("n: {range: [2, 0, -1]}", ["t-2", "t-1"]),
+        ("n: [a, a-b], m: [b-c, c]", ["t-a-0", "t-a-1", "t-a-b-0", "t-a-b-1"]),
+        ("n: [a-b, c-d], m: [2026-01-01]", ["t-a-b-2026-01-01", "t-c-d-2026-01-01"]),
+    ],
+)
+def test_ids_are_readable_and_unique(axes: str, expected: list[str]) -> None:
+    assert ids(tasks(f"  t: {{matrix: {{{axes}}}}}")) == expected
+
+
+WORDS = st.lists(st.text("ab-1", max_size=3) | st.integers(-3, 3) | st.none(), min_size=1, max_size=4)
+
+
+@given(st.lists(WORDS, min_size=1, max_size=3), st.text("ab1-", max_size=6))
+def test_no_two_combinations_share_an_id_and_each_is_known(axes: list[list[Any]], other: str) -> None:
+    matrix = Matrix("t", [Axis(str(at), values) for at, values in enumerate(axes)])
+    made = [matrix.id(words) for _, words in matrix.rows()]
+
+    assert len(made) == len(set(made)) == len(matrix)
+    assert all(map(matrix.has, made))
+    assert matrix.has(f"t-{other}") == (f"t-{other}" in made)
+
+
+def test_tasks_of_a_list_without_an_id_get_the_next_number_that_no_other_task_has() -> None:
+    found = tasks("- {}\n- {id: 1}\n- {}\n- {id: a, matrix: {n: [1]}}\n- {id: 3}\n")
+
+    assert ids(found) == ["2", "1", "4", "a-1", "3"]
+
+
+def test_two_dollars_stand_for_the_characters_themselves() -> None:
+    plain, made = tasks("""
+  a: {with: {x: "$${{ matrix.n }} {{ }} ${ } $$"}}
+  b: {matrix: {n: [1]}, with: {x: "$${{ matrix.n }}=${{ matrix.n }}"}}
+""")
+
+    assert plain.arguments == {"x": "${{ matrix.n }} {{ }} ${ } $$"}
+    assert made.arguments == {"x": "${{ matrix.n }}=1"}
+
+
+def test_values_of_a_matrix_are_not_read_again() -> None:
+    (task,) = tasks("  a: {matrix: {n: ['${{ matrix.n }}']}, with: {x: '${{ matrix.n }}'}}")
+
+    assert task.arguments == {"x": "${{ matrix.n }}"}
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+FORMS = "write ${{ matrix.NAME }} in a task with a matrix, or $${{ for these characters themselves"
+RANGE = "write [first, end] or [first, end, step] in whole numbers; the end is not included"
+AXES = "where axes are needed; write name: [first, second]"
+VALUES = "where values are needed; write [first, second], or {range: [first, end]}"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("  a: {matrix: {}}", f"15: tasks.a.matrix: an empty mapping {AXES}"),
+        ("  a: {matrix: [1]}", f"15: tasks.a.matrix: a list {AXES}"),
+        ("  a: {matrix: {n: []}}", f"19: tasks.a.matrix.n: an empty list {VALUES}"),
+        ("  a: {matrix: {n: 1}}", f"19: tasks.a.matrix.n: 1 {VALUES}"),
+        ("  a: {matrix: {n: }}", f"19: tasks.a.matrix.n: nothing {VALUES}"),
+        ("  a: {matrix: {n: {range: [1, 2], step: 3}}}", f"19: tasks.a.matrix.n: a mapping {VALUES}"),
+        ("  a: {matrix: {n: {range: 5}}}", f"19: tasks.a.matrix.n.range: 5 is not a range; {RANGE}"),
+        ("  a: {matrix: {n: {range: [0, 1.5]}}}", f"19: tasks.a.matrix.n.range: [0, 1.5] is not a range; {RANGE}"),
+        ("  a: {matrix: {n: {range: [0, 1, 0]}}}", f"19: tasks.a.matrix.n.range: [0, 1, 0] is an empty range; {RANGE}"),
+        ("  a: {matrix: {n: {range: [3, 3]}}}", f"19: tasks.a.matrix.n.range: [3, 3] is an empty range; {RANGE}"),
+        ("  a: {matrix: {n: {range: [0, 1" + "0" * 30 + "]}}}",
+         f"19: tasks.a.matrix.n.range: [0, 1{'0' * 30}] is not a range; {RANGE}"),
+        ("  a: {matrix: {n: {range: [0, 1000001]}}}",
+         "15: tasks.a.matrix: 1,000,001 combinations; give a matrix at most 1,000,000"),
+        ("  a: {matrix: {n: {range: [0, 600000]}}}\n  b: {matrix: {n: {range: [0, 600000]}}}",
+         "3: tasks: 1,200,000 tasks; give a group at most 1,000,000"),
+        ("  a: {matrix: {2n: [1]}}", "16: tasks.a.matrix.2n: '2n' is not usable as an axis; "
+         "use letters, digits, _ and -, not a digit first"),
+        ("  a: {matrix: {" + ", ".join(f"{axis}: [1]" for axis in "bcdefghij") + "}}",
+         "15: tasks.a.matrix: 9 axes; give a matrix at most 8"),
+        (f"  {'a' * 50}: {{matrix: {{n: [{'b' * 20}]}}}}",
+         f"64: tasks.{'a' * 50}.matrix: '{'a' * 50}-{'b' * 20}' has 71 characters, an id at most 64; "
+         "shorten the task's name, or use fewer axes"),
+        ("- {matrix: {n: [1]}}", "12: tasks[0].matrix: its tasks have no name to begin their ids with; add an id"),
+        ("  a: {with: {x: '${{ matrix.n }}'}}",
+         f"17: tasks.a.with.x: '${{{{ matrix.n }}}}' needs a matrix, and here is none; {FORMS}"),
+        ("  a: {matrix: {num: [1]}, with: {x: '${{ matrix.nun }}'}}",
+         '37: tasks.a.with.x: matrix.nun is not an axis of this task\'s matrix; did you mean "num"?'),
+        ("  a: {matrix: {num: [1]}, with: {x: '${{ matrix.xyz }}'}}",
+         "37: tasks.a.with.x: matrix.xyz is not an axis of this task's matrix; the axes are num"),
+        ("  a: {matrix: {n: [1]}, with: {x: '${{ n }}'}}",
+         f"35: tasks.a.with.x: '${{{{ n }}}}' has a ${{{{ that names no value; {FORMS}"),
+        ("  a: {matrix: {n: [1]}, with: {x: '${{ matrix.n + 1 }}'}}",
+         f"35: tasks.a.with.x: '${{{{ matrix.n + 1 }}}}' has a ${{{{ that names no value; {FORMS}"),
+        ("  a: {matrix: {n: [1]}, with: {x: '${{ matrix.n '}}",
+         f"35: tasks.a.with.x: '${{{{ matrix.n ' has a ${{{{ that names no value; {FORMS}"),
+        ("  a: {matrix: {n: [{k: 1}, {}]}, with: {x: '${{ matrix.n.k }}'}}",
+         "44: tasks.a.with.x: matrix.n.k finds nothing in {}; add it to the matrix"),
+        ("  a: {matrix: {n: {range: [0, 9]}}, with: {x: '${{ matrix.n.k }}'}}",
+         "47: tasks.a.with.x: matrix.n.k finds nothing in 0; add it to the matrix"),
+        ("  a: {matrix: {n: [1, x]}, duration: '${{ matrix.n }}s'}",
+         "38: tasks.a.duration: 'xs' is not a duration; give seconds (30) or text such as 30s, 5m, 1h30m, 250ms, 2d"),
+        ("  a: {matrix: {n: [1, x]}, role: '${{ matrix.n }}'}",
+         "34: tasks.a.role: 1 where text is needed; write text, in quotes"),
+        ("  a: {matrix: {n: [{}, 1]}, with: '${{ matrix.n }}'}",
+         "35: tasks.a.with: 1 is not usable; input should be a valid dictionary"),
+        ("  a: {matrix: {n: [1, 2]}}\n  a-1: {}", "3: tasks.a-1: 'a-1' is also an id that 'a' makes; rename one"),
+        ("  a: {matrix: {n: [b-c]}}\n  a-b: {matrix: {n: [c]}}",
+         "3: tasks.a-b: it makes the id 'a-b-c', as 'a' does; rename one"),
+        ("  a: {matrix: {n: [1, 2]}}\n  b: {needs: a-3}",
+         "14: tasks.b.needs[0]: no task has the id 'a-3'; name a task of this group"),
+        ("  a: {matrix: {n: [1, 2]}}\n  b: {matrix: {n: [1, 3]}, needs: ['a-${{ matrix.n }}']}",
+         "36: tasks.b.needs[0]: no task has the id 'a-3'; name a task of this group"),
+        ("  a: {matrix: {n: [1, 2]}, needs: a-1}",
+         "35: tasks.a.needs[0]: its combinations would need each other; remove it from its needs"),
+        ("  a: {matrix: {n: [1, 2]}, needs: b}\n  b: {needs: a-1}",
+         "1: tasks: tasks need each other in a circle: a -> b -> a; remove one of these needs"),
+        ("  a: {matrix: {n: {range: [0, 257]}}}\n  b: {needs: a}",
+         "14: tasks.b.needs: it needs 257 tasks; a task may need 256; "
+         "put a task in between that gathers some of them"),
+    ],
+)  # fmt: skip
+def test_each_mistake_is_told_with_its_place_and_a_remedy(text: str, says: str) -> None:
+    assert problems(text) == [says]
+
+
+def test_a_look_up_in_the_defaults_is_refused() -> None:
+    with pytest.raises(GroupFileError, match=r"^group.yaml:2:18: defaults.role: '\$\{\{ matrix.n \}\}' needs a matrix"):
+        load("name: x\ndefaults: {role: '${{ matrix.n }}'}\ntasks: {a: {matrix: {n: [1]}}}", "group.yaml")
+
+
+def test_a_broken_matrix_is_one_problem_and_the_rest_of_the_task_is_checked() -> None:
+    assert problems("  a: {matrix: {n: 1}, duration: '${{ matrix.n }}', rolle: r}") == [
+        f"19: tasks.a.matrix.n: 1 {VALUES}",
+        '52: tasks.a.rolle: unknown key; did you mean "role"?',
+    ]
+
+
+# ---- many ------------------------------------------------------------------------------------------------------------
+def peak_of_submitting(size: int) -> int:
+    """
+    Bytes held at most while such a file is read and all its parts are made.
+    """
+    text = f"name: x\ntasks: {{a: {{matrix: {{n: {{range: [0, {size}]}}}}, with: {{n: '${{{{ matrix.n }}}}'}}}}}}"
+    tracemalloc.start()
+    try:
+        (group,) = load(text, "group.yaml")
+        check_group(group)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_ten_times_the_tasks_take_no_more_memory() -> None:
+    peak_of_submitting(1)
+
+    assert peak_of_submitting(20_000) < 1.5 * peak_of_submitting(2_000)
+
+
+def test_the_tasks_can_be_gone_through_again_and_are_counted_without() -> None:
+    (group,) = load("name: x\ntasks: {a: {matrix: {n: {range: [0, 1000000]}}}}", "group.yaml")
+    (few,) = load("name: x\ntasks: {a: {matrix: {n: [1, 2]}}}", "group.yaml")
+
+    assert len(group.tasks) == 1_000_000  # type: ignore[arg-type]
+    assert list(few.tasks) == list(few.tasks)
