@@ -553,7 +553,8 @@ name: x
 tasks: {a: [1
 """,
             [
-                "3:1: file: did not find expected ',' or ']'; correct the syntax",
+                "3:1: file: did not find expected ',' or ']'; "
+                "close the bracket, or quote text that contains { } [ ] or a comma",
             ],
             id="unclosed_bracket",
         ),

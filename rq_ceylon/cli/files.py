@@ -83,7 +83,11 @@ def validate(files: tuple[str, ...]) -> None:
     code = 0
     for file in files:
         try:
-            click.echo(f"{file}: valid: {in_words(read_groups(file))}")
+            groups = read_groups(file)
+            try:
+                click.echo(f"{file}: valid: {in_words(groups)}")
+            except InvalidInputError as error:
+                raise InvalidInputError(f"{file}: {error}") from error
         except InvalidInputError as error:
             click.echo(str(error), err=True)
             code = error.exit_code

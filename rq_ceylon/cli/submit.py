@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
@@ -98,12 +99,13 @@ async def _submit(
             handles.append(await client.submit(group, require_workers=require))
             if not as_json:
                 await _tell(client, handles[-1], print_id=wait is None)
-        code = 0
+        code, began = 0, time.monotonic()
         for handle in handles:
             view = await handle.view()
             if wait is not None:
                 until: Literal["goal", "all"] = "all" if wait == "all" else "goal"
-                view, one_code = await follow(handle, until, limit)
+                left = None if limit is None else max(0.0, round(limit - (time.monotonic() - began), 1))
+                view, one_code = await follow(handle, until, left)
                 code = code or one_code
             if as_json:
                 click.echo(to_json({"schema": 1, "group": group_facts(view), "goals": goal_facts(view)}))

@@ -39,7 +39,7 @@ _SYNTAX_REMEDIES = {
     "expected ':'": "write key: value, with a space after the colon",
     "expected key": "start all keys of one mapping in the same column",
     "end of stream": "close the quote",
-    "expected ',' or '}'": "put commas between, and quote text that contains { } [ ] or a comma",
+    "expected ',' or '": "close the bracket, or quote text that contains { } [ ] or a comma",
 }
 
 

@@ -6,7 +6,7 @@ editors.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from difflib import get_close_matches
 from typing import Annotated, Any
 
@@ -124,8 +124,9 @@ def _explained(problem: ErrorDetails, keys: list[str]) -> str:
             return f"{shown(given)} is not usable; {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
 
-def guess(word: object, options: Iterable[str], otherwise: str) -> str:
-    near = get_close_matches(word.lower(), options, 1) if isinstance(word, str) and len(word) <= 64 else []
+def guess(word: object, options: Collection[str], otherwise: str) -> str:
+    forms = dict.fromkeys((word, word.lower())) if isinstance(word, str) and len(word) <= 64 else ()
+    near = [found for form in forms for found in get_close_matches(form, options, 1)]
     return f'did you mean "{near[0]}"?' if near else otherwise
 
 

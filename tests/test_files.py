@@ -1,0 +1,405 @@
+"""
+What a user does with group files: several groups in one, `ceylon validate`, `schema` and `graph`, and the page on them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from commands import ROOT, Commands, commands_on
+from hypothesis import given
+from hypothesis import strategies as st
+from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
+
+from rq_ceylon import groupfile
+from rq_ceylon.errors import GroupFileError, InvalidInputError
+from rq_ceylon.goals import MAX_CHARACTERS, MAX_GOALS, MAX_MESSAGE
+from rq_ceylon.graph import MAX_NEEDS, Drawing, draw
+from rq_ceylon.groupfile import load, resolved
+from rq_ceylon.groupfile.matrix import AXIS, MAX_AXES
+from rq_ceylon.groupfile.shape import MAX_DEPENDS_ON, DefaultFields, GoalFields, GroupFields, ListedTask
+
+EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+SNIPPETS = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "group-file.md").read_text(), re.DOTALL)
+README = re.findall(r"```yaml\n(name: .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.fixture
+def commands(redis_url: str, tmp_path: Path) -> Iterator[Commands]:
+    with commands_on(redis_url, tmp_path) as commands:
+        yield commands
+
+
+def problems(text: str) -> list[str]:
+    with pytest.raises(GroupFileError) as caught:
+        load(text, "f")
+    return caught.value.problems
+
+
+# ---- several groups --------------------------------------------------------------------------------------------------
+ONE = "name: A\ntasks: {x: }\n"
+
+
+def test_each_document_is_a_group_and_an_empty_one_is_none() -> None:
+    groups = load(f"# first\n---\n{ONE}---\n{ONE.replace('A', 'B')}...\n---\n# nothing\n---\n", "f")
+
+    assert [group.name for group in groups] == ["A", "B"]
+
+
+def test_names_and_keys_become_the_ids_of_groups_submitted_before() -> None:
+    text = "name: B\nkey: A\ntasks: {x: }\n---\nname: C\ntasks: {x: }\ndepends_on: [A, B, 06h0rb0itfv026ispq2k]\n"
+    first, last = load(text, "f")
+
+    assert resolved(first, []) == []
+    assert resolved(last, [(first, "id-of-first")]) == ["id-of-first", "id-of-first", "06h0rb0itfv026ispq2k"]
+
+
+def test_a_key_comes_before_a_name() -> None:
+    text = "name: A\ntasks: {x: }\n---\nname: B\nkey: A\ntasks: {x: }\n---\nname: C\ntasks: {x: }\ndepends_on: A\n"
+    one, two, three = load(text, "f")
+
+    assert resolved(three, [(one, "1"), (two, "2")]) == ["2"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("name: A\ndepends_on: A\ntasks: {x: }\n", ["2:13: depends_on[0]: it depends on itself; remove it"]),
+        (
+            "name: Album\ntasks: {x: }\n---\nname: B\ntasks: {x: }\ndepends_on: [albums, other]\n",
+            [
+                '6:14: depends_on[0]: no group has the key or name \'albums\'; did you mean "Album"?',
+                "6:22: depends_on[1]: no group has the key or name 'other'; "
+                "name a group further up by its key or name, or give a group's id",
+            ],
+        ),
+        (
+            f"name: B\ndepends_on: A\ntasks: {{x: }}\n---\n{ONE}",
+            ["2:13: depends_on[0]: the group 'A' comes further down; move it before this one"],
+        ),
+        (
+            "name: A\ndepends_on: C\ntasks: {x: }\n---\n"
+            "name: B\ndepends_on: [A]\ntasks: {x: }\n---\nname: C\ndepends_on: [B]\ntasks: {x: }\n",
+            [
+                "2:13: depends_on[0]: groups depend on each other in a circle: A -> C -> B -> A; remove one of these",
+            ],
+        ),
+        (
+            f"{ONE}---\n{ONE}---\nname: B\ndepends_on: A\ntasks: {{x: }}\n",
+            ["8:13: depends_on[0]: 2 groups are named 'A'; give them keys, and write the key here"],
+        ),
+        (
+            f"{ONE}key: k\n---\n{ONE}key: k\n",
+            ["7:6: key: 'k' is also the key of a group above; give another"],
+        ),
+        (
+            f"{ONE}depends_on: [5, {{a: b}}]\n",
+            [
+                "3:14: depends_on[0]: 5 where text is needed; write text, in quotes",
+                "3:17: depends_on[1]: a mapping where text is needed; write text, in quotes",
+            ],
+        ),
+        ("---\n".join([ONE] * 101), ["301:1: file: more than 100 documents; use several files"]),
+    ],
+)  # fmt: skip
+def test_what_groups_cannot_depend_on_is_told(text: str, expected: list[str]) -> None:
+    assert problems(text) == [f"f:{line}" for line in expected]
+
+
+def test_groups_of_a_file_are_submitted_in_its_order_under_ids_that_depends_on_knows(commands: Commands) -> None:
+    (commands.folder / "f.yaml").write_text(f"{ONE}---\n{ONE.replace('A', 'B')}key: b\n")
+
+    ended = commands.run("submit", "f.yaml")
+
+    assert ended.returncode == 0, ended.stderr
+    ids = ended.stdout.split()
+    assert [commands.json("ceylon", "show", gid, "--json")["group"]["name"] for gid in ids] == ["A", "B"]
+    assert all(map(groupfile.GROUP_ID.fullmatch, ids))
+
+
+def test_a_wrong_group_of_a_file_keeps_all_from_being_sent(commands: Commands) -> None:
+    large = f"name: B\ntasks: {{x: {{with: {{text: {'x' * 1_100_000}}}}}}}\n"
+    (commands.folder / "f.yaml").write_text(f"{ONE}---\n{large}")
+
+    wrong = commands.run("submit", "f.yaml")
+    keyed = commands.run("submit", "-", "--key", "k", stdin=f"{ONE}---\n{ONE}")
+
+    assert (wrong.returncode, keyed.returncode) == (2, 2)
+    assert "1,048,576 are allowed" in wrong.stderr
+    assert "--key: - has 2 groups; write key: into each of them instead" in keyed.stderr
+    assert commands.json("ceylon", "groups", "--json")["groups"] == []
+
+
+def test_waiting_for_a_file_waits_for_all_its_groups(commands: Commands) -> None:
+    text = "name: {}\ndefaults: {{role: r, duration: 0}}\ntasks: {{x: }}\n"
+    commands.start("worker", "-r", "r")
+
+    ended = commands.run("submit", "-", "--wait=all", "--json", stdin="---\n".join(map(text.format, "AB")))
+
+    assert ended.returncode == 0, ended.stderr
+    found = [json.loads(line)["group"] for line in ended.stdout.splitlines()]
+    assert [(group["name"], group["outcome"]) for group in found] == [("A", "completed"), ("B", "completed")]
+
+
+# ---- validate --------------------------------------------------------------------------------------------------------
+def test_validate_says_what_a_file_holds_and_needs_no_redis(tmp_path: Path) -> None:
+    ended = Commands("", tmp_path).run("ceylon", "validate", *map(str, EXAMPLES))
+
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "pipeline.yaml: valid: 3 groups, 6 tasks, 1 role (data), 1 goal; " in ended.stdout
+    assert "matrix.yaml: valid: 1 group, 49 tasks, 1 role (pictures), 1 goal; " in ended.stdout
+    assert ended.stdout.count("whether a goal is possible is judged at the submission") == len(EXAMPLES)
+
+
+def test_validate_tells_all_problems_of_all_files_a_line_each(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("name: x\ntasks: {a: {rolle: r, needs: b}}\n")
+    (tmp_path / "b.yaml").write_text("name: x\ntasks: {a: }\n")
+    (tmp_path / "c.yaml").write_text("name: x\ntasks: {a: {with: {text: " + "x" * 1_100_000 + "}}}")
+
+    ended = Commands("", tmp_path).run("ceylon", "validate", "a.yaml", "b.yaml", "c.yaml", "none.yaml")
+
+    assert ended.returncode == 2
+    assert ended.stdout == "b.yaml: valid: 1 group, 1 task, 1 role (default), 0 goals\n"
+    assert ended.stderr.splitlines() == [
+        'a.yaml:2:13: tasks.a.rolle: unknown key; did you mean "role"?',
+        "c.yaml: task 'a': its arguments are 1,100,025 bytes, 1,048,576 are allowed; "
+        "store the data elsewhere and pass a reference",
+        "none.yaml: cannot be read (No such file or directory); give a YAML or JSON file, or -",
+    ]
+
+
+# ---- schema ----------------------------------------------------------------------------------------------------------
+SCHEMA: dict[str, Any] = json.loads(groupfile.schema())
+VALIDATOR = Draft202012Validator(SCHEMA)
+
+
+def fits(document: Any) -> bool:
+    return bool(VALIDATOR.is_valid(document))
+
+
+def test_schema_prints_the_schema(tmp_path: Path) -> None:
+    assert Commands("", tmp_path).json("ceylon", "schema") == SCHEMA
+    Draft202012Validator.check_schema(SCHEMA)
+
+
+def test_the_schema_has_the_keys_and_limits_of_the_parser() -> None:
+    def keys(model: Any) -> set[str]:
+        return {field.alias or name for name, field in model.model_fields.items()}
+
+    properties, defs = SCHEMA["properties"], SCHEMA["$defs"]
+    goal = next(one for one in defs["goal"]["oneOf"] if "properties" in one)
+    assert set(properties) == keys(GroupFields)
+    assert set(properties["defaults"]["properties"]) == keys(DefaultFields)
+    assert set(defs["task"]["properties"]) == keys(ListedTask)
+    assert set(goal["properties"]) == keys(GoalFields)
+    assert properties["goal"]["oneOf"][1]["maxItems"] == MAX_GOALS
+    assert properties["depends_on"]["maxItems"] == MAX_DEPENDS_ON
+    assert defs["expression"]["maxLength"] == MAX_CHARACTERS
+    assert goal["properties"]["success_message"]["maxLength"] == MAX_MESSAGE
+    assert defs["task"]["properties"]["needs"]["anyOf"][1]["maxItems"] == MAX_NEEDS
+    assert defs["task"]["properties"]["matrix"]["maxProperties"] == MAX_AXES
+    assert defs["task"]["properties"]["matrix"]["propertyNames"]["pattern"] == f"^{AXIS}$"
+
+
+@pytest.mark.parametrize(
+    "text", [*(path.read_text() for path in EXAMPLES), *SNIPPETS, *README], ids=lambda text: text.split("\n")[0][:30]
+)
+def test_every_example_is_valid_for_the_parser_and_for_the_schema(text: str) -> None:
+    assert load(text, "example.yaml")
+    for document in yaml.safe_load_all(text):
+        VALIDATOR.validate(document)
+
+
+BROKEN: list[dict[str, Any]] = [
+    {},
+    {"name": "x"},
+    {"tasks": {"a": {}}},
+    {"name": "", "tasks": {"a": {}}},
+    {"name": 5, "tasks": {"a": {}}},
+    {"name": "x", "tasks": {}},
+    {"name": "x", "tasks": []},
+    {"name": "x", "tasks": "a"},
+    {"name": "x", "tasks": {"a": "echo"}},
+    {"name": "x", "tasks": {"a b": {}}},
+    {"name": "x", "tasks": {"a": {"id": "b"}}},
+    {"name": "x", "tasks": [{"id": "b c"}]},
+    {"name": "x", "tasks": {"a": {}}, "task": {}},
+    {"name": "x", "tasks": {"a": {}}, "priority": "urgent"},
+    {"name": "x", "tasks": {"a": {}}, "retention": "1:30"},
+    {"name": "x", "tasks": {"a": {}}, "retention": -1},
+    {"name": "x", "tasks": {"a": {}}, "defaults": {"with": {}}},
+    {"name": "x", "tasks": {"a": {}}, "goal": 5},
+    {"name": "x", "tasks": {"a": {}}, "goal": {"wehn": "completed >= 1"}},
+    {"name": "x", "tasks": {"a": {}}, "goal": {"when": "completed >= 1", "on_failed": "stop"}},
+    {"name": "x", "tasks": {"a": {}}, "goal": {"when": "completed >= 1", "deadline": 0}},
+    {"name": "x", "tasks": {"a": {}}, "depends_on": {"a": 1}},
+    {"name": "x", "tasks": {"a": {"rolle": "r"}}},
+    {"name": "x", "tasks": {"a": {"role": 5}}},
+    {"name": "x", "tasks": {"a": {"timeout": "30x"}}},
+    {"name": "x", "tasks": {"a": {"timeout": True}}},
+    {"name": "x", "tasks": {"a": {"max_attempts": 0}}},
+    {"name": "x", "tasks": {"a": {"max_attempts": 2.5}}},
+    {"name": "x", "tasks": {"a": {"with": [1]}}},
+    {"name": "x", "tasks": {"a": {"needs": {"b": 1}}}},
+    {"name": "x", "tasks": {"a": {"needs": ["b c"]}}},
+    {"name": "x", "tasks": {"a": {"matrix": {}}}},
+    {"name": "x", "tasks": {"a": {"matrix": {"n": 1}}}},
+    {"name": "x", "tasks": {"a": {"matrix": {"n": []}}}},
+    {"name": "x", "tasks": {"a": {"matrix": {"2n": [1]}}}},
+    {"name": "x", "tasks": {"a": {"matrix": {"n": {"range": [1]}}}}},
+    {"name": "x", "tasks": {"a": {"matrix": {"n": {"range": [1, 2], "step": 1}}}}},
+]
+
+
+@pytest.mark.parametrize("document", BROKEN, ids=json.dumps)
+def test_what_the_parser_refuses_by_its_shape_the_schema_refuses_too(document: dict[str, Any]) -> None:
+    assert not fits(document)
+    problems(json.dumps(document))
+
+
+SCALARS = st.sampled_from(
+    [
+        None,
+        True,
+        False,
+        0,
+        1,
+        -1,
+        2.5,
+        "",
+        "a",
+        "b-1",
+        "30s",
+        "1:30",
+        "high",
+        "a b",
+        "completed >= 1",
+        "${{ matrix.n }}",
+    ]
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["a", "n", "range"]), inner, max_size=2)
+    ),
+    max_leaves=3,
+)
+
+
+def some(keys: Any, values: st.SearchStrategy[Any] = VALUES, **fixed: Any) -> st.SearchStrategy[dict[str, Any]]:
+    return st.dictionaries(st.sampled_from(sorted(keys)), values, max_size=3).map(lambda found: {**found, **fixed})
+
+
+TASKS = some(SCHEMA["$defs"]["task"]["properties"])
+
+
+@given(some(SCHEMA["properties"], name="x") | some(SCHEMA["properties"], name="x", tasks={"a": None}), TASKS)
+def test_the_schema_refuses_nothing_that_the_parser_takes(document: dict[str, Any], task: dict[str, Any]) -> None:
+    for one in (
+        document,
+        {"name": "x", "tasks": {"a": task, "b-1": None}},
+        {"name": "x", "tasks": [task, {"id": "a"}]},
+        {"name": "x", "tasks": {"b-1": None, "a": {"matrix": {"n": ["1", "high", "30s"]}} | task}},
+    ):
+        try:
+            load(json.dumps(one), "f")
+        except GroupFileError:
+            continue
+        VALIDATOR.validate(one)
+
+
+# ---- graph -----------------------------------------------------------------------------------------------------------
+def test_a_file_is_drawn_with_its_needs_and_groups(tmp_path: Path) -> None:
+    text = (
+        "name: A\ntasks:\n  b: {needs: a}\n  a: \n---\nname: B\ndepends_on: [A, 06h0rb0itfv026ispq2k]\ntasks: {c: }\n"
+    )
+
+    ended = Commands("", tmp_path).run("ceylon", "graph", "-", stdin=text)
+
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines() == [
+        "flowchart LR",
+        '  subgraph g1["A"]',
+        '    g1t0["a"]',
+        '    g1t1["b"]',
+        "  end",
+        '  subgraph g2["B"]',
+        '    g2t0["c"]',
+        "  end",
+        '  x0(["group 06h0rb0itfv026ispq2k"])',
+        "  g1t0 --> g1t1",
+        "  g1 --> g2",
+        "  x0 --> g2",
+    ]
+
+
+def test_a_submitted_group_is_drawn_with_its_states(commands: Commands) -> None:
+    (commands.folder / "f.yaml").write_text("name: A\ntasks:\n  a: \n  b: {needs: a}\n")
+    gid = commands.run("submit", "f.yaml").stdout.strip()
+
+    drawn = commands.run("ceylon", "graph", gid)
+    commands.run("ceylon", "cancel", gid)
+    after = commands.run("ceylon", "graph", gid)
+    unknown = commands.run("ceylon", "graph", "06h0rb0itfv026ispq2k")
+
+    assert drawn.stdout.splitlines() == [
+        "flowchart LR",
+        '  subgraph g1["A"]',
+        '    g1t0["a"]',
+        '    g1t1["b"]',
+        "  end",
+        "  g1t0 --> g1t1",
+        "  classDef pending fill:#fff3c4,color:#111111",
+        "  class g1t0 pending",
+        "  classDef waiting fill:#eeeeee,color:#111111",
+        "  class g1t1 waiting",
+    ]
+    assert "  class g1t0,g1t1 cancelled" in after.stdout.splitlines()
+    assert unknown.returncode == 2
+    assert "Traceback" not in unknown.stderr
+
+
+def test_many_tasks_are_drawn_by_kind_with_their_states_counted() -> None:
+    drawing = Drawing("g1", "Many")
+    for at in range(100):
+        drawing.add(f"fetch-{at}", (), "r", "completed")
+        drawing.add(f"size-{at}", (f"fetch-{at}",), "r", "completed" if at < 40 else "pending")
+    drawing.add("all", [f"size-{at}" for at in range(100)], "r", "waiting")
+
+    drawn = draw([drawing]).splitlines()
+
+    assert drawn[1:8] == [
+        '  subgraph g1["Many"]',
+        '    g1t0["fetch-0 … fetch-99 (100 tasks, 100 completed)"]',
+        '    g1t1["size-0 … size-99 (100 tasks, 40 completed, 60 pending)"]',
+        '    g1t2["all"]',
+        "  end",
+        "  g1t0 --> g1t1",
+        "  g1t1 --> g1t2",
+    ]
+    assert "  class g1t0 completed" in drawn
+    assert not [line for line in drawn if line.startswith("  class ") and "g1t1" in line]
+
+
+def test_too_many_kinds_are_refused_with_a_remedy() -> None:
+    drawing = Drawing("g1", "Chain")
+    for at in range(300):
+        drawing.add(f"t{at}", (f"t{at - 1}",) if at else (), "r")
+
+    with pytest.raises(
+        InvalidInputError, match=r"^graph: 300 boxes and 299 arrows, 250 and 500 can .*; draw a smaller"
+    ):
+        draw([drawing])
+
+
+def test_a_title_cannot_add_to_the_drawing() -> None:
+    drawn = draw([Drawing("g1", 'a"]\n  x["<b>`é'), Drawing("g2", "b", ["no\nid"])])
+
+    assert drawn.splitlines()[1] == '  subgraph g1["a#34;#93;#10;  x#91;#34;#60;b#62;#96;é"]'
+    assert '  x0(["group no#10;id"])' in drawn.splitlines()
