@@ -822,6 +822,16 @@ def test_tasks_may_be_a_list_and_need_no_id() -> None:
     ]
 
 
+def test_a_key_with_nothing_behind_it_counts_as_left_out() -> None:
+    text = (
+        "name: x\ntasks: {a: {matrix: , needs: , with: , role: }, b: {matrix: {n: [1]}, needs: }}\ngoal:\ndepends_on:\n"
+    )
+    group = loaded(text)
+
+    assert list(group.tasks) == [Task(id="a", needs=[]), Task(id="b-1", needs=[])]
+    assert group.goal == group.depends_on == []
+
+
 def test_words_and_odd_numbers_stay_the_text_they_are() -> None:
     """
     YAML 1.1 would make truths, sixties, octals and dates of these.

@@ -183,11 +183,11 @@ def _read_open(
         path = (*entry.path, key)
         if key in ("id", "matrix"):
             closed[key] = given
-        elif key == "needs":
+        elif key == "needs" and given is not None:
             listed = given if isinstance(given, list) else [given]
             read = [read_texts(document, (*path, at), one, entry.matrix) for at, one in enumerate(listed)]
             texts = [one if isinstance(one, Text) else None for one in read]
-            closed[key] = ["_" if isinstance(one, Text) else one for one in read] if given is not None else None
+            closed[key] = ["_" if isinstance(one, Text) else one for one in read]
         elif any(texts_in(read := read_texts(document, path, given, entry.matrix))):
             entry.open[_ATTRIBUTES.get(key, key)] = read
             _check_open(document, path, model, key, read, entry.matrix)
