@@ -1,0 +1,198 @@
+"""
+The agents of a playground at work: whoever stands in a list works, and a scale may change who stands there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from loguru import logger
+
+from rq_ceylon.client import Client
+from rq_ceylon.errors import ConnectionLostError, InvalidInputError
+from rq_ceylon.handlers import DEFAULT_HANDLER, Registry
+from rq_ceylon.models import DEFAULT_TIMEOUT_S
+from rq_ceylon.task.agent import TaskExecutionAgent
+from rq_ceylon.task.data import slug
+from rq_ceylon.worker import Worker
+
+LOOK_S = 0.2
+"""Between two looks at the list and at the load."""
+
+GROW_LOOKS, SHRINK_LOOKS = 2, 10
+"""So many looks in a row must say the same; fewer to grow, since a waiting task costs more than an idle agent."""
+
+
+@dataclass
+class Scale:
+    """
+    Decides how many agents of one role should work. It grows when all slots are busy and tasks wait, at most twofold at
+    a time; it lets one go when nothing waits and the others would keep a slot free.
+    """
+
+    least: int
+    most: int
+    _crowded: int = field(init=False, default=0)
+    _idle: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.least, int) and isinstance(self.most, int)
+        if not whole or not 1 <= self.least <= self.most:
+            raise InvalidInputError(
+                f"scale: {(self.least, self.most)!r} is not usable; give the least and the most agents, such as (2, 10)"
+            )
+
+    def look(self, agents: int, slots_each: int, busy: int, waiting: int) -> tuple[int, str]:
+        """
+        How many agents there should be now, and why.
+        """
+        slots = agents * slots_each
+        self._crowded = self._crowded + 1 if waiting and busy >= slots else 0
+        self._idle = self._idle + 1 if not waiting and busy < slots - slots_each else 0
+        if agents < self.least:
+            return self.least, f"{self.least} are the least"
+        if agents > self.most:
+            return self.most, f"{self.most} are the most"
+        load = f"{busy} of {slots} slots busy, {waiting} tasks waiting"
+        if self._crowded >= GROW_LOOKS:
+            self._crowded = 0
+            return min(self.most, agents + min(agents, math.ceil(waiting / slots_each))), load
+        if self._idle >= SHRINK_LOOKS:
+            self._idle = 0
+            return max(self.least, agents - 1), load
+        return agents, load
+
+
+@dataclass
+class _Post:
+    agent: TaskExecutionAgent
+    worker: Worker
+    run: asyncio.Task[None]
+    ready: asyncio.Event
+
+
+class Crew:
+    """
+    Args:
+        agents: who works; changes are followed. With a scale it is changed here too.
+        registry: handlers that all agents know beside their own `execute_task`.
+        scale: least and most agents of each role.
+    """
+
+    def __init__(
+        self,
+        agents: list[TaskExecutionAgent],
+        client: Client,
+        registry: Registry,
+        scale: tuple[int, int] | None,
+    ) -> None:
+        self._agents, self._client, self._registry = agents, client, registry
+        if scale is not None and not agents:
+            raise InvalidInputError("scale: there is no agent to make more of; give `workers` at least one")
+        # One agent per role stays in mind, should the list be emptied.
+        self._scales = {} if scale is None else {agent.worker_role: (Scale(*scale), agent) for agent in agents}
+        self._posts: dict[int, _Post] = {}
+        self._tending: asyncio.Task[None] | None = None
+        self._named = len(agents)
+
+    async def start(self) -> None:
+        """
+        Returns once all agents are connected.
+
+        Raises:
+            RedisError: Redis is not fit for this.
+        """
+        self._follow_list()
+        for post in list(self._posts.values()):
+            ready = asyncio.create_task(post.ready.wait())
+            await asyncio.wait((ready, post.run), return_when=asyncio.FIRST_COMPLETED)
+            ready.cancel()
+            if post.run.done():
+                post.run.result()
+        self._tending = asyncio.create_task(self._tend(), name="crew")
+
+    async def guard(self) -> None:
+        """
+        Never returns; raises what ended an agent.
+        """
+        if self._tending is not None:
+            await asyncio.shield(self._tending)
+
+    async def stop(self, *, at_once: bool = False) -> None:
+        """
+        Let what runs end, or give it back at once; returns when every agent has left. May be called twice.
+        """
+        if self._tending is not None:
+            self._tending.cancel()
+            await asyncio.gather(self._tending, return_exceptions=True)
+        for post in self._posts.values():
+            _dismiss(post, Worker.kill if at_once else Worker.stop)
+        await asyncio.gather(*(post.run for post in self._posts.values()), return_exceptions=True)
+
+    async def _tend(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_S)
+            if self._scales:
+                try:
+                    await self._follow_load()
+                except ConnectionLostError as error:
+                    logger.debug("No look at the load: {}", error)
+            self._follow_list()
+            for key, post in list(self._posts.items()):
+                if post.run.done():
+                    post.run.result()
+                    del self._posts[key]
+
+    def _follow_list(self) -> None:
+        wanted = {id(agent): agent for agent in self._agents}
+        for key, agent in wanted.items():
+            if key not in self._posts:
+                self._posts[key] = self._hire(agent)
+        for key, post in self._posts.items():
+            if key not in wanted:
+                _dismiss(post, Worker.stop)
+
+    def _hire(self, agent: TaskExecutionAgent) -> _Post:
+        registry, ready = Registry(), asyncio.Event()
+        for handler in dict.fromkeys(self._registry.own()):
+            if handler.name != DEFAULT_HANDLER:
+                registry.add(handler)
+        registry.add(agent.handler())
+        registry.on_error = self._registry.on_error
+        registry.on_start.append(ready.set)
+        worker = Worker(
+            self._client.url,
+            registry=registry,
+            roles=[agent.worker_role],
+            namespace=self._client.keys.namespace,
+            name=slug(agent.name),
+            slots=agent.max_concurrent_tasks,
+            threads=agent.max_concurrent_tasks,
+            grace_s=DEFAULT_TIMEOUT_S,
+        )
+        logger.info("Agent {} starts: {} tasks of role {} at once", agent.name, worker.slots, agent.worker_role)
+        return _Post(agent, worker, asyncio.create_task(worker.run(), name=f"agent {agent.name}"), ready)
+
+    async def _follow_load(self) -> None:
+        waiting = {role.name: role.queued for role in await self._client.roles()}
+        for role, (scale, model) in self._scales.items():
+            team = [agent for agent in self._agents if agent.worker_role == role]
+            busy = sum(len(agent.active_tasks) for agent in team)
+            slots_each = max(1, sum(agent.max_concurrent_tasks for agent in team) // max(1, len(team)))
+            wanted, why = scale.look(len(team), slots_each, busy, waiting.get(role, 0))
+            if wanted != len(team):
+                logger.info("Scaling {} from {} to {} agents: {}", role, len(team), wanted, why)
+            for _ in range(wanted - len(team)):
+                self._named += 1
+                self._agents.append(model.another(f"{role}-{self._named}"))
+            team.sort(key=lambda agent: len(agent.active_tasks), reverse=True)
+            for agent in team[wanted:]:
+                self._agents.remove(agent)
+
+
+def _dismiss(post: _Post, how: Callable[[Worker], None]) -> None:
+    logger.debug("Agent {} leaves", post.agent.name)
+    how(post.worker)

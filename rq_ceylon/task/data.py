@@ -1,0 +1,218 @@
+"""
+Tasks, groups and goals in the tutorial's words. They are live: while a playground works on them, it writes how they
+stand into these very objects.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+from weakref import WeakValueDictionary
+
+from rq_ceylon import models
+from rq_ceylon.errors import InvalidInputError
+from rq_ceylon.handlers import TaskContext
+from rq_ceylon.models import Duration, Goal, GoalStatus, Priority, Task, TaskStatus
+
+__all__ = ["GoalStatus", "TaskGroup", "TaskGroupGoal", "TaskMessage", "TaskStatus"]
+
+GoalCondition = Callable[[dict[str, "TaskGroup"], dict[str, "TaskMessage"]], bool | Awaitable[bool]]
+"""Called with the playground's groups and its completed tasks, each by id."""
+
+FIRST_HIGH = 5
+"""Whole-numbered priorities: 0 is low, from here on high, in between normal."""
+
+_here: WeakValueDictionary[tuple[str | None, str], TaskMessage] = WeakValueDictionary()
+"""What this process submitted, so that its own agents get the very objects. By group and task id."""
+
+
+@dataclass(kw_only=True, eq=False)
+class TaskMessage:
+    """
+    One unit of work. A subclass may add fields; its agents in this process get it as it is. For other processes they
+    are JSON: the handler's arguments if `uses` names one, else part of the metadata.
+
+    Attributes:
+        task_id: unique in its playground.
+        duration: expected run time; an agent that does not override `execute_task` sleeps that long.
+        required_role: which agents and workers run it.
+        uses: registered name of a handler, run in place of `execute_task`.
+        arguments: for that handler.
+        timeout: limit of one attempt; default 1 h.
+        max_attempts: the first included; default: the handler's own, and 1 for `execute_task`.
+        group_id: `task_id` of the group it is in.
+        result: what was returned, as JSON carries it. `error`: type and message of a failure.
+        assigned_to: the agent, or the name of a worker elsewhere.
+        start_time, end_time: of the last attempt, in seconds since the epoch. Those of a task that ended are the
+            server's; a start elsewhere is known only then.
+    """
+
+    task_id: str
+    name: str
+    description: str = ""
+    duration: Duration = 0
+    required_role: str | None = None
+    metadata: dict[str, Any] | None = field(default_factory=dict)
+    uses: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    timeout: Duration | None = None
+    max_attempts: int | None = None
+    group_id: str | None = None
+    status: TaskStatus = field(init=False, default=TaskStatus.PENDING)
+    completed: bool = field(init=False, default=False)
+    result: Any = field(init=False, default=None)
+    error: str = field(init=False, default="")
+    assigned_to: str | None = field(init=False, default=None)
+    start_time: float | None = field(init=False, default=None)
+    end_time: float | None = field(init=False, default=None)
+
+    def renew(self) -> None:
+        """
+        Forget an earlier run, and be found by the agents of this process.
+        """
+        self.status, self.completed, self.result, self.error = TaskStatus.PENDING, False, None, ""
+        self.assigned_to = self.start_time = self.end_time = None
+        _here[self.group_id, self.task_id] = self
+
+    def to_task(self, needs: Sequence[str]) -> Task:
+        """
+        The task as it is submitted.
+        """
+        own = {one.name for one in fields(TaskMessage)}
+        more = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in own}
+        told = {"name": self.name, "description": self.description, **({} if self.uses else more)}
+        return Task(
+            uses=self.uses,
+            arguments={**more, **self.arguments} if self.uses else {},
+            id=self.task_id,
+            role=self.required_role,
+            needs=needs,
+            duration=self.duration,
+            timeout=self.timeout,
+            max_attempts=self.max_attempts,
+            metadata={**told, **(self.metadata or {}), "group_id": self.group_id},
+        )
+
+    @classmethod
+    def of(cls, context: TaskContext) -> TaskMessage:
+        """
+        The task of an attempt: the submitted object if that was submitted in this process, else one made of the JSON.
+        """
+        metadata = dict(context.metadata)
+        group_id = metadata.get("group_id", context.group_id)
+        return _here.get((group_id, context.task_id)) or TaskMessage(
+            task_id=context.task_id,
+            name=metadata.get("name", context.task_id),
+            description=metadata.get("description", ""),
+            duration=context.duration,
+            required_role=context.role,
+            metadata=metadata,
+            group_id=group_id,
+        )
+
+
+@dataclass(eq=False)
+class TaskGroupGoal:
+    """
+    When the purpose of a group is met, as its own process can tell.
+
+    Attributes:
+        check_condition: looked at, on this event loop, whenever a task of the playground has ended; may be async. True
+            achieves the goal; it has failed when all tasks of its group have ended without that. One that raises has
+            said nothing.
+        error: what the condition raised last.
+    """
+
+    name: str
+    description: str
+    check_condition: GoalCondition
+    success_message: str = ""
+    failure_message: str = ""
+    status: GoalStatus = field(init=False, default=GoalStatus.NOT_STARTED)
+    error: str = field(init=False, default="")
+
+    @property
+    def is_settled(self) -> bool:
+        return self.status in (GoalStatus.ACHIEVED, GoalStatus.FAILED)
+
+    def to_goal(self) -> Goal:
+        return Goal(
+            call="check_condition",
+            name=slug(self.name),
+            success_message=self.success_message or None,
+            failure_message=self.failure_message or None,
+        )
+
+
+@dataclass(kw_only=True, eq=False)
+class TaskGroup:
+    """
+    Tasks with a common purpose. `TaskManager.create_task_group` makes one.
+
+    Attributes:
+        dependencies: per task id the ids of the tasks of this group that must complete before it starts; read when the
+            group is assigned.
+        priority: 0 is low, 1 to 4 normal, from 5 on high; or `Priority`.
+        task_id: the group's own id.
+        status: pending until it is assigned, then in progress until it is completed, failed or cancelled.
+    """
+
+    name: str
+    description: str = ""
+    subtasks: list[TaskMessage]
+    goal: TaskGroupGoal | None = None
+    dependencies: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    priority: int | Priority | str = 1
+    task_id: str = field(default_factory=lambda: str(uuid.uuid4()))
+    status: TaskStatus = field(init=False, default=TaskStatus.PENDING)
+
+    def __post_init__(self) -> None:
+        for task in self.subtasks:
+            task.group_id = self.task_id
+
+    def renew(self) -> None:
+        """
+        Forget an earlier run, of the tasks and the goal too.
+        """
+        self.status = TaskStatus.PENDING
+        if self.goal is not None:
+            self.goal.status, self.goal.error = GoalStatus.NOT_STARTED, ""
+        for task in self.subtasks:
+            task.group_id = self.task_id
+            task.renew()
+
+    def to_group(self) -> models.TaskGroup:
+        """
+        The group as it is submitted.
+
+        Raises:
+            InvalidInputError: `dependencies` speaks of tasks that are not in the group.
+        """
+        if strangers := set(self.dependencies) - {task.task_id for task in self.subtasks}:
+            raise InvalidInputError(
+                f"group {self.name!r}: dependencies: {sorted(strangers)[0]!r} is no task of the group; "
+                "give, per task_id of a subtask, those it needs"
+            )
+        return models.TaskGroup(
+            self.name,
+            [task.to_task(self.dependencies.get(task.task_id, ())) for task in self.subtasks],
+            goal=self.goal.to_goal() if self.goal is not None else (),
+            priority=_priority(self.priority),
+            description=self.description,
+        )
+
+
+def slug(text: str) -> str:
+    """
+    Text as a name that may stand in Redis.
+    """
+    return re.sub(r"[^A-Za-z0-9._:]+", "-", text).strip("-")[:40] or "unnamed"
+
+
+def _priority(value: int | Priority | str) -> Priority | str:
+    if not isinstance(value, int):
+        return value
+    return Priority.LOW if value <= 0 else Priority.HIGH if value >= FIRST_HIGH else Priority.NORMAL

@@ -1,0 +1,299 @@
+"""
+The groups of a playground: submitted, followed event by event, their goals judged as their owner sees them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Literal
+
+from loguru import logger
+
+from rq_ceylon.client import Client, GroupHandle
+from rq_ceylon.errors import CeylonError, ConnectionLostError, InvalidInputError
+from rq_ceylon.models import GoalStatus, GroupStatus, GroupView, Priority, TaskResult, TaskStatus
+from rq_ceylon.store import queries, transitions
+from rq_ceylon.store.events import Event
+from rq_ceylon.task.data import TaskGroup, TaskGroupGoal, TaskMessage, slug
+
+PAUSE_S = 0.2
+"""Before looking again after a lost connection."""
+
+
+class TaskManager:
+    """
+    What a playground works on.
+
+    Attributes:
+        task_groups: by their `task_id`; the objects that were assigned, kept up to date.
+        tasks: of all groups, by their `task_id`.
+        completed_tasks: those of them that completed, in that order.
+    """
+
+    def __init__(self) -> None:
+        self.task_groups: dict[str, TaskGroup] = {}
+        self.tasks: dict[str, TaskMessage] = {}
+        self.completed_tasks: dict[str, TaskMessage] = {}
+        self._client: Client | None = None
+        self._followers: dict[str, _Follower] = {}
+        self._in_order = asyncio.Lock()
+
+    @staticmethod
+    def create_task_group(
+        name: str,
+        description: str,
+        subtasks: Iterable[TaskMessage],
+        goal: TaskGroupGoal | None = None,
+        dependencies: Mapping[str, Sequence[str]] | None = None,
+        priority: int | Priority | str = 1,
+    ) -> TaskGroup:
+        """
+        A group of its own id, which its tasks carry from now on as their `group_id`. See `TaskGroup`.
+        """
+        return TaskGroup(
+            name=name,
+            description=description,
+            subtasks=list(subtasks),
+            goal=goal,
+            dependencies=dependencies or {},
+            priority=priority,
+        )
+
+    # ---- for the playground ------------------------------------------------------------------------------------------
+    def open(self, client: Client) -> None:
+        """
+        Begin anew.
+        """
+        for known in (self.task_groups, self.tasks, self.completed_tasks, self._followers):
+            known.clear()
+        self._client = client
+
+    async def assign_task_groups(self, groups: Iterable[TaskGroup]) -> None:
+        """
+        Submit groups; returns once Redis has them.
+
+        Raises:
+            CeylonError: the playground does not play.
+            InvalidInputError: something in a group cannot be used; it and those after it were not submitted.
+        """
+        if self._client is None:
+            raise CeylonError("the playground does not play; assign groups within `async with playground.play(...)`")
+        for group in groups:
+            await self._assign(self._client, group)
+
+    async def _assign(self, client: Client, group: TaskGroup) -> None:
+        if not isinstance(group, TaskGroup):
+            raise InvalidInputError(
+                f"{group!r} is no group of a playground; make one with TaskManager.create_task_group"
+            )
+        if group.task_id in self.task_groups:
+            raise InvalidInputError(f"group {group.name!r} is assigned already; make another for a second run")
+        tasks = {task.task_id: task for task in group.subtasks}
+        if taken := tasks.keys() & self.tasks.keys():
+            raise InvalidInputError(
+                f"group {group.name!r}: the task id {sorted(taken)[0]!r} is taken by another group; ids are unique"
+            )
+        group.renew()
+        submitted = group.to_group()
+        # Known before it is submitted: agents of this process may start the first task before Redis has answered us.
+        group.status = TaskStatus.IN_PROGRESS
+        if group.goal is not None:
+            group.goal.status = GoalStatus.IN_PROGRESS
+        self.task_groups[group.task_id] = group
+        self.tasks |= tasks
+        try:
+            handle = await client.submit(submitted)
+        except BaseException:
+            del self.task_groups[group.task_id]
+            self.tasks = {key: task for key, task in self.tasks.items() if key not in tasks}
+            group.renew()
+            raise
+        logger.info('Group "{}" with {} tasks is {}', group.name, len(tasks), handle.id)
+        self._followers[group.task_id] = _Follower(self, client, group, handle)
+
+    async def wait(self) -> None:
+        """
+        Until every group has finished.
+        """
+        while running := [one.run for one in self._followers.values() if not one.run.done()]:
+            await asyncio.wait(running, return_when=asyncio.FIRST_EXCEPTION)
+            for run in running:
+                if run.done():
+                    run.result()
+
+    async def cancel(self) -> None:
+        """
+        End every group that has not finished: what has not started is cancelled, what runs is asked to stop.
+        """
+        for follower in self._followers.values():
+            if not follower.run.done():
+                with suppress(CeylonError):
+                    await follower.handle.cancel()
+
+    async def close(self) -> None:
+        """
+        Look no longer.
+        """
+        self._client = None
+        runs = [one.run for one in self._followers.values()]
+        for run in runs:
+            run.cancel()
+        await asyncio.gather(*runs, return_exceptions=True)
+
+    # ---- as tasks end ------------------------------------------------------------------------------------------------
+    async def take(self, follower: _Follower, event: Event, results: Mapping[str, TaskResult]) -> None:
+        """
+        Write what happened into the objects, and after each end let the goals look. One event at a time, of all groups.
+        """
+        async with self._in_order:
+            for happened in event.tasks:
+                task = follower.tasks.get(happened.tid)
+                if task is None or task.status.is_final:
+                    continue
+                if happened.tid in results:
+                    _end(task, results[happened.tid])
+                    if task.completed:
+                        self.completed_tasks[task.task_id] = task
+                    logger.debug('Task "{}" {}: {} completed', task.name, task.status, len(self.completed_tasks))
+                    await self._look_at_goals()
+                else:
+                    task.status = TaskStatus.PENDING
+            for _, status in event.goals:
+                follower.settle(GoalStatus(status))
+
+    async def _look_at_goals(self) -> None:
+        for key, follower in list(self._followers.items()):
+            goal = self.task_groups[key].goal
+            if goal is not None and not goal.is_settled and await self._holds(goal):
+                await follower.judge("achieved")
+
+    async def _holds(self, goal: TaskGroupGoal) -> bool:
+        try:
+            answer = goal.check_condition(self.task_groups, self.completed_tasks)
+            return bool(await answer if inspect.isawaitable(answer) else answer)
+        except Exception as error:
+            goal.error = f"{type(error).__name__}: {error}"
+            logger.exception('The condition of goal "{}" failed, which counts as not yet', goal.name)
+            return False
+
+    # ---- statistics --------------------------------------------------------------------------------------------------
+    def statistics(self) -> list[str]:
+        """
+        What completed, and how long that took on average.
+        """
+        lines = ["Final Statistics:", f"Completed Tasks: {len(self.completed_tasks)}"]
+        if failed := sum(task.status is TaskStatus.FAILED for task in self.tasks.values()):
+            lines.append(f"Failed Tasks: {failed}")
+        if self.completed_tasks:
+            lines.append(f"Average Duration: {_mean_s(self.completed_tasks.values()):.1f}s")
+        return lines
+
+    def all_statistics(self) -> list[str]:
+        """
+        The same, and how each group, its goal and each worker did.
+        """
+        lines = self.statistics()
+        for group in self.task_groups.values():
+            count = {status: sum(task.status is status for task in group.subtasks) for status in TaskStatus}
+            words = ", ".join(f"{count[status]} {status}" for status in TaskStatus if count[status])
+            lines.append(f"Group {group.name}: {group.status} ({words})")
+            if group.goal is not None:
+                error = f"; its condition raised {group.goal.error}" if group.goal.error else ""
+                lines.append(f"  Goal {group.goal.name}: {group.goal.status}{error}")
+            lines += [f"  {task.name}: {task.error}" for task in group.subtasks if task.error]
+        by_worker: dict[str, list[TaskMessage]] = {}
+        for task in self.completed_tasks.values():
+            by_worker.setdefault(task.assigned_to or "", []).append(task)
+        for worker, tasks in sorted(by_worker.items()):
+            lines.append(f"Worker {worker}: {len(tasks)} completed, {_mean_s(tasks):.1f}s on average")
+        return lines
+
+
+class _Follower:
+    """
+    Reads the events of one group to its end.
+    """
+
+    def __init__(self, manager: TaskManager, client: Client, group: TaskGroup, handle: GroupHandle) -> None:
+        self.manager, self.client, self.group, self.handle = manager, client, group, handle
+        self.tasks = {task.task_id: task for task in group.subtasks}
+        self.seq = 0
+        self.run = asyncio.create_task(self._run(), name=f"playground group {handle.id}")
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                async for view in self.handle.progress():
+                    await self._read(view)
+                return
+            except ConnectionLostError as error:
+                logger.debug("Following {}: {}", self.handle.id, error)
+                await asyncio.sleep(PAUSE_S)
+
+    async def _read(self, view: GroupView) -> None:
+        connection, keys = self.client.connection, self.client.keys
+        while self.seq < view.events:
+            batch = await queries.events(connection, keys, self.handle.id, self.seq + 1)
+            if not batch:
+                break
+            for event in batch:
+                ended = [task.tid for task in event.tasks if task.outcome in ("completed", "failed", "cancelled")]
+                results = await queries.results(connection, keys, self.handle.id, ended)
+                await self.manager.take(self, event, results)
+                self.seq = event.seq
+        if view.status is GroupStatus.CLOSING and view.counters.open == 0:
+            await self.judge("failed")
+        if view.is_finished:
+            for task in self.tasks.values():
+                if not task.status.is_final:  # closing cancels what has not started without a word for each
+                    task.status = TaskStatus.CANCELLED
+            self.group.status = TaskStatus(view.outcome or "completed")
+            logger.info("{}", view)
+
+    async def judge(self, verdict: Literal["achieved", "failed"]) -> None:
+        """
+        Write a verdict where every process sees it; a goal that is settled already stays as it is.
+        """
+        goal = self.group.goal
+        if goal is None or goal.is_settled:
+            return
+        call = transitions.judge(self.client.keys, self.handle.id, goal=goal.to_goal().name or "", verdict=verdict)
+        ((reply, *_),) = await self.client.connection.run_until_answered([call], give_up_after=None)
+        if reply == "OK":
+            self.settle(GoalStatus(verdict))
+
+    def settle(self, status: GoalStatus) -> None:
+        """
+        Say once how the goal was settled.
+        """
+        goal = self.group.goal
+        if goal is None or goal.is_settled:
+            return
+        goal.status = status
+        achieved = status is GoalStatus.ACHIEVED
+        level, message = ("INFO", goal.success_message) if achieved else ("WARNING", goal.failure_message)
+        completed = sum(task.completed for task in self.group.subtasks)
+        words = 'Goal {}: {} of "{}" ({} of {} completed). {}'
+        logger.log(level, words, status, goal.name, self.group.name, completed, len(self.tasks), message)
+
+
+def _end(task: TaskMessage, result: TaskResult) -> None:
+    task.status, task.completed = result.status, result.status is TaskStatus.COMPLETED
+    task.start_time = None if result.started_ms is None else result.started_ms / 1000
+    task.end_time = None if result.ended_ms is None else result.ended_ms / 1000
+    if task.completed:
+        task.result = result.value
+    elif result.status is TaskStatus.FAILED:
+        error = result.error or {}
+        task.error = f"{error['type']}: {error['message']}" if error else result.reason
+    # An agent of this process has entered its name already; its worker's begins with that.
+    if not (task.assigned_to and result.worker.startswith(f"{slug(task.assigned_to)}-")):
+        task.assigned_to = result.worker or None
+
+
+def _mean_s(tasks: Iterable[TaskMessage]) -> float:
+    spans = [task.end_time - task.start_time for task in tasks if task.end_time and task.start_time]
+    return sum(spans) / len(spans) if spans else 0.0

@@ -1,0 +1,168 @@
+"""
+The playground of the tutorial: groups are assigned to it, and it plays until they have finished.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager, suppress
+from functools import cache
+from typing import Any, Self
+
+from loguru import logger
+
+from rq_ceylon.app import Ceylon
+from rq_ceylon.client import Client
+from rq_ceylon.errors import CeylonError, RedisError
+from rq_ceylon.settings import resolve
+from rq_ceylon.store.server import EmbeddedServer
+from rq_ceylon.task.agent import TaskExecutionAgent
+from rq_ceylon.task.crew import Crew
+from rq_ceylon.task.data import TaskGroup, TaskMessage
+from rq_ceylon.task.manager import TaskManager
+
+CLOSE_S = 5.0
+"""How long a playground that is left early waits to hear how its groups ended."""
+
+
+class TaskPlayGround:
+    """
+    Works on groups of tasks with agents of this process, with workers elsewhere, or with both. May be played again,
+    not twice at a time.
+
+    Args:
+        name: for logs.
+        app: where Redis is, and handlers that agents know beside `execute_task`. Where no Redis is configured it is a
+            throw-away one of this process.
+    """
+
+    def __init__(self, name: str = "task_manager", *, app: Ceylon | None = None) -> None:
+        self.name, self.task_manager = name, TaskManager()
+        self._app = app or Ceylon()
+        self._crew: Crew | None = None
+
+    @asynccontextmanager
+    async def play(
+        self, workers: Sequence[TaskExecutionAgent] | None = None, *, scale: tuple[int, int] | None = None
+    ) -> AsyncIterator[Self]:
+        """
+        Start the agents; at the end wait until all groups have finished, then let the agents go. What an exception
+        leaves is closed at once.
+
+        Args:
+            workers: agents of this process. A list is followed: who is appended to it starts, who is removed from it
+                ends what it runs and goes.
+            scale: the least and the most agents of each role; the list then grows and shrinks with the load.
+
+        Raises:
+            RedisError: Redis is not reachable, or not fit for this.
+        """
+        if self._crew is not None:
+            raise CeylonError(f"playground {self.name!r} plays already; make another")
+        agents = workers if isinstance(workers, list) else list(workers or ())
+        async with await self._client() as client:
+            crew = self._crew = Crew(agents, client, self._app.registry, scale)
+            self.task_manager.open(client)
+            try:
+                await _call_all(self._app.registry.on_start)
+                await crew.start()
+                logger.info("Playground {} plays at {} with {} agents", self.name, client.keys.namespace, len(agents))
+                yield self
+                await self._drain(crew)
+            except BaseException:
+                await self.force_close()
+                raise
+            finally:
+                await crew.stop()
+                await self.task_manager.close()
+                await _call_all(self._app.registry.on_stop)
+                self._crew = None
+        logger.info("Playground {} finished with {} completed tasks", self.name, len(self.get_completed_tasks()))
+
+    async def _client(self) -> Client:
+        try:
+            return self._app.client()
+        except RedisError:
+            server = await asyncio.to_thread(_own_server)
+            return Client(server.url, namespace=resolve(server.url).namespace, registry=self._app.registry)
+
+    async def _drain(self, crew: Crew) -> None:
+        guard = asyncio.create_task(crew.guard())
+        drained = asyncio.create_task(self.task_manager.wait())
+        try:
+            done, _ = await asyncio.wait((drained, guard), return_when=asyncio.FIRST_COMPLETED)
+            for ended in done:
+                ended.result()
+            await drained
+        finally:
+            guard.cancel()
+            drained.cancel()
+            await asyncio.gather(guard, drained, return_exceptions=True)
+
+    async def assign_task_groups(self, groups: Iterable[TaskGroup]) -> None:
+        """
+        Hand over groups; see `TaskManager.assign_task_groups`.
+        """
+        await self.task_manager.assign_task_groups(groups)
+
+    async def finish(self) -> None:
+        """
+        Leave early: what runs here ends, what has not started is cancelled, and what runs elsewhere is asked to stop.
+        """
+        if self._crew is not None:
+            await self._crew.stop()
+            await self.task_manager.cancel()
+            await self._hear_the_end()
+
+    async def force_close(self) -> None:
+        """
+        Leave at once: what runs is stopped, what has not started is cancelled.
+        """
+        if self._crew is not None:
+            await self.task_manager.cancel()
+            await self._crew.stop(at_once=True)
+            await self._hear_the_end()
+
+    async def _hear_the_end(self) -> None:
+        with suppress(TimeoutError, CeylonError):
+            async with asyncio.timeout(CLOSE_S):
+                await self.task_manager.wait()
+
+    # ---- what came of it ---------------------------------------------------------------------------------------------
+    def get_completed_tasks(self) -> dict[str, TaskMessage]:
+        """
+        The tasks that completed, by id, in that order.
+        """
+        return dict(self.task_manager.completed_tasks)
+
+    def get_task_results(self) -> dict[str, Any]:
+        """
+        What they returned, by id.
+        """
+        return {key: task.result for key, task in self.task_manager.completed_tasks.items()}
+
+    async def print_statistics(self) -> None:
+        """
+        Print how many tasks completed, and how long they took.
+        """
+        print("\n".join(self.task_manager.statistics()))
+
+    async def print_all_statistics(self) -> None:
+        """
+        Print also how each group, its goal and each worker did.
+        """
+        print("\n".join(self.task_manager.all_statistics()))
+
+
+@cache
+def _own_server() -> EmbeddedServer:
+    return EmbeddedServer.start()
+
+
+async def _call_all(hooks: Sequence[Callable[[], Any]]) -> None:
+    for hook in hooks:
+        done = hook()
+        if inspect.isawaitable(done):
+            await done
