@@ -47,6 +47,10 @@ if TYPE_CHECKING:
         TaskView,
     )
     from rq_ceylon.monitor import Monitor
+    from rq_ceylon.task.agent import TaskExecutionAgent
+    from rq_ceylon.task.data import TaskGroupGoal, TaskMessage
+    from rq_ceylon.task.manager import TaskManager
+    from rq_ceylon.task.playground import TaskPlayGround
     from rq_ceylon.worker import Worker
 
 _HOME = {
@@ -58,6 +62,10 @@ _HOME = {
     "attempt": "Backoff FailTask RetryTask TaskContext",
     "models": "Counters Goal GoalStatus GroupStatus GroupView Priority Task TaskGroup TaskResult TaskStatus TaskView",
     "monitor": "Monitor",
+    "task.agent": "TaskExecutionAgent",
+    "task.data": "TaskGroupGoal TaskMessage",
+    "task.manager": "TaskManager",
+    "task.playground": "TaskPlayGround",
     "worker": "Worker",
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}
@@ -71,7 +79,9 @@ __all__ = [  # noqa: RUF022, in the order of the table above
     "Backoff", "FailTask", "RetryTask", "TaskContext",
     "Counters", "Goal", "GoalStatus", "GroupStatus", "GroupView", "Priority", "Task", "TaskGroup", "TaskResult",
     "TaskStatus", "TaskView",
-    "Monitor", "Worker",
+    "Monitor",
+    "TaskExecutionAgent", "TaskGroupGoal", "TaskMessage", "TaskManager", "TaskPlayGround",
+    "Worker",
 ]  # fmt: skip
 
 # A library is silent until its user asks: `logger.enable("rq_ceylon")`. The commands do.
