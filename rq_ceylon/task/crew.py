@@ -116,10 +116,12 @@ class Crew:
 
     async def guard(self) -> None:
         """
-        Never returns; raises what ended an agent.
+        Returns when the crew was dismissed; raises what ended an agent before that.
         """
         if self._tending is not None:
-            await asyncio.shield(self._tending)
+            await asyncio.wait([self._tending])
+            if not self._tending.cancelled():
+                self._tending.result()
 
     async def stop(self, *, at_once: bool = False) -> None:
         """

@@ -104,15 +104,22 @@ class TaskManager:
             group.goal.status = GoalStatus.IN_PROGRESS
         self.task_groups[group.task_id] = group
         self.tasks |= tasks
+        sending = asyncio.create_task(client.submit(submitted))
         try:
-            handle = await client.submit(submitted)
-        except BaseException:
-            del self.task_groups[group.task_id]
-            self.tasks = {key: task for key, task in self.tasks.items() if key not in tasks}
-            group.renew()
+            await asyncio.shield(sending)
+        except asyncio.CancelledError:
+            # Redis may have it by now, and a group that nobody follows here would never have its goal judged.
+            await asyncio.wait([sending])
             raise
-        logger.info('Group "{}" with {} tasks is {}', group.name, len(tasks), handle.id)
-        self._followers[group.task_id] = _Follower(self, client, group, handle)
+        finally:
+            if sending.done() and sending.exception() is None:
+                handle = sending.result()
+                logger.info('Group "{}" with {} tasks is {}', group.name, len(tasks), handle.id)
+                self._followers[group.task_id] = _Follower(self, client, group, handle)
+            else:
+                del self.task_groups[group.task_id]
+                self.tasks = {key: task for key, task in self.tasks.items() if key not in tasks}
+                group.renew()
 
     async def wait(self) -> None:
         """
@@ -251,7 +258,7 @@ class _Follower:
                 if not task.status.is_final:  # closing cancels what has not started without a word for each
                     task.status = TaskStatus.CANCELLED
             self.group.status = TaskStatus(view.outcome or "completed")
-            logger.info("{}", view)
+            logger.info("Group {}", view)
 
     async def judge(self, verdict: Literal["achieved", "failed"]) -> None:
         """

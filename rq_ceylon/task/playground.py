@@ -72,7 +72,7 @@ class TaskPlayGround:
                 yield self
                 await self._drain(crew)
             except BaseException:
-                await self.force_close()
+                await asyncio.create_task(self.force_close())  # in a cancelled task no call would reach Redis
                 raise
             finally:
                 await crew.stop()
@@ -89,17 +89,21 @@ class TaskPlayGround:
             return Client(server.url, namespace=resolve(server.url).namespace, registry=self._app.registry)
 
     async def _drain(self, crew: Crew) -> None:
-        guard = asyncio.create_task(crew.guard())
-        drained = asyncio.create_task(self.task_manager.wait())
+        """
+        Until all groups have finished, somebody dismissed the crew, or an agent met its end.
+        """
+        drained, guard = asyncio.create_task(self.task_manager.wait()), asyncio.create_task(crew.guard())
         try:
-            done, _ = await asyncio.wait((drained, guard), return_when=asyncio.FIRST_COMPLETED)
-            for ended in done:
-                ended.result()
-            await drained
+            await asyncio.wait((drained, guard), return_when=asyncio.FIRST_COMPLETED)
+            if drained.done():
+                drained.result()
+            else:
+                guard.result()
+                await self._hear_the_end()
         finally:
-            guard.cancel()
             drained.cancel()
-            await asyncio.gather(guard, drained, return_exceptions=True)
+            guard.cancel()
+            await asyncio.gather(drained, guard, return_exceptions=True)
 
     async def assign_task_groups(self, groups: Iterable[TaskGroup]) -> None:
         """
