@@ -71,7 +71,8 @@ class TaskExecutionAgent:
     @contextmanager
     def _active(self, context: TaskContext) -> Iterator[TaskMessage]:
         task = TaskMessage.of(context)
-        task.status, task.assigned_to, task.start_time = TaskStatus.IN_PROGRESS, self.name, time.time()
+        if not task.status.is_final:  # else another worker was faster, and this run counts for nothing
+            task.status, task.assigned_to, task.start_time = TaskStatus.IN_PROGRESS, self.name, time.time()
         self.active_tasks[task.task_id] = task
         try:
             yield task

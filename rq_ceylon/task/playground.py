@@ -62,7 +62,8 @@ class TaskPlayGround:
         if self._crew is not None:
             raise CeylonError(f"playground {self.name!r} plays already; make another")
         agents = workers if isinstance(workers, list) else list(workers or ())
-        async with await self._client() as client:
+        url, namespace = await self._place()
+        async with Client(url, namespace=namespace, registry=self._app.registry) as client:
             crew = self._crew = Crew(agents, client, self._app.registry, scale)
             self.task_manager.open(client)
             try:
@@ -81,12 +82,13 @@ class TaskPlayGround:
                 self._crew = None
         logger.info("Playground {} finished with {} completed tasks", self.name, len(self.get_completed_tasks()))
 
-    async def _client(self) -> Client:
+    async def _place(self) -> tuple[str, str]:
         try:
-            return self._app.client()
+            settings = self._app.settings
         except RedisError:
             server = await asyncio.to_thread(_own_server)
-            return Client(server.url, namespace=resolve(server.url).namespace, registry=self._app.registry)
+            settings = resolve(server.url)
+        return settings.redis_url, settings.namespace
 
     async def _drain(self, crew: Crew) -> None:
         """
