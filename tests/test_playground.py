@@ -22,8 +22,9 @@ from commands import ROOT, Commands, commands_on, until
 
 from rq_ceylon import models
 from rq_ceylon.app import Ceylon
+from rq_ceylon.attempt import FailTask, TaskContext
 from rq_ceylon.errors import CeylonError, InvalidInputError, RedisError
-from rq_ceylon.handlers import FailTask, Handler, Registry, TaskContext
+from rq_ceylon.handlers import Handler, Registry
 from rq_ceylon.models import Priority
 from rq_ceylon.task import (
     GoalStatus,

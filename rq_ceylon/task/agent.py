@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
-from rq_ceylon.handlers import DEFAULT_HANDLER, Handler, TaskContext
+from rq_ceylon.attempt import TaskContext
+from rq_ceylon.handlers import DEFAULT_HANDLER, Handler
 from rq_ceylon.models import seconds
 from rq_ceylon.task.data import TaskMessage, TaskStatus
 

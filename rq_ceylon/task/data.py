@@ -13,8 +13,8 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from rq_ceylon import models
+from rq_ceylon.attempt import TaskContext
 from rq_ceylon.errors import InvalidInputError
-from rq_ceylon.handlers import TaskContext
 from rq_ceylon.models import Duration, Goal, GoalStatus, Priority, Task, TaskStatus
 
 __all__ = ["GoalStatus", "TaskGroup", "TaskGroupGoal", "TaskMessage", "TaskStatus"]
