@@ -235,7 +235,7 @@ async def test_a_group_that_was_removed_and_submitted_again_between_two_looks_is
 ) -> None:
     without_maintenance(monkeypatch)
     async with watching(redis_url, namespace, said):
-        await until(lambda: bench.redis.pubsub_numpat() == 1)  # it is subscribed
+        await until(lambda: bench.redis.publish(bench.keys.events_channel("nobody"), 1) == 1)  # it is subscribed
         for number in (1, 2):
             bench.redis.delete(*bench.keys.group("g"))
             bench.queued("g", goal="completed >= 1")

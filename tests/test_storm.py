@@ -170,6 +170,6 @@ def check_order(tasks: dict[str, list[str]], results: dict[str, str], events: li
     """
     ended = {task.tid: event.at_ms for event in events for task in event.tasks if task.outcome == "completed"}
     for tid, text in results.items():
-        outcome, _, _, _, _, started, *_ = text.split("|")
+        outcome, _, _, _, _, _, started, *_ = text.split("|")
         if outcome == "completed":
             assert all(int(started) >= ended[need] for need in tasks[tid])
