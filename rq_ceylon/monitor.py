@@ -145,7 +145,7 @@ class Monitor:
             while True:
                 look_all = None in gids or time.monotonic() >= look_all_at
                 try:
-                    await self._look(connection, watch, None if look_all else {gid for gid in gids if gid})
+                    await self._look(connection, watch, {gid for gid in gids if gid}, everything=look_all)
                     rest_s = await self._judge_due(connection, watch)
                 except CeylonError as error:
                     if not lost:
@@ -162,15 +162,15 @@ class Monitor:
                 await asyncio.sleep(min(COALESCE_S, rest_s))
                 gids = await watch.wait(max(0.001, rest_s - COALESCE_S))
 
-    async def _look(self, connection: Connection, watch: Watch, gids: set[str] | None) -> None:
+    async def _look(self, connection: Connection, watch: Watch, gids: set[str], *, everything: bool) -> None:
         """
-        Look at these groups; None: at all that are not over, and forget those that are gone.
+        Look at these groups, or also at all others that are not over, and forget those that are gone.
         """
-        if gids is None:
+        if everything:
             known = set(await queries.group_ids(connection, self.keys))
             for gid in set(self._groups) - known:
                 self._forget(gid)
-            gids = {gid for gid in known if gid not in self._groups or not self._groups[gid].finished}
+            gids = gids | {gid for gid in known if gid not in self._groups or not self._groups[gid].finished}
         names = sorted(gids)
         for first in range(0, len(names), 100):
             some = names[first : first + 100]
