@@ -63,6 +63,10 @@ def submit(
     limit = None if timeout is None else seconds(timeout, "--timeout")
     groups = read_groups(file)
     if key is not None:
+        if not key:
+            raise InvalidInputError(
+                "--key: it is empty; give text that is the same for the same submission, or no --key"
+            )
         if len(groups) > 1:
             raise InvalidInputError(f"--key: {file} has {len(groups)} groups; write key: into each of them instead")
         groups[0].key = key
