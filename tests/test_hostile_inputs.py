@@ -44,7 +44,7 @@ class Case:
 
 @pytest.fixture
 def store(redis_url: str) -> Iterator[redis.Redis]:
-    with redis.Redis.from_url(redis_url) as store:
+    with redis.Redis.from_url(redis_url, decode_responses=True) as store:
         yield store
 
 
@@ -310,8 +310,8 @@ def test_an_input_that_cannot_be_used(
 ) -> None:
     assert_one_message(case, *run_here(case, redis_url, tmp_path, monkeypatch))
     # A group is announced in the index before Redis judges its goals; of the group itself nothing is kept.
-    index = (b":groups", b":roles") if "can never hold" in case.says[0] else ()
-    assert [key for key in store.keys("*") if not key.endswith(index)] == []
+    index: tuple[str, ...] = (":groups", ":roles") if "can never hold" in case.says[0] else ()
+    assert [key for key in store.keys("*") if not str(key).endswith(index)] == []
 
 
 WORKERS = {
