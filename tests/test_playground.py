@@ -23,6 +23,7 @@ from commands import ROOT, Commands, commands_on, until
 from rq_ceylon import models
 from rq_ceylon.app import Ceylon
 from rq_ceylon.attempt import FailTask, TaskContext
+from rq_ceylon.client import Client
 from rq_ceylon.errors import CeylonError, InvalidInputError, RedisError
 from rq_ceylon.handlers import Handler, Registry
 from rq_ceylon.models import Priority
@@ -390,15 +391,22 @@ async def test_without_an_override_an_agent_sleeps_for_the_duration(playground: 
 
 
 async def test_a_plain_function_may_override_and_runs_in_a_thread(playground: TaskPlayGround) -> None:
+    ran = []
+
     class Blocking(TaskExecutionAgent):
         def execute_task(self, task: TaskMessage) -> Any:
+            ran.append(task.task_id)
+            if task.task_id == "t2":
+                raise ValueError("no")
             return threading.current_thread() is threading.main_thread()
 
     group = group_of(messages(2))
     async with playground.play(workers=[Blocking("a", "r")]) as playing:
         await playing.assign_task_groups([group])
 
-    assert [task.result for task in group.subtasks] == [False, False]
+    assert [task.result for task in group.subtasks] == [False, None]
+    assert group.subtasks[1].error == "ValueError: no"
+    assert sorted(ran) == ["t1", "t2"]
 
 
 async def test_dependencies_that_were_set_after_creation_hold(playground: TaskPlayGround) -> None:
@@ -540,13 +548,15 @@ async def test_no_agent_starts_where_redis_is_not(tmp_path: Path) -> None:
             pytest.fail("it plays")
 
 
-async def test_finish_lets_run_what_runs_and_cancels_the_rest(playground: TaskPlayGround) -> None:
+async def test_finish_lets_run_what_runs_and_cancels_the_rest(playground: TaskPlayGround, app: Ceylon) -> None:
     agent, group = Gated("a"), group_of(messages(5), lambda groups, completed: len(completed) == 5)
-    async with playground.play(workers=[agent]) as playing:
+    async with app.client() as client, playground.play(workers=[agent]) as playing:
         await playing.assign_task_groups([group])
         await soon(lambda: len(agent.started) == 2, "both slots are busy")
         finishing = asyncio.create_task(playing.finish())
-        await asyncio.sleep(0)
+        for _ in range(20):
+            (view,) = await client.groups()
+        assert (view.counters.cancelled, view.counters.in_progress, finishing.done()) == (0, 2, False)
         agent.gate.set()
         await finishing
         assert sorted(task.status for task in group.subtasks) == ["cancelled"] * 3 + ["completed"] * 2
@@ -584,6 +594,36 @@ async def test_what_is_left_at_once_is_stopped(leaves: str, playground: TaskPlay
         (view,) = await client.groups()
         assert (view.outcome, view.counters.cancelled) == ("cancelled", 5)
         assert await client.workers() == []
+
+
+async def test_what_was_sent_when_a_cancellation_came_is_ended_too(
+    playground: TaskPlayGround, app: Ceylon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit, sent, answer = Client.submit, asyncio.Event(), asyncio.Event()
+
+    async def submit_and_wait(self: Client, work: Any) -> Any:
+        handle = await submit(self, work)
+        sent.set()
+        await answer.wait()
+        return handle
+
+    async def play() -> None:
+        async with playground.play(workers=[Gated("a")]) as playing:
+            await playing.assign_task_groups([group])
+
+    monkeypatch.setattr(Client, "submit", submit_and_wait)
+    group = group_of(messages(3), lambda groups, completed: False)
+    playing = asyncio.create_task(play())
+    await sent.wait()
+    playing.cancel()
+    await asyncio.sleep(0)
+    answer.set()
+    with pytest.raises(asyncio.CancelledError):
+        await playing
+
+    async with app.client() as client:
+        (view,) = await client.groups()
+    assert (view.is_finished, view.outcome, group.status) == (True, "cancelled", TaskStatus.CANCELLED)
 
 
 async def test_statistics_tell_of_groups_goals_and_workers(
