@@ -26,7 +26,7 @@ from rq_ceylon.store.codec import encode
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.events import LOOK_S, EventHub, Watch
 from rq_ceylon.store.keys import Keys
-from rq_ceylon.store.statistics import GroupStatistics
+from rq_ceylon.store.statistics import GroupStatistics, summary
 
 COALESCE_S = 0.02
 """Notifications that come within this time after a look are looked at together."""
@@ -347,18 +347,3 @@ def _how_it_stood(goal: GoalView) -> str:
         return words
     reasons = {"deadline": "its deadline has passed", "fail_when": f"{goal.fail_when} holds", "callable": goal.when}
     return f"{words}; {reasons.get(goal.settled.by, f'{goal.when} can no longer be')}"
-
-
-def summary(view: GroupView, found: GroupStatistics) -> str:
-    """
-    How a group ended, in words: counts, rate, and per role run and wait times.
-    """
-    counters = view.counters
-    lines = [
-        f'Group "{view.name}" finished {view.outcome}: {counters.completed} completed, {counters.failed} failed, '
-        f"{counters.cancelled} cancelled in {found.seconds:.1f} s ({found.rate:.1f}/s)"
-    ]
-    for name, role in sorted(found.roles.items()):
-        if role.run.count:
-            lines.append(f"  {name}: run {role.run}; wait {role.wait}")
-    return "\n".join(lines)

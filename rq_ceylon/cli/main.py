@@ -193,6 +193,8 @@ def show(target: str, as_json: bool, redis_url: str | None, namespace: str | Non
     """
 
     async def body(client: Client) -> None:
+        from rq_ceylon.store import statistics
+
         gid, _, tid = target.partition("/")
         view = await client.group(gid).view()
         tasks = [await client.task(target).view()] if tid else [task async for task in client.group(gid).tasks()]
@@ -208,7 +210,7 @@ def show(target: str, as_json: bool, redis_url: str | None, namespace: str | Non
                     f"  goal {goal.name}: {goal.when}: {goal.status}"
                     + (f" at {at.counters.completed} of {at.counters.total} completed, by {at.by}" if at else "")
                 )
-            click.echo(await _statistics(client, gid))
+            click.echo(statistics.summary(view, await statistics.of_group(client.connection, client.keys, gid)))
         _table(
             ("TASK", "STATUS", "REASON", "ROLE", "ATTEMPT", "WORKER", "RUN MS", "RESULT"),
             [_task_row(task) for task in tasks],
@@ -217,18 +219,6 @@ def show(target: str, as_json: bool, redis_url: str | None, namespace: str | Non
             click.echo(tasks[0].result.error.get("traceback", "").rstrip())
 
     _with_client(redis_url, namespace, body)
-
-
-async def _statistics(client: Client, gid: str) -> str:
-    from rq_ceylon.monitor import summary
-    from rq_ceylon.store import queries
-    from rq_ceylon.store.statistics import GroupStatistics
-
-    view, found, seq = await client.group(gid).view(), GroupStatistics(), 0
-    while batch := await queries.events(client.connection, client.keys, gid, seq + 1):
-        found.add(batch)
-        seq = batch[-1].seq
-    return summary(view, found)
 
 
 def _task_row(task: TaskView) -> tuple[object, ...]:

@@ -8,7 +8,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from rq_ceylon.models import GroupView
+from rq_ceylon.store import queries
+from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.events import Event
+from rq_ceylon.store.keys import Keys
 
 ENDS = ("completed", "failed", "cancelled")
 
@@ -17,14 +21,17 @@ ENDS = ("completed", "failed", "cancelled")
 class Histogram:
     """
     Durations in ms by buckets of powers of two: bucket 0 is below 1 ms, bucket b is 2^(b-1) up to 2^b.
+    `max_ms`: none of them is longer.
     """
 
     buckets: Counter[int] = field(default_factory=Counter)
     total_ms: int = 0
+    max_ms: int = 0
 
     def add(self, ms: int) -> None:
         self.buckets[max(ms, 0).bit_length()] += 1
         self.total_ms += ms
+        self.max_ms = max(self.max_ms, ms)
 
     @property
     def count(self) -> int:
@@ -36,13 +43,15 @@ class Histogram:
 
     def percentile_ms(self, share: float) -> float:
         """
-        The duration that this share (0 to 1) stays under, interpolated inside its bucket: right to a factor of two.
+        The duration that this share (0 to 1) does not exceed, interpolated inside its bucket: right to a factor of two,
+        and never above `max_ms`.
         """
         rank, seen = share * self.count, 0
         for bucket in sorted(self.buckets):
             count = self.buckets[bucket]
             if seen + count >= rank:
-                low, high = (0.0, 1.0) if bucket == 0 else (2.0 ** (bucket - 1), 2.0**bucket)
+                low = _low_ms(bucket)
+                high = min(2.0**bucket, max(low, self.max_ms))
                 return low + (high - low) * (rank - seen) / count
             seen += count
         return 0.0
@@ -50,6 +59,10 @@ class Histogram:
     def __str__(self) -> str:
         p50, p95, p99 = (self.percentile_ms(share) for share in (0.5, 0.95, 0.99))
         return f"mean {self.mean_ms:.0f} ms, p50 {p50:.0f}, p95 {p95:.0f}, p99 {p99:.0f}"
+
+
+def _low_ms(bucket: int) -> int:
+    return 1 << bucket >> 1
 
 
 @dataclass
@@ -101,14 +114,32 @@ class GroupStatistics:
         return completed / self.seconds if self.seconds else 0.0
 
 
-def statistics_of(events: Iterable[Event]) -> GroupStatistics:
+async def of_group(connection: Connection, keys: Keys, gid: str) -> GroupStatistics:
     """
-    Statistics of a group from all its events. What closing the group cancelled at once has no events: it is in the
-    group's counters alone.
+    Statistics of a group from all its events so far. What closing the group cancelled at once has no events: it is in
+    the group's counters alone.
     """
-    found = GroupStatistics()
-    found.add(events)
+    found, seq = GroupStatistics(), 0
+    while batch := await queries.events(connection, keys, gid, seq + 1):
+        found.add(batch)
+        seq = batch[-1].seq
     return found
+
+
+def summary(view: GroupView, found: GroupStatistics) -> str:
+    """
+    How a group ended or stands, in words: counts, rate, and per role run and wait times.
+    """
+    counters = view.counters
+    how, so_far = (f"finished {view.outcome}", "") if view.is_finished else (f"is {view.status}", " so far")
+    lines = [
+        f'Group "{view.name}" {how}: {counters.completed} completed, {counters.failed} failed, '
+        f"{counters.cancelled} cancelled{so_far} in {found.seconds:.1f} s ({found.rate:.1f}/s)"
+    ]
+    for name, role in sorted(found.roles.items()):
+        if role.run.count:
+            lines.append(f"  {name}: run {role.run}; wait {role.wait}")
+    return "\n".join(lines)
 
 
 def of_role(meta: Mapping[str, str]) -> RoleStatistics:
@@ -123,5 +154,9 @@ def of_role(meta: Mapping[str, str]) -> RoleStatistics:
         elif kind in ("run", "wait") and part:
             (found.run if kind == "run" else found.wait).buckets[int(part)] = int(value)
     found.retries = found.outcomes.pop("retry", 0)
-    found.run.total_ms, found.wait.total_ms = int(meta.get("run_ms", 0)), int(meta.get("wait_ms", 0))
+    for histogram, total in ((found.run, "run_ms"), (found.wait, "wait_ms")):
+        histogram.total_ms = int(meta.get(total, 0))
+        # The maximum is not kept: but it is no longer than the sum less the least that all others can be.
+        lows = [_low_ms(bucket) * count for bucket, count in histogram.buckets.items()]
+        histogram.max_ms = histogram.total_ms - sum(lows) + _low_ms(max(histogram.buckets, default=0))
     return found
