@@ -4,14 +4,17 @@ What all commands share: options, errors in one line, logging, the event loop.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import logging
 import os
 import pkgutil
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -33,42 +36,113 @@ file, 3 no Redis, 4 cannot import, 5 waited too long, 6 no worker for a role,
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
-def where(function: F) -> F:
+@dataclass(frozen=True)
+class Place:
     """
-    The options that say which Redis and which namespace.
-    """
-    function = click.option(
-        "--namespace", metavar="NAME", envvar="CEYLON_NAMESPACE", help="Keeps applications apart; default ceylon."
-    )(function)
-    return click.option(
-        "--redis", "redis_url", metavar="URL", help="Where Redis is; else CEYLON_REDIS_URL, REDIS_URL."
-    )(function)
-
-
-def logs(level: str) -> Callable[[F], F]:
-    """
-    The options of the log.
+    What the options say about where Redis is; looked up only by what needs it.
     """
 
-    def add(function: F) -> F:
-        function = click.option(
+    redis_url: str | None
+    namespace: str | None
+
+    def settings(self, app: Ceylon | None = None) -> Settings:
+        """
+        The options, else the application's own.
+        """
+        from rq_ceylon.settings import resolve
+
+        if app is not None and self.redis_url is None and self.namespace is None:
+            return app.settings
+        return resolve(self.redis_url, namespace=self.namespace)
+
+
+def command(name: str) -> Callable[[F], click.Command]:
+    """
+    A command with a name of its own on PATH. Each option is a variable too, such as CEYLON_WORKER_GRACE.
+    """
+
+    def make(function: F) -> click.Command:
+        prefix = name.upper().replace("-", "_")
+        context = {**CONTEXT, "auto_envvar_prefix": prefix}
+        versioned = click.version_option(package_name="rq-ceylon")(reported(function))
+        return click.command(name, context_settings=context, epilog=EXIT_CODES)(versioned)
+
+    return make
+
+
+def where(function: Callable[..., Any]) -> Callable[..., Any]:
+    """
+    The options that say which Redis and which namespace, as the argument `place`.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Any, redis_url: str | None, namespace: str | None, **kwargs: Any) -> Any:
+        return function(*args, place=Place(redis_url, namespace), **kwargs)
+
+    for option in (
+        click.option(
+            "--namespace", metavar="NAME", envvar="CEYLON_NAMESPACE", help="Keeps applications apart; default ceylon."
+        ),
+        click.option("--redis", "redis_url", metavar="URL", help="Where Redis is; else CEYLON_REDIS_URL, REDIS_URL."),
+    ):
+        run = option(run)
+    return run
+
+
+def with_client(function: Callable[..., Coroutine[Any, Any, int | None]]) -> Callable[..., None]:
+    """
+    The command is a coroutine that gets an open client first; what it returns is the exit code.
+    """
+
+    @where
+    @reported
+    @functools.wraps(function)
+    def run(*args: Any, place: Place, **kwargs: Any) -> None:
+        found = place.settings()
+
+        async def main() -> int | None:
+            from rq_ceylon.client import Client
+
+            async with Client(found.redis_url, namespace=found.namespace) as client:
+                return await function(client, *args, **kwargs)
+
+        sys.exit(run_async(main()) or 0)
+
+    return run
+
+
+def logs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """
+    The options of the log, which is set up before the command runs.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Any, log_level: str, log_format: str, **kwargs: Any) -> Any:
+        set_up_logging(log_level, log_format)
+        # Commands that this one starts log alike.
+        os.environ.update(CEYLON_LOG_LEVEL=log_level, CEYLON_LOG_FORMAT=log_format)
+        return function(*args, **kwargs)
+
+    for option in (
+        click.option(
             "--log-format",
             type=click.Choice(["text", "json"]),
             default="text",
             envvar="CEYLON_LOG_FORMAT",
             show_default=True,
             help="One JSON object per line, or text.",
-        )(function)
-        return click.option(
+        ),
+        click.option(
             "--log-level",
             type=click.Choice(["debug", "info", "warning", "error"], case_sensitive=False),
-            default=level,
+            default="info",
             envvar="CEYLON_LOG_LEVEL",
             show_default=True,
             help="What to log, to stderr.",
-        )(function)
-
-    return add
+        ),
+    ):
+        run = option(run)
+    return run
 
 
 def reported(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,18 +158,13 @@ def reported(function: Callable[..., Any]) -> Callable[..., Any]:
             click.echo(f"Error: {error}", err=True)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would end the ending with a traceback
             sys.exit(130)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(0)
 
     return run
-
-
-def settings(redis_url: str | None, namespace: str | None) -> Settings:
-    from rq_ceylon.settings import resolve
-
-    return resolve(redis_url, namespace=namespace)
 
 
 def run_async(main: Coroutine[Any, Any, T]) -> T:
@@ -113,6 +182,24 @@ def run_async(main: Coroutine[Any, Any, T]) -> T:
         pass
     with asyncio.Runner(loop_factory=factory) as runner:
         return runner.run(main)
+
+
+def on_signals(stop: Callable[[int], None]) -> None:
+    """
+    SIGTERM and Ctrl-C call `stop` in the running loop.
+    """
+    import asyncio
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with contextlib.suppress(NotImplementedError):  # Windows: there Ctrl-C cancels
+            asyncio.get_running_loop().add_signal_handler(number, stop, number)
+
+
+def counted(number: int, word: str) -> str:
+    """
+    `1 task`, `2 tasks`.
+    """
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 
 def load_app(path: str) -> Ceylon:
@@ -181,12 +268,3 @@ def set_up_logging(level: str, form: str) -> None:
             logger.bind(logger=record.name).opt(exception=record.exc_info).log(severity, "{}", record.getMessage())
 
     logging.basicConfig(handlers=[ToLoguru()], level=level.upper(), force=True)
-
-
-def to_json(value: Any) -> str:
-    """
-    One line of JSON of dataclasses and plain values.
-    """
-    from pydantic_core import to_json as dump
-
-    return dump(value).decode()

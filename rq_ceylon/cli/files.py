@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from rq_ceylon.cli.common import reported, run_async, settings, where
+from rq_ceylon.cli.common import Place, counted, reported, run_async, where
 
 if TYPE_CHECKING:
     from rq_ceylon.graph import Drawing
@@ -60,13 +60,9 @@ def in_words(groups: list[TaskGroup]) -> str:
         for task in group.tasks:
             tasks += 1
             roles.add(task.role or group.defaults.role or DEFAULT_ROLE)
-    served = f"{_counted(len(roles), 'role')} ({', '.join(sorted(roles))})"
-    parts = [_counted(len(groups), "group"), _counted(tasks, "task"), served, _counted(goals, "goal")]
+    served = f"{counted(len(roles), 'role')} ({', '.join(sorted(roles))})"
+    parts = [counted(len(groups), "group"), counted(tasks, "task"), served, counted(goals, "goal")]
     return ", ".join(parts) + (f"; {GOALS_LATER}" if goals else "")
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 @click.command()
@@ -115,7 +111,7 @@ def schema() -> None:
 @click.argument("source", metavar="FILE|GROUP")
 @where
 @reported
-def graph(source: str, redis_url: str | None, namespace: str | None) -> None:
+def graph(source: str, place: Place) -> None:
     """
     Print what needs what, as a Mermaid flowchart: of a group file, or of a submitted group with its states.
 
@@ -131,8 +127,8 @@ def graph(source: str, redis_url: str | None, namespace: str | None) -> None:
     if source == "-" or Path(source).exists() or Path(source).suffix in (".yaml", ".yml", ".json"):
         click.echo(draw(_of_file(source)), nl=False)
         return
-    place = settings(redis_url, namespace)
-    click.echo(draw([run_async(_of_group(place.redis_url, place.namespace, source))]), nl=False)
+    found = place.settings()
+    click.echo(draw([run_async(_of_group(found.redis_url, found.namespace, source))]), nl=False)
 
 
 def _of_file(file: str) -> list[Drawing]:

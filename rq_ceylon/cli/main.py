@@ -4,25 +4,16 @@
 
 from __future__ import annotations
 
+import socket
 import sys
-from collections.abc import Callable, Coroutine, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
-from rq_ceylon.cli.common import (
-    CONTEXT,
-    EXIT_CODES,
-    logs,
-    reported,
-    run_async,
-    set_up_logging,
-    settings,
-    to_json,
-    where,
-)
+from rq_ceylon.cli.common import CONTEXT, EXIT_CODES, logs, reported, with_client
+from rq_ceylon.cli.facts import group_facts, result_facts, task_facts, to_json
 from rq_ceylon.cli.files import graph, schema, validate
-from rq_ceylon.cli.submit import goal_facts, group_facts
 
 if TYPE_CHECKING:
     from rq_ceylon.client import Client
@@ -41,26 +32,13 @@ def ceylon() -> None:
     Examples:
       ceylon demo              see it work, on a throw-away server
       ceylon status            what is queued, running and done
+      ceylon watch GROUP       follow one group live
       ceylon show GROUP        one group: goals, counters, tasks
     """
 
 
 for _command in (validate, schema, graph):
     ceylon.add_command(_command)
-
-
-def _with_client(
-    redis_url: str | None, namespace: str | None, body: Callable[[Client], Coroutine[Any, Any, None]]
-) -> None:
-    place = settings(redis_url, namespace)
-
-    async def main() -> None:
-        from rq_ceylon.client import Client
-
-        async with Client(place.redis_url, namespace=place.namespace) as client:
-            await body(client)
-
-    run_async(main())
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -75,157 +53,146 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 
 @ceylon.command()
 @JSON
-@where
-@reported
-def status(as_json: bool, redis_url: str | None, namespace: str | None) -> None:
+@with_client
+async def status(client: Client, as_json: bool) -> None:
     """
     Roles with their backlog, workers and totals; groups by status.
+
+    QUEUED and DELIVERED are of this moment; BUSY/SLOTS is what workers said in their heartbeats, up to 5 s ago.
     """
-
-    async def body(client: Client) -> None:
-        roles, groups, workers = await client.roles(), await client.groups(), await client.workers()
-        counts: dict[str, int] = {}
-        for group in groups:
-            counts[group.status] = counts.get(group.status, 0) + 1
-        monitors = sum(worker.kind == "monitor" for worker in workers)
-        if as_json:
-            click.echo(to_json({"schema": 1, "roles": roles, "groups": counts, "monitors": monitors}))
-            return
-        _table(
-            ("ROLE", "QUEUED", "DELIVERED", "DELAYED", "WORKERS", "BUSY/SLOTS", "COMPLETED", "FAILED"),
-            [
-                (
-                    role.name,
-                    role.queued,
-                    role.delivered,
-                    role.delayed,
-                    role.workers,
-                    f"{role.busy}/{role.slots}",
-                    role.totals.get("completed", 0),
-                    role.totals.get("failed", 0),
-                )
-                for role in roles
-            ],
-        )
-        click.echo("groups: " + (", ".join(f"{count} {word}" for word, count in sorted(counts.items())) or "none"))
-        click.echo(f"monitors: {monitors}" + ("" if monitors else " (start one: ceylon-monitor)"))
-
-    _with_client(redis_url, namespace, body)
+    roles, groups, workers = await client.roles(), await client.groups(), await client.workers()
+    counts: dict[str, int] = {}
+    for group in groups:
+        counts[group.status] = counts.get(group.status, 0) + 1
+    monitors = sum(worker.kind == "monitor" for worker in workers)
+    if as_json:
+        click.echo(to_json({"schema": 1, "roles": roles, "groups": counts, "monitors": monitors}))
+        return
+    _table(
+        ("ROLE", "QUEUED", "DELIVERED", "DELAYED", "WORKERS", "BUSY/SLOTS", "COMPLETED", "FAILED"),
+        [
+            (
+                role.name,
+                role.queued,
+                role.delivered,
+                role.delayed,
+                role.workers,
+                f"{role.busy}/{role.slots}",
+                role.totals.get("completed", 0),
+                role.totals.get("failed", 0),
+            )
+            for role in roles
+        ],
+    )
+    click.echo("groups: " + (", ".join(f"{count} {word}" for word, count in sorted(counts.items())) or "none"))
+    click.echo(f"monitors: {monitors}" + ("" if monitors else " (start one: ceylon-monitor)"))
 
 
 @ceylon.command()
 @JSON
-@where
-@reported
-def workers(as_json: bool, redis_url: str | None, namespace: str | None) -> None:
+@click.option("--check", is_flag=True, help="For health checks: end with 0 if one lives on this host, else with 1.")
+@with_client
+async def workers(client: Client, as_json: bool, check: bool) -> int:
     """
     Live workers and monitors.
     """
-
-    async def body(client: Client) -> None:
-        found = await client.workers()
-        if as_json:
-            click.echo(to_json({"schema": 1, "workers": found}))
-            return
-        _table(
-            ("NAME", "KIND", "HOST", "PID", "ROLES", "BUSY/SLOTS", "TASKS", "STATE"),
-            [
-                (
-                    worker.name,
-                    worker.kind,
-                    worker.host,
-                    worker.pid,
-                    ",".join(worker.roles) or "-",
-                    f"{len(worker.tasks)}/{worker.slots}",
-                    ",".join(worker.task_names) or "-",
-                    "stopping" if worker.stopping else "running",
-                )
-                for worker in found
-            ],
-        )
-
-    _with_client(redis_url, namespace, body)
+    found = await client.workers()
+    if check:
+        here = [worker for worker in found if worker.host == socket.gethostname() and not worker.stopping]
+        click.echo("\n".join(f"{worker.kind} {worker.name} lives" for worker in here) or "none lives on this host")
+        return 0 if here else 1
+    if as_json:
+        click.echo(to_json({"schema": 1, "workers": found}))
+        return 0
+    _table(
+        ("NAME", "KIND", "HOST", "PID", "ROLES", "BUSY/SLOTS", "TASKS", "STATE"),
+        [
+            (
+                worker.name,
+                worker.kind,
+                worker.host,
+                worker.pid,
+                ",".join(worker.roles) or "-",
+                f"{len(worker.tasks)}/{worker.slots}",
+                ",".join(worker.task_names) or "-",
+                "stopping" if worker.stopping else "running",
+            )
+            for worker in found
+        ],
+    )
+    return 0
 
 
 @ceylon.command()
 @JSON
-@where
-@reported
-def groups(as_json: bool, redis_url: str | None, namespace: str | None) -> None:
+@with_client
+async def groups(client: Client, as_json: bool) -> None:
     """
     All groups, oldest first.
     """
-
-    async def body(client: Client) -> None:
-        found = await client.groups()
-        if as_json:
-            facts = [{"group": group_facts(view), "goals": goal_facts(view)} for view in found]
-            click.echo(to_json({"schema": 1, "groups": facts}))
-            return
-        _table(
-            ("GROUP", "NAME", "STATUS", "COMPLETED", "FAILED", "CANCELLED", "TOTAL", "GOALS"),
-            [
-                (
-                    view.id,
-                    view.name,
-                    view.outcome or view.status,
-                    view.counters.completed,
-                    view.counters.failed,
-                    view.counters.cancelled,
-                    view.counters.total,
-                    ", ".join(f"{goal.name} {goal.status}" for goal in view.goals) or "-",
-                )
-                for view in found
-            ],
-        )
-
-    _with_client(redis_url, namespace, body)
+    found = await client.groups()
+    if as_json:
+        facts = [group_facts(view) for view in found]
+        click.echo(to_json({"schema": 1, "groups": facts}))
+        return
+    _table(
+        ("GROUP", "NAME", "STATUS", "COMPLETED", "FAILED", "CANCELLED", "TOTAL", "GOALS"),
+        [
+            (
+                view.id,
+                view.name,
+                view.outcome or view.status,
+                view.counters.completed,
+                view.counters.failed,
+                view.counters.cancelled,
+                view.counters.total,
+                ", ".join(f"{goal.name} {goal.status}" for goal in view.goals) or "-",
+            )
+            for view in found
+        ],
+    )
 
 
 @ceylon.command()
 @click.argument("target", metavar="GROUP[/TASK]")
 @JSON
-@where
-@reported
-def show(target: str, as_json: bool, redis_url: str | None, namespace: str | None) -> None:
+@with_client
+async def show(client: Client, target: str, as_json: bool) -> None:
     """
     One group with its goals and tasks, or one task.
     """
+    from rq_ceylon.store import statistics
 
-    async def body(client: Client) -> None:
-        from rq_ceylon.store import statistics
-
-        gid, _, tid = target.partition("/")
-        view = await client.group(gid).view()
-        tasks = [await client.task(target).view()] if tid else [task async for task in client.group(gid).tasks()]
-        if as_json:
-            facts = {"schema": 1, "group": group_facts(view), "goals": goal_facts(view)}
-            click.echo(to_json({**facts, "tasks": [_task_facts(gid, task) for task in tasks]}))
-            return
-        if not tid:
-            click.echo(f"{view}")
-            for goal in view.goals:
-                at = goal.settled
-                click.echo(
-                    f"  goal {goal.name}: {goal.when}: {goal.status}"
-                    + (f" at {at.counters.completed} of {at.counters.total} completed, by {at.by}" if at else "")
-                )
-            click.echo(statistics.summary(view, await statistics.of_group(client.connection, client.keys, gid)))
-        _table(
-            ("TASK", "STATUS", "REASON", "ROLE", "ATTEMPT", "WORKER", "RUN MS", "RESULT"),
-            [_task_row(task) for task in tasks],
-        )
-        if tid and tasks[0].result and tasks[0].result.error:
-            click.echo(tasks[0].result.error.get("traceback", "").rstrip())
-
-    _with_client(redis_url, namespace, body)
+    gid, _, tid = target.partition("/")
+    view = await client.group(gid).view()
+    tasks = [await client.task(target).view()] if tid else [task async for task in client.group(gid).tasks()]
+    if as_json:
+        click.echo(to_json({"schema": 1, **group_facts(view), "tasks": [task_facts(gid, task) for task in tasks]}))
+        return
+    if not tid:
+        click.echo(f"{view}")
+        for goal in view.goals:
+            at = goal.settled
+            click.echo(
+                f"  goal {goal.name}: {goal.when}: {goal.status}"
+                + (f" at {at.counters.completed} of {at.counters.total} completed, by {at.by}" if at else "")
+            )
+        click.echo(statistics.summary(view, await statistics.of_group(client.connection, client.keys, gid)))
+    _table(
+        ("TASK", "STATUS", "REASON", "ROLE", "ATTEMPT", "WORKER", "RUN MS", "RESULT"),
+        [_task_row(task) for task in tasks],
+    )
+    if tid and tasks[0].result and tasks[0].result.error:
+        click.echo(tasks[0].result.error.get("traceback", "").rstrip())
 
 
 def _task_row(task: TaskView) -> tuple[object, ...]:
     result = task.result
     shown = "-"
     if result is not None:
-        shown = f"{result.error['type']}: {result.error['message']}" if result.error else to_json(result.value)
+        error = result.error
+        # What no handler raised, a poison say, has no type.
+        shown = ": ".join(filter(None, (error["type"], error["message"]))) if error else to_json(result.value)
     clean = "".join(char if char.isprintable() else "?" for char in shown)
     return (
         task.id,
@@ -239,42 +206,53 @@ def _task_row(task: TaskView) -> tuple[object, ...]:
     )
 
 
-def _task_facts(gid: str, task: TaskView) -> dict[str, Any]:
-    result = task.result
-    return {
-        "id": f"{gid}/{task.id}",
-        "status": task.status,
-        "reason": task.reason,
-        "role": task.role,
-        "uses": task.uses,
-        "attempt": task.attempt,
-        "crashes": task.crashes,
-        "worker": task.worker,
-        "started": task.started_ms,
-        "due": task.due_ms,
-        "ended": result.ended_ms if result else None,
-        "wait_ms": result.wait_ms if result else None,
-        "run_ms": result.run_ms if result else None,
-        "result": result.value if result else None,
-        "error": result.error if result else None,
-    }
+@ceylon.command()
+@click.argument("group")
+@with_client
+async def watch(client: Client, group: str) -> int:
+    """
+    Follow a group until it has finished: how far it is, when it will be there, and what runs.
+
+    Without a terminal it prints a plain line per change. Ctrl-C stops watching, the group goes on.
+    """
+    from rq_ceylon.cli.live import follow
+
+    _, code = await follow(client, client.group(group), "all", None, sys.stdout)
+    return code
+
+
+@ceylon.command()
+@click.argument("group")
+@click.option("-f", "--follow", is_flag=True, help="Go on with each task as it ends, until the group has finished.")
+@with_client
+async def results(client: Client, group: str, follow: bool) -> None:
+    """
+    Results of the tasks that have ended, as JSON Lines.
+    """
+    from rq_ceylon.models import TaskResult
+
+    handle = client.group(group)
+    if follow:
+        async for result in handle.results():
+            click.echo(to_json(result_facts(group, result)))
+        return
+    await handle.view()  # an unknown group is an error, not an empty list
+    async for task in handle.tasks():
+        if task.status.is_final:
+            result = task.result or TaskResult(task.id, task.status, task.reason, task.role)
+            click.echo(to_json(result_facts(group, result)))
 
 
 @ceylon.command()
 @click.argument("target", metavar="GROUP[/TASK]")
-@where
-@reported
-def cancel(target: str, redis_url: str | None, namespace: str | None) -> None:
+@with_client
+async def cancel(client: Client, target: str) -> None:
     """
     Cancel a group or a task: at once what has not started, by asking its worker what runs.
     """
-
-    async def body(client: Client) -> None:
-        _, _, tid = target.partition("/")
-        word = await (client.task(target).cancel() if tid else client.group(target).cancel())
-        click.echo(f"{target}: {word}")
-
-    _with_client(redis_url, namespace, body)
+    _, _, tid = target.partition("/")
+    word = await (client.task(target).cancel() if tid else client.group(target).cancel())
+    click.echo(f"{target}: {word}")
 
 
 @ceylon.command()
@@ -303,13 +281,12 @@ def server(port: int | None) -> None:
 @ceylon.command()
 @click.argument("app", metavar="MODULE:APP")
 @click.option("-c", "--concurrency", type=click.IntRange(1, 10_000), help="Tasks at once.")
-@logs("info")
+@logs
 @reported
-def up(app: str, concurrency: int | None, log_level: str, log_format: str) -> None:
+def up(app: str, concurrency: int | None) -> None:
     """
     Server, worker and monitor for one application together, for development. Ctrl-C ends all.
     """
-    set_up_logging(log_level, log_format)
     from rq_ceylon.cli.processes import run_up
 
-    sys.exit(run_up(app, concurrency, log_level, log_format))
+    sys.exit(run_up(app, concurrency))

@@ -77,16 +77,15 @@ def run_server(port: int | None) -> int:
     return 0
 
 
-def run_up(app: str, concurrency: int | None, log_level: str, log_format: str) -> int:
+def run_up(app: str, concurrency: int | None) -> int:
     """
     Server, worker and monitor until a signal.
     """
-    log = ["--log-level", log_level, "--log-format", log_format]
     slots = ["-c", str(concurrency)] if concurrency else []
     with EmbeddedServer.start(folder=server_folder(), appendonly=True) as server, contextlib.ExitStack() as stack:
         environ = {**os.environ, "CEYLON_REDIS_URL": server.url}
-        worker = stack.enter_context(_running("worker", [app, *slots, *log], environ))
-        stack.enter_context(_running("monitor", ["--app", app, *log], environ))
+        worker = stack.enter_context(_running("worker", [app, *slots], environ))
+        stack.enter_context(_running("monitor", ["--app", app], environ))
         click.echo(f"Up: server at {server.url}, worker, monitor. Submit with app.client() or ceylon-submit.", err=True)
         ended = _until_signal(worker)
     return ended

@@ -8,24 +8,10 @@ import sys
 
 import click
 
-from rq_ceylon.cli.common import (
-    CONTEXT,
-    EXIT_CODES,
-    load_app,
-    logs,
-    reported,
-    run_async,
-    set_up_logging,
-    settings,
-    where,
-)
+from rq_ceylon.cli.common import Place, command, load_app, logs, on_signals, run_async, where
 
 
-@click.command(
-    "ceylon-worker",
-    context_settings={**CONTEXT, "auto_envvar_prefix": "CEYLON_WORKER"},
-    epilog=EXIT_CODES,
-)
+@command("ceylon-worker")
 @click.argument("app", metavar="[MODULE:APP]", required=False, envvar="CEYLON_APP")
 @click.option("-r", "--role", "roles", multiple=True, metavar="ROLE", envvar="CEYLON_ROLE", help="Roles to serve.")
 @click.option("-c", "--concurrency", type=click.IntRange(1, 10_000), help="Tasks at once; default 100, sync only 16.")
@@ -37,9 +23,7 @@ from rq_ceylon.cli.common import (
     "--lease", metavar="DURATION", default="30s", show_default=True, help="A silent worker keeps tasks for so long."
 )
 @where
-@logs("info")
-@click.version_option(package_name="rq-ceylon")
-@reported
+@logs
 def worker(
     app: str | None,
     roles: tuple[str, ...],
@@ -49,10 +33,7 @@ def worker(
     name: str | None,
     grace: str,
     lease: str,
-    redis_url: str | None,
-    namespace: str | None,
-    log_level: str,
-    log_format: str,
+    place: Place,
 ) -> None:
     """
     Run the tasks of some roles.
@@ -66,90 +47,58 @@ def worker(
     to those of the application's tasks. A first SIGTERM or Ctrl-C lets running tasks finish within --grace, a second
     one gives them back at once.
     """
-    set_up_logging(log_level, log_format)
     from rq_ceylon.errors import InvalidInputError
     from rq_ceylon.handlers import Registry
     from rq_ceylon.models import seconds
     from rq_ceylon.worker.supervisor import Supervisor, stop_with_supervisor
 
-    registry = Registry()
-    if app:
-        loaded = load_app(app)
-        registry = loaded.registry
-        place = loaded.settings if redis_url is None and namespace is None else settings(redis_url, namespace)
-    else:
-        place = settings(redis_url, namespace)
+    loaded = load_app(app) if app else None
+    registry = loaded.registry if loaded else Registry()
+    found = place.settings(loaded)
     served = list(roles) or registry.roles()
     if not served:
         raise InvalidInputError("no role to serve: give --role ROLE, or an application whose tasks have roles")
     grace_s, lease_s = seconds(grace, "--grace"), seconds(lease, "--lease")
     if lease_s < 0.1:
         raise InvalidInputError(f"--lease: {lease!r} is too short; give at least 100ms")
-    if processes > 1:
-        command = [sys.executable, "-m", "rq_ceylon.cli", "worker", *([app] if app else []), "--processes", "1"]
-        for role in served:
-            command += ["--role", role]
-        command += ["--redis", place.redis_url, "--namespace", place.namespace, "--grace", grace, "--lease", lease]
-        command += ["--log-level", log_level, "--log-format", log_format, *(["--burst"] if burst else [])]
-        command += [*(["-c", str(concurrency)] if concurrency else []), *(["--name", name] if name else [])]
-        supervisor = Supervisor(
-            command, processes=processes, url=place.redis_url, namespace=place.namespace, burst=burst
-        )
-        sys.exit(run_async(_supervise(supervisor)))
     stop_with_supervisor()
-    is_async = not app or any(handler.kind == "async" for handler in registry.own())
-    sys.exit(
-        run_async(
-            _work(
-                url=place.redis_url,
-                namespace=place.namespace,
-                registry=registry,
-                roles=served,
-                name=name,
-                slots=concurrency or (100 if is_async else 16),
-                threads=concurrency or 16,
-                lease_s=lease_s,
-                grace_s=grace_s,
-                burst=burst,
-            )
+
+    async def supervise() -> int:
+        # A child is this very command with one process.
+        children = [sys.executable, "-m", "rq_ceylon.cli", "worker", *sys.argv[1:], "--processes", "1"]
+        supervisor = Supervisor(
+            children, processes=processes, url=found.redis_url, namespace=found.namespace, burst=burst
         )
-    )
+        on_signals(supervisor.signal)
+        return await supervisor.run()
 
+    async def work() -> int:
+        from rq_ceylon.worker import Worker
 
-async def _work(**options: object) -> int:
-    import asyncio
-    import signal
+        is_async = not loaded or any(handler.kind == "async" for handler in registry.own())
+        running = Worker(
+            found.redis_url,
+            namespace=found.namespace,
+            registry=registry,
+            roles=served,
+            name=name,
+            slots=concurrency or (100 if is_async else 16),
+            threads=concurrency or 16,
+            lease_s=lease_s,
+            grace_s=grace_s,
+            burst=burst,
+        )
+        signals: list[int] = []
 
-    from rq_ceylon.worker import Worker
+        def stop(number: int) -> None:
+            signals.append(number)
+            if len(signals) == 1:
+                running.stop()
+            else:
+                running.kill()
 
-    running = Worker(**options)  # type: ignore[arg-type]
-    code = 0
-    signals = 0
+        on_signals(stop)
+        await running.run()
+        return 128 + signals[-1] if len(signals) > 1 else 0
 
-    def stop(number: int) -> None:
-        nonlocal code, signals
-        signals += 1
-        if signals == 1:
-            running.stop()
-        else:
-            code = 128 + number
-            running.kill()
-
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop, number)
-    await running.run()
-    return code
-
-
-async def _supervise(supervisor: object) -> int:
-    import asyncio
-    import signal
-
-    from rq_ceylon.worker.supervisor import Supervisor
-
-    assert isinstance(supervisor, Supervisor)
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, supervisor.signal, number)
-    return await supervisor.run()
+    sys.exit(run_async(supervise() if processes > 1 else work()))

@@ -263,6 +263,16 @@ def _open(tid: str, text: str, claim: str | None, needs: int, defaults: Mapping[
     )
 
 
+async def running(connection: Connection, keys: Keys, gid: str) -> list[TaskView]:
+    """
+    Some of a group's tasks that run now, longest first: all of them unless very many run or are retried.
+    """
+    ((_, found),) = await connection.run([command("HSCAN", keys.group_part(gid, "claims"), "0", "COUNT", SCAN)])
+    tids = [tid for tid, claim in _fields(found).items() if claim.split("|", 1)[0] in RUNNING]
+    views = [view for view in await some_tasks(connection, keys, gid, tids) if view.status is TaskStatus.IN_PROGRESS]
+    return sorted(views, key=lambda view: view.started_ms or 0)
+
+
 async def results(connection: Connection, keys: Keys, gid: str, tids: Sequence[str]) -> dict[str, TaskResult]:
     """
     The results of those of these tasks that have one.

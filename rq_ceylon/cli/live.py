@@ -1,0 +1,245 @@
+"""
+A group as it goes on: live on a terminal, a plain line per change elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Literal, TextIO
+
+import click
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.text import Text
+
+from rq_ceylon.cli.common import counted
+from rq_ceylon.client import is_over, succeeded
+from rq_ceylon.errors import WaitTimeoutError
+from rq_ceylon.goals import parse
+from rq_ceylon.models import GoalStatus, GoalView, GroupView, TaskView
+from rq_ceylon.store import queries
+from rq_ceylon.store.statistics import GroupStatistics
+
+if TYPE_CHECKING:
+    from rq_ceylon.client import Client, GroupHandle
+
+LOOK_S = 1.0
+"""How often a terminal is brought up to date while nothing ends: starts are no events."""
+
+RATE_S = 10.0
+"""The rate is that of so many last seconds."""
+
+
+async def follow(
+    client: Client, handle: GroupHandle, until: Literal["goal", "all"], limit_s: float | None, file: TextIO
+) -> tuple[GroupView, int]:
+    """
+    Show a group on `file` until what is waited for is there. Ctrl-C only stops the watching.
+
+    Returns:
+        the group and the exit code: 0 if its goals were achieved or, without goals, all its tasks completed; else 1;
+        130 after Ctrl-C.
+
+    Raises:
+        WaitTimeoutError: not within `limit_s`.
+    """
+    current = asyncio.current_task()
+    assert current is not None
+    display = _Display(client, file)
+    view = await handle.view()
+    try:
+        async with asyncio.timeout(limit_s):
+            view = await _show(handle, view, display, until)
+    except TimeoutError:
+        raise WaitTimeoutError(
+            f"group {handle.id} is not there within {limit_s:g} s; it goes on. Come back with: ceylon watch {handle.id}"
+        ) from None
+    except asyncio.CancelledError:  # Nobody else cancels this: it is the runner's way to tell of Ctrl-C.
+        current.uncancel()
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+        click.echo(f"Stopped watching; the group goes on. Come back with: ceylon watch {handle.id}", err=True)
+        return view, 130
+    display.say(_last_words(view))
+    return view, 0 if succeeded(view) else 1
+
+
+async def _show(handle: GroupHandle, view: GroupView, display: _Display, until: Literal["goal", "all"]) -> GroupView:
+    """
+    Show every change until what is waited for is there; on a terminal, also that time goes by.
+    """
+    changes = handle.progress()
+    change = asyncio.ensure_future(anext(changes))
+    try:
+        with display:
+            await display.show(view)
+            while not is_over(view, until):
+                done, _ = await asyncio.wait({change}, timeout=LOOK_S if display.is_live else None)
+                if done:
+                    view = change.result()
+                    change = asyncio.ensure_future(anext(changes))
+                else:
+                    view = await handle.view()
+                await display.show(view)
+    finally:
+        change.cancel()
+        await asyncio.gather(change, return_exceptions=True)
+    return view
+
+
+class _Display:
+    """
+    Reads the group's events once, as they come, for rates and numbers per role.
+    """
+
+    def __init__(self, client: Client, file: TextIO) -> None:
+        self._client = client
+        self._console = Console(file=file, highlight=False, markup=False, soft_wrap=True)
+        self.is_live = file.isatty() and not self._console.is_dumb_terminal
+        self._live = Live(console=self._console, auto_refresh=False, transient=True)
+        self._statistics, self._seq = GroupStatistics(), 0
+        self._ended: deque[tuple[float, int]] = deque()
+        self._told: set[str] = set()
+        self._line = ""
+
+    def __enter__(self) -> None:
+        if self.is_live:
+            self._live.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def say(self, words: str) -> None:
+        self._console.print(words)
+
+    async def show(self, view: GroupView) -> None:
+        connection, keys = self._client.connection, self._client.keys
+        while self._seq < view.events:
+            batch = await queries.events(connection, keys, view.id, self._seq + 1)
+            if not batch:
+                break
+            self._statistics.add(batch)
+            self._seq = batch[-1].seq
+        now = time.monotonic()
+        self._ended.append((now, view.counters.ended))
+        while now - self._ended[0][0] > RATE_S:
+            self._ended.popleft()
+        running = await queries.running(connection, keys, view.id) if self.is_live else []
+        for goal in view.goals:
+            if goal.settled and goal.name not in self._told:
+                self._told.add(goal.name)
+                self.say(settled_words(goal))
+        if self.is_live:
+            self._live.update(self._drawn(view, running), refresh=True)
+            return
+        line = _numbers(view)
+        if line != self._line:
+            self._line = line
+            self.say(line)
+
+    @property
+    def _rate(self) -> float:
+        (began, before), (now, ended) = self._ended[0], self._ended[-1]
+        return (ended - before) / (now - began) if now > began else 0.0
+
+    def _drawn(self, view: GroupView, running: list[TaskView]) -> RenderableType:
+        width = self._console.width
+        counters = view.counters
+        head = f"{view.name}: {view.status}, {_numbers(view)}"
+        pace = [f"{self._rate:.1f}/s"] if self._rate else []
+        marks = _marks(view)
+        for what, left in [
+            *((f"{goal}", mark - counters.completed) for goal, mark in marks.items() if mark > counters.completed),
+            ("all", counters.open),
+        ]:
+            if self._rate and left:
+                pace.append(f"{what} in {_span(left / self._rate)}")
+        lines = [Text(head), self._bar(view, width, set(marks.values())), Text(", ".join(pace))]
+        for name, role in sorted(self._statistics.roles.items()):
+            words = [f"{number} {outcome}" for outcome, number in sorted(role.outcomes.items())]
+            words += [counted(role.retries, "retry").replace("retrys", "retries")] if role.retries else []
+            words += [f"run {role.run}"] if role.run.count else []
+            lines.append(Text(f"{name}: {', '.join(words)}"))
+        if running:
+            lines.append(Text("running: " + ", ".join(f"{task.id} on {task.worker}" for task in running)))
+        for line in lines:
+            line.truncate(width, overflow="ellipsis")
+        return Group(*lines)
+
+    def _bar(self, view: GroupView, width: int, targets: set[int]) -> Text:
+        """
+        Cells for what completed, what failed or was cancelled, and what is left, with a mark at each goal.
+        """
+        room = max(10, min(78, width - 2))
+        counters, total = view.counters, max(view.counters.total, 1)
+        marks = {min(room - 1, target * room // total) for target in targets}
+        done = counters.completed * room // total
+        lost = counters.ended * room // total
+        left, full, bad, open_mark, done_mark = "─━╳◇◆" if self._console.encoding.startswith("utf") else "-=x|+"
+        text = Text("[")
+        for cell in range(room):
+            if cell in marks:
+                text.append(done_mark if cell < done else open_mark, "bold yellow")
+            elif cell < done:
+                text.append(full, "green")
+            else:
+                text.append(bad if cell < lost else left, "red" if cell < lost else "dim")
+        return text.append("]")
+
+
+def _numbers(view: GroupView) -> str:
+    counters = view.counters
+    words = f"{counters.completed}/{counters.total} completed, {counters.in_progress} running"
+    for number, word in ((counters.failed, "failed"), (counters.cancelled, "cancelled")):
+        words += f", {number} {word}" if number else ""
+    return words
+
+
+def _marks(view: GroupView) -> dict[str, int]:
+    """
+    Where on the bar each goal is achieved that has such a place.
+    """
+    found = {}
+    for goal in view.goals:
+        mark = None if goal.call else parse(goal.when, goal.name).mark(view.counters.total)
+        if mark is not None:
+            found[goal.name] = mark
+    return found
+
+
+def _span(seconds: float) -> str:
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def settled_words(goal: GoalView) -> str:
+    """
+    A settled goal with the numbers that settled it, and what its author has to say.
+    """
+    assert goal.settled is not None
+    words = goal.when if goal.call else parse(goal.when, goal.name).words(goal.settled.counters)
+    message = goal.success_message if goal.status is GoalStatus.ACHIEVED else goal.failure_message
+    why = "deadline passed; " if goal.settled.by == "deadline" else ""
+    return f"Goal {goal.status}: {goal.name} ({why}{words})" + (f". {message}" if message else "")
+
+
+def _last_words(view: GroupView) -> str:
+    """
+    How it ended, and what the goal spared.
+    """
+    counters = view.counters
+    parts = [f"{counters.completed} completed", f"{counters.failed} failed", f"{counters.cancelled} cancelled"]
+    words = f"{view.name}: {', '.join(parts)} of {counters.total}"
+    if view.outcome:
+        words += f"; {view.outcome}"
+    if view.goals and counters.cancelled:
+        words += f". {counted(counters.cancelled, 'task')} never had to run"
+    elif counters.open:
+        words += f"; {counted(counters.open, 'task')} go on" if counters.open > 1 else "; 1 task goes on"
+    return words
