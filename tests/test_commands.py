@@ -315,7 +315,7 @@ def test_a_worker_needs_a_role_or_an_application_that_names_one(commands: Comman
 
     assert ended.returncode == 0, ended.stderr
     first = json.loads(ended.stderr.splitlines()[0])
-    assert "serves r with 16 slots" in first["record"]["message"]
+    assert "serves r with 16 slots" in first["message"]
     assert_refused(commands.run("worker"), 2, "--role")
 
 

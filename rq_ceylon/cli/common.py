@@ -253,10 +253,9 @@ def set_up_logging(level: str, form: str) -> None:
 
     logger.remove()
     text = "<green>{time:HH:mm:ss.SSS}</green> <level>{level: <7}</level> {message}"
-    if form == "json":
-        logger.add(sys.stderr, level=level.upper(), serialize=True)
-    else:
-        logger.add(sys.stderr, level=level.upper(), format=text)
+    sink: Any = (lambda message: sys.stderr.write(_json_line(message.record))) if form == "json" else sys.stderr
+    # A traceback with the values of its variables would tell secrets.
+    logger.add(sink, level=level.upper(), format=text, backtrace=False, diagnose=False)
     logger.enable("rq_ceylon")
 
     class ToLoguru(logging.Handler):
@@ -268,3 +267,18 @@ def set_up_logging(level: str, form: str) -> None:
             logger.bind(logger=record.name).opt(exception=record.exc_info).log(severity, "{}", record.getMessage())
 
     logging.basicConfig(handlers=[ToLoguru()], level=level.upper(), force=True)
+
+
+def _json_line(record: Any) -> str:
+    from pydantic_core import to_json
+
+    facts = {
+        "time": record["time"].isoformat(timespec="milliseconds"),
+        "level": record["level"].name.lower(),
+        "logger": record["extra"].pop("logger", record["name"]),
+        "message": record["message"],
+        **({"extra": record["extra"]} if record["extra"] else {}),
+    }
+    if record["exception"] is not None:
+        facts["exception"] = "".join(traceback.format_exception(*record["exception"]))
+    return to_json(facts, fallback=repr).decode() + "\n"

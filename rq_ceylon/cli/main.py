@@ -170,14 +170,13 @@ async def show(client: Client, target: str, as_json: bool) -> None:
         click.echo(to_json({"schema": 1, **group_facts(view), "tasks": [task_facts(gid, task) for task in tasks]}))
         return
     if not tid:
-        click.echo(f"{view}")
+        click.echo(statistics.summary(view, await statistics.of_group(client.connection, client.keys, gid)))
         for goal in view.goals:
             at = goal.settled
             click.echo(
                 f"  goal {goal.name}: {goal.when}: {goal.status}"
                 + (f" at {at.counters.completed} of {at.counters.total} completed, by {at.by}" if at else "")
             )
-        click.echo(statistics.summary(view, await statistics.of_group(client.connection, client.keys, gid)))
     _table(
         ("TASK", "STATUS", "REASON", "ROLE", "ATTEMPT", "WORKER", "RUN MS", "RESULT"),
         [_task_row(task) for task in tasks],
