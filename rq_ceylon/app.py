@@ -395,6 +395,12 @@ class SyncClient:
     def roles(self) -> list[RoleView]:
         return self.call(self.inner.roles)
 
+    def pause_role(self, role: str) -> None:
+        self.call(self.inner.pause_role, role)
+
+    def resume_role(self, role: str) -> None:
+        self.call(self.inner.resume_role, role)
+
 
 class SyncTaskHandle(Generic[R]):
     """
@@ -464,3 +470,9 @@ class SyncGroupHandle:
 
     def cancel(self) -> str:
         return self._client.call(self._handle.cancel)
+
+    def pause(self) -> str:
+        return self._client.call(self._handle.pause)
+
+    def resume(self) -> str:
+        return self._client.call(self._handle.resume)

@@ -20,6 +20,9 @@ ID_PATTERN = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 Duration = int | float | str | timedelta
 """Seconds as a number, a `timedelta`, or text such as `30s`, `5m`, `1h30m`, `250ms`, `2d`."""
 
+NeedPolicy = Literal["skip", "fail", "continue"]
+"""What becomes of a task that needs one that did not complete: cancelled, failed, or it runs all the same."""
+
 GoalPolicy = Literal["continue", "drain", "cancel"]
 """What happens to the rest of a group when a goal settles: go on; finish what runs and cancel the rest; stop it all."""
 
@@ -205,7 +208,9 @@ class TaskGroup:
         priority: for tasks that name none.
         retention: how long the group is kept after it finished; default 24 h.
         description: for people.
-        depends_on: ids of groups that must complete before this one starts.
+        depends_on: ids of groups that must complete before this one starts; should one of them end otherwise, this one
+            is cancelled.
+        on_need_failed: what becomes of a task that needs one that did not complete; default skip.
     """
 
     name: str
@@ -218,6 +223,7 @@ class TaskGroup:
     retention: Duration = DEFAULT_RETENTION_S
     description: str = ""
     depends_on: Sequence[str] = ()
+    on_need_failed: NeedPolicy = "skip"
 
 
 COUNTERS = ("waiting", "pending", "in_progress", "completed", "failed", "cancelled")
@@ -286,6 +292,8 @@ class GroupView:
 
     Attributes:
         outcome: completed, failed or cancelled once finished, else None.
+        reason: why it was cancelled, if a group on which it depends did not complete.
+        depends_on: groups for which it still waits.
         events: length of the group's event list.
     """
 
@@ -296,6 +304,8 @@ class GroupView:
     goals: Sequence[GoalView] = ()
     key: str | None = None
     outcome: str | None = None
+    reason: str = ""
+    depends_on: Sequence[str] = ()
     description: str = ""
     created_ms: int | None = None
     finished_ms: int | None = None
@@ -394,3 +404,4 @@ class RoleView:
     slots: int
     busy: int
     totals: Mapping[str, int]
+    paused: bool = False

@@ -23,7 +23,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 TASK_KEYS = "use one of uses, role, duration, timeout, max_attempts, priority, delay, expires, metadata, with, "
 TASK_KEYS += "needs, matrix"
 DEFAULT_KEYS = "use one of uses, role, duration, timeout, max_attempts, priority, delay, expires, metadata"
-GROUP_KEYS = "use one of name, description, key, priority, retention, defaults, tasks, goal, depends_on"
+GROUP_KEYS = "use one of name, description, key, priority, retention, defaults, tasks, goal, depends_on, on_need_failed"
 DURATIONS = "give seconds (30) or text such as 30s, 5m, 1h30m, 250ms, 2d"
 IDS = "use 1 to 64 letters, digits and . _ : -"
 

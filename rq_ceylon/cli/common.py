@@ -199,7 +199,7 @@ def counted(number: int, word: str) -> str:
     """
     `1 task`, `2 tasks`.
     """
-    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+    return f"{number:,} {word}" if number == 1 else f"{number:,} {word}s"
 
 
 def load_app(path: str) -> Ceylon:

@@ -72,7 +72,7 @@ async def status(client: Client, as_json: bool) -> None:
         ("ROLE", "QUEUED", "DELIVERED", "DELAYED", "WORKERS", "BUSY/SLOTS", "COMPLETED", "FAILED"),
         [
             (
-                role.name,
+                role.name + (" (paused)" if role.paused else ""),
                 role.queued,
                 role.delivered,
                 role.delayed,
@@ -252,6 +252,31 @@ async def cancel(client: Client, target: str) -> None:
     _, _, tid = target.partition("/")
     word = await (client.task(target).cancel() if tid else client.group(target).cancel())
     click.echo(f"{target}: {word}")
+
+
+def _paused_or_resumed(name: str, text: str) -> click.Command:
+    @with_client
+    async def run(client: Client, group: str | None, role: str | None) -> None:
+        if (group is None) == (role is None):
+            raise click.UsageError(f"give a GROUP or --role ROLE: ceylon {name} 06h0ql7fl6apk73bpl93")
+        if role is not None:
+            await (client.pause_role(role) if name == "pause" else client.resume_role(role))
+            click.echo(f"role {role}: {name}d")
+        elif group is not None:
+            handle = client.group(group)
+            click.echo(f"{group}: {await (handle.pause() if name == 'pause' else handle.resume())}")
+
+    run.__doc__ = text
+    for decorate in (
+        click.option("--role", metavar="ROLE", help="A role, for all groups."),
+        click.argument("group", metavar="[GROUP]", required=False),
+    ):
+        run = decorate(run)
+    return ceylon.command(name)(run)
+
+
+pause = _paused_or_resumed("pause", "Start nothing more of a group or role; what runs goes on, and so do deadlines.")
+resume = _paused_or_resumed("resume", "Go on after a pause.")
 
 
 @ceylon.command()

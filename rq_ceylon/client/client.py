@@ -15,7 +15,7 @@ from rq_ceylon.client.submission import Submission
 from rq_ceylon.errors import InvalidInputError
 from rq_ceylon.handlers import Registry
 from rq_ceylon.models import GroupView, RoleView, Task, TaskGroup, WorkerView, check_id
-from rq_ceylon.store import queries
+from rq_ceylon.store import queries, transitions
 
 LONG_DELAY_MS = 600_000
 """Tasks due later than this go to a rolling group of their own, so that they do not pin the results of others."""
@@ -146,3 +146,12 @@ class Client(Session):
         All roles ever used, as they stand.
         """
         return await queries.roles(self.connection, self.keys)
+
+    async def pause_role(self, role: str) -> None:
+        """
+        Deliver nothing of a role, of whatever group, until `resume_role`; what its workers have is finished.
+        """
+        await self.call(transitions.pause_role(self.keys, check_id(role, "role")))
+
+    async def resume_role(self, role: str) -> None:
+        await self.call(transitions.resume_role(self.keys, check_id(role, "role")))

@@ -11,9 +11,11 @@ from typing import Any, Generic, Literal, TypeVar
 from rq_ceylon.client.session import Session
 from rq_ceylon.errors import NotFoundError, TaskCancelledError, TaskFailedError, WaitTimeoutError
 from rq_ceylon.handlers import Handler
+from rq_ceylon.maintenance import relay
 from rq_ceylon.models import GoalStatus, GroupView, TaskResult, TaskStatus, TaskView, check_id
 from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.events import Event
+from rq_ceylon.store.scripts import Call
 
 R = TypeVar("R")
 
@@ -212,7 +214,24 @@ class GroupHandle:
         """
         End the group: what has not started is cancelled, what runs is asked to stop. Returns the group's status.
         """
-        (reply,) = await self._session.call([transitions.cancel_group(self._session.keys, self.id)])
+        return await self._control(transitions.cancel_group(self._session.keys, self.id))
+
+    async def pause(self) -> str:
+        """
+        Start nothing more; what runs goes on, and so do deadlines. Returns the group's status.
+        """
+        return await self._control(transitions.pause_group(self._session.keys, self.id))
+
+    async def resume(self) -> str:
+        """
+        Go on after `pause`. Returns the group's status.
+        """
+        status = await self._control(transitions.resume_group(self._session.keys, self.id))
+        await relay(self._session.connection, self._session.keys, self.id)
+        return status
+
+    async def _control(self, call: Call) -> str:
+        (reply,) = await self._session.call([call])
         if reply[0] == "GONE":
             raise NotFoundError(f"group {self.id} is not known; it was never submitted, or it was pruned")
         return str(reply[1])

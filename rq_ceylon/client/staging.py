@@ -9,18 +9,19 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from rq_ceylon.errors import InvalidInputError, PayloadTooLargeError
 from rq_ceylon.goals import compile_goals
 from rq_ceylon.graph import in_order
 from rq_ceylon.handlers import Registry
-from rq_ceylon.models import DEFAULT_ROLE, Duration, Priority, Task, TaskGroup, check_id, seconds
+from rq_ceylon.models import DEFAULT_ROLE, Duration, NeedPolicy, Priority, Task, TaskGroup, check_id, seconds
 from rq_ceylon.store.codec import encode, task_text
 from rq_ceylon.store.keys import STREAMS
 from rq_ceylon.store.transitions import SUBMIT_BYTES_MAX, SUBMIT_TASKS_MAX, GroupFacts, StagedTask
 
 PAYLOAD_BYTES_MAX = 1024 * 1024
+DEPENDS_ON_MAX = 64
 
 
 def check_group(group: TaskGroup) -> None:
@@ -56,6 +57,8 @@ class StagedGroup:
             description=group.description,
             defaults=_present(_shared(group.defaults, "defaults")),
             goals=self.goals,
+            depends_on=_others(group.depends_on, f"{self.what}: depends_on"),
+            on_need_failed=_need_policy(group.on_need_failed, f"{self.what}: on_need_failed"),
         )
         self.roles: set[str] = set()
         self.count = 0
@@ -65,7 +68,8 @@ class StagedGroup:
         """
         Of all but the tasks; the start of the chain of its parts' digests.
         """
-        return hashlib.sha256(encode([self.facts.meta()[1::2], self.facts.programs()])).digest()
+        facts = [self.facts.meta()[1::2], self.facts.programs(), list(self.facts.depends_on)]
+        return hashlib.sha256(encode(facts)).digest()
 
     def parts(self) -> Iterator[list[StagedTask]]:
         part: list[StagedTask] = []
@@ -181,6 +185,18 @@ def _shared(task: Task, where: str) -> dict[str, Any]:
         "max_attempts": task.max_attempts,
         "metadata": dict(task.metadata) if task.metadata else None,
     }
+
+
+def _others(gids: Sequence[str], where: str) -> list[str]:
+    if isinstance(gids, str) or len(gids) > DEPENDS_ON_MAX:
+        raise InvalidInputError(f"{where}: {gids!r} is not usable; give a list of at most {DEPENDS_ON_MAX} group ids")
+    return list(dict.fromkeys(check_id(gid, where) for gid in gids))
+
+
+def _need_policy(policy: str, where: str) -> str:
+    if policy not in get_args(NeedPolicy):
+        raise InvalidInputError(f"{where}: {policy!r} is not known; use {', '.join(get_args(NeedPolicy))}")
+    return policy
 
 
 def _present(fields: dict[str, Any]) -> dict[str, Any]:

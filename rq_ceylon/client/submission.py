@@ -11,9 +11,16 @@ from typing import NoReturn
 
 from rq_ceylon.client.session import Session
 from rq_ceylon.client.staging import StagedGroup, chain, keyed_id, new_id
-from rq_ceylon.errors import CeylonError, GoalImpossibleError, GroupExistsError, InvalidInputError, RedisError
+from rq_ceylon.errors import (
+    CeylonError,
+    GoalImpossibleError,
+    GroupExistsError,
+    InvalidInputError,
+    NotFoundError,
+    RedisError,
+)
 from rq_ceylon.goals import impossible_words
-from rq_ceylon.maintenance import hand_over, relay
+from rq_ceylon.maintenance import hand_over, meet, relay
 from rq_ceylon.models import Counters, GroupStatus, TaskGroup
 from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.transitions import StagedTask, SubmitReply
@@ -39,6 +46,9 @@ class Submission:
         """
         Send all; False if the same was submitted before, and nothing was written.
         """
+        others = self._staged.facts.depends_on
+        if others and not self._key:
+            await self._check_known(others)
         try:
             reply = await self._send_all(require_workers=require_workers)
         except BaseException:
@@ -50,8 +60,18 @@ class Submission:
             raise
         if reply.word == "REPEAT":
             return False
+        if others:
+            # So that they tell it at once; should this process end here, maintenance asks them.
+            with suppress(CeylonError):
+                await meet(self._session.connection, self._session.keys, self.gid)
         await self._enqueue(reply)
         return True
+
+    async def _check_known(self, gids: Sequence[str]) -> None:
+        found = await queries.views(self._session.connection, self._session.keys, gids)
+        for gid, view in zip(gids, found, strict=True):
+            if view is None:
+                raise NotFoundError(f"{self._staged.what}: depends_on: group {gid!r} is not known; submit it first")
 
     async def _send_all(self, *, require_workers: bool) -> SubmitReply:
         parts = self._staged.parts()

@@ -87,6 +87,7 @@ class GroupFields(BaseModel, extra="forbid", strict=True):
     tasks: SkipValidation[dict[str, TaskFields | None] | list[ListedTask | None]]
     goal: SkipValidation[str | GoalFields | list[str | GoalFields] | None] = None
     depends_on: Annotated[Groups, Field(max_length=MAX_DEPENDS_ON)] = []
+    on_need_failed: models.NeedPolicy = "skip"
 
 
 def shape(document: Document, model: type[BaseModel], data: Any, path: Path) -> Any:

@@ -141,6 +141,8 @@ def _view(gid: str, meta: Mapping[str, str], events: int) -> GroupView | None:
         goals=goals,
         key=meta.get("key"),
         outcome=meta.get("outcome") if finished else None,
+        reason=meta.get("reason", ""),
+        depends_on=meta.get("depends_on", "").split(),
         description=meta.get("description", ""),
         created_ms=int(meta.get("created", 0)) or None,
         finished_ms=int(finished) if finished else None,
@@ -437,6 +439,7 @@ async def roles(connection: Connection, keys: Keys) -> list[RoleView]:
                 slots=sum(worker.slots for worker in mine),
                 busy=sum(len(worker.tasks) for worker in mine),
                 totals={key[6:]: int(value) for key, value in meta.items() if key.startswith("total:")},
+                paused=meta.get("paused") == "1",
             )
         )
     return found

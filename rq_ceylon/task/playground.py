@@ -8,7 +8,6 @@ import asyncio
 import inspect
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
-from functools import cache
 from typing import Any, Self
 
 from loguru import logger
@@ -17,7 +16,6 @@ from rq_ceylon.app import Ceylon
 from rq_ceylon.client import Client
 from rq_ceylon.errors import CeylonError, RedisError
 from rq_ceylon.settings import resolve
-from rq_ceylon.store.server import EmbeddedServer
 from rq_ceylon.task.agent import TaskExecutionAgent
 from rq_ceylon.task.crew import Crew
 from rq_ceylon.task.data import TaskGroup, TaskMessage
@@ -62,7 +60,7 @@ class TaskPlayGround:
         if self._crew is not None:
             raise CeylonError(f"playground {self.name!r} plays already; make another")
         agents = workers if isinstance(workers, list) else list(workers or ())
-        url, namespace = await self._place()
+        url, namespace = self._place()
         async with Client(url, namespace=namespace, registry=self._app.registry) as client:
             crew = self._crew = Crew(agents, client, self._app.registry, scale)
             self.task_manager.open(client)
@@ -82,12 +80,11 @@ class TaskPlayGround:
                 self._crew = None
         logger.info("Playground {} finished with {} completed tasks", self.name, len(self.get_completed_tasks()))
 
-    async def _place(self) -> tuple[str, str]:
+    def _place(self) -> tuple[str, str]:
         try:
             settings = self._app.settings
         except RedisError:
-            server = await asyncio.to_thread(_own_server)
-            settings = resolve(server.url)
+            settings = resolve("embedded://")
         return settings.redis_url, settings.namespace
 
     async def _drain(self, crew: Crew) -> None:
@@ -160,11 +157,6 @@ class TaskPlayGround:
         Print also how each group, its goal and each worker did.
         """
         print("\n".join(self.task_manager.all_statistics()))
-
-
-@cache
-def _own_server() -> EmbeddedServer:
-    return EmbeddedServer.start()
 
 
 async def _call_all(hooks: Sequence[Callable[[], Any]]) -> None:

@@ -1,0 +1,116 @@
+"""
+Groups on groups, pauses, and needs that were not met, as their users see them.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from commands import ROOT, Commands, commands_on
+from test_worker import app, client, eventually, running, worker_of  # noqa: F401
+
+from rq_ceylon.app import Ceylon
+from rq_ceylon.client import Client
+from rq_ceylon.errors import InvalidInputError, NotFoundError
+from rq_ceylon.models import Goal, Task, TaskGroup
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def commands(redis_url: str, tmp_path: Path) -> Iterator[Commands]:
+    with commands_on(redis_url, tmp_path) as commands:
+        yield commands
+
+
+def group(name: str, count: int = 1, **fields: object) -> TaskGroup:
+    return TaskGroup(name, [Task(role="r") for _ in range(count)], **fields)  # type: ignore[arg-type]
+
+
+async def test_a_group_runs_after_those_on_which_it_depends(app: Ceylon, client: Client) -> None:  # noqa: F811
+    first, second = await client.submit(group("first", 3)), await client.submit(group("second", 2))
+    last = await client.submit(group("last", depends_on=[first.id, second.id], goal=Goal("completed >= 1")))
+    view = await last.view()
+    assert (view.status, sorted(view.depends_on)) == ("waiting", sorted([first.id, second.id]))
+
+    async with running(worker_of(app)):
+        assert (await last.wait("all", timeout=15)).outcome == "completed"
+        ended = [await first.view(), await second.view()]
+
+    (started,) = [task.started_ms async for task in last.tasks()]
+    assert started is not None
+    assert all(view.outcome == "completed" and (view.finished_ms or 0) <= started for view in ended)
+
+
+async def test_a_group_on_a_finished_one_starts_at_once(app: Ceylon, client: Client) -> None:  # noqa: F811
+    async with running(worker_of(app)):
+        first = await client.submit(group("first"))
+        await first.wait("all", timeout=15)
+        last = await client.submit(group("last", depends_on=[first.id]))
+        assert (await last.wait("all", timeout=5)).outcome == "completed"
+
+
+async def test_a_chain_of_groups_is_cancelled_with_the_reason_when_one_fails(app: Ceylon, client: Client) -> None:  # noqa: F811
+    first = await client.submit(group("first", goal=Goal("failed >= 1")))
+    middle = await client.submit(group("middle", depends_on=[first.id]))
+    last = await client.submit(group("last", 2, depends_on=[middle.id]))
+
+    async with running(worker_of(app)):
+        view = await last.wait("all", timeout=25)
+
+    assert (view.outcome, view.reason) == ("cancelled", f"group {middle.id} it depends on is cancelled")
+    assert (await middle.view()).reason == f"group {first.id} it depends on is failed"
+
+
+async def test_depending_on_an_unknown_group_is_refused(client: Client) -> None:  # noqa: F811
+    with pytest.raises(NotFoundError, match="depends_on: group 'nobody' is not known; submit it first"):
+        await client.submit(group("last", depends_on=["nobody"]))
+    with pytest.raises(InvalidInputError, match="on_need_failed: 'retry' is not known; use skip, fail, continue"):
+        await client.submit(group("last", on_need_failed="retry"))
+    assert await client.groups() == []
+
+
+async def test_a_paused_group_and_a_paused_role_start_nothing_until_they_are_resumed(
+    app: Ceylon,  # noqa: F811
+    client: Client,  # noqa: F811
+) -> None:
+    run = await client.submit(group("g", 5))
+    other = await client.submit(group("other"))
+    assert await run.pause() == "paused"
+
+    async with running(worker_of(app)):
+        await other.wait("all", timeout=15)
+        assert (await run.view()).counters.pending == 5
+        await client.pause_role("r")
+        assert await run.resume() == "active"
+        (role,) = await client.roles()
+        assert role.paused
+        later = await client.submit(group("later"))
+        await eventually(lambda: _is(client, "r", queued=6), "the role has all six in its queue")
+        assert (await run.view()).counters.pending == 5
+        await client.resume_role("r")
+        assert (await run.wait("all", timeout=15)).counters.completed == 5
+        await later.wait("all", timeout=15)
+
+
+async def _is(client: Client, role: str, *, queued: int) -> bool:  # noqa: F811
+    (view,) = [view for view in await client.roles() if view.name == role]
+    return view.queued == queued
+
+
+def test_a_file_of_groups_is_submitted_and_run_in_order(commands: Commands) -> None:
+    commands.start("worker", "--role", "data")
+    example = ROOT / "examples" / "pipeline.yaml"
+    ended = commands.run("submit", str(example), "--wait=all", "--timeout", "25s")
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_pause_and_resume_as_commands(commands: Commands) -> None:
+    gid = commands.run("submit", str(ROOT / "examples" / "data_processing.yaml")).stdout.strip()
+    assert commands.run("ceylon", "pause", gid).stdout == f"{gid}: paused\n"
+    assert commands.run("ceylon", "resume", gid).stdout == f"{gid}: active\n"
+    assert commands.run("ceylon", "pause", "--role", "processor").stdout == "role processor: paused\n"
+    assert "processor (paused)" in commands.run("ceylon", "status").stdout
+    assert commands.run("ceylon", "resume", "--role", "processor").stdout == "role processor: resumed\n"
+    refused = commands.run("ceylon", "pause")
+    assert (refused.returncode, "give a GROUP or --role ROLE" in refused.stderr) == (2, True)
