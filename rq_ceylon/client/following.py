@@ -39,7 +39,8 @@ class Following:
     """
 
     def __init__(self, connection: Connection, keys: Keys, hub: EventHub, warn: Warn) -> None:
-        self._shared = connection, keys, hub, warn
+        self._readers: set[asyncio.Task[None]] = set()
+        self._shared = self._readers, connection, keys, hub, warn
         self._followers: dict[str, Follower] = {}
 
     @contextmanager
@@ -60,8 +61,14 @@ class Following:
                 follower.wake()
 
     async def close(self) -> None:
-        for follower in list(self._followers.values()):
-            await follower.close()
+        """
+        End all, also those that are about to end by themselves: none may use the connection after this.
+        """
+        for follower in self._followers.values():
+            follower.close()
+        for reader in self._readers:
+            reader.cancel()
+        await asyncio.gather(*self._readers, return_exceptions=True)
 
 
 class Follower:
@@ -69,8 +76,17 @@ class Follower:
     Reads the events of one group for all who wait for it: each event once, and the results that somebody waits for.
     """
 
-    def __init__(self, gid: str, connection: Connection, keys: Keys, hub: EventHub, warn: Warn) -> None:
-        self._gid, self._connection, self._keys, self._hub, self._warn = gid, connection, keys, hub, warn
+    def __init__(
+        self,
+        gid: str,
+        readers: set[asyncio.Task[None]],
+        connection: Connection,
+        keys: Keys,
+        hub: EventHub,
+        warn: Warn,
+    ) -> None:
+        self._gid, self._readers = gid, readers
+        self._connection, self._keys, self._hub, self._warn = connection, keys, hub, warn
         self.holders = 0
         self._results: dict[str, list[asyncio.Future[TaskResult]]] = {}
         self._new: set[str] = set()  # waited for, and not yet asked for
@@ -121,11 +137,8 @@ class Follower:
         if self._watch is not None:
             self._watch.tell(self._gid)
 
-    async def close(self) -> None:
+    def close(self) -> None:
         self._closed = True
-        if self._reader is not None:
-            self._reader.cancel()
-            await asyncio.gather(self._reader, return_exceptions=True)
         self._fail(_closed_words())
 
     def _read(self) -> None:
@@ -133,6 +146,8 @@ class Follower:
             raise _closed_words()
         if self._reader is None or self._reader.done():
             self._reader = asyncio.create_task(self._run(), name=f"follow {self._gid}")
+            self._readers.add(self._reader)
+            self._reader.add_done_callback(self._readers.discard)
         else:
             self.wake()
 
