@@ -48,7 +48,16 @@ _OF_PARENTS: list[Any] = []
 
 class Ceylon:
     """
-    Where handlers are registered, and where work is submitted from.
+    An application: its tasks, and the way to submit them.
+
+        app = Ceylon()
+
+        @app.task(role="processor", timeout="30s")
+        async def resize(path: str, width: int) -> str: ...
+
+    Workers and monitors are given the application to run its tasks and goal checks; importing it needs no Redis, which
+    is looked up when first needed. Functions stay what they are: `@app.task` gives an `AppTask`, which can be called
+    like the function, the other decorators give the function back.
 
     Args:
         redis_url: where Redis is; without it CEYLON_REDIS_URL, REDIS_URL, or this user's running `ceylon server`.
@@ -218,7 +227,19 @@ class _Decorator:
 
 class AppTask(Generic[P, R, C]):
     """
-    A registered handler. Calling it calls the plain function; the rest makes tasks of it.
+    A registered function, which is still called as before; beside that it makes tasks of calls.
+
+        await resize(path="a.jpg", width=64)                           # the function itself, here and now
+        handle = await resize.aenqueue(path="a.jpg", width=64)         # a task, for some worker; without await: enqueue
+        await resize.using(delay="5s").aenqueue(path="a.jpg", width=64)
+        TaskGroup("thumbnails", [resize.bind(path=p, width=64) for p in paths])
+
+    The function's signature and return type survive: a type checker refuses a wrong call, `handle.result()` has the
+    function's type, and arguments are checked before anything is sent.
+
+    Attributes:
+        function: as it was decorated.
+        handler: with its rules, as workers see it.
     """
 
     def __init__(self, app: Ceylon, handler: Handler[P, R], options: Task) -> None:
@@ -279,7 +300,15 @@ class AppTask(Generic[P, R, C]):
 # ---- the sync side ---------------------------------------------------------------------------------------------------
 class SyncClient:
     """
-    `Client` without await: the same code on an event loop in a thread of its own. May be used from several threads.
+    `Client` without await, for scripts, threads and notebooks.
+
+        with app.sync_client() as client:
+            run = client.submit(TaskGroup("thumbnails", tasks))
+            print(run.wait("all", timeout=600))
+
+    It is the same code on an event loop in a thread of its own: any number of threads may share one, also where an
+    event loop already runs, which a call blocks. After a fork the child connects anew. Methods, arguments and errors
+    are those of `Client`; `submit` returns once the role of a single task has it too, so the process may end at once.
     """
 
     def __init__(self, make: Callable[[], Client]) -> None:
@@ -404,7 +433,7 @@ class SyncClient:
 
 class SyncTaskHandle(Generic[R]):
     """
-    `TaskHandle` without await.
+    `TaskHandle` without await: a submitted task to wait for, look at and cancel. `id` is good in any process.
     """
 
     def __init__(self, client: SyncClient, handle: TaskHandle[R]) -> None:
@@ -429,7 +458,8 @@ class SyncTaskHandle(Generic[R]):
 
 class SyncGroupHandle:
     """
-    `GroupHandle` without await.
+    `GroupHandle` without await: a submitted group to wait for, follow and cancel. What that one gives as an async
+    iterator, `progress`, `events`, `results` and `tasks`, is a plain one here.
     """
 
     def __init__(self, client: SyncClient, handle: GroupHandle) -> None:
