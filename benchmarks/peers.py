@@ -74,12 +74,13 @@ class Peer:
         package = self.spec.packages.split()[0].partition("[")[0]
         home = FOLDER / package
         self.python = home / "bin" / "python"
-        if not (home / "installed").exists():
+        installed = home / "installed"
+        if not installed.exists() or installed.read_text() != self.spec.packages:
             venv.create(home, with_pip=True, clear=True)
             self._run(
                 "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *self.spec.packages.split(), "uvloop"
             )
-            (home / "installed").touch()
+            installed.write_text(self.spec.packages)
         code = f"from importlib.metadata import version; print(version({package!r}))"
         self.version = self._run("-c", code).strip()
 
@@ -296,6 +297,6 @@ def child() -> None:
 
 
 if __name__ == "__main__":
-    from benchmarks import peers  # by its own name, under which the others' workers import the task
+    from benchmarks import peers  # noqa: PLW0406 -- by its own name, under which the others' workers import the task
 
     peers.child()
