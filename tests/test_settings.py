@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rq_ceylon.errors import InvalidInputError, RedisError
-from rq_ceylon.settings import Settings, masked, resolve, server_folder, socket_path, socket_url
+from rq_ceylon.settings import Settings, masked, place_of, resolve, server_folder, socket_path, socket_url
 
 NOWHERE = {"CEYLON_SERVER_DIR": os.devnull}
 
@@ -77,6 +77,14 @@ def test_the_namespace_is_argument_then_variable_then_ceylon() -> None:
         "redis://localhost/?db=2",
         "unix:///run/redis.sock",
         "unix://user:secret@/run/with%20space.sock?db=1",
+        "redis://user@host?username=a&password=b&socket_connect_timeout=5&socket_keepalive=yes",
+        "rediss://host?ssl_cert_reqs=none&ssl_check_hostname=no&ssl_min_version=771&ssl_ciphers=x&ssl_password=y",
+        "redis+sentinel://a,b:26380,[::1]:26379/main",
+        "redis+sentinel://user:secret@a:26379,b:26379/main/3?sentinel_username=s&sentinel_password=t",
+        "rediss+sentinel://a/main/0",
+        "redis+cluster://a",
+        "redis+cluster://user:secret@a:7000,b:7001/0",
+        "rediss+cluster://a:7000?client_name=x",
         "embedded://",
     ],
 )
@@ -100,6 +108,17 @@ def test_these_urls_are_taken_as_they_are(url: str) -> None:
         ("redis://host?db=-1", "the database is not a number"),
         ("unix://run/redis.sock", "it names no absolute path of a socket"),
         ("unix://", "it names no absolute path of a socket"),
+        ("redis://a,b", "it names several hosts, which only redis+sentinel:// and redis+cluster:// may"),
+        ("redis+sentinel://a,b", "it does not say under which name the Sentinels know the primary"),
+        ("redis+sentinel://a,/main", "it names no host, or port 0"),
+        ("redis+sentinel://a/main/x", "the database is not a number"),
+        ("redis+cluster://a:port", "it is malformed"),
+        ("redis+cluster://a/1", "a cluster has no database but 0"),
+        ("redis+other://a", "redis+other:// is not known"),
+        ("redis://a?protocol=3", "the option 'protocol' is not known (known: client_name, db, "),
+        ("redis://a?ssl_ca_certs=x", "the option 'ssl_ca_certs' is not known"),
+        ("redis://a?sentinel_password=", "the option 'sentinel_password' is not known"),
+        ("rediss://a?ssl_ca_certs=/no/ca.pem", "ssl_ca_certs: there is no file '/no/ca.pem'"),
         ("embedded://folder", "embedded:// takes nothing more"),
     ],
 )
@@ -108,7 +127,7 @@ def test_any_other_url_is_refused_with_the_forms_that_are_not(url: str, problem:
         resolve(environ={"REDIS_URL": url})
 
     message = str(caught.value)
-    assert f"Redis URL {url!r} (from: REDIS_URL): {problem}" in message
+    assert f"Redis URL {masked(url)!r} (from: REDIS_URL): {problem}" in message
     assert "use redis://host:port/db, rediss://host:port/db, unix:///path/to/socket, redis+sentinel://" in message
 
 
@@ -128,6 +147,11 @@ def test_any_other_url_is_refused_with_the_forms_that_are_not(url: str, problem:
             "unix:///run/a.sock?db=1&password=***&client_name=x",
         ),
         ("http://:secret@host", "http://:***@host"),
+        ("redis+cluster://u:secret@a:1,b:2", "redis+cluster://u:***@a:1,b:2"),
+        (
+            "rediss+sentinel://u:secret@a/m?sentinel_password=secret&ssl_password=secret",
+            "rediss+sentinel://u:***@a/m?sentinel_password=***&ssl_password=***",
+        ),
     ],
 )
 def test_a_password_is_never_shown(url: str, shown: str) -> None:
@@ -163,3 +187,17 @@ def test_a_socket_lies_in_its_folder_or_where_that_is_too_long_at_a_short_path_o
 
 def test_a_socket_url_quotes_what_a_url_cannot_hold() -> None:
     assert socket_url(Path("/a b/ä?#.sock")) == "unix:///a%20b/%C3%A4%3F%23.sock"
+
+
+def test_servers_and_sentinels_get_each_what_is_theirs_of_a_url() -> None:
+    place = place_of(
+        "rediss+sentinel://u%2F:p%40@a,[::1]:5/main%20one/3?client_name=x%26y&sentinel_username=s&sentinel_password=t"
+    )
+
+    assert (place.kind, place.primary, place.tls) == ("sentinel", "main one", True)
+    assert place.addresses == (("a", 26379), ("::1", 5))
+    assert place.server_url(("b", 6379)) == "rediss://u%2F:p%40@b:6379/3?client_name=x%26y"
+    assert place.sentinel_url(("::1", 5)) == "rediss://[::1]:5/0?client_name=x%26y&username=s&password=t"
+    cluster = place_of("redis+cluster://u:p@a,b:2?password=q")
+    assert cluster.addresses == (("a", 6379), ("b", 2))
+    assert cluster.server_url(("c", 3)) == "redis://u:p@c:3/0?password=q"

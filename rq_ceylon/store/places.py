@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import redis
 import redis.asyncio
 from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import Sentinel
+from redis.asyncio.sentinel import MasterNotFoundError, Sentinel
 from redis.backoff import NoBackoff
 from redis.crc import key_slot
 
@@ -172,7 +173,7 @@ async def _primary_address(place: Place) -> Address:
         address: Address = await sentinels.discover_master(place.primary)
         heed_cancellation()
         return address
-    except redis.sentinel.MasterNotFoundError as error:
+    except MasterNotFoundError as error:
         heed_cancellation()
         where, known = masked(place.url), await _names_known(sentinels)
         if known and place.primary not in known:
@@ -337,18 +338,21 @@ class Cluster:
         One blocking read per key, as no command may touch two slots; each has a connection of its own. Those that have
         not ended when one has go on until the next `pop`: to break one off could lose its token.
         """
-        await self._know_owners()
-        for key in keys:
-            if key not in self._waiting:
-                self._waiting[key] = asyncio.create_task(self._pop_one(key, timeout_s), name=f"bell {key}")
-        await asyncio.wait(
-            [self._waiting[key] for key in keys], timeout=timeout_s + 1, return_when=asyncio.FIRST_COMPLETED
-        )
-        ended = [self._waiting.pop(key) for key in keys if self._waiting[key].done()]
-        errors = [error for task in ended if (error := task.exception()) is not None]
-        if errors:
-            raise errors[0]
-        return any(task.result() for task in ended)
+        until = time.monotonic() + timeout_s
+        while (left := until - time.monotonic()) > 0:
+            await self._know_owners()
+            for key in keys:
+                if key not in self._waiting:
+                    # Redis takes 0 for ever.
+                    self._waiting[key] = asyncio.create_task(self._pop_one(key, max(left, 0.01)), name=f"bell {key}")
+            await asyncio.wait([self._waiting[key] for key in keys], timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            ended = [self._waiting.pop(key) for key in keys if self._waiting[key].done()]
+            for error in [task.exception() for task in ended]:
+                if error is not None:
+                    raise error
+            if any(task.result() for task in ended):
+                return True
+        return False
 
     async def _pop_one(self, key: str, timeout_s: float) -> bool:
         url = self._place.server_url(self._owner(key))

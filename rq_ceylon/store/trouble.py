@@ -4,6 +4,7 @@ What goes wrong with Redis, in words for the user: what happened, where, and wha
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -40,8 +41,6 @@ _PASSING = {
 _LOST_WORDS = {
     "refused": "connection refused",
     "No such file": "no such socket",
-    "Timeout": "no answer in time",
-    "timed out": "no answer in time",
     "not known": "unknown host",
     "Name or service": "unknown host",
     "No address associated": "unknown host",
@@ -113,18 +112,22 @@ def classified(error: BaseException, url: str, about: str = "") -> CeylonError:
         if code in text:
             return ConnectionLostError(f"Cannot reach Redis at {where} ({plain})")
     if isinstance(error, LOST):
-        return ConnectionLostError(f"Cannot reach Redis at {where} ({_plain(error, text)})")
+        return ConnectionLostError(f"Cannot reach Redis at {where} ({_plain(error, text, tls=place_of(url).tls)})")
     return RedisError(f"Redis at {where} answered: {text}")
 
 
-def _plain(error: BaseException, text: str) -> str:
+def _plain(error: BaseException, text: str, *, tls: bool) -> str:
+    if isinstance(error, redis.TimeoutError | TimeoutError) or "Timeout" in text or "timed out" in text:
+        # A server without TLS waits for the rest of what it takes for a command.
+        return "no answer in time; does it speak TLS at this port?" if tls else "no answer in time"
+    if any(words in text for words in ("closed by server", "reset by peer", "Connection lost")):
+        return "connection closed" if tls else "connection closed; if it speaks TLS, use rediss://"
     for words, plain in _LOST_WORDS.items():
         if words in text:
             return plain
-    if isinstance(error, redis.TimeoutError | TimeoutError):
-        return "no answer in time"
-    if any(words in text for words in ("closed by server", "reset by peer", "Connection lost", "lost by peer")):
-        return "connection closed"
+    # asyncio gives the number of a failed connect, but not its words.
+    if number := re.search(r"(?:Errno|Error) (\d+)\b.*Connect call failed", text):
+        return os.strerror(int(number[1])).lower()
     return text or type(error).__name__
 
 
@@ -166,7 +169,7 @@ def unfit(info: Mapping[str, Any], place: Place) -> str:
     version = str(info.get("valkey_version") or info.get("redis_version") or "0.0")
     address = shown_address(place.addresses[0]) if place.addresses else "host:port"
     s = "s" if place.tls else ""
-    mode = info.get("redis_mode")
+    mode = info.get("redis_mode") or info.get("server_mode")
     if mode == "sentinel":
         names = sorted(str(facts.get("name")) for name, facts in info.items() if re.fullmatch(r"master\d+", name))
         return (

@@ -182,27 +182,29 @@ class Worker:
         """
         steps = self.turns.plan(self._free())
         while steps:
-            try:
-                replies = await connection.run([step.call for step in steps], refusals=True)
-            except ConnectionLostError as error:
+            replies = await connection.run_each([step.call for step in steps])
+            lost, unanswered = None, []
+            for step, reply in zip(steps, replies, strict=True):
+                if not isinstance(reply, ConnectionLostError):
+                    step.absorb(reply)
+                    continue
+                lost = reply
+                if step.lost is None:
+                    unanswered.append(step)
+                else:
+                    step.lost()
+            granted, self.turns.granted = self.turns.granted, []
+            for grant in granted:
+                self._start(connection, grant)
+            if lost is not None:
                 if self._lost_pause_s == 0:
-                    logger.warning("{}; trying again until it answers", error)
-                for step in steps:
-                    if step.lost is not None:
-                        step.lost()
-                steps = [step for step in steps if step.lost is None]
+                    logger.warning("{}; trying again until it answers", lost)
                 self._lost_pause_s = min(max(2 * self._lost_pause_s, 0.02), 1.0)
                 await asyncio.sleep(self._lost_pause_s)
-                continue
-            if self._lost_pause_s > 0:
+            elif self._lost_pause_s > 0:
                 logger.info("Redis answers again")
                 self._lost_pause_s = 0.0
-            for step, reply in zip(steps, replies, strict=True):
-                step.absorb(reply)
-            break
-        granted, self.turns.granted = self.turns.granted, []
-        for grant in granted:
-            self._start(connection, grant)
+            steps = unanswered
 
     async def _rest(self) -> None:
         """

@@ -1,0 +1,572 @@
+"""
+What users meet between them and Redis: one server for all that name embedded://, errors that name the remedy, TLS,
+and users with an ACL.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from commands import is_alive
+from loguru import logger
+from redis.crc import key_slot
+from servers import Fleet, Running, fleet_of, pretended, start_cluster, start_watched, until
+
+from rq_ceylon import Ceylon, Goal, RetryTask, Task, TaskGroup
+from rq_ceylon.errors import ConnectionLostError, RedisError
+from rq_ceylon.monitor import Monitor
+from rq_ceylon.settings import resolve
+from rq_ceylon.store import connection as store_connection
+from rq_ceylon.store import places, trouble
+from rq_ceylon.store.connection import Connection
+from rq_ceylon.store.events import EventHub
+from rq_ceylon.store.keys import Keys
+from rq_ceylon.store.scripts import command
+from rq_ceylon.worker.loop import Worker
+
+pytestmark = pytest.mark.anyio
+
+LIMIT_S = 40.0
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def fleet(binary: str, short_tmp_path: Path) -> Iterator[Fleet]:
+    with fleet_of(binary, short_tmp_path) as fleet:
+        yield fleet
+
+
+@contextmanager
+def log_of(level: str) -> Iterator[list[str]]:
+    said: list[str] = []
+    logger.enable("rq_ceylon")
+    sink = logger.add(lambda message: said.append(message.record["message"]), level=level)
+    yield said
+    logger.remove(sink)
+    logger.disable("rq_ceylon")
+
+
+@pytest.fixture
+def warned(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """
+    What is logged as a warning; nothing counts as said before.
+    """
+    monkeypatch.setattr(trouble, "_said", set())
+    with log_of("WARNING") as said:
+        yield said
+
+
+@pytest.fixture
+def logged() -> Iterator[list[str]]:
+    with log_of("INFO") as said:
+        yield said
+
+
+@asynccontextmanager
+async def connected(url: str) -> AsyncIterator[Connection]:
+    connection = Connection(url)
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+async def problem_of(url: str) -> str:
+    """
+    What a command that starts with this URL says.
+    """
+    async with connected(url) as connection:
+        with pytest.raises(RedisError) as caught:
+            await connection.check()
+    assert "secret" not in str(caught.value)
+    return str(caught.value)
+
+
+async def eventually(condition: Callable[[], bool], what: str) -> None:
+    for _ in range(round(LIMIT_S / 0.02)):
+        if condition():
+            return
+        await asyncio.sleep(0.02)
+    pytest.fail(f"not within {LIMIT_S:g} s: {what}")
+
+
+async def works(url: str) -> bool:
+    async with connected(url) as connection:
+        await connection.check()
+        return await connection.run([command("SET", "key", "1"), command("GET", "key")]) == [True, "1"]
+
+
+# ---- embedded:// -----------------------------------------------------------------------------------------------------
+EMBEDDED = """
+import asyncio, os, sys
+from rq_ceylon import Ceylon, Task
+from rq_ceylon.monitor import Monitor
+from rq_ceylon.store import server
+from rq_ceylon.worker.loop import Worker
+
+app = Ceylon("embedded://")
+
+@app.task(role="r")
+async def double(number: int) -> int:
+    return 2 * number
+
+double_task = Task(uses="double", arguments={"number": 21}, role="r")
+
+async def main():
+    worker = Worker("embedded://", registry=app.registry, roles=["r"])
+    monitor = Monitor("embedded://", registry=app.registry)
+    async with app.client() as client:
+        running = asyncio.create_task(worker.run()), asyncio.create_task(monitor.run())
+        print(await (await client.submit(double_task)).result())
+        while not any(one.kind == "monitor" for one in await client.workers()):
+            await asyncio.sleep(0.01)
+        worker.stop(); monitor.stop()
+        await asyncio.gather(*running)
+    print(len(server._running), server.shared().pid, server.shared().url, flush=True)
+    sys.stdin.read()
+
+asyncio.run(main())
+"""
+
+
+def test_all_parts_of_a_process_share_one_embedded_server_that_is_gone_with_it() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", EMBEDDED],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "42\n"
+        count, pid, url = process.stdout.readline().split()
+        assert count == "1"
+        assert is_alive(int(pid))
+        process.kill()
+    until(lambda: not is_alive(int(pid)) and not Path(url.removeprefix("unix://")).exists(), "the server is gone")
+
+
+# ---- the main job, disturbed -----------------------------------------------------------------------------------------
+async def finish_the_main_job(url: str, disturb: Callable[[Ceylon, str], object], *, tasks: int = 60) -> None:
+    """
+    A group on two workers, with something that happens in its middle; at the end each task is counted once.
+    """
+    app = Ceylon(url)
+    half, disturbed = tasks // 2, asyncio.Event()
+
+    @app.task(role="r", max_attempts=1)
+    async def work(number: int) -> int:
+        if number >= half:
+            await disturbed.wait()
+        return number
+
+    @app.task(role="s", max_attempts=1)
+    async def more(number: int) -> int:
+        if number >= half:
+            await disturbed.wait()
+        return number
+
+    workers = [Worker(url, registry=app.registry, roles=["r", "s"], slots=4, lease_s=5) for _ in range(2)]
+    names = ("work", "more")
+    async with app.client() as client:
+        running = [asyncio.create_task(worker.run()) for worker in workers]
+        group = TaskGroup("main", [Task(uses=names[i % 2], arguments={"number": i}) for i in range(tasks)])
+        handle = await client.submit(replace(group, goal=Goal(f"completed >= {half + 1}")))
+        await eventually(lambda: sum(worker.completed for worker in workers) >= half, "half is completed")
+
+        # The rest runs, or waits for a slot, while it happens.
+        happening = asyncio.create_task(asyncio.to_thread(disturb, app, handle.id))
+        await asyncio.sleep(0.05)
+        disturbed.set()
+        await happening
+
+        await client.connection.run_until_answered([command("GET", "any")], give_up_after=LIMIT_S)
+        goal = await handle.wait("goal", timeout=LIMIT_S)
+        view = await handle.wait("all", timeout=LIMIT_S)
+        assert goal.goals[0].status == "achieved"
+        assert (view.status, view.outcome) == ("finished", "completed")
+        counters = view.counters
+        assert (counters.total, counters.completed, counters.failed) == (tasks, tasks, 0)
+        assert (counters.pending, counters.in_progress, counters.waiting) == (0, 0, 0)
+        results = [result.value async for result in handle.results()]
+        assert sorted(results) == list(range(tasks))
+        for worker in workers:
+            worker.stop()
+        await asyncio.gather(*running)
+
+
+@pytest.mark.every_engine
+async def test_the_main_job_goes_on_through_a_failover_that_sentinels_decide(fleet: Fleet) -> None:
+    watched = start_watched(fleet)
+
+    def fail_over(app: Ceylon, gid: str) -> None:
+        until(lambda: watched.replica.ask("EXISTS", Keys("ceylon").group_part(gid, "meta")) == 1, "it has followed")
+        watched.primary.kill()
+        until(lambda: watched.replica.ask("ROLE")[0] == "master", "the replica is the primary now")
+
+    await finish_the_main_job(watched.url, fail_over)
+
+
+@pytest.mark.every_engine
+async def test_a_demoted_primary_is_left_for_the_new_one(fleet: Fleet) -> None:
+    """
+    Both go on to live, so nothing breaks the connection but what the old one answers.
+    """
+    watched = start_watched(fleet)
+
+    def fail_over() -> None:
+        until(lambda: watched.replica.ask("GET", "key") == "1", "the replica has followed")
+        until(watched.promote, "the Sentinels find the replica fit to be the primary")
+        until(lambda: watched.primary_port() == watched.replica.port, "the Sentinels name the new primary")
+        watched.primary.ask("REPLICAOF", "127.0.0.1", watched.replica.port)  # as they do, but seconds later
+
+    async with connected(watched.url) as connection:
+        await connection.run([command("SET", "key", "1")])
+
+        await asyncio.to_thread(fail_over)
+
+        await connection.run_until_answered([command("SET", "key", "2")], give_up_after=LIMIT_S)
+        assert watched.replica.ask("GET", "key") == "2"
+
+
+@pytest.mark.every_engine
+async def test_the_main_job_goes_on_in_a_cluster_while_its_slots_move(fleet: Fleet) -> None:
+    cluster = start_cluster(fleet)
+
+    def move_all(app: Ceylon, gid: str) -> None:
+        for key in (Keys("ceylon").group_part(gid, "meta"), Keys("ceylon").role_part("r", "meta")):
+            slot = key_slot(key.encode())
+            source = cluster.owner(slot)
+            target = next(one for one in cluster.nodes if one is not source)
+            assert cluster.move(slot, target) > 0
+
+    await finish_the_main_job(cluster.url, move_all)
+
+
+async def test_a_broken_node_takes_the_replies_of_its_own_calls_only(fleet: Fleet) -> None:
+    cluster = start_cluster(fleet)
+    keys = [f"key{i}" for i in range(12)]
+    broken = cluster.owner(key_slot(b"key0"))
+    own = {key for key in keys if cluster.owner(key_slot(key.encode())) is broken}
+    assert own != set(keys)
+    async with connected(cluster.url) as connection:
+        assert await connection.run([command("SET", key, key) for key in keys]) == [True] * 12
+
+        broken.kill()
+        replies = await connection.run_each([command("GET", key) for key in keys])
+
+        for key, reply in zip(keys, replies, strict=True):
+            assert isinstance(reply, ConnectionLostError) if key in own else reply == key
+        with pytest.raises(ConnectionLostError):
+            await connection.run([command("GET", key) for key in keys], refusals=True)
+
+
+async def test_a_bell_of_any_role_is_heard_in_a_cluster(fleet: Fleet) -> None:
+    cluster = start_cluster(fleet)
+    bells = [f"bell{{{i}}}" for i in range(6)]
+    assert {cluster.owner(key_slot(bell.encode())).port for bell in bells} == {one.port for one in cluster.nodes}
+    async with connected(cluster.url) as waiting, connected(cluster.url) as ringing:
+        assert await waiting.pop(bells, 0.01) is False
+        for bell in bells:
+            pop = asyncio.create_task(waiting.pop(bells, 10))
+            await ringing.run([command("RPUSH", bell, "1")])
+            async with asyncio.timeout(LIMIT_S):
+                assert await pop is True
+
+
+# ---- what goes wrong at the start ------------------------------------------------------------------------------------
+def info(**facts: object) -> bytes:
+    """
+    An answer to INFO.
+    """
+    text = "".join(f"{name}:{value}\r\n" for name, value in facts.items())
+    return f"${len(text)}\r\n{text}\r\n".encode()
+
+
+def answering(reply: Callable[[], bytes]) -> Callable[[bytes], bytes]:
+    """
+    This to INFO, OK to all else.
+    """
+
+    def answer(piece: bytes) -> bytes:
+        commands = re.split(rb"^\*\d+\r\n", piece, flags=re.MULTILINE)[1:]
+        return b"".join(reply() if b"INFO\r\n" in one and b"SETINFO" not in one else b"+OK\r\n" for one in commands)
+
+    return answer
+
+
+async def test_a_server_that_is_not_there_is_named_with_the_remedies(short_tmp_path: Path) -> None:
+    for url, reason in {
+        "redis://user:secret@127.0.0.1:1/0": "connection refused",
+        f"unix://{short_tmp_path}/no.sock": "no such socket",
+        "redis://nowhere.invalid": "unknown host",
+        "redis+sentinel://127.0.0.1:1,127.0.0.1:2/main": "no Sentinel answers",
+        "redis+cluster://127.0.0.1:1,127.0.0.1:2": "connection refused",
+    }.items():
+        first, *remedies = (await problem_of(url)).splitlines()
+        assert first == f"Cannot reach Redis at {url.replace('secret', '***')} ({reason})."
+        assert "ceylon server" in remedies[0]
+        assert "CEYLON_REDIS_URL" in remedies[1]
+
+
+async def test_a_server_that_does_not_answer_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "ANSWER_S", 0.2)
+    monkeypatch.setattr(places, "CONNECT_S", 0.2)
+    with pretended(lambda _: None) as port:
+        assert "(no answer in time)" in await problem_of(f"redis://127.0.0.1:{port}")
+        said = await problem_of(f"rediss://127.0.0.1:{port}")
+        assert "(no answer in time; does it speak TLS at this port?)" in said
+    with pretended(lambda _: b"-ERR what is this?\r\n") as port:
+        assert "does not speak TLS at this port; use redis://" in await problem_of(f"rediss://127.0.0.1:{port}")
+
+
+@pytest.mark.parametrize(
+    ("facts", "problem"),
+    [
+        ({"redis_version": "6.0.16"}, "is redis 6.0.16; at least redis 6.2 is needed: upgrade it"),
+        ({"redis_version": "7.2.4", "valkey_version": "7.1.0"}, "is valkey 7.1.0; at least valkey 7.2 is needed"),
+        (
+            {"redis_version": "7.4.0", "maxmemory_policy": "allkeys-lru"},
+            "evicts keys when memory is short (maxmemory-policy allkeys-lru), which would lose tasks; "
+            "set it with: redis-cli CONFIG SET maxmemory-policy noeviction",
+        ),
+    ],
+)
+async def test_a_server_that_would_lose_tasks_is_refused(facts: dict[str, object], problem: str) -> None:
+    with pretended(answering(lambda: info(**facts))) as port:
+        assert problem in await problem_of(f"redis://127.0.0.1:{port}")
+
+
+async def test_a_server_that_loads_its_data_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_connection, "LOADING_S", 0.01)
+    left = iter([1, 1, 1, 0])
+    with pretended(answering(lambda: info(redis_version="7.4.0", loading=next(left), aof_enabled=1))) as port:
+        async with connected(f"redis://127.0.0.1:{port}") as connection:
+            await connection.check()
+    assert next(left, "all asked") == "all asked"
+
+
+async def test_a_server_of_another_kind_is_refused_with_the_right_url(fleet: Fleet) -> None:
+    watched, cluster = start_watched(fleet, sentinels=1), start_cluster(fleet)
+    sentinel, server, node = watched.sentinels[0].port, watched.primary.port, cluster.nodes[1].port
+    replica = watched.replica.port
+    for given, right in {
+        f"redis://127.0.0.1:{sentinel}": f"redis+sentinel://127.0.0.1:{sentinel}/main/0",
+        f"redis://127.0.0.1:{node}": f"redis+cluster://127.0.0.1:{node}",
+        f"redis://127.0.0.1:{replica}/2": f"redis://127.0.0.1:{server}/2",
+        f"redis+cluster://127.0.0.1:{server}": f"redis://127.0.0.1:{server}/0",
+        f"redis+sentinel://127.0.0.1:{server}/main": f"redis://127.0.0.1:{server}/0",
+    }.items():
+        assert (await problem_of(given)).endswith(right)
+    said = await problem_of(f"redis+sentinel://127.0.0.1:{sentinel}/other")
+    assert said.endswith("know no primary 'other'; they know: main")
+
+
+async def test_a_server_that_keeps_nothing_is_warned_of_once(fleet: Fleet, redis_url: str, warned: list[str]) -> None:
+    forgetful, keeping = fleet.start(), fleet.start("appendonly yes")
+    for url in (forgetful.url, redis_url, "embedded://", keeping.url, forgetful.url):
+        assert await works(url)
+
+    assert len(warned) == 1
+    assert f"Redis at {forgetful.url} writes no append-only file" in warned[0]
+    assert "redis-cli CONFIG SET appendonly yes" in warned[0]
+
+
+async def test_database_and_user_of_a_url_are_used_on_a_socket_and_on_a_port(
+    fleet: Fleet, short_tmp_path: Path
+) -> None:
+    at = short_tmp_path / "with space.sock"
+    running = fleet.start(f'unixsocket "{at}"', "user someone on >s%cret ~* &* +@all")
+    for number, url in enumerate(
+        [
+            f"redis://someone:s%25cret@127.0.0.1:{running.port}/1",
+            f"redis://127.0.0.1:{running.port}?username=someone&password=s%25cret&db=2",
+            f"unix://someone:s%25cret@{str(at).replace(' ', '%20')}?db=3",
+            f"unix://{str(at).replace(' ', '%20')}?username=someone&password=s%25cret&db=4",
+        ],
+        1,
+    ):
+        async with connected(resolve(url).redis_url) as connection:
+            (who,) = await connection.run([command("ACL", "WHOAMI")])
+            await connection.run([command("SET", "key", number)])
+        assert who == "someone"
+        with redis.Redis(port=running.port, db=number) as client:
+            assert client.get("key") == str(number).encode()
+    said = await problem_of(f"redis://someone:secret@127.0.0.1:{running.port}")
+    assert f"redis://someone:***@127.0.0.1:{running.port} refuses the user or password" in said
+
+
+# ---- TLS -------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """
+    A CA, and certificates that it signed for 127.0.0.1 (`server`) and for a client.
+    """
+    folder = tmp_path_factory.mktemp("certificates")
+
+    def openssl(*arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
+
+    new = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+    openssl("req", "-x509", *new, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=ca", "-days", "2")
+    for name in ("server", "client"):
+        openssl("req", *new, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
+        (folder / "names").write_text("subjectAltName=IP:127.0.0.1")
+        signed = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2", "-extfile", "names")
+        openssl("x509", "-req", "-in", f"{name}.csr", "-out", f"{name}.pem", *signed)
+    return folder
+
+
+def tls_lines(certificates: Path, *, clients: str) -> list[str]:
+    files = {"ca-cert": "ca.pem", "cert": "server.pem", "key": "server.key"}
+    paths = [f"tls-{name}-file {certificates / file}" for name, file in files.items()]
+    return [*paths, f"tls-auth-clients {clients}"]
+
+
+@pytest.mark.parametrize("engine", ["redis"], indirect=True)
+async def test_tls_checks_the_server_and_shows_the_clients_certificate(fleet: Fleet, certificates: Path) -> None:
+    open_to_all = fleet.start(*tls_lines(certificates, clients="no"), tls=True)
+    strict = fleet.start(*tls_lines(certificates, clients="yes"), tls=True)
+    ca = f"ssl_ca_certs={certificates}/ca.pem"
+    own = f"ssl_certfile={certificates}/client.pem&ssl_keyfile={certificates}/client.key"
+
+    assert await works(resolve(f"rediss://127.0.0.1:{open_to_all.port}?{ca}").redis_url)
+    assert await works(resolve(f"rediss://127.0.0.1:{strict.port}/3?{ca}&{own}").redis_url)
+    assert await works(resolve(f"rediss://127.0.0.1:{open_to_all.port}?ssl_cert_reqs=none").redis_url)
+
+    said = await problem_of(f"rediss://127.0.0.1:{open_to_all.port}")
+    assert "shows a certificate that is not trusted (" in said
+    assert "?ssl_ca_certs=/path/to/ca.pem" in said
+    assert "Hostname mismatch" in await problem_of(f"rediss://localhost:{open_to_all.port}?{ca}")
+    said = await problem_of(f"rediss://127.0.0.1:{strict.port}?{ca}")
+    assert "wants a certificate of this client" in said
+    said = await problem_of(f"redis://127.0.0.1:{strict.port}")
+    assert "(connection closed; if it speaks TLS, use rediss://)" in said
+
+
+# ---- ACL -------------------------------------------------------------------------------------------------------------
+def documented_users() -> dict[str, str]:
+    text = (ROOT / "docs" / "deployment.md").read_text()
+    return dict(re.findall(r"^ +ACL SETUSER (ceylon-\w+) (.*)$", text, re.M))
+
+
+@pytest.mark.every_engine
+async def test_the_documented_users_can_do_all_that_they_need_and_no_more(fleet: Fleet, warned: list[str]) -> None:
+    running = fleet.start("appendonly yes")
+    users = documented_users()
+    assert set(users) == {"ceylon-worker", "ceylon-monitor", "ceylon-client"}
+    for name, rules in users.items():
+        running.ask("ACL", "SETUSER", name, *rules.replace(">SECRET", ">secret").split(" "))
+    urls = {name: f"redis://{name}:secret@127.0.0.1:{running.port}" for name in users}
+
+    app = Ceylon(urls["ceylon-client"])
+
+    @app.task(role="r")
+    async def work(number: int) -> int:
+        if number == 3:
+            raise RetryTask(delay=0.01) if not tried else ValueError("always")
+        return number
+
+    tried: list[int] = []
+
+    worker = Worker(urls["ceylon-worker"], registry=app.registry, roles=["r"], lease_s=1)
+    monitor = Monitor(urls["ceylon-monitor"])
+    async with app.client() as client:
+        running_parts = [asyncio.create_task(worker.run()), asyncio.create_task(monitor.run())]
+        await eventually(lambda: len(running.ask("SMEMBERS", Keys("ceylon").workers)) == 2, "both are registered")
+        group = TaskGroup(
+            "g",
+            [Task(uses="work", id=f"t{i}", arguments={"number": i}, needs=["t0"] if i else []) for i in range(5)],
+            goal=Goal("completed >= 4", deadline=60),
+        )
+        handle = await client.submit(group)
+        view = await handle.wait("all", timeout=LIMIT_S)
+        assert view.counters.completed >= 4
+        lone = await client.submit(Task(uses="work", arguments={"number": 1}))
+        assert await lone.result(timeout=LIMIT_S) == 1
+        later = await client.submit(TaskGroup("later", [Task(uses="work", arguments={"number": 1}, delay=600)]))
+        await later.cancel()
+        assert (await later.wait("all", timeout=LIMIT_S)).outcome == "cancelled"
+        assert [task async for task in handle.tasks()]
+        assert await client.roles()
+        for part in (worker, monitor):
+            part.stop()
+        await asyncio.gather(*running_parts)
+    refused = [entry for entry in running.ask("ACL", "LOG") if "client|setinfo" not in str(entry).lower()]
+    assert refused == []
+    assert not [line for line in warned if "docs/deployment.md" in line]
+
+    for name in users:
+        for words in (["FLUSHALL"], ["KEYS", "*"], ["CONFIG", "GET", "*"], ["GET", "other"], ["PUBLISH", "other", "1"]):
+            with redis.Redis.from_url(urls[name]) as client_of_user, pytest.raises(redis.exceptions.NoPermissionError):
+                client_of_user.execute_command(*words)
+
+
+@pytest.mark.every_engine
+async def test_what_an_acl_refuses_is_named_and_said_once(fleet: Fleet, warned: list[str]) -> None:
+    running = fleet.start("appendonly yes")
+    running.ask("ACL", "SETUSER", "poor", "on", ">secret", "resetchannels", "~ceylon:*", "+info", "+get", "+subscribe")
+    url = f"redis://poor:secret@127.0.0.1:{running.port}"
+    async with connected(url) as connection:
+        for call, named in ((command("SET", "ceylon:a", 1), "set"), (command("GET", "other"), "GET on other")):
+            with pytest.raises(RedisError, match=r"docs/deployment\.md") as caught:
+                await connection.run([call])
+            assert named in str(caught.value)
+
+    hub = EventHub(url, Keys("ceylon"))
+    waiter = asyncio.create_task(enter(hub.watch("g")))
+    await eventually(lambda: bool(warned), "a warning")
+    await eventually(lambda: count_of(running, "subscribe") >= 3, "the subscription was tried again")
+    waiter.cancel()
+    await asyncio.gather(waiter, return_exceptions=True)
+    await hub.close()
+    assert len(warned) == 1
+    assert "Notifications do not come" in warned[0]
+    assert "docs/deployment.md" in warned[0]
+
+
+def count_of(running: Running, name: str) -> int:
+    facts: Any = running.ask("INFO", "commandstats").get(f"cmdstat_{name}", {})
+    return int(facts.get("calls", 0)) + int(facts.get("rejected_calls", 0))
+
+
+async def enter(watching: Any) -> None:
+    async with watching:
+        await asyncio.Event().wait()
+
+
+# ---- losing it later -------------------------------------------------------------------------------------------------
+async def test_a_worker_that_loses_redis_says_so_once_and_once_when_it_is_back(fleet: Fleet, logged: list[str]) -> None:
+    running = fleet.start("appendonly yes")
+    app = Ceylon(running.url)
+
+    @app.task(role="r")
+    async def work() -> str:
+        return "done"
+
+    worker = Worker(running.url, registry=app.registry, roles=["r"])
+    async with app.client() as client:
+        task = asyncio.create_task(worker.run())
+        assert await (await client.submit(Task(uses="work"))).result(timeout=LIMIT_S) == "done"
+        running.kill()
+        await eventually(lambda: worker._lost_pause_s > 0.1, "the worker has tried several times")
+        await asyncio.to_thread(fleet.start, "appendonly yes", port=running.port)
+        await client.connection.run_until_answered([command("GET", "any")], give_up_after=LIMIT_S)
+        assert await (await client.submit(Task(uses="work"))).result(timeout=LIMIT_S) == "done"
+        worker.stop()
+        await task
+    told = [line for line in logged if "trying again" in line or "answers again" in line]
+    assert [line.rpartition("; ")[2] for line in told] == ["trying again until it answers", "Redis answers again"]
+    assert told[0].startswith(f"Cannot reach Redis at {running.url} (connection ")
