@@ -51,6 +51,14 @@ def test_our_services_run_our_commands_once_redis_is_healthy(name: str) -> None:
     assert seconds(service["stop_grace_period"], "stop_grace_period") > GRACE_S
 
 
+@pytest.mark.parametrize("name", OURS)
+def test_our_services_are_checked_and_may_be_scaled(name: str) -> None:
+    service = SERVICES[name]
+
+    assert service["healthcheck"]["test"] == ["CMD", "ceylon", "workers", "--check"]
+    assert not {"container_name", "hostname", "ports", "network_mode", "user"} & set(service)
+
+
 def test_redis_keeps_what_it_is_given() -> None:
     command = " ".join(SERVICES["redis"]["command"])
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import EXAMPLE, Commands, Process, commands_on, is_alive, until
+import yaml
+from commands import EXAMPLE, ROOT, Commands, Process, commands_on, is_alive, until
 
 from rq_ceylon.app import Ceylon, SyncClient
 
@@ -141,7 +142,38 @@ def test_the_goal_needs_no_monitor_and_workers_may_come_late(commands: Commands,
 
     assert following.wait(20) == 0
     assert_finished(shown(commands, client))
-    assert "no worker serves role 'processor'" in commands.log(1).read_text()
+    assert "no worker serves role 'processor'" in commands.said(following)
+
+
+# ---- as the compose file says ----------------------------------------------------------------------------------------
+def start_service(commands: Commands, name: str) -> Process:
+    """
+    Start what a service of the compose file starts, on the test's server.
+    """
+    service = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"][name]
+    program, *arguments = service["command"]
+    environ = dict(service["environment"])
+    assert environ["CEYLON_REDIS_URL"] == "redis://redis:6379/0"
+    environ.update(CEYLON_REDIS_URL=commands.url, CEYLON_WORKER_CONCURRENCY="2")
+    return commands.start(program.removeprefix("ceylon-"), *arguments, environ=environ)
+
+
+def test_the_services_of_the_compose_file_do_the_main_job_and_tell_their_health(
+    commands: Commands, client: SyncClient
+) -> None:
+    assert commands.run("ceylon", "workers", "--check").returncode == 1
+
+    start_service(commands, "worker")
+    start_service(commands, "worker")
+    monitor = start_service(commands, "monitor")
+    until(lambda: len(client.workers()) == 3, "two workers and a monitor are registered")
+    ended = commands.run("submit", str(EXAMPLE), "--wait=all")
+
+    assert ended.returncode == 0, ended.stderr
+    assert_finished(shown(commands, client))
+    until(lambda: "Goal achieved: partial-processing-complete" in commands.said(monitor), "the monitor says so")
+    healthy = commands.run("ceylon", "workers", "--check")
+    assert (healthy.returncode, healthy.stdout.count("worker "), healthy.stdout.count("monitor ")) == (0, 2, 1)
 
 
 # ---- several processes of one command --------------------------------------------------------------------------------
