@@ -65,7 +65,7 @@ class Commands:
         assert ended.returncode == 0, ended.stderr
         return json.loads(ended.stdout)
 
-    def start(self, name: str, *arguments: str) -> Process:
+    def start(self, name: str, *arguments: str, environ: Mapping[str, str] | None = None) -> Process:
         """
         Run a command in the background, in a session of its own.
         """
@@ -73,7 +73,7 @@ class Commands:
             process = subprocess.Popen(
                 [sys.executable, "-m", "rq_ceylon.cli", name, *arguments],
                 cwd=self.folder,
-                env=self.environ(),
+                env=self.environ(environ),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -85,6 +85,12 @@ class Commands:
 
     def log(self, number: int) -> Path:
         return self.folder / f"process-{number}.log"
+
+    def said(self, process: Process) -> str:
+        """
+        What a command in the background has printed so far.
+        """
+        return self.log(self.started.index(process)).read_text()
 
     def end(self) -> None:
         """

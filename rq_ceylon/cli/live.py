@@ -56,12 +56,13 @@ async def follow(
             view = await _show(handle, view, display, until)
     except TimeoutError:
         raise WaitTimeoutError(
-            f"group {handle.id} is not there within {limit_s:g} s; it goes on. Come back with: ceylon watch {handle.id}"
+            f"group {handle.id} is not there within {limit_s:g} s; it goes on.\n"
+            f"Come back with: ceylon watch {handle.id}"
         ) from None
     except asyncio.CancelledError:  # Nobody else cancels this: it is the runner's way to tell of Ctrl-C.
         current.uncancel()
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-        click.echo(f"Stopped watching; the group goes on. Come back with: ceylon watch {handle.id}", err=True)
+        click.echo(f"Stopped watching; the group goes on.\nCome back with: ceylon watch {handle.id}", err=True)
         return view, 130
     display.say(_last_words(view))
     return view, 0 if succeeded(view) else 1
@@ -146,7 +147,7 @@ class _Display:
         return (ended - before) / (now - began) if now > began else 0.0
 
     def _drawn(self, view: GroupView, running: list[TaskView]) -> RenderableType:
-        width = self._console.width
+        width = self._console.width - 3  # room for the ^C that a terminal shows, or it would add a line
         counters = view.counters
         head = f"{view.name}: {view.status}, {_numbers(view)}"
         pace = [f"{self._rate:.1f}/s"] if self._rate else []
@@ -173,7 +174,7 @@ class _Display:
         """
         Cells for what completed, what failed or was cancelled, and what is left, with a mark at each goal.
         """
-        room = max(10, min(78, width - 2))
+        room = max(10, width - 2)
         counters, total = view.counters, max(view.counters.total, 1)
         marks = {min(room - 1, target * room // total) for target in targets}
         done = counters.completed * room // total

@@ -8,14 +8,37 @@ import sys
 
 import click
 
-from rq_ceylon.cli.common import Place, command, load_app, logs, on_signals, run_async, where
+from rq_ceylon.cli.common import Place, command, load_app, logs, on_signals, require_unix, run_async, where
+
+PROCESSES_MAX = 256
+
+
+def _bounds(context: click.Context, parameter: click.Parameter, text: str) -> tuple[int, int]:
+    """
+    `4` or `2..10`.
+    """
+    low, dots, high = text.partition("..")
+    try:
+        bounds = int(low), int(high if dots else low)
+    except ValueError:
+        bounds = 0, 0
+    if not 1 <= bounds[0] <= bounds[1] <= PROCESSES_MAX:
+        raise click.BadParameter(f"{text!r} is not usable; give a number (4) or bounds (2..10), up to {PROCESSES_MAX}")
+    return bounds
 
 
 @command("ceylon-worker")
 @click.argument("app", metavar="[MODULE:APP]", required=False, envvar="CEYLON_APP")
 @click.option("-r", "--role", "roles", multiple=True, metavar="ROLE", envvar="CEYLON_ROLE", help="Roles to serve.")
 @click.option("-c", "--concurrency", type=click.IntRange(1, 10_000), help="Tasks at once; default 100, sync only 16.")
-@click.option("--processes", type=click.IntRange(1, 256), default=1, show_default=True, help="Worker processes.")
+@click.option(
+    "--processes",
+    metavar="N|MIN..MAX",
+    default="1",
+    show_default=True,
+    callback=_bounds,
+    help="Worker processes; with bounds, as many as busy slots and backlog ask for.",
+)
 @click.option("-b", "--burst", is_flag=True, help="End when nothing is left to do.")
 @click.option("--name", metavar="NAME", help="Shown in lists; a unique part is added. Default: the host.")
 @click.option("--grace", metavar="DURATION", default="25s", show_default=True, help="For running tasks at a stop.")
@@ -28,7 +51,7 @@ def worker(
     app: str | None,
     roles: tuple[str, ...],
     concurrency: int | None,
-    processes: int,
+    processes: tuple[int, int],
     burst: bool,
     name: str | None,
     grace: str,
@@ -42,11 +65,13 @@ def worker(
     Examples:
       ceylon-worker --role processor -c 4
       ceylon-worker myjobs:app --processes 4
+      ceylon-worker myjobs:app --processes 2..10
 
     Without MODULE:APP it serves two tasks: `default`, which sleeps for the task's duration, and `echo`. Roles default
     to those of the application's tasks. A first SIGTERM or Ctrl-C lets running tasks finish within --grace, a second
     one gives them back at once.
     """
+    require_unix("a worker")
     from rq_ceylon.errors import InvalidInputError
     from rq_ceylon.handlers import Registry
     from rq_ceylon.models import seconds
@@ -101,4 +126,4 @@ def worker(
         await running.run()
         return 128 + signals[-1] if len(signals) > 1 else 0
 
-    sys.exit(run_async(supervise() if processes > 1 else work()))
+    sys.exit(run_async(supervise() if processes != (1, 1) else work()))

@@ -1,5 +1,6 @@
 """
-Several workers as processes: starts, watches, restarts, stops them, and gives back at once what a dead one held.
+Several workers as processes: starts, watches, restarts and stops them, as many as the load asks for, and gives back at
+once what a dead one held.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -16,6 +18,8 @@ from collections.abc import Sequence
 from loguru import logger
 
 from rq_ceylon.errors import CeylonError
+from rq_ceylon.models import WorkerView
+from rq_ceylon.store import queries
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.keys import Keys
 from rq_ceylon.worker.neighbours import Neighbours
@@ -29,19 +33,35 @@ PAUSE_S, PAUSE_MAX_S, STEADY_S = 0.5, 30.0, 60.0
 
 class Supervisor:
     """
-    Keeps `processes` children of one worker command alive until told to stop.
+    Keeps children of one worker command alive until told to stop: as many as the load asks for, between two bounds.
 
     Args:
         command: the worker command for one process.
-        url, namespace: where to give back what a dead child held.
+        processes: the fewest and the most children.
+        url, namespace: where the load is seen, and what a dead child held is given back.
         burst: children that end by themselves with 0 are not restarted.
+        look_s: how often the load is looked at.
+        quiet_s: for so long a child less must have sufficed before one is stopped.
     """
 
-    def __init__(self, command: Sequence[str], *, processes: int, url: str, namespace: str, burst: bool) -> None:
-        self.command, self.processes, self.burst = list(command), processes, burst
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        processes: tuple[int, int],
+        url: str,
+        namespace: str,
+        burst: bool = False,
+        look_s: float = 2.0,
+        quiet_s: float = 60.0,
+    ) -> None:
+        self.command, self.burst, self.look_s, self.quiet_s = list(command), burst, look_s, quiet_s
+        self.fewest, self.most = processes
         self.url, self.keys = url, Keys(namespace)
         self.exit_code = 0
+        self._kept = 0
         self._children: dict[int, subprocess.Popen[bytes]] = {}
+        self._retired: set[int] = set()
         self._stop = asyncio.Event()
 
     def signal(self, number: int) -> None:
@@ -50,42 +70,114 @@ class Supervisor:
         """
         self._stop.set()
         for child in self._children.values():
-            with contextlib.suppress(ProcessLookupError):
-                child.send_signal(number)
+            child.send_signal(number)
 
     async def run(self) -> int:
         """
         Until all children have ended; returns the exit code.
         """
-        logger.info("Supervisor {} runs {} worker processes", os.getpid(), self.processes)
+        bounds = f"{self.fewest}" if self.fewest == self.most else f"{self.fewest} to {self.most}"
+        logger.info("Supervisor {} runs {} worker processes", os.getpid(), bounds)
         try:
-            await asyncio.gather(*(self._keep() for _ in range(self.processes)))
+            async with asyncio.TaskGroup() as keepers:
+                self._grow(keepers, self.fewest)
+                if self.fewest < self.most:
+                    await self._follow_load(keepers)
         finally:
             for child in self._children.values():
                 child.kill()
         return self.exit_code
 
+    # ---- how many ----------------------------------------------------------------------------------------------------
+    async def _follow_load(self, keepers: asyncio.TaskGroup) -> None:
+        """
+        Grow at once to what the backlog needs; shrink by one only after a quiet time.
+        """
+        connection, quiet_since = Connection(self.url), time.monotonic()
+        try:
+            while not await self._stops_within(self.look_s):
+                try:
+                    mine, queued = await self._load(connection)
+                except CeylonError as error:
+                    logger.debug("The load is not known now: {}", error)
+                    continue
+                busy, slots = sum(len(view.tasks) for view in mine), sum(view.slots for view in mine)
+                if not mine:
+                    continue
+                each = slots // len(mine)
+                now, running = time.monotonic(), self._kept - len(self._retired)
+                stand = f"{queued} tasks queued, {busy} of {slots} slots busy"
+                # A backlog beside idle slots is not ours to cure: the role is paused, say.
+                wanted = min(self.most, -(-(busy + queued) // each)) if queued and 2 * busy >= slots else 0
+                if wanted > running:
+                    logger.info("Growing from {} to {} worker processes: {}", running, wanted, stand)
+                    self._grow(keepers, wanted - running)
+                if queued or running <= self.fewest or busy > 0.75 * each * (running - 1):
+                    quiet_since = now
+                elif now - quiet_since >= self.quiet_s:
+                    logger.info("Shrinking from {} to {} worker processes: {}", running, running - 1, stand)
+                    self._retire(min(mine, key=lambda view: len(view.tasks)).pid)
+                    quiet_since = now
+        finally:
+            await connection.close()
+
+    async def _load(self, connection: Connection) -> tuple[list[WorkerView], int]:
+        """
+        What the children say of themselves, and how many tasks wait in their roles' streams.
+        """
+        workers = await queries.workers(connection, self.keys)
+        here = self._children.keys() - self._retired
+        mine = [view for view in workers if view.pid in here and view.host == socket.gethostname()]
+        served = {role for view in mine for role in view.roles}
+        return mine, sum(role.queued for role in await queries.roles(connection, self.keys) if role.name in served)
+
+    def _grow(self, keepers: asyncio.TaskGroup, number: int) -> None:
+        for _ in range(number):
+            self._kept += 1
+            keepers.create_task(self._keep())
+
+    def _retire(self, pid: int) -> None:
+        if child := self._children.get(pid):  # else it has just ended by itself
+            self._retired.add(pid)
+            child.send_signal(signal.SIGTERM)
+
+    async def _stops_within(self, seconds: float) -> bool:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stop.wait(), seconds)
+        return self._stop.is_set()
+
+    # ---- one child ---------------------------------------------------------------------------------------------------
     async def _keep(self) -> None:
-        pause = PAUSE_S
+        """
+        A child and those that follow it, until one is not to be followed.
+        """
+        pause, code = PAUSE_S, 0
         while not self._stop.is_set():
             began = time.monotonic()
             child = self._start()
             code = await asyncio.to_thread(child.wait)
+            assert child.stdin is not None
+            child.stdin.close()
             del self._children[child.pid]
-            if code < 0 or code not in (0, 130, 143):
+            if code not in (0, 130, 143):
                 await self._bury()
+            if child.pid in self._retired:
+                self._retired.discard(child.pid)
+                code = 0
+                break
             if self._stop.is_set() or (self.burst and code == 0):
-                self.exit_code = self.exit_code or max(code, 0)
-                return
+                break
             if code in (2, 3, 4):
                 # Wrong options, no Redis, an application that cannot be imported: the same would happen again.
-                self.exit_code = code
                 self.signal(signal.SIGTERM)
-                return
+                break
             pause = PAUSE_S if time.monotonic() - began > STEADY_S else min(pause * 2, PAUSE_MAX_S)
             logger.warning("Worker process {} ended with {}; restarting in {:.1f} s", child.pid, code, pause)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stop.wait(), pause)
+            await self._stops_within(pause)
+        self.exit_code = self.exit_code or max(code, 0)
+        self._kept -= 1
+        if self._kept == 0:
+            self._stop.set()
 
     def _start(self) -> subprocess.Popen[bytes]:
         child = subprocess.Popen(

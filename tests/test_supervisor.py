@@ -1,0 +1,91 @@
+"""
+Worker processes follow the load: more while tasks queue, fewer once it is quiet, and none loses a task.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+from commands import ROOT
+from loguru import logger
+
+from rq_ceylon.client import Client
+from rq_ceylon.models import Task, TaskGroup
+from rq_ceylon.worker.supervisor import Supervisor
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+async def client(redis_url: str) -> AsyncIterator[Client]:
+    async with Client(redis_url) as client:
+        yield client
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    lines: list[str] = []
+    handler = logger.add(lines.append, level="INFO", format="{message}")
+    logger.enable("rq_ceylon")
+    yield lines
+    logger.disable("rq_ceylon")
+    logger.remove(handler)
+
+
+async def until_processes(client: Client, count: int, limit_s: float = 60) -> None:
+    async with asyncio.timeout(limit_s):
+        while True:
+            if len({worker.pid for worker in await client.workers()}) == count:
+                return
+            await asyncio.sleep(0.05)
+
+
+async def test_processes_grow_with_a_backlog_and_shrink_one_by_one_when_quiet(
+    client: Client, said: list[str], redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    command = [sys.executable, "-m", "rq_ceylon.cli", "worker", "-r", "r", "-c", "2", "--redis", redis_url]
+    supervisor = Supervisor(
+        [*command, "--lease", "1s"], processes=(1, 3), url=redis_url, namespace="ceylon", look_s=0.1, quiet_s=0.5
+    )
+    running = asyncio.create_task(supervisor.run())
+    try:
+        await until_processes(client, 1)
+
+        group = await client.submit(TaskGroup("Burst", [Task(role="r", duration=0.4) for _ in range(60)]))
+        await until_processes(client, 3)
+        view = await group.wait("all", timeout=60)
+        await until_processes(client, 1)
+    finally:
+        supervisor.signal(signal.SIGTERM)
+        code = await running
+
+    assert code == 0
+    assert (view.counters.completed, view.counters.crashes, view.counters.attempts) == (60, 0, 60)
+    growing = [line for line in said if line.startswith("Growing from 1 to 3 worker processes: ")]
+    assert len(growing) == 1
+    assert "tasks queued, 2 of 2 slots busy" in growing[0]
+    shrinking = [line.split(":")[0] for line in said if line.startswith("Shrinking ")]
+    assert shrinking == ["Shrinking from 3 to 2 worker processes", "Shrinking from 2 to 1 worker processes"]
+
+
+async def test_a_backlog_that_idle_workers_leave_starts_no_process(
+    client: Client, said: list[str], redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    command = [sys.executable, "-m", "rq_ceylon.cli", "worker", "-r", "r", "--redis", redis_url]
+    supervisor = Supervisor(command, processes=(1, 3), url=redis_url, namespace="ceylon", look_s=0.05, quiet_s=0.1)
+    running = asyncio.create_task(supervisor.run())
+    try:
+        await until_processes(client, 1)
+        await (await client.submit(TaskGroup("Few", [Task(role="r", duration=0) for _ in range(5)]))).wait("all", 30)
+    finally:
+        supervisor.signal(signal.SIGTERM)
+        code = await running
+
+    assert code == 0
+    assert not [line for line in said if line.startswith(("Growing", "Shrinking"))]

@@ -1,0 +1,219 @@
+"""
+Following a group: on a terminal, in a pipe, and as JSON Lines; and leaving it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+from collections.abc import Callable, Iterator
+from fcntl import ioctl
+from pathlib import Path
+
+import pytest
+from commands import EXAMPLE, Commands, commands_on, until
+
+from rq_ceylon.app import Ceylon, SyncClient
+
+GROUP = """\
+name: Four
+defaults: {role: r, duration: 0.3}
+tasks: {a: {}, b: {needs: a}, c: {needs: b}, d: {uses: unknown, role: nobody}}
+goal: {name: two, when: completed >= 2, success_message: Two are there.}
+"""
+
+SETTLED = "Goal achieved: two (2 of 2 completed). Two are there."
+LAST = "Four: 3 completed, 0 failed, 1 cancelled of 4; completed. 1 task never had to run"
+
+
+@pytest.fixture
+def commands(redis_url: str, tmp_path: Path) -> Iterator[Commands]:
+    (tmp_path / "group.yaml").write_text(GROUP)
+    with commands_on(redis_url, tmp_path) as commands:
+        yield commands
+
+
+@pytest.fixture
+def client(redis_url: str) -> Iterator[SyncClient]:
+    with Ceylon(redis_url).sync_client() as client:
+        yield client
+
+
+def submitted(commands: Commands) -> str:
+    ended = commands.run("submit", "group.yaml")
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout.strip()
+
+
+def on_a_terminal(
+    commands: Commands, *arguments: str, once_shown: Callable[[], object], columns: int = 80, **environ: str
+) -> tuple[int, str]:
+    """
+    Run a command to its end on a terminal of that width, and call `once_shown` when it has drawn something; returns its
+    exit code and all it drew.
+    """
+    master, slave = pty.openpty()
+    ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    own = commands.environ({"TERM": "xterm-256color", **environ})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rq_ceylon.cli", *arguments],
+        cwd=commands.folder,
+        env={name: value for name, value in own.items() if name not in ("COLUMNS", "LINES")},
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        start_new_session=True,
+    )
+    os.close(slave)
+    drawn = b""
+    try:
+        while piece := os.read(master, 65536):
+            if b" completed" not in drawn and b" completed" in drawn + piece:
+                once_shown()
+            drawn += piece
+    except OSError:  # its last user has closed the terminal
+        pass
+    finally:
+        os.close(master)
+    return process.wait(30), drawn.decode()
+
+
+def plain(drawn: str) -> list[str]:
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", drawn).replace("\r", "\n").split("\n")
+
+
+def test_a_terminal_shows_bar_goal_mark_rate_roles_and_what_runs(commands: Commands) -> None:
+    gid = submitted(commands)
+    commands.run("ceylon", "cancel", f"{gid}/d")
+
+    code, drawn = on_a_terminal(
+        commands, "ceylon", "watch", gid, once_shown=lambda: commands.start("worker", "--role", "r", "--name", "one")
+    )
+
+    assert code == 0
+    lines = plain(drawn)
+    assert any(line.startswith("Four: active, 0/4 completed, ") for line in lines)
+    assert any(re.fullmatch(r"\[╳+─*◇─+\]", line) for line in lines)
+    assert any(re.fullmatch(r"\[━+◆━*╳+─*\]", line) for line in lines)
+    assert any(re.match(r"running: [abc] on one-", line) for line in lines)
+    assert any(re.match(r"r: \d completed, run mean \d+ ms", line) for line in lines)
+    assert any(re.search(r"/s, .*all in ", line) for line in lines)
+    assert max(len(line) for line in lines if line != LAST) <= 77
+    assert "\x1b[32m" in drawn
+    assert [line for line in lines if line.startswith("Goal ")] == [SETTLED]
+    assert [line for line in lines if line][-1] == LAST
+
+
+def test_without_colour_or_width_it_stays_readable(commands: Commands) -> None:
+    gid = submitted(commands)
+    commands.run("ceylon", "cancel", f"{gid}/d")
+
+    code, drawn = on_a_terminal(
+        commands,
+        *("ceylon", "watch", gid),
+        once_shown=lambda: commands.start("worker", "--role", "r"),
+        columns=40,
+        NO_COLOR="1",
+    )
+
+    assert code == 0
+    assert not re.search(r"\x1b\[[0-9;]*3[0-9]m", drawn)
+    bars = [line for line in plain(drawn) if line.startswith("[")]
+    assert bars
+    assert {len(bar) for bar in bars} == {37}
+
+
+def test_a_pipe_gets_one_plain_line_per_change(commands: Commands) -> None:
+    gid = submitted(commands)
+    commands.run("ceylon", "cancel", f"{gid}/d")
+    watching = commands.start("ceylon", "watch", gid, environ={"FORCE_COLOR": "1"})
+    until(lambda: "0/4 completed, 0 running, 1 cancelled" in commands.said(watching), "the group is shown")
+
+    commands.start("worker", "--role", "r")
+
+    assert watching.wait(30) == 0
+    assert "\x1b" not in commands.said(watching)
+    lines = commands.said(watching).splitlines()
+    assert len(set(lines)) == len(lines)
+    assert SETTLED in lines
+    assert lines[-2:] == ["3/4 completed, 0 running, 1 cancelled", LAST]
+
+
+def test_results_are_json_lines_of_what_has_ended_and_follow_what_ends(commands: Commands, client: SyncClient) -> None:
+    gid = submitted(commands)
+    assert commands.run("ceylon", "results", gid).stdout == ""
+    assert commands.run("ceylon", "results", "nosuch").returncode == 2
+    commands.run("ceylon", "cancel", f"{gid}/d")
+    following = commands.start("ceylon", "results", gid, "--follow")
+    until(lambda: "/d" in commands.said(following), "what had ended is told")
+
+    commands.start("worker", "--role", "r")
+
+    assert following.wait(30) == 0
+    told = [json.loads(line) for line in commands.said(following).splitlines()]
+    assert [result["id"] for result in told] == [f"{gid}/{tid}" for tid in "dabc"]
+    assert [result["status"] for result in told] == ["cancelled", "completed", "completed", "completed"]
+    assert told[1]["ended"] <= told[2]["started"]
+    now = [json.loads(line) for line in commands.run("ceylon", "results", gid).stdout.splitlines()]
+    assert {result["id"]: result for result in now} == {result["id"]: result for result in told}
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("way", ["submit", "watch"])
+def test_ctrl_c_leaves_the_group_and_says_how_to_come_back(
+    way: str, times: int, commands: Commands, client: SyncClient
+) -> None:
+    gid = submitted(commands)
+    if way == "submit":
+        watching = commands.start("submit", "group.yaml", "--wait=all")
+    else:
+        watching = commands.start("ceylon", "watch", gid)
+    until(lambda: "0/4 completed" in commands.said(watching), "the group is shown")
+    gid = client.groups()[-1].id
+
+    for _ in range(times):
+        watching.send_signal(signal.SIGINT)
+
+    assert watching.wait(10) == 130
+    said = commands.said(watching)
+    assert "Traceback" not in said
+    if times == 1:
+        assert said.endswith(f"Stopped watching; the group goes on.\nCome back with: ceylon watch {gid}\n")
+    assert client.group(gid).view().status == "active"
+
+
+def test_clients_need_no_unix_and_a_worker_says_that_it_does(tmp_path: Path) -> None:
+    """
+    Stands in for Windows: what is missing there is hidden.
+    """
+    script = """
+import os, sys
+for name in ("fcntl", "pwd", "grp", "resource", "termios"):
+    sys.modules[name] = None
+del os.fork, os.register_at_fork, os.getuid, os.uname
+from rq_ceylon import cli, app, client, monitor
+from rq_ceylon.cli import live
+command, *arguments = sys.argv[1:]
+getattr(cli, command)(arguments)
+"""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", script, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+
+    submit, worker, server = run("submit", str(EXAMPLE), "--dry-run"), run("worker", "-r", "r"), run("ceylon", "server")
+
+    assert (submit.returncode, submit.stderr) == (0, "")
+    for refused, who in ((worker, "a worker"), (server, "ceylon server")):
+        assert refused.returncode == 1
+        assert refused.stderr == (
+            f"Error: {who} needs Linux, macOS, or WSL on Windows; submitting and watching work here too\n"
+        )
