@@ -16,6 +16,8 @@ import pytest
 import redis
 from commands import EXAMPLE, Commands, commands_on, until
 
+from rq_ceylon.cli.main import _task_row
+from rq_ceylon.models import TaskResult, TaskStatus, TaskView
 from rq_ceylon.store.server import EmbeddedServer
 
 GROUP = "name: Two\ntasks:\n  a: {role: r, duration: 0}\n  b: {role: r, duration: 0, needs: a}\ngoal: completed >= 1\n"
@@ -262,6 +264,29 @@ def test_a_finished_group_is_told_as_json_with_goals_and_tasks(commands: Command
     assert tasks[f"{gid}/a"]["ended"] <= tasks[f"{gid}/b"]["started"]
     one = commands.json("ceylon", "show", f"{gid}/a", "--json")
     assert [task["id"] for task in one["tasks"]] == [f"{gid}/a"]
+
+
+def test_a_group_that_runs_is_not_shown_as_finished_and_one_task_is_no_plural(commands: Commands) -> None:
+    (commands.folder / "group.yaml").write_text("name: One\ntasks: {a: {role: r}}\n")
+
+    ended = commands.run("submit", "group.yaml")
+    dry = commands.run("submit", "group.yaml", "--dry-run")
+    shown = commands.run("ceylon", "show", ended.stdout.strip())
+
+    assert ended.stderr.startswith("Submitted 1 task as group ")
+    assert ": 1 task, valid" in dry.stdout
+    assert shown.stdout.splitlines()[0] == (
+        'Group "One" is active: 0 completed, 0 failed, 0 cancelled so far in 0.0 s (0.0/s)'
+    )
+    assert "None" not in shown.stdout
+
+
+def test_a_failure_without_an_exception_is_shown_by_its_message_alone() -> None:
+    poison = TaskResult("a", TaskStatus.FAILED, "poison", error={"type": "", "message": "poison", "traceback": ""})
+
+    *_, reason, _, _, _, _, shown = _task_row(TaskView("a", TaskStatus.FAILED, "r", reason="poison", result=poison))
+
+    assert (reason, shown) == ("poison", "poison")
 
 
 def test_status_workers_and_groups_are_told_as_json_and_as_tables(commands: Commands) -> None:

@@ -104,7 +104,7 @@ class _Display:
         self._statistics, self._seq = GroupStatistics(), 0
         self._ended: deque[tuple[float, int]] = deque()
         self._told: set[str] = set()
-        self._line = ""
+        self._step = ""
 
     def __enter__(self) -> None:
         if self.is_live:
@@ -136,10 +136,10 @@ class _Display:
         if self.is_live:
             self._live.update(self._drawn(view, running), refresh=True)
             return
-        line = _numbers(view)
-        if line != self._line:
-            self._line = line
-            self.say(line)
+        step = f"{view.status} {100 * view.counters.ended // max(view.counters.total, 1)}"
+        if step != self._step:  # a line per task that ends, or per hundredth of a large group
+            self._step = step
+            self.say(_numbers(view))
 
     @property
     def _rate(self) -> float:

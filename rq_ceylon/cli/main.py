@@ -212,7 +212,8 @@ async def watch(client: Client, group: str) -> int:
     """
     Follow a group until it has finished: how far it is, when it will be there, and what runs.
 
-    Without a terminal it prints a plain line per change. Ctrl-C stops watching, the group goes on.
+    Without a terminal it prints a plain line per change, of a large group per hundredth. Ctrl-C stops watching, the
+    group goes on.
     """
     from rq_ceylon.cli.live import follow
 
