@@ -69,6 +69,7 @@ async def test_processes_grow_with_a_backlog_and_shrink_one_by_one_when_quiet(
     growing = [line for line in said if line.startswith("Growing from 1 to 3 worker processes: ")]
     assert len(growing) == 1
     assert "tasks queued, 2 of 2 slots busy" in growing[0]
+    assert not [line for line in said if " died" in line]
     shrinking = [line.split(":")[0] for line in said if line.startswith("Shrinking ")]
     assert shrinking == ["Shrinking from 3 to 2 worker processes", "Shrinking from 2 to 1 worker processes"]
 
