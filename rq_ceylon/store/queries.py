@@ -142,7 +142,7 @@ def _view(gid: str, meta: Mapping[str, str], events: int) -> GroupView | None:
         key=meta.get("key"),
         outcome=meta.get("outcome") if finished else None,
         reason=meta.get("reason", ""),
-        depends_on=meta.get("depends_on", "").split(),
+        depends_on=tuple(meta.get("depends_on", "").split()),
         description=meta.get("description", ""),
         created_ms=int(meta.get("created", 0)) or None,
         finished_ms=int(finished) if finished else None,

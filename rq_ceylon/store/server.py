@@ -9,7 +9,6 @@ not reach the server (the shell has a session of its own).
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
 import os
 import re
@@ -192,7 +191,8 @@ def _forget_in_child() -> None:
     _shared.clear()
 
 
-os.register_at_fork(after_in_child=_forget_in_child)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)
 
 
 def find_binary(environ: Mapping[str, str] = os.environ) -> str:
@@ -273,6 +273,8 @@ def _spawn(command: list[str], log: BinaryIO, lock: BinaryIO) -> tuple[int, subp
 
 
 def _locked(home: Path, at: Path) -> BinaryIO:
+    import fcntl  # not on Windows, where clients import this module too
+
     low = os.open(home / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     # At 10 or above: the numbers below are the shell's to use.
     lock = os.fdopen(fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 10), "rb")
