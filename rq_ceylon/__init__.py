@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from loguru import logger
 
 if TYPE_CHECKING:
-    from rq_ceylon.app import AppTask, Ceylon, SyncClient, SyncGroupHandle, SyncTaskHandle
+    from rq_ceylon.app import AppTask, Ceylon
     from rq_ceylon.attempt import Backoff, FailTask, RetryTask, TaskContext
-    from rq_ceylon.client import Client, GroupHandle, TaskHandle
+    from rq_ceylon.client import Client, GroupHandle, SyncClient, SyncGroupHandle, SyncTaskHandle, TaskHandle
     from rq_ceylon.errors import (
         AppImportError,
         CeylonError,
@@ -54,8 +54,8 @@ if TYPE_CHECKING:
     from rq_ceylon.worker import Worker
 
 _HOME = {
-    "app": "AppTask Ceylon SyncClient SyncGroupHandle SyncTaskHandle",
-    "client": "Client GroupHandle TaskHandle",
+    "app": "AppTask Ceylon",
+    "client": "Client GroupHandle SyncClient SyncGroupHandle SyncTaskHandle TaskHandle",
     "errors": "AppImportError CeylonError ConnectionLostError GoalImpossibleError GroupExistsError GroupFileError "
     "InvalidInputError NotFoundError NoWorkerError PayloadTooLargeError QueueFullError RedisError TaskCancelledError "
     "TaskFailedError UnknownTaskError WaitTimeoutError",
@@ -71,8 +71,8 @@ _HOME = {
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}
 
 __all__ = [  # noqa: RUF022, in the order of the table above
-    "AppTask", "Ceylon", "SyncClient", "SyncGroupHandle", "SyncTaskHandle",
-    "Client", "GroupHandle", "TaskHandle",
+    "AppTask", "Ceylon",
+    "Client", "GroupHandle", "SyncClient", "SyncGroupHandle", "SyncTaskHandle", "TaskHandle",
     "AppImportError", "CeylonError", "ConnectionLostError", "GoalImpossibleError", "GroupExistsError", "GroupFileError",
     "InvalidInputError", "NotFoundError", "NoWorkerError", "PayloadTooLargeError", "QueueFullError", "RedisError",
     "TaskCancelledError", "TaskFailedError", "UnknownTaskError", "WaitTimeoutError",

@@ -15,7 +15,8 @@ import pytest
 import yaml
 from commands import EXAMPLE, ROOT, Commands, Process, commands_on, is_alive, until
 
-from rq_ceylon.app import Ceylon, SyncClient
+from rq_ceylon.app import Ceylon
+from rq_ceylon.client import SyncClient
 
 
 @pytest.fixture

@@ -1,0 +1,234 @@
+"""
+The client without await: the same code on an event loop in a thread of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from types import TracebackType
+from typing import Any, Concatenate, Generic, Literal, ParamSpec, Self, TypeVar, cast, overload
+
+from rq_ceylon.client.client import Client
+from rq_ceylon.client.handles import GroupHandle, TaskHandle
+from rq_ceylon.models import GroupView, RoleView, Task, TaskGroup, TaskResult, TaskStatus, TaskView, WorkerView
+from rq_ceylon.store.events import Event
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+
+OF_PARENTS: list[Any] = []
+"""What a forked child inherited and must neither use nor end."""
+
+
+class SyncClient:
+    """
+    `Client` without await, for scripts, threads and notebooks.
+
+        with app.sync_client() as client:
+            run = client.submit(TaskGroup("thumbnails", tasks))
+            print(run.wait("all", timeout=600))
+
+    It is the same code on an event loop in a thread of its own: any number of threads may share one, also where an
+    event loop already runs, which a call blocks. After a fork the child connects anew. Methods, arguments and errors
+    are those of `Client`; `submit` returns once the role of a single task has it too, so the process may end at once.
+    """
+
+    def __init__(self, make: Callable[[], Client]) -> None:
+        self._make = make
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._inner: Client | None = None
+        self._pid = 0
+
+    def open(self) -> Self:
+        if self._loop is not None:
+            # Forked: the thread of this loop runs in the parent only. Keep the loop; its end is not ours to bring.
+            OF_PARENTS.append(self._loop)
+        self._loop, self._pid = asyncio.new_event_loop(), os.getpid()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="ceylon-client", daemon=True)
+        self._thread.start()
+
+        async def connect() -> Client:
+            client = self._make()
+            client.until_enqueued = True  # a script or a forked child often ends right after its last call
+            return await client.open()
+
+        try:
+            self._inner = self.call(connect)
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def close(self) -> None:
+        """
+        May be called twice; does nothing in a forked child, whose parent owns the thread.
+        """
+        if self._loop is not None and self._pid == os.getpid():
+            self.call(self.inner.close)
+            self._end()
+
+    def _end(self) -> None:
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+            self._loop = None
+
+    def __enter__(self) -> Self:
+        return self.open()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def inner(self) -> Client:
+        if self._inner is None:
+            raise RuntimeError("this client is not open; use `with app.sync_client() as client`")
+        return self._inner
+
+    def call(self, function: Callable[Concatenate[P], Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """
+        Run a coroutine function of the async side.
+        """
+        if self._loop is None or self._pid != os.getpid():
+            self.open()
+
+        async def body() -> T:
+            return await function(*args, **kwargs)
+
+        return asyncio.run_coroutine_threadsafe(body(), cast(asyncio.AbstractEventLoop, self._loop)).result()
+
+    def iterate(self, make: Callable[[], Any]) -> Iterator[Any]:
+        """
+        The items of an async iterator.
+        """
+        items = make().__aiter__()
+        end = object()
+
+        async def following() -> Any:
+            return await anext(items, end)
+
+        while (item := self.call(following)) is not end:
+            yield item
+
+    @overload
+    def submit(self, work: Task, *, require_workers: bool = False) -> SyncTaskHandle[Any]: ...
+    @overload
+    def submit(self, work: TaskGroup, *, require_workers: bool = False) -> SyncGroupHandle: ...
+
+    def submit(self, work: Task | TaskGroup, *, require_workers: bool = False) -> SyncTaskHandle[Any] | SyncGroupHandle:
+        """
+        As `Client.submit`.
+        """
+        if isinstance(work, TaskGroup):
+            group = self.call(self._submit_group, work, require_workers)
+            return SyncGroupHandle(self, group)
+        return SyncTaskHandle(self, self.call(self._submit_task, work, require_workers))
+
+    async def _submit_group(self, group: TaskGroup, require_workers: bool) -> GroupHandle:
+        return await self.inner.submit(group, require_workers=require_workers)
+
+    async def _submit_task(self, task: Task, require_workers: bool) -> TaskHandle[Any]:
+        return await self.inner.submit(task, require_workers=require_workers)
+
+    def task(self, task_id: str) -> SyncTaskHandle[Any]:
+        return SyncTaskHandle(self, self.inner.task(task_id))
+
+    def group(self, gid: str) -> SyncGroupHandle:
+        return SyncGroupHandle(self, self.inner.group(gid))
+
+    def groups(self) -> list[GroupView]:
+        return self.call(self.inner.groups)
+
+    def workers(self) -> list[WorkerView]:
+        return self.call(self.inner.workers)
+
+    def roles(self) -> list[RoleView]:
+        return self.call(self.inner.roles)
+
+    def pause_role(self, role: str) -> None:
+        self.call(self.inner.pause_role, role)
+
+    def resume_role(self, role: str) -> None:
+        self.call(self.inner.resume_role, role)
+
+
+class SyncTaskHandle(Generic[R]):
+    """
+    `TaskHandle` without await: a submitted task to wait for, look at and cancel. `id` is good in any process.
+    """
+
+    def __init__(self, client: SyncClient, handle: TaskHandle[R]) -> None:
+        self._client, self._handle = client, handle
+
+    @property
+    def id(self) -> str:
+        return self._handle.id
+
+    def result(self, timeout: float | None = None) -> R:
+        return self._client.call(self._handle.result, timeout)
+
+    def view(self) -> TaskView:
+        return self._client.call(self._handle.view)
+
+    def status(self) -> TaskStatus:
+        return self._client.call(self._handle.status)
+
+    def cancel(self) -> str:
+        return self._client.call(self._handle.cancel)
+
+
+class SyncGroupHandle:
+    """
+    `GroupHandle` without await: a submitted group to wait for, follow and cancel. What that one gives as an async
+    iterator, `progress`, `events`, `results` and `tasks`, is a plain one here.
+    """
+
+    def __init__(self, client: SyncClient, handle: GroupHandle) -> None:
+        self._client, self._handle = client, handle
+
+    @property
+    def id(self) -> str:
+        return self._handle.id
+
+    @property
+    def name(self) -> str:
+        return self._handle.name
+
+    @property
+    def repeated(self) -> bool:
+        return self._handle.repeated
+
+    def task(self, tid: str) -> SyncTaskHandle[Any]:
+        return SyncTaskHandle(self._client, self._handle.task(tid))
+
+    def view(self) -> GroupView:
+        return self._client.call(self._handle.view)
+
+    def wait(self, until: Literal["goal", "all"] = "goal", timeout: float | None = None) -> GroupView:
+        return self._client.call(self._handle.wait, until, timeout)
+
+    def progress(self) -> Iterator[GroupView]:
+        return self._client.iterate(self._handle.progress)
+
+    def events(self, start: int = 1) -> Iterator[Event]:
+        return self._client.iterate(lambda: self._handle.events(start))
+
+    def results(self) -> Iterator[TaskResult]:
+        return self._client.iterate(self._handle.results)
+
+    def tasks(self) -> Iterator[TaskView]:
+        return self._client.iterate(self._handle.tasks)
+
+    def cancel(self) -> str:
+        return self._client.call(self._handle.cancel)
+
+    def pause(self) -> str:
+        return self._client.call(self._handle.pause)
+
+    def resume(self) -> str:
+        return self._client.call(self._handle.resume)
