@@ -272,6 +272,19 @@ async def test_a_group_that_is_gone_leaves_the_index_but_not_before_its_client_h
     assert next_look_ms(bench, "g") is None
 
 
+async def test_of_two_processes_that_look_at_once_neither_drops_a_group_that_is_about_to_be_written(
+    bench: Bench, maintenance: Maintenance
+) -> None:
+    now_ms = server_ms(bench)
+    for call in transitions.announce(bench.keys, "g", ["p"]):
+        bench.run(call)
+
+    await maintenance.run_once()
+    assert await maintenance._look("g", now_ms) is None  # it read which groups are due before that
+
+    assert next_look_ms(bench, "g") is not None
+
+
 # ---- groups on groups ------------------------------------------------------------------------------------------------
 async def test_a_group_that_waits_for_one_that_finished_unheard_is_started(
     bench: Bench, maintenance: Maintenance
@@ -289,6 +302,24 @@ async def test_a_group_that_waits_for_one_that_finished_unheard_is_started(
 
     assert bench.meta("g")["status"] == "active"
     assert queued_tasks(bench) == ["a", "a"]
+
+
+async def test_a_finished_group_is_looked_at_again_soon_while_its_message_is_with_somebody_who_may_be_gone(
+    bench: Bench, maintenance: Maintenance
+) -> None:
+    bench.queued("first")
+    bench.run(transitions.register(bench.keys, "first", "g"))
+    bench.commit_with_pages("w", bench.started("w", "first"))
+
+    await maintenance.run_once()
+    assert (next_look_ms(bench, "first") or 0) <= MOVING_MS
+
+    make_visible(bench, "first")
+    for _ in range(2):
+        make_due(bench, "first")
+        await maintenance.run_once()
+    assert (next_look_ms(bench, "first") or 0) > 23 * HOUR_MS
+    assert not bench.redis.exists(bench.keys.group_part("first", "outbox"))
 
 
 async def test_a_group_that_waits_for_one_that_is_gone_is_cancelled(bench: Bench, maintenance: Maintenance) -> None:

@@ -99,7 +99,7 @@ class Maintenance:
             if prune_ms is None:
                 return None
             # A staged group may be active in a moment, and then have deadlines: its withheld pages keep its look near.
-            return prune_ms if status == "finished" and prune_ms else due_ms
+            return prune_ms if status == "finished" and prune_ms and not moves else due_ms
         return min(due_ms, deadline_ms) if deadline_ms else due_ms
 
     async def _forget(self, gid: str, now_ms: int) -> int | None:
@@ -107,6 +107,9 @@ class Maintenance:
         (score,) = await self._connection.run([command("ZSCORE", self._keys.index_of(gid), gid)])
         if score is not None and float(score) == 0:
             return now_ms + STILL_MS
+        # Another process has looked meanwhile, perhaps for the first time.
+        if score is None or float(score) > now_ms:
+            return None
         await drop(self._connection, self._keys, gid)
         return None
 
