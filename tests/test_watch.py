@@ -20,7 +20,8 @@ from pathlib import Path
 import pytest
 from commands import EXAMPLE, Commands, commands_on, until
 
-from rq_ceylon.app import Ceylon, SyncClient
+from rq_ceylon.app import Ceylon
+from rq_ceylon.client import SyncClient
 
 GROUP = """\
 name: Four
