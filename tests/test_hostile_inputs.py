@@ -320,7 +320,7 @@ WORKERS = {
     "a role of 65": Case(["worker", "-r", LONG], ["is not usable", IDS]),
     "no slots": Case(["worker", "-r", "r", "-c", "0"], ["0 is not in the range 1<=x<=10000"]),
     "slots of text": Case(["worker", "-r", "r", "-c", "many"], ["'many' is not a valid integer range"]),
-    "no processes": Case(["worker", "-r", "r", "--processes", "0"], ["'0' is not usable; give a number (4) or bounds (2..10)"]),
+    "no processes": Case(["worker", "-r", "r", "--processes", "0"], ["give a number (4) or bounds (2..10)"]),
     "grace": Case(["worker", "-r", "r", "--grace", "soon"], ["--grace: 'soon' is not a duration", DURATIONS]),
     "lease": Case(["worker", "-r", "r", "--lease", "1:00"], ["--lease: '1:00' is not a duration", DURATIONS]),
     "a lease too short": Case(["worker", "-r", "r", "--lease", "10ms"], ["too short; give at least 100ms"]),

@@ -15,8 +15,7 @@ local worker, room = ARGV[1], ARGV[2] == '1'
 local wanted, tids = {}, {}
 for i = 3, #ARGV do
   local tid, issue, lineage, fence, supersedes = string.match(ARGV[i], '^(%S+) (%d+) (%S+) (%d+) (%S+)$')
-  wanted[#wanted + 1] = {tid = tid, issue = tonumber(issue), lineage = lineage, fence = tonumber(fence),
-                         supersedes = tonumber(supersedes)}
+  wanted[#wanted + 1] = {tid = tid, issue = tonumber(issue), lineage = lineage, fence = fence, supersedes = supersedes}
   tids[#tids + 1] = tid
 end
 
@@ -38,20 +37,18 @@ local function end_task(tid, from, outcome, reason, claim)
   return 'DONE'
 end
 
-local function grant(delivery, task, claim)
-  local role, priority = head_of(task)
+local function grant(delivery, claim, role, priority)
   claim = claim or {attempt = 1, crashes = 0, releases = 0}
   if claim.crashes >= SUSPECT_CRASHES then room = false end
   claim.state, claim.fence, claim.worker, claim.lineage = 'p', delivery.fence, worker, delivery.lineage
-  claim.started, claim.due, claim.role, claim.priority = text(now), '', role, priority
+  claim.started, claim.due, claim.role, claim.priority = now_text, '', role, priority
   claims[delivery.tid] = claim; changed[delivery.tid] = true
   group.attempts = group.attempts + 1
   return 'GRANTED'
 end
 
 -- The entry waits in the outbox, which withholds it until the group goes on.
-local function park(delivery, task, claim)
-  local role, priority = head_of(task)
+local function park(delivery, claim, role, priority)
   enqueue_later(delivery.tid, role, priority, issue_of(claim))
   return 'PARKED'
 end
@@ -63,7 +60,7 @@ local function take_over(delivery, task, claim)
   if closed() then return end_task(tid, 'in_progress', 'cancelled', 'closed', claim) end
   if claim.state == 'c' then return end_task(tid, 'in_progress', 'cancelled', 'cancelled', claim) end
   local crash = claim.state == 's' and 0 or 1
-  local _, _, _, _, limit = head_of(task)
+  local role, priority, _, _, limit = head_of(task)
   local poison = claim.crashes + crash > (limit or CRASH_LIMIT)
   if not poison and group.status ~= 'paused' and claim.crashes + crash >= SUSPECT_CRASHES and not room then return 'LATER' end
   claim.crashes = claim.crashes + crash; group.crashes = group.crashes + crash
@@ -72,9 +69,9 @@ local function take_over(delivery, task, claim)
     claim.state = 'l'; claim.releases = claim.releases + 1
     move('in_progress', 'pending')
     claims[tid] = claim; changed[tid] = true
-    return park(delivery, task, claim)
+    return park(delivery, claim, role, priority)
   end
-  return grant(delivery, task, claim)
+  return grant(delivery, claim, role, priority)
 end
 
 local function judge(delivery, has_needs)
@@ -87,18 +84,18 @@ local function judge(delivery, has_needs)
     if claim.lineage ~= delivery.lineage then
       return delivery.supersedes == claim.fence and take_over(delivery, task, claim) or 'DUPLICATE'
     end
-    if delivery.fence <= claim.fence then return 'LOST' end
+    if tonumber(delivery.fence) <= tonumber(claim.fence) then return 'LOST' end
     return take_over(delivery, task, claim)
   end
   if closed() then return 'CLOSED' end
   if group.status ~= 'active' and group.status ~= 'paused' or has_needs then return 'NOTREADY' end
   if delivery.issue < issue_of(claim) then return 'OUTDATED' end
-  if group.status == 'paused' then return park(delivery, task, claim) end
-  local _, _, _, expiry = head_of(task)
+  local role, priority, _, expiry = head_of(task)
+  if group.status == 'paused' then return park(delivery, claim, role, priority) end
   if expiry and now > expiry then return end_task(tid, 'pending', 'cancelled', 'expired', claim) end
   if claim and claim.crashes >= SUSPECT_CRASHES and not room then return 'LATER' end
   move('pending', 'in_progress')
-  return grant(delivery, task, claim)
+  return grant(delivery, claim, role, priority)
 end
 
 local replies = {}

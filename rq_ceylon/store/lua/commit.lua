@@ -15,7 +15,7 @@ local first = acknowledge_pages(3)
 local outcomes, tids = {}, {}
 for i = first, #ARGV, 2 do
   local tid, fence, kind, reason, delay, run = string.match(ARGV[i], '^(%S+) (%d+) (%a+) (%S+) (%d+) (%d+)$')
-  outcomes[#outcomes + 1] = {tid = tid, fence = tonumber(fence), kind = kind, reason = reason, delay = tonumber(delay),
+  outcomes[#outcomes + 1] = {tid = tid, fence = fence, kind = kind, reason = reason, delay = tonumber(delay),
                              run = tonumber(run), blob = ARGV[i + 1]}
   tids[#tids + 1] = tid
 end

@@ -38,7 +38,7 @@ if action == 'pause' or action == 'resume' then
   group.status = to
   -- What was withheld is any relay's at once.
   if action == 'resume' then
-    for _, page in ipairs(call('ZRANGE', OUTBOX, 0, -1)) do call('ZADD', OUTBOX, text(now), page) end
+    for _, page in ipairs(call('ZRANGE', OUTBOX, 0, -1)) do call('ZADD', OUTBOX, now_text, page) end
   end
   tail(action, now)
   return {'OK', group.status}

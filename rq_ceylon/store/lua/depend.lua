@@ -33,7 +33,7 @@ if outcome == 'completed' then
   if left > 0 then return {'OK', group.status, ''} end
   group.status = 'active'
   start_goals()
-  for _, page in ipairs(call('ZRANGE', OUTBOX, 0, -1)) do call('ZADD', OUTBOX, text(now), page) end
+  for _, page in ipairs(call('ZRANGE', OUTBOX, 0, -1)) do call('ZADD', OUTBOX, now_text, page) end
 else
   start_goals()
   group.outcome = 'cancelled'

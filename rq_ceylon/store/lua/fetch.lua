@@ -30,7 +30,7 @@ if last == 0 or stepped_back or now - last > lease / 2 then
   pause_until = now + lease
   call('HSET', META, 'pause_until', text(pause_until))
 end
-call('HSET', META, 'last', text(now))
+call('HSET', META, 'last', now_text)
 if stepped_back then
   for stream = 1, 3 do
     for _, entry in ipairs(pending(KEYS[stream], '-', '+', REBASE_MAX)) do
@@ -62,7 +62,7 @@ while position <= #ARGV do
   position = position + 1 + 2 * fields
 end
 
-local promoted = call('ZRANGEBYSCORE', DELAYED, '-inf', text(now), 'LIMIT', 0, PROMOTE_MAX)
+local promoted = call('ZRANGEBYSCORE', DELAYED, '-inf', now_text, 'LIMIT', 0, PROMOTE_MAX)
 for _, member in ipairs(promoted) do
   local priority, task = string.match(member, '^([123]) (.+)$')
   if task then call('XADD', KEYS[tonumber(priority)], '*', 'task', task) end

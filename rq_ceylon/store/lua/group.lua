@@ -41,19 +41,19 @@ local function head_of(task)
   return role, priority, tonumber(not_before), tonumber(expiry), tonumber(limit)
 end
 
+-- A fence stays text, but where two are compared in size: it has 16 digits.
 -- Claim: state|attempt|fence|worker|lineage|started|crashes|releases|due|role|priority.
 -- State: p in progress, c in progress and asked to cancel, s in progress at a worker that was told to stop, r retrying,
 -- l released.
 local function claim_of(record)
   local state, attempt, fence, worker, lineage, started, crashes, releases, due, role, priority = string.match(record,
     '^(%a)|(%d+)|(%d+)|([^|]*)|([^|]*)|(%d+)|(%d+)|(%d+)|(%d*)|([^|]*)|(%d)$')
-  return {state = state, attempt = tonumber(attempt), fence = tonumber(fence), worker = worker, lineage = lineage,
-          started = started, crashes = tonumber(crashes), releases = tonumber(releases), due = due, role = role,
-          priority = priority}
+  return {state = state, attempt = tonumber(attempt), fence = fence, worker = worker, lineage = lineage, started = started,
+          crashes = tonumber(crashes), releases = tonumber(releases), due = due, role = role, priority = priority}
 end
 local function claim_text(c)
-  return table.concat({c.state, c.attempt, text(c.fence), c.worker, c.lineage, c.started, c.crashes, c.releases, c.due,
-                       c.role, c.priority}, '|')
+  return c.state .. '|' .. c.attempt .. '|' .. c.fence .. '|' .. c.worker .. '|' .. c.lineage .. '|' .. c.started .. '|' ..
+         c.crashes .. '|' .. c.releases .. '|' .. c.due .. '|' .. c.role .. '|' .. c.priority
 end
 local function running(claim) return claim and (claim.state == 'p' or claim.state == 'c' or claim.state == 's') end
 
@@ -70,7 +70,7 @@ local function enqueue_later(tid, role, priority, issue, due, supersedes)
   local key = role .. '|' .. (due and text(due) or '')
   local items = queued[key]
   if not items then items = {}; queued[key] = items; queued_keys[#queued_keys + 1] = key end
-  items[#items + 1] = priority .. ',' .. tid .. ',' .. issue .. (supersedes and ',' .. text(supersedes) or '')
+  items[#items + 1] = priority .. ',' .. tid .. ',' .. issue .. (supersedes and ',' .. supersedes or '')
 end
 
 local function add_page(body, visible)
@@ -111,7 +111,7 @@ local walks = {}                     -- dependents still to look at: {step, tid,
 local more = '0'                     -- '1': an internal page is left, the caller should call `outbox` at once
 
 local function log_task(tid, what, role, wait, run)
-  log[#log + 1] = table.concat({tid, what, role, wait or 0, run or 0}, ',')
+  log[#log + 1] = tid .. ',' .. what .. ',' .. role .. ',' .. (wait or 0) .. ',' .. (run or 0)
 end
 
 -- Ends a task. `claim` is its record or nil, `run` the handler's ms, `blob` a JSON value or ''.
@@ -129,8 +129,8 @@ local function settle(tid, from, outcome, reason, role, claim, run, blob)
   is_ended[tid] = true
   ended[#ended + 1] = tid
   results[#results + 1] = tid
-  results[#results + 1] = table.concat({outcome, reason, role, attempts, crashes, worker, started, text(now), wait,
-                                        run, '[' .. blob .. ']'}, '|')
+  results[#results + 1] = outcome .. '|' .. reason .. '|' .. role .. '|' .. attempts .. '|' .. crashes .. '|' .. worker ..
+                          '|' .. started .. '|' .. now_text .. '|' .. wait .. '|' .. run .. '|[' .. blob .. ']'
   log_task(tid, outcome, role, wait, run)
   if group.dag == '1' and not closed() then
     walks[#walks + 1] = {outcome == 'completed' and 'release' or 'miss', tid, 1}
@@ -143,7 +143,7 @@ local function miss(tid, task, role)
   local blob = outcome == 'failed' and '{"type":"","message":"a task that it needs did not complete","traceback":""},'
     .. string.match(task, '^[^|]*|[^|]*|[^|]*|[^|]*|[^|]*|(.*)$') or ''
   call('HDEL', NEEDS, tid); call('HDEL', TASKS, tid)
-  call('HSET', RESULTS, tid, table.concat({outcome, 'skipped', role, 0, 0, '', '', text(now), 0, 0, '[' .. blob .. ']'}, '|'))
+  call('HSET', RESULTS, tid, table.concat({outcome, 'skipped', role, 0, 0, '', '', now_text, 0, 0, '[' .. blob .. ']'}, '|'))
   move('waiting', outcome); log_task(tid, outcome, role)
   walks[#walks + 1] = {'miss', tid, 1}
 end
@@ -247,7 +247,7 @@ local function settle_goal(goal, status, by)
   event_number = event_number or call('LLEN', EVENTS) + 1
   local counts = {}
   for i = 1, 9 do counts[i] = text(group[NUMBERS[i]]) end
-  call('HSET', META, 'goal:' .. goal.name, table.concat({status, text(now), event_number, by, table.concat(counts, ',')}, '|'))
+  call('HSET', META, 'goal:' .. goal.name, table.concat({status, now_text, event_number, by, table.concat(counts, ',')}, '|'))
   if status == 'failed' then group.goals_failed = group.goals_failed + 1 end
   settled[#settled + 1] = goal.name .. ':' .. status
   local policy = status == 'achieved' and goal.on_achieved or goal.on_failed
@@ -293,7 +293,7 @@ local function finish(visible)
     group.outcome = good and 'completed' or 'failed'
   end
   group.status = 'finished'
-  call('HSET', META, 'outcome', group.outcome, 'finished', text(now))
+  call('HSET', META, 'outcome', group.outcome, 'finished', now_text)
   -- Pages whose acknowledgement was lost with a worker: nobody needs them any more.
   call('UNLINK', OUTBOX); pages = {}
   for gid in string.gmatch(call('HGET', META, 'dependents') or '', '%S+') do
@@ -329,7 +329,7 @@ local function tail(kind, visible)
   if group.status ~= before.status then status = group.status; changes[#changes + 1] = 'status'; changes[#changes + 1] = status end
   if #changes > 0 then call('HSET', META, unpack(changes)) end
   if not changed then return end
-  local event = table.concat({text(now), kind, table.concat(log, ' '), table.concat(settled, ' '), status}, '|')
+  local event = table.concat({now_text, kind, table.concat(log, ' '), table.concat(settled, ' '), status}, '|')
   local number = call('RPUSH', EVENTS, event)
   local namespace, gid = string.match(KEYS[1], '^ceylon:(.-):{g:(.-)}:')
   call('PUBLISH', 'ceylon:' .. namespace .. ':events:' .. gid, number)

@@ -13,7 +13,7 @@ acknowledge_pages(3)
 if withheld() then return {'OK', group.status, text(next_deadline()), {}, '0'} end
 local got = {}
 if wanted > 0 then
-  for _, page in ipairs(call('ZRANGEBYSCORE', OUTBOX, '-inf', text(now), 'LIMIT', 0, wanted)) do
+  for _, page in ipairs(call('ZRANGEBYSCORE', OUTBOX, '-inf', now_text, 'LIMIT', 0, wanted)) do
     local step, position, tid = string.match(page, '^%d+|#(%a+)|(%d+)|(.+)$')
     if step then
       call('ZREM', OUTBOX, page)

@@ -7,3 +7,4 @@ local now = math.floor(now_us / 1000)
 
 -- tostring() turns 16 digits into 1.7e+15.
 local function text(number) return string.format('%.0f', number) end
+local now_text = text(now)

@@ -40,7 +40,7 @@ if mode == 'scan' then
       local claim = record and claim_of(record)
       if running(claim) then
         running_here[#running_here + 1] = tid
-        running_here[#running_here + 1] = text(claim.fence)
+        running_here[#running_here + 1] = claim.fence
         running_here[#running_here + 1] = claim.worker
       elseif not closed() and call('HEXISTS', NEEDS, tid) == 0 then
         local _, _, not_before = head_of(found[2][i + 1])
@@ -56,7 +56,7 @@ end
 
 local count = 0
 for i = 2, #ARGV, 2 do
-  local tid, fence = ARGV[i], tonumber(ARGV[i + 1])
+  local tid, fence = ARGV[i], ARGV[i + 1]
   local record = call('HGET', CLAIMS, tid)
   local claim = record and claim_of(record)
   if running(claim) and claim.fence == fence then

@@ -100,8 +100,8 @@ end
 
 -- From here on: writes only. The first must be one that may be refused at maxmemory.
 call('HSET', META, 'v', LAYOUT, 'status', group.status, 'open', rolling and not last and '1' or '0', 'dag', group.dag,
-     'parts', part, 'digest', digest, 'touched', text(now))
-if not known then call('HSET', META, 'created', text(now), unpack(ARGV, meta_first + 1, meta_first + meta_count)) end
+     'parts', part, 'digest', digest, 'touched', now_text)
+if not known then call('HSET', META, 'created', now_text, unpack(ARGV, meta_first + 1, meta_first + meta_count)) end
 group.open = rolling and not last and '1' or '0'
 acknowledge_pages(acknowledgements)
 if last and not rolling then
