@@ -43,8 +43,8 @@ class Presence:
         roles: Sequence[str] = (),
         slots: int = 0,
     ) -> None:
-        shown = name or socket.gethostname().split(".")[0][:24]
-        self.name = check_id(f"{shown}-{os.getpid()}-{secrets.token_hex(4)}", "name")
+        shown = check_id(name, "name") if name else socket.gethostname().split(".")[0]
+        self.name = check_id(f"{shown[:40]}-{os.getpid()}-{secrets.token_hex(4)}", "name")
         self._keys, self._roles = keys, roles
         self._facts: dict[str, Any] = {
             "kind": kind,

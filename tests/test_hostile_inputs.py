@@ -325,7 +325,8 @@ WORKERS = {
     "lease": Case(["worker", "-r", "r", "--lease", "1:00"], ["--lease: '1:00' is not a duration", DURATIONS]),
     "a lease too short": Case(["worker", "-r", "r", "--lease", "10ms"], ["too short; give at least 100ms"]),
     "a log level": Case(["worker", "-r", "r", "--log-level", "loud"], ["'loud' is not one of 'debug'"]),
-    "a name": Case(["worker", "-r", "r", "--name", "a b"], ["name: 'a b-", IDS]),
+    "a name": Case(["worker", "-r", "r", "--name", "a b"], ["name: 'a b'", IDS]),
+    "a monitor's name": Case(["monitor", "--name", "a b"], ["name: 'a b'", IDS]),
     "a variable": Case(
         ["worker", "-r", "r"], ["'many' is not a valid integer"], environ={"CEYLON_WORKER_CONCURRENCY": "many"}
     ),
