@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import redis
+import redis.asyncio
 from commands import is_alive
 from loguru import logger
 from redis.crc import key_slot
@@ -545,6 +546,55 @@ def count_of(running: Running, name: str) -> int:
 async def enter(watching: Any) -> None:
     async with watching:
         await asyncio.Event().wait()
+
+
+# ---- cancelled in the middle -----------------------------------------------------------------------------------------
+async def test_a_cancelled_task_can_use_redis_while_it_cleans_up(redis_url: str, namespace: str) -> None:
+    app, waiting = Ceylon(redis_url, namespace=namespace), asyncio.Event()
+    answers: list[object] = []
+    async with app.client() as client:
+        handle = await client.submit(TaskGroup("g", [Task(role="r")]))
+
+        async def wait_or_cancel() -> None:
+            try:
+                waiting.set()
+                await handle.wait("all")
+            except asyncio.CancelledError:
+                await handle.cancel()
+                answers.append((await handle.view()).outcome)
+                raise
+
+        waiter = asyncio.create_task(wait_or_cancel())
+        await waiting.wait()
+        waiter.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiter
+
+    assert answers == ["cancelled"]
+
+
+async def test_a_cancellation_that_the_connection_swallows_is_raised_all_the_same(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = asyncio.Event()
+
+    async def swallow(*_: Any, **__: Any) -> None:
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            raise redis.ConnectionError("as redis-py says while it connects") from None
+
+    monkeypatch.setattr(redis.asyncio.Connection, "connect", swallow)
+    monkeypatch.setattr(redis.asyncio.UnixDomainSocketConnection, "connect", swallow)
+    async with connected(redis_url) as connection:
+        for call in (connection.run([command("GET", "key")]), connection.pop(["key"], 1), connection.check()):
+            started.clear()
+            task = asyncio.ensure_future(call)
+            await started.wait()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
 
 
 # ---- losing it later -------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from loguru import logger
 
 from rq_ceylon.errors import CeylonError, ConnectionLostError, RedisError
 from rq_ceylon.settings import masked, place_of
-from rq_ceylon.store.places import client_of, heed_cancellation, servers_of, some_url
+from rq_ceylon.store.places import client_of, heeding_cancellation, servers_of, some_url
 from rq_ceylon.store.scripts import Call
 from rq_ceylon.store.server import is_throw_away
 from rq_ceylon.store.trouble import LOST, REMEDIES, classified, unfit, warn_once
@@ -60,9 +60,9 @@ class Connection:
         As `run`, but raise nothing: an error stands in the place of each reply that it took, ConnectionLostError where
         it is unknown whether the call has happened. In a cluster a broken node takes the replies of its own calls only.
         """
-        async with self._one_at_a_time:
-            replies = await self._servers.send(calls)
-        heed_cancellation()
+        with heeding_cancellation():
+            async with self._one_at_a_time:
+                replies = await self._servers.send(calls)
         for i, reply in enumerate(replies):
             if isinstance(reply, Exception):
                 replies[i] = classified(reply, self.url, _about(calls[i]))
@@ -102,9 +102,7 @@ class Connection:
         """
         async with self._one_at_a_time:
             with _classifying(self.url, f"BLPOP {keys[0]}"):
-                rang = await self._servers.pop(keys, timeout_s)
-        heed_cancellation()
-        return rang
+                return await self._servers.pop(keys, timeout_s)
 
     async def check(self) -> None:
         """
@@ -125,7 +123,6 @@ class Connection:
                         infos = await self._servers.infos()
             except ConnectionLostError as error:
                 raise ConnectionLostError(f"{error}.\n{REMEDIES}") from error
-        heed_cancellation()
         for info in infos:
             if problem := unfit(info, place):
                 raise RedisError(f"Redis at {where} {problem}")
@@ -188,9 +185,9 @@ async def subscribed(url: str) -> AsyncIterator[redis.asyncio.client.PubSub]:
 @contextmanager
 def _classifying(url: str, about: str) -> Iterator[None]:
     try:
-        yield
+        with heeding_cancellation():
+            yield
     except (*LOST, redis.RedisError) as error:
-        heed_cancellation()
         raise classified(error, url, about) from error
 
 

@@ -9,9 +9,10 @@ does: who sends a call knows whether it may be repeated, and a blocking read mus
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import redis
@@ -35,13 +36,34 @@ REDIRECTS = 5
 """How often a call follows a slot that moves, before its sender is told to try again."""
 
 
-def heed_cancellation() -> None:
+def heed_cancellation(before: int = 0) -> None:
     """
     Raise the cancellation of the present task, should redis-py have swallowed it, as it does while it connects.
+
+    Args:
+        before: how many it had been asked for earlier. A task that cleans up after one goes on to use Redis.
     """
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
+    if _cancellations() > before:
         raise asyncio.CancelledError
+
+
+@contextlib.contextmanager
+def heeding_cancellation() -> Iterator[None]:
+    """
+    Raise at the end a cancellation that arrived within, whatever came of it.
+    """
+    before = _cancellations()
+    try:
+        yield
+    except Exception:
+        heed_cancellation(before)
+        raise
+    heed_cancellation(before)
+
+
+def _cancellations() -> int:
+    task = asyncio.current_task()
+    return task.cancelling() if task is not None else 0
 
 
 def client_of(url: str, **options: Any) -> redis.asyncio.Redis:
@@ -76,19 +98,18 @@ class Node:
         Args:
             asking: the slot of these calls is on its way to this node.
         """
-        try:
-            replies = await self._send(calls, asking)
-            unknown = [i for i, reply in enumerate(replies) if isinstance(reply, redis.exceptions.NoScriptError)]
-            if unknown:
-                for script in sorted({calls[i].script for i in unknown}):
-                    await self._client.script_load(scripts.source(script))
-                for i, reply in zip(unknown, await self._send([calls[i] for i in unknown], asking), strict=True):
-                    replies[i] = reply
-        except (*LOST, redis.RedisError) as error:
-            heed_cancellation()
-            return [error] * len(calls)
-        heed_cancellation()
-        return replies
+        with heeding_cancellation():
+            try:
+                replies = await self._send(calls, asking)
+                unknown = [i for i, reply in enumerate(replies) if isinstance(reply, redis.exceptions.NoScriptError)]
+                if unknown:
+                    for script in sorted({calls[i].script for i in unknown}):
+                        await self._client.script_load(scripts.source(script))
+                    for i, reply in zip(unknown, await self._send([calls[i] for i in unknown], asking), strict=True):
+                        replies[i] = reply
+            except (*LOST, redis.RedisError) as error:
+                return [error] * len(calls)
+            return replies
 
     async def _send(self, calls: Sequence[Call], asking: bool) -> list[Any]:
         pipeline = self._client.pipeline(transaction=False)
@@ -107,13 +128,8 @@ class Node:
             redis.RedisError: as redis-py raises it.
         """
         execute: Any = self._client.execute_command
-        try:
-            reply = await execute(*words)
-        except LOST:
-            heed_cancellation()
-            raise
-        heed_cancellation()
-        return reply
+        with heeding_cancellation():
+            return await execute(*words)
 
     async def close(self) -> None:
         await self._client.aclose()
@@ -170,11 +186,10 @@ async def _primary_address(place: Place) -> Address:
     sentinels = Sentinel([])  # type: ignore[no-untyped-call]
     sentinels.sentinels = [client_of(place.sentinel_url(address)) for address in place.addresses]
     try:
-        address: Address = await sentinels.discover_master(place.primary)
-        heed_cancellation()
+        with heeding_cancellation():
+            address: Address = await sentinels.discover_master(place.primary)
         return address
     except MasterNotFoundError as error:
-        heed_cancellation()
         where, known = masked(place.url), await _names_known(sentinels)
         if known and place.primary not in known:
             raise RedisError(
@@ -189,10 +204,8 @@ async def _primary_address(place: Place) -> Address:
 async def _names_known(sentinels: Sentinel) -> list[str]:
     names: set[str] = set()
     for sentinel in sentinels.sentinels:
-        try:
+        with contextlib.suppress(*LOST), heeding_cancellation():
             names.update(dict(await sentinel.sentinel_masters()))  # type: ignore[arg-type]
-        except LOST:
-            heed_cancellation()
     return sorted(names)
 
 
@@ -259,7 +272,6 @@ class Cluster:
             try:
                 await self._know_owners()
             except (*LOST, redis.RedisError) as error:
-                heed_cancellation()
                 for i in left:
                     replies[i] = error
                 return replies
