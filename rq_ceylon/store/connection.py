@@ -1,5 +1,5 @@
 """
-Sends calls to Redis, one pipeline per server at a time, and turns what goes wrong into our errors.
+Sends calls to Redis, one pipeline per node at a time, and turns what goes wrong into our errors.
 """
 
 from __future__ import annotations
@@ -28,14 +28,18 @@ LOADING_S = 0.5
 
 class Connection:
     """
-    One connection to Redis, or one to each node of a cluster. Not for use by two tasks at once: a second `run` waits
-    for the first.
+    One connection to Redis, or one to each node of a cluster. Who calls a node that has not answered yet waits for it.
     """
 
     def __init__(self, url: str) -> None:
         self.url = url
         self._servers = servers_of(url)
-        self._one_at_a_time = asyncio.Lock()
+
+    def node_of(self, key: str) -> str:
+        """
+        Name of the node that calls on this key go to, as far as known. A single server has one name for all.
+        """
+        return self._servers.node_of(key)
 
     async def run(self, calls: Sequence[Call], *, refusals: bool = False) -> list[Any]:
         """
@@ -61,8 +65,7 @@ class Connection:
         it is unknown whether the call has happened. In a cluster a broken node takes the replies of its own calls only.
         """
         with heeding_cancellation():
-            async with self._one_at_a_time:
-                replies = await self._servers.send(calls)
+            replies = await self._servers.send(calls)
         for i, reply in enumerate(replies):
             if isinstance(reply, Exception):
                 replies[i] = classified(reply, self.url, _about(calls[i]))
@@ -100,9 +103,8 @@ class Connection:
         """
         Wait for a token in any of these lists; False when none came in time.
         """
-        async with self._one_at_a_time:
-            with _classifying(self.url, f"BLPOP {keys[0]}"):
-                return await self._servers.pop(keys, timeout_s)
+        with _classifying(self.url, f"BLPOP {keys[0]}"):
+            return await self._servers.pop(keys, timeout_s)
 
     async def check(self) -> None:
         """
@@ -112,17 +114,16 @@ class Connection:
             RedisError: not reachable, too old, evicting, or of another kind than the URL says; it names the remedy.
         """
         place, where = place_of(self.url), masked(self.url)
-        async with self._one_at_a_time:
-            try:
-                with _classifying(self.url, "INFO"):
+        try:
+            with _classifying(self.url, "INFO"):
+                infos = await self._servers.infos()
+                if any(info.get("loading") for info in infos):
+                    logger.info("Redis at {} is loading its data; waiting for it", where)
+                while any(info.get("loading") for info in infos):
+                    await asyncio.sleep(LOADING_S)
                     infos = await self._servers.infos()
-                    if any(info.get("loading") for info in infos):
-                        logger.info("Redis at {} is loading its data; waiting for it", where)
-                    while any(info.get("loading") for info in infos):
-                        await asyncio.sleep(LOADING_S)
-                        infos = await self._servers.infos()
-            except ConnectionLostError as error:
-                raise ConnectionLostError(f"{error}.\n{REMEDIES}") from error
+        except ConnectionLostError as error:
+            raise ConnectionLostError(f"{error}.\n{REMEDIES}") from error
         for info in infos:
             if problem := unfit(info, place):
                 raise RedisError(f"Redis at {where} {problem}")

@@ -23,7 +23,7 @@ from redis.backoff import NoBackoff
 from redis.crc import key_slot
 
 from rq_ceylon.errors import ConnectionLostError, RedisError
-from rq_ceylon.settings import Address, Place, masked, place_of
+from rq_ceylon.settings import Address, Place, masked, place_of, shown_address
 from rq_ceylon.store import scripts, server
 from rq_ceylon.store.scripts import Call
 from rq_ceylon.store.trouble import LOST, is_demotion, text_of
@@ -84,12 +84,13 @@ def client_of(url: str, **options: Any) -> redis.asyncio.Redis:
 
 class Node:
     """
-    One connection to one server. Not for use by two tasks at once.
+    One connection to one server; one call or pipeline at a time.
     """
 
     def __init__(self, url: str) -> None:
         self.url = url
         self._client = client_of(url, single_connection_client=True)
+        self._one_at_a_time = asyncio.Lock()
 
     async def send(self, calls: Sequence[Call], *, asking: bool = False) -> list[Any]:
         """
@@ -99,17 +100,21 @@ class Node:
             asking: the slot of these calls is on its way to this node.
         """
         with heeding_cancellation():
-            try:
-                replies = await self._send(calls, asking)
-                unknown = [i for i, reply in enumerate(replies) if isinstance(reply, redis.exceptions.NoScriptError)]
-                if unknown:
-                    for script in sorted({calls[i].script for i in unknown}):
-                        await self._client.script_load(scripts.source(script))
-                    for i, reply in zip(unknown, await self._send([calls[i] for i in unknown], asking), strict=True):
-                        replies[i] = reply
-            except (*LOST, redis.RedisError) as error:
-                return [error] * len(calls)
-            return replies
+            async with self._one_at_a_time:
+                try:
+                    return await self._send_known(calls, asking)
+                except (*LOST, redis.RedisError) as error:
+                    return [error] * len(calls)
+
+    async def _send_known(self, calls: Sequence[Call], asking: bool) -> list[Any]:
+        replies = await self._send(calls, asking)
+        unknown = [i for i, reply in enumerate(replies) if isinstance(reply, redis.exceptions.NoScriptError)]
+        if unknown:
+            for script in sorted({calls[i].script for i in unknown}):
+                await self._client.script_load(scripts.source(script))
+            for i, reply in zip(unknown, await self._send([calls[i] for i in unknown], asking), strict=True):
+                replies[i] = reply
+        return replies
 
     async def _send(self, calls: Sequence[Call], asking: bool) -> list[Any]:
         pipeline = self._client.pipeline(transaction=False)
@@ -129,7 +134,8 @@ class Node:
         """
         execute: Any = self._client.execute_command
         with heeding_cancellation():
-            return await execute(*words)
+            async with self._one_at_a_time:
+                return await execute(*words)
 
     async def close(self) -> None:
         await self._client.aclose()
@@ -139,6 +145,11 @@ class Servers(Protocol):
     """
     What is behind a URL.
     """
+
+    def node_of(self, key: str) -> str:
+        """
+        Name of the server that calls on this key go to, as far as known.
+        """
 
     async def send(self, calls: Sequence[Call]) -> list[Any]:
         """
@@ -217,6 +228,10 @@ class Primary:
     def __init__(self, place: Place) -> None:
         self._place = place
         self._node: Node | None = None
+        self._looking_up = asyncio.Lock()
+
+    def node_of(self, key: str) -> str:
+        return "Redis"
 
     async def send(self, calls: Sequence[Call]) -> list[Any]:
         try:
@@ -224,7 +239,7 @@ class Primary:
         except (*LOST, RedisError) as error:
             return [error] * len(calls)
         replies = await node.send(calls)
-        await self._forget_demoted(replies)
+        await self._forget_demoted(node, replies)
         return replies
 
     async def pop(self, keys: Sequence[str], timeout_s: float) -> bool:
@@ -232,20 +247,21 @@ class Primary:
         try:
             return await node.command("BLPOP", *keys, timeout_s) is not None
         except (*LOST, redis.RedisError) as error:
-            await self._forget_demoted([error])
+            await self._forget_demoted(node, [error])
             raise
 
     async def infos(self) -> list[dict[str, Any]]:
         return [await (await self._reached()).command("INFO")]
 
     async def _reached(self) -> Node:
-        if self._node is None:
-            self._node = Node(await some_url(self._place))
-        return self._node
+        async with self._looking_up:
+            if self._node is None:
+                self._node = Node(await some_url(self._place))
+            return self._node
 
-    async def _forget_demoted(self, replies: Sequence[Any]) -> None:
-        if self._node is not None and any(isinstance(reply, LOST) or is_demotion(reply) for reply in replies):
-            node, self._node = self._node, None
+    async def _forget_demoted(self, node: Node, replies: Sequence[Any]) -> None:
+        if node is self._node and any(isinstance(reply, LOST) or is_demotion(reply) for reply in replies):
+            self._node = None
             await node.close()
 
     async def close(self) -> None:
@@ -256,21 +272,29 @@ class Primary:
 class Cluster:
     """
     The primaries of a cluster. A call goes to the node that owns the slot of its first key, all nodes at the same time.
+
+    The map of slots is asked for anew by the calls of a node that broke, or is no primary any more; the calls of other
+    nodes do not wait for it.
     """
 
     def __init__(self, place: Place) -> None:
         self._place = place
         self._owners: dict[int, Address] = {}
+        self._doubtful: set[Address] = set()
+        self._asking = asyncio.Lock()
         self._nodes: dict[Address, Node] = {}
         self._bells: dict[str, Node] = {}
         self._waiting: dict[str, asyncio.Task[bool]] = {}
+
+    def node_of(self, key: str) -> str:
+        return f"Redis at {shown_address(self._owner(key))}" if self._owners else "Redis"
 
     async def send(self, calls: Sequence[Call]) -> list[Any]:
         replies: list[Any] = [None] * len(calls)
         left: dict[int, Address | None] = dict.fromkeys(range(len(calls)))  # and where a call was told to ask
         for _ in range(REDIRECTS):
             try:
-                await self._know_owners()
+                await self._know_owners([calls[i].keys[0] for i in left])
             except (*LOST, redis.RedisError) as error:
                 for i in left:
                     replies[i] = error
@@ -296,7 +320,7 @@ class Cluster:
     async def _send_to(self, address: Address, calls: Sequence[Call], asking: bool) -> list[Any]:
         replies = await self._node(address).send(calls, asking=asking)
         if any(_is_out_of_date(reply) for reply in replies):
-            self._owners.clear()
+            self._doubtful.add(address)
         return replies
 
     def _redirected(self, error: redis.exceptions.AskError) -> Address | None:
@@ -315,35 +339,39 @@ class Cluster:
             self._nodes[address] = Node(self._place.server_url(address))
         return self._nodes[address]
 
-    async def _know_owners(self) -> None:
+    async def _know_owners(self, keys: Sequence[str]) -> None:
         """
-        Ask for the map of slots, where it is not known or was found to be out of date.
+        Ask for the map of slots, where it is not known or the owners of these keys are in doubt.
         """
-        if self._owners:
+        if self._are_known(keys):
             return
-        known = list(self._nodes)
-        candidates = random.sample(known, len(known)) + [one for one in self._place.addresses if one not in known]
-        lost: BaseException | None = None
-        for address in candidates:
-            try:
-                ranges = await self._node(address).command("CLUSTER", "SLOTS")
-            except LOST as error:
-                lost = error
-                await self._drop(address)
-                continue
-            for start, end, (host, port, *_), *_ in ranges:
-                for slot in range(int(start), int(end) + 1):
-                    self._owners[slot] = (host or address[0], int(port))
-            if self._owners:
+        async with self._asking:
+            if self._are_known(keys):
                 return
-            lost = redis.exceptions.ClusterDownError("Hash slot not served", status_code="CLUSTERDOWN")
-        assert lost is not None
-        raise lost
+            known = list(set(self._owners.values()))
+            candidates = dict.fromkeys([*random.sample(known, len(known)), *self._place.addresses])
+            lost: BaseException | None = None
+            for address in sorted(candidates, key=self._doubtful.__contains__):
+                try:
+                    ranges = await self._node(address).command("CLUSTER", "SLOTS")
+                except LOST as error:
+                    lost = error
+                    continue
+                owners = {
+                    slot: (host or address[0], int(port))
+                    for start, end, (host, port, *_), *_ in ranges
+                    for slot in range(int(start), int(end) + 1)
+                }
+                if owners:
+                    self._owners = owners
+                    self._doubtful.clear()
+                    return
+                lost = redis.exceptions.ClusterDownError("Hash slot not served", status_code="CLUSTERDOWN")
+            assert lost is not None
+            raise lost
 
-    async def _drop(self, address: Address) -> None:
-        node = self._nodes.pop(address, None)
-        if node is not None:
-            await node.close()
+    def _are_known(self, keys: Sequence[str]) -> bool:
+        return bool(self._owners) and not any(self._owner(key) in self._doubtful for key in keys)
 
     async def pop(self, keys: Sequence[str], timeout_s: float) -> bool:
         """
@@ -352,7 +380,7 @@ class Cluster:
         """
         until = time.monotonic() + timeout_s
         while (left := until - time.monotonic()) > 0:
-            await self._know_owners()
+            await self._know_owners(keys)
             for key in keys:
                 if key not in self._waiting:
                     # Redis takes 0 for ever.
@@ -367,7 +395,8 @@ class Cluster:
         return False
 
     async def _pop_one(self, key: str, timeout_s: float) -> bool:
-        url = self._place.server_url(self._owner(key))
+        address = self._owner(key)
+        url = self._place.server_url(address)
         node = self._bells.get(key)
         if node is None or node.url != url:
             if node is not None:
@@ -381,11 +410,11 @@ class Cluster:
             return False
         except (*LOST, redis.RedisError) as error:
             if _is_out_of_date(error):
-                self._owners.clear()
+                self._doubtful.add(address)
             raise
 
     async def infos(self) -> list[dict[str, Any]]:
-        await self._know_owners()
+        await self._know_owners([])
         return [await self._node(address).command("INFO") for address in sorted(set(self._owners.values()))]
 
     async def close(self) -> None:

@@ -60,11 +60,15 @@ class Neighbours:
             return
         self._mine = self._folder / worker, low
 
-    def leave(self) -> None:
+    def leave(self, *, with_farewell: bool = True) -> None:
+        """
+        Let go of this worker's lock. Without a farewell it is found free, and what the worker held is given back.
+        """
         if self._mine is not None:
             path, low = self._mine
             self._mine = None
-            path.unlink(missing_ok=True)
+            if with_farewell:
+                path.unlink(missing_ok=True)
             os.close(low)
 
     async def bury_dead(self, connection: Connection) -> None:

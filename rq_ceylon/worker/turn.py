@@ -1,9 +1,10 @@
 """
 What a worker holds, and what its next round trip says. No I/O: `plan` returns calls, each with what reads its reply.
 
-One turn is one pipeline: commits of what ended since the last one, claims of what was fetched, a fetch per role that
-acknowledges what earlier replies have settled, and what those replies gave to enqueue. Nothing is used in the turn that
-brings it, so an entry is never acknowledged in the pipeline that commits it.
+One turn is one pipeline of each node: commits of what ended since the last one, claims of what was fetched, a fetch per
+role that acknowledges what earlier replies have settled, and what those replies gave to enqueue. Nothing is used in the
+turn that brings it, so an entry is never acknowledged in the pipeline that commits it. What concerns a node whose turn
+is still in flight waits here.
 """
 
 from __future__ import annotations
@@ -90,32 +91,58 @@ class Turns:
     Args:
         slots: how many tasks may run at once.
         lease_ms: the lease to ask for; `lease_ms` is then the one in force.
+        may_send: whether calls on a key may be sent now; no turn has any on others.
     """
 
     def __init__(
-        self, *, keys: Keys, worker: str, roles: Sequence[str], slots: int, lease_ms: int, leases: Leases
+        self,
+        *,
+        keys: Keys,
+        worker: str,
+        roles: Sequence[str],
+        slots: int,
+        lease_ms: int,
+        leases: Leases,
+        may_send: Callable[[str], bool],
     ) -> None:
         self.keys, self.worker, self.roles, self.slots, self.lease_ms = keys, worker, list(roles), slots, lease_ms
-        self.leases = leases
+        self.leases, self._may_send = leases, may_send
         self.held: dict[tuple[str, str], Held] = {}
         self.granted: list[Granted] = []
-        self.next_due_s: float | None = None
-        self.fetched_nothing = False
         self.stopping = False
-        self._outcomes: list[tuple[Held, Committed]] = []
+        self._outcomes: dict[str, list[tuple[Held, Committed]]] = collections.defaultdict(list)
         self._acks: dict[str, dict[str, Acks]] = {role: {} for role in self.roles}
         self._page_acks: dict[str, list[PageAck]] = collections.defaultdict(list)
         self._to_enqueue: dict[str, list[Page]] = collections.defaultdict(list)
         self._to_relay: set[str] = set()
-        self._messages: list[Page] = []
+        self._messages: dict[str, list[Page]] = collections.defaultdict(list)
+        self._to_fetch = set(self.roles)
+        self._fetching: set[str] = set()
         self._recovering: set[str] = set()
+        self._empty: set[str] = set()
+        self._next_due_s: dict[str, float] = {}
+        self._asks_for_suspect = False
         self._top_fence = dict.fromkeys(self.roles, 0)
         self._recent: collections.deque[float] = collections.deque()
         self._turn = 0
 
     # ---- what the loop asks ------------------------------------------------------------------------------------------
+    @property
+    def next_due_s(self) -> float | None:
+        """
+        When the next delayed entry is due, in seconds from the last fetch of its role.
+        """
+        return min(self._next_due_s.values(), default=None)
+
+    @property
+    def fetched_nothing(self) -> bool:
+        """
+        Was there nothing for a free slot, at the last fetch of each role?
+        """
+        return len(self._empty) == len(self.roles)
+
     def running(self) -> list[Held]:
-        return [held for held in self.held.values() if held.stage in (Stage.CLAIMING, Stage.RUNNING)]
+        return [held for held in self.held.values() if held.stage is Stage.RUNNING]
 
     def low_marks(self) -> dict[str, int]:
         """
@@ -127,28 +154,51 @@ class Turns:
             marks[held.delivery.role] = min(marks[held.delivery.role], held.delivery.fence)
         return marks
 
+    def ring(self) -> None:
+        """
+        Note that there may be something to fetch; the next turn of each role does.
+        """
+        self._to_fetch.update(self.roles)
+
     def is_due(self, free: int) -> bool:
         """
-        Is there something to say now, with so many free slots?
+        Is there something to say now, with so many free slots, to a node that listens?
         """
-        suspect = self._runs_suspect()
-        waiting = any(
-            held.stage is Stage.FETCHED and not (held.later and suspect and not self.stopping)
-            for held in self.held.values()
-        )
-        return bool(
-            self._outcomes
-            or self._to_enqueue
-            or self._messages
-            or self._page_acks
-            or self._to_relay
-            or self._recovering
-            or any(self._acks.values())
-            or (waiting and (free > 0 or self.stopping))
+        groups = {*self._outcomes, *self._page_acks, *self._to_relay, *self._messages}
+        return (
+            any(self._is_open(gid=gid) for gid in groups)
+            or any(self._is_open(role=role) for role in self._to_enqueue)
+            or any(self._may_fetch(role) for role in self._to_fetch)
+            or self._has_waiting(free)
         )
 
-    def _runs_suspect(self) -> bool:
-        return any(held.is_suspect and held.stage is Stage.RUNNING for held in self.held.values())
+    def _has_waiting(self, free: int) -> bool:
+        """
+        Is there a fetched entry to claim, or, when stopping, to give back?
+        """
+        waiting = (held for held in self.held.values() if held.stage is Stage.FETCHED)
+        if self.stopping:
+            return any(self._is_open(role=held.delivery.role) for held in waiting)
+        suspect = self._may_start_suspect()
+        return free > 0 and any(self._is_open(gid=held.delivery.gid) for held in waiting if suspect or not held.later)
+
+    def _may_start_suspect(self) -> bool:
+        return not self._asks_for_suspect and not any(
+            held.is_suspect and held.stage is Stage.RUNNING for held in self.held.values()
+        )
+
+    def _is_open(self, *, gid: str = "", role: str = "") -> bool:
+        return self._may_send(self.keys.group_part(gid, "meta") if gid else self.keys.role_part(role, "meta"))
+
+    def _may_fetch(self, role: str) -> bool:
+        # The slot of a role may have moved to another node while its last fetch is still in flight.
+        return role not in self._fetching and self._is_open(role=role)
+
+    def may_fetch(self) -> bool:
+        """
+        Does the node of any role listen?
+        """
+        return any(self._may_fetch(role) for role in self.roles)
 
     def is_idle(self) -> bool:
         return not self.held and not self.is_due(0)
@@ -162,7 +212,7 @@ class Turns:
         if outcome.kind != "stopping":
             held.stage = Stage.ENDED
             self._recent.append(time.monotonic())
-        self._outcomes.append((held, outcome))
+        self._outcomes[held.delivery.gid].append((held, outcome))
 
     def forget(self, held: Held) -> None:
         """
@@ -177,40 +227,53 @@ class Turns:
         The calls of the next turn, with so many slots free.
         """
         self._turn += 1
-        steps = [*self._commits(), *self._claims(free), *self._releases(), *self._fetches(free), *self._enqueues()]
-        steps.extend(self._relays())
-        return steps
+        return [
+            *self._commits(),
+            *self._claims(free),
+            *self._releases(),
+            *self._fetches(free),
+            *self._enqueues(),
+            *self._deliveries(),
+            *self._relays(),
+        ]
 
     def _commits(self) -> Iterable[Step]:
-        outcomes, self._outcomes = self._outcomes, []
-        by_group: dict[str, list[tuple[Held, Committed]]] = collections.defaultdict(list)
-        for held, outcome in outcomes:
-            by_group[held.delivery.gid].append((held, outcome))
-        acks, self._page_acks = self._page_acks, collections.defaultdict(list)
-        for gid in [*by_group, *(gid for gid in acks if gid not in by_group)]:
-            for batch in _batches(by_group.get(gid, [])):
-                call = transitions.commit(self.keys, gid, self.worker, [o for _, o in batch], acks.pop(gid, []))
+        for gid in [gid for gid in {**self._outcomes, **self._page_acks} if self._is_open(gid=gid)]:
+            acks = self._page_acks.pop(gid, [])
+            for batch in _batches(self._outcomes.pop(gid, [])):
+                call = transitions.commit(self.keys, gid, self.worker, [o for _, o in batch], acks)
+                acks = []
                 yield Step(call, lambda reply, gid=gid, batch=batch: self._committed(gid, batch, reply))  # type: ignore[misc]
 
     def _claims(self, free: int) -> Iterable[Step]:
         if self.stopping:
             return
         free -= sum(held.stage is Stage.CLAIMING for held in self.held.values())
-        suspect = not self._runs_suspect()
+        suspect = self._may_start_suspect()
         by_group: dict[str, list[Held]] = collections.defaultdict(list)
         for held in self.held.values():
-            if held.stage is Stage.FETCHED and free > 0 and (suspect or not held.later):
+            if free <= 0:
+                break
+            gid = held.delivery.gid
+            if (
+                held.stage is Stage.FETCHED
+                and (suspect or not held.later)
+                and (gid in by_group or self._is_open(gid=gid))
+            ):
                 free -= 1
                 held.stage = Stage.CLAIMING
-                by_group[held.delivery.gid].append(held)
+                by_group[gid].append(held)
         for gid, batch in by_group.items():
             call = transitions.claim(self.keys, gid, self.worker, [held.delivery for held in batch], suspect=suspect)
-            suspect = False  # one group a turn may start one
-            yield Step(call, lambda reply, batch=batch: self._claimed(batch, reply))  # type: ignore[misc]
+            yield Step(call, lambda reply, batch=batch, suspect=suspect: self._claimed(batch, suspect, reply))  # type: ignore[misc]
+            self._asks_for_suspect |= suspect
+            suspect = False  # one claim at a time may start one
 
     def _releases(self) -> Iterable[Step]:
         limit = time.monotonic() - (0 if self.stopping else UNCLAIMED_S)
         for role in self.roles:
+            if not self._is_open(role=role):
+                continue
             stale = [
                 held
                 for held in self.held.values()
@@ -230,11 +293,16 @@ class Turns:
         waiting = sum(held.stage is Stage.FETCHED for held in self.held.values())
         claiming = sum(held.stage is Stage.CLAIMING for held in self.held.values())
         budget = 0 if self.stopping else max(0, free - claiming + min(self.slots, len(self._recent)) - waiting)
-        self.next_due_s = None
-        self.fetched_nothing = budget > 0
+        budget = -(-budget // len(self.roles))
         # Strictly high before normal before low would starve: every 8th turn begins with another stream.
         first = {0: 3, 4: 2}.get(self._turn % 8, 1)
         for role in self.roles:
+            if not self._may_fetch(role):
+                continue
+            self._fetching.add(role)
+            self._to_fetch.discard(role)
+            self._empty.discard(role)
+            self._next_due_s.pop(role, None)
             acks, self._acks[role] = self._acks[role], {}
             recover = None
             if role in self._recovering:
@@ -243,7 +311,7 @@ class Turns:
                 self.keys,
                 role,
                 self.worker,
-                budget=-(-budget // len(self.roles)),
+                budget=budget,
                 lease_ms=self.lease_ms,
                 first=first,
                 acks=acks,
@@ -251,24 +319,25 @@ class Turns:
             )
             yield Step(
                 call,
-                lambda reply, role=role: self._fetched(role, reply),  # type: ignore[misc]
+                lambda reply, role=role: self._fetched(role, budget, reply),  # type: ignore[misc]
                 lambda role=role, acks=acks: self._fetch_lost(role, acks),  # type: ignore[misc]
             )
 
     def _enqueues(self) -> Iterable[Step]:
-        pages, self._to_enqueue = self._to_enqueue, collections.defaultdict(list)
-        for role, some in pages.items():
+        for role in [role for role in self._to_enqueue if self._is_open(role=role)]:
+            some = self._to_enqueue.pop(role)
             call = transitions.enqueue(self.keys, role, some)
             yield Step(call, lambda reply, some=some: self._enqueued(some, reply))  # type: ignore[misc]
 
-        messages, self._messages = self._messages, []
-        for page in messages:
-            call = transitions.deliver(self.keys, page)
-            yield Step(call, lambda reply, page=page: self._delivered(page, reply))  # type: ignore[misc]
+    def _deliveries(self) -> Iterable[Step]:
+        for gid in [gid for gid in self._messages if self._is_open(gid=gid)]:
+            for page in self._messages.pop(gid):
+                call = transitions.deliver(self.keys, page)
+                yield Step(call, lambda reply, gid=gid, page=page: self._delivered(gid, page, reply))  # type: ignore[misc]
 
     def _relays(self) -> Iterable[Step]:
-        gids, self._to_relay = self._to_relay, set()
-        for gid in gids:
+        for gid in [gid for gid in self._to_relay if self._is_open(gid=gid)]:
+            self._to_relay.discard(gid)
             call = transitions.outbox(self.keys, gid, wanted=50)
             yield Step(call, lambda reply, gid=gid: self._relayed(gid, reply))  # type: ignore[misc]
 
@@ -289,7 +358,8 @@ class Turns:
         if answer.more:
             self._to_relay.add(gid)
 
-    def _claimed(self, batch: Sequence[Held], reply: Any) -> None:
+    def _claimed(self, batch: Sequence[Held], suspect: bool, reply: Any) -> None:
+        self._asks_for_suspect &= not suspect
         if isinstance(reply, CeylonError):
             logger.error("Tasks of group {} cannot be claimed: {}", batch[0].delivery.gid, reply)
             for held in batch:
@@ -309,7 +379,8 @@ class Turns:
                 case _:
                     self._acknowledge(held, "stale", 0)
 
-    def _fetched(self, role: str, reply: Any) -> None:
+    def _fetched(self, role: str, budget: int, reply: Any) -> None:
+        self._fetching.discard(role)
         if isinstance(reply, CeylonError):
             logger.error("Role {} cannot be read: {}", role, reply)
             return
@@ -325,10 +396,11 @@ class Turns:
             self.lease_ms = answer.lease_ms
         self.leases.adopt(self.lease_ms / 1000)
         if answer.next_due_ms is not None:
-            self.next_due_s = min(answer.next_due_ms / 1000, self.next_due_s or 1e9)
+            self._next_due_s[role] = answer.next_due_ms / 1000
+        if budget > 0 and not answer.deliveries:
+            self._empty.add(role)
         now = time.monotonic()
         for delivery in answer.deliveries:
-            self.fetched_nothing = False
             self._top_fence[role] = max(self._top_fence[role], delivery.fence)
             mine = self.held.get((role, delivery.entry))
             # Reclaimed from myself: I live, and what runs here goes on under the fence on record.
@@ -338,7 +410,9 @@ class Turns:
             self.leases.hold(role, delivery.entry, now + UNCLAIMED_S + 2 * self.lease_ms / 1000)
 
     def _fetch_lost(self, role: str, acks: dict[str, Acks]) -> None:
+        self._fetching.discard(role)
         self._recovering.add(role)
+        self._to_fetch.add(role)
         for outcome, some in acks.items():
             mine = self._acks[role].setdefault(outcome, Acks())
             mine.entries += some.entries
@@ -359,13 +433,13 @@ class Turns:
         for page in pages:
             self._page_acks[page.gid].append(PageAck(page, reply))
 
-    def _delivered(self, page: Page, reply: Any) -> None:
+    def _delivered(self, gid: str, page: Page, reply: Any) -> None:
         if isinstance(reply, CeylonError):
-            logger.error("Group {} cannot be told that {} has finished: {}", page.text, page.gid, reply)
+            logger.error("Group {} cannot be told that {} has finished: {}", gid, page.gid, reply)
             return
         self._page_acks[page.gid].append(PageAck(page))
         if reply[0] == "OK":
-            self._to_relay.add(page.text.rpartition("|")[2])
+            self._to_relay.add(gid)
 
     def _relayed(self, gid: str, reply: Any) -> None:
         if isinstance(reply, CeylonError):
@@ -379,7 +453,7 @@ class Turns:
     def _take(self, pages: Iterable[Page]) -> None:
         for page in pages:
             if page.is_message:
-                self._messages.append(page)
+                self._messages[page.text.rpartition("|")[2]].append(page)
             else:
                 self._to_enqueue[page.role].append(page)
 
@@ -387,6 +461,7 @@ class Turns:
         delivery = held.delivery
         acks = self._acks[delivery.role].setdefault(outcome, Acks())
         acks.entries.append(delivery.entry)
+        self._to_fetch.add(delivery.role)
         if outcome in ("completed", "failed"):
             # By the server's clock: a fence is its time of delivery in µs, an entry id its time of arrival in ms.
             wait_ms = max(0, delivery.fence // 1000 - int(delivery.lineage[2:].partition("-")[0]))

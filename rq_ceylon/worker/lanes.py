@@ -1,0 +1,117 @@
+"""
+One turn in flight per node of Redis, so that a slow node holds back no other. A single server is one node.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import time
+from collections.abc import Callable, Sequence
+
+from loguru import logger
+
+from rq_ceylon.errors import ConnectionLostError
+from rq_ceylon.store.connection import Connection
+from rq_ceylon.worker.turn import Step
+
+PAUSE_S, PAUSE_MAX_S = 0.02, 1.0
+"""Between two tries at a node that does not answer: the first pause, which doubles, and the longest."""
+
+
+class Lanes:
+    """
+    Each node has a lane. A lane is open, or has a turn in flight, which lasts until all of it that may be repeated has
+    been answered.
+
+    Args:
+        on_answer: called when replies have been absorbed.
+    """
+
+    def __init__(self, connection: Connection, on_answer: Callable[[], None]) -> None:
+        self._connection, self._on_answer = connection, on_answer
+        self._turns: dict[str, asyncio.Task[None]] = {}
+        self._since: dict[str, float] = {}
+        self._pauses: dict[str, float] = {}
+        self._failure: BaseException | None = None
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._turns)
+
+    def is_open(self, key: str) -> bool:
+        """
+        May calls on this key be sent now?
+        """
+        return self._connection.node_of(key) not in self._turns
+
+    def are_cut_off(self, patience_s: float) -> bool:
+        """
+        Does whatever is in flight go to nodes that failed the last time, or have not answered for so long?
+        """
+        limit = time.monotonic() - patience_s
+        return all(node in self._pauses or self._since[node] < limit for node in self._turns)
+
+    def send(self, steps: Sequence[Step]) -> None:
+        """
+        Send each step to its node; all of these lanes must be open.
+        """
+        by_node: dict[str, list[Step]] = collections.defaultdict(list)
+        for step in steps:
+            by_node[self._connection.node_of(step.call.keys[0])].append(step)
+        for node, some in by_node.items():
+            self._since[node] = time.monotonic()
+            self._turns[node] = asyncio.create_task(self._take_turn(node, some), name=f"turn of {node}")
+
+    def check(self) -> None:
+        """
+        Raise what ended a turn other than an answer: an error of ours.
+        """
+        if self._failure is not None:
+            raise self._failure
+
+    async def close(self) -> None:
+        """
+        Break off what is in flight; it may or may not have happened.
+        """
+        turns = list(self._turns.values())
+        for turn in turns:
+            turn.cancel()
+        await asyncio.gather(*turns, return_exceptions=True)
+
+    async def _take_turn(self, node: str, steps: Sequence[Step]) -> None:
+        try:
+            while steps:
+                steps = await self._try(node, steps)
+        except Exception as error:
+            self._failure = error
+        finally:
+            del self._turns[node]
+            self._on_answer()
+
+    async def _try(self, node: str, steps: Sequence[Step]) -> Sequence[Step]:
+        """
+        One round trip. Returns what must be repeated, with the same arguments; a fetch, which delivers, is followed by
+        recovery instead.
+        """
+        replies = await self._connection.run_each([step.call for step in steps])
+        lost, unanswered = None, []
+        for step, reply in zip(steps, replies, strict=True):
+            if not isinstance(reply, ConnectionLostError):
+                step.absorb(reply)
+                continue
+            lost = reply
+            if step.lost is None:
+                unanswered.append(step)
+            else:
+                step.lost()
+        pause = self._pauses.pop(node, 0.0)
+        if lost is not None:
+            if pause == 0:
+                logger.warning("{}; trying again until {} answers", lost, node)
+            self._pauses[node] = min(max(2 * pause, PAUSE_S), PAUSE_MAX_S)
+            self._on_answer()
+            await asyncio.sleep(self._pauses[node])
+        elif pause > 0:
+            logger.info("{} answers again", node)
+        return unanswered

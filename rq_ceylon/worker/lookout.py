@@ -1,0 +1,157 @@
+"""
+What a worker does beside its turns: it hears bells and cancellations, shows that it lives, and buries its neighbours.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import time
+from collections.abc import Awaitable, Callable
+
+from loguru import logger
+
+from rq_ceylon.errors import CeylonError, ConnectionLostError
+from rq_ceylon.maintenance import maintain
+from rq_ceylon.presence import BEAT_S, Presence
+from rq_ceylon.store import queries
+from rq_ceylon.store.connection import Connection, subscribed
+from rq_ceylon.store.keys import Keys
+from rq_ceylon.store.places import heed_cancellation
+from rq_ceylon.store.scripts import Call
+from rq_ceylon.worker.executor import Executor
+from rq_ceylon.worker.neighbours import LOOK_S, Neighbours
+from rq_ceylon.worker.turn import Turns
+
+BELL_S = 0.5
+"""Longest blocking wait: work starts at worst so late while a slot is free."""
+
+
+class Lookout:
+    """
+    The tasks of an event loop that run beside the turns of one worker. None of them may hold up a turn.
+
+    Args:
+        on_bell: called when new entries may be there, or none came for a while.
+
+    Attributes:
+        idle: set by the worker while it could run more, and has nothing to say.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        keys: Keys,
+        *,
+        presence: Presence,
+        turns: Turns,
+        executor: Executor,
+        neighbours: Neighbours,
+        on_bell: Callable[[], None],
+    ) -> None:
+        self._url, self._keys, self._presence, self._turns = url, keys, presence, turns
+        self._executor, self._neighbours, self._on_bell = executor, neighbours, on_bell
+        self._connection = Connection(url)
+        self._bells = Connection(url)
+        self._tasks: list[asyncio.Task[None]] = []
+        self.idle = asyncio.Event()
+
+    def start(self) -> None:
+        for name, body in (
+            ("bell", self._listen_to_bells()),
+            ("heartbeat", self._every(self._beat_s, self._beat)),
+            ("looks", self._every(self._beat_s, self._look)),
+            ("control", self._listen_to_control()),
+            ("neighbours", self._every(lambda: LOOK_S, self._look_at_neighbours)),
+            ("maintenance", maintain(self._url, self._keys, _log_maintenance)),
+        ):
+            self._tasks.append(asyncio.create_task(body, name=name))
+
+    def check(self) -> None:
+        """
+        Raise what ended one of them, should that have happened: a worker does not go on without it.
+        """
+        for task in self._tasks:
+            if task.done():
+                task.result()
+
+    async def stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._connection.close()
+        await self._bells.close()
+
+    def heartbeat(self) -> list[Call]:
+        now_ms, now = time.time() * 1000, time.monotonic()
+        tasks = {
+            f"{held.delivery.gid}/{held.delivery.tid}": round(now_ms - (now - held.since) * 1000)
+            for held in self._turns.running()
+        }
+        return self._presence.beat(stopping=self._turns.stopping, tasks=tasks, low_marks=self._turns.low_marks())
+
+    async def _listen_to_bells(self) -> None:
+        bells = [self._keys.role_part(role, "bell") for role in self._turns.roles]
+        while True:
+            await self.idle.wait()
+            due = self._turns.next_due_s
+            try:
+                await self._bells.pop(bells, BELL_S if due is None else min(BELL_S, max(due, 0.01)))
+            except CeylonError:
+                # The turn that follows meets the same trouble, says so, and waits.
+                await asyncio.sleep(BELL_S)
+            self.idle.clear()
+            self._on_bell()
+
+    async def _listen_to_control(self) -> None:
+        pause = 0.1
+        while True:
+            try:
+                async with subscribed(self._url) as pubsub:
+                    await pubsub.subscribe(self._keys.control_channel)
+                    heed_cancellation()
+                    async for message in pubsub.listen():
+                        pause = 0.1
+                        if message["type"] == "message":
+                            await self._look()
+            except CeylonError:
+                heed_cancellation()
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, 5.0)
+
+    async def _every(self, pause_s: Callable[[], float], body: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            try:
+                await body()
+            except ConnectionLostError as error:
+                logger.debug("Not for now: {}", error)  # the turns go on, and say what they meet
+            await asyncio.sleep(pause_s())
+
+    def _beat_s(self) -> float:
+        return min(BEAT_S, self._turns.lease_ms / 3000)
+
+    async def _beat(self) -> None:
+        await self._connection.run(self.heartbeat())
+
+    async def _look(self) -> None:
+        """
+        Cancel what runs here and should not any more.
+        """
+        wanted: dict[str, list[str]] = collections.defaultdict(list)
+        running = {}
+        for held in self._turns.running():
+            delivery = held.delivery
+            wanted[delivery.gid].append(delivery.tid)
+            running[delivery.gid, delivery.tid] = (delivery.role, delivery.fence)
+        if wanted:
+            for key in await queries.stopping(self._connection, self._keys, wanted):
+                self._executor.cancel(*running[key], "cancelled")
+
+    async def _look_at_neighbours(self) -> None:
+        with contextlib.suppress(CeylonError):  # then at the next look, or when the lease ends
+            await self._neighbours.bury_dead(self._connection)
+
+
+def _log_maintenance(error: CeylonError) -> None:
+    logger.debug("No maintenance for now: {}", error)  # the turns go on, and say what they meet
