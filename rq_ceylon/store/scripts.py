@@ -32,9 +32,9 @@ class Call:
 
 def command(*words: Any) -> Call:
     """
-    A plain command; its second word is its key.
+    A plain command; its second word is its key, after XINFO the third.
     """
-    return Call("", (words[1],), words)
+    return Call("", (words[2 if words[0] == "XINFO" else 1],), words)
 
 
 def insist(name: str, key: str, *words: Any) -> Call:
