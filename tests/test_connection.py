@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -25,6 +26,7 @@ from redis.crc import key_slot
 from servers import Fleet, Running, fleet_of, pretended, start_cluster, start_watched, until
 
 from rq_ceylon import Ceylon, Goal, RetryTask, Task, TaskGroup
+from rq_ceylon.client import GroupHandle
 from rq_ceylon.errors import ConnectionLostError, RedisError
 from rq_ceylon.monitor import Monitor
 from rq_ceylon.settings import resolve
@@ -272,6 +274,58 @@ async def test_a_broken_node_takes_the_replies_of_its_own_calls_only(fleet: Flee
             assert isinstance(reply, ConnectionLostError) if key in own else reply == key
         with pytest.raises(ConnectionLostError):
             await connection.run([command("GET", key) for key in keys], refusals=True)
+
+
+async def test_a_stopped_node_holds_back_only_what_is_on_it(fleet: Fleet) -> None:
+    cluster = start_cluster(fleet)
+    for node in cluster.nodes:
+        node.ask("CONFIG", "SET", "cluster-node-timeout", 60_000)  # so that the others do not give it up
+    stopped, keys, app = cluster.nodes[1], Keys("ceylon"), Ceylon(cluster.url)
+
+    def is_on_stopped(key: str) -> bool:
+        return cluster.owner(key_slot(key.encode())) is stopped
+
+    names = [f"r{i}" for i in range(20)]
+    held = next(role for role in names if is_on_stopped(keys.role_part(role, "meta")))
+    free = next(role for role in names if not is_on_stopped(keys.role_part(role, "meta")))
+    may_go_on = asyncio.Event()
+
+    @app.task
+    async def work() -> None:
+        await may_go_on.wait()
+
+    async def submitted(role: str, *, on_stopped: bool) -> GroupHandle:
+        while True:
+            handle = await client.submit(TaskGroup("g", [Task(uses="work", role=role)] * 40))
+            if is_on_stopped(keys.group_part(handle.id, "meta")) is on_stopped:
+                return handle
+            await handle.cancel()
+
+    worker = Worker(cluster.url, registry=app.registry, roles=[held, free], slots=30)
+    async with app.client() as client:
+        going_on = await submitted(free, on_stopped=False)
+        waiting = [
+            await submitted(role, on_stopped=where) for role, where in ((free, True), (held, True), (held, False))
+        ]
+        running = asyncio.create_task(worker.run())
+        await eventually(lambda: len(worker._running) == 30, "all slots are taken")
+
+        stopped.process.send_signal(signal.SIGSTOP)
+        may_go_on.set()
+        view = await going_on.wait("all", timeout=LIMIT_S)
+        assert view.counters.completed == 40
+        assert not worker.lanes.is_open(keys.role_part(held, "meta"))
+        assert not worker.turns.is_idle()
+
+        stopped.process.send_signal(signal.SIGCONT)
+        for handle in (going_on, *waiting):
+            view = await handle.wait("all", timeout=LIMIT_S)
+            assert (view.outcome, view.counters.completed, view.counters.attempts) == ("completed", 40, 40)
+        await eventually(worker.turns.is_idle, "nothing is left to say")
+        for role in await client.roles():
+            assert (role.totals["completed"], role.queued, role.delivered) == (80, 0, 0)
+        worker.stop()
+        await running
 
 
 async def test_a_bell_of_any_role_is_heard_in_a_cluster(fleet: Fleet) -> None:
