@@ -147,11 +147,11 @@ class ThreadConnection:
         self._runner = asyncio.Runner()
         self._connection = Connection(url)
 
-    def run(self, calls: Sequence[Call]) -> list[Any]:
+    def run_each(self, calls: Sequence[Call]) -> list[Any]:
         """
-        As `Connection.run`.
+        As `Connection.run_each`.
         """
-        return self._runner.run(self._connection.run(calls))
+        return self._runner.run(self._connection.run_each(calls))
 
     def close(self) -> None:
         self._runner.run(self._connection.close())

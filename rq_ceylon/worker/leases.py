@@ -90,12 +90,20 @@ class Leases:
         now = time.monotonic()
         with self._guard:
             due = [held for held, until in self._until.items() if until > now]
+        asked: list[tuple[str, list[str]]] = []
         for role in sorted({role for role, _ in due}):
             entries = [entry for of, entry in due if of == role]
-            for first in range(0, len(entries), 500):
-                some = entries[first : first + 500]
-                (replies,) = connection.run([transitions.renew(self._keys, role, self._worker, some)])
-                for entry, reply in zip(some, replies, strict=True):
-                    if reply == "OTHER":
-                        self.drop(role, entry)
-                        self._on_lost(role, entry)
+            asked += [(role, entries[first : first + 500]) for first in range(0, len(entries), 500)]
+        calls = [transitions.renew(self._keys, role, self._worker, some) for role, some in asked]
+        # All at the same time, so that a node that does not answer costs no lease on another.
+        lost: CeylonError | None = None
+        for (role, some), replies in zip(asked, connection.run_each(calls), strict=True):
+            if isinstance(replies, CeylonError):
+                lost = replies
+                continue
+            for entry, reply in zip(some, replies, strict=True):
+                if reply == "OTHER":
+                    self.drop(role, entry)
+                    self._on_lost(role, entry)
+        if lost is not None:
+            raise lost
