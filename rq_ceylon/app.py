@@ -11,9 +11,9 @@ import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, update_wrapper
-from typing import Any, Generic, ParamSpec, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, cast, overload
 
-from rq_ceylon.attempt import Backoff
+from rq_ceylon.attempt import Backoff, TaskContext
 from rq_ceylon.client import Client, SyncClient, SyncTaskHandle, TaskHandle
 from rq_ceylon.client.sync import OF_PARENTS
 from rq_ceylon.errors import InvalidInputError
@@ -62,6 +62,12 @@ class Ceylon:
         return resolve(self._redis_url, namespace=self._namespace)
 
     # ---- registering -------------------------------------------------------------------------------------------------
+    @overload
+    def task(
+        self, function: Callable[Concatenate[TaskContext, P], Coroutine[Any, Any, R]], /
+    ) -> ContextTask[P, R, Coroutine[Any, Any, R]]: ...
+    @overload
+    def task(self, function: Callable[Concatenate[TaskContext, P], R], /) -> ContextTask[P, R, R]: ...
     @overload
     def task(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> AppTask[P, R, Coroutine[Any, Any, R]]: ...
     @overload
@@ -200,6 +206,12 @@ class _Decorator:
     """
 
     @overload
+    def __call__(
+        self, function: Callable[Concatenate[TaskContext, P], Coroutine[Any, Any, R]], /
+    ) -> ContextTask[P, R, Coroutine[Any, Any, R]]: ...
+    @overload
+    def __call__(self, function: Callable[Concatenate[TaskContext, P], R], /) -> ContextTask[P, R, R]: ...
+    @overload
     def __call__(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> AppTask[P, R, Coroutine[Any, Any, R]]: ...
     @overload
     def __call__(self, function: Callable[P, R], /) -> AppTask[P, R, R]: ...
@@ -278,3 +290,14 @@ class AppTask(Generic[P, R, C]):
         """
         task = self.bind(*args, **kwargs)
         return self._app.implicit_sync_client().submit(task)
+
+
+if TYPE_CHECKING:
+
+    class ContextTask(AppTask[P, R, C]):
+        """
+        The type of an `AppTask` whose function takes a `TaskContext` first: the worker gives it, its caller does not.
+        """
+
+        def __call__(self, context: TaskContext, /, *args: P.args, **kwargs: P.kwargs) -> C:  # type: ignore[override]
+            ...

@@ -133,7 +133,7 @@ class TaskContext:
     def progress(self, fraction: float | None = None, message: str = "") -> None:
         """
         Say how far the attempt is: from 0 to 1 (what is outside is moved to the nearer end), None for as before.
-        Kept in `reported` for as long as the attempt runs, never stored.
+        Shown with the worker's next heartbeat, for as long as the attempt runs; never stored.
         """
         known = self.reported[0] if fraction is None else min(max(float(fraction), 0.0), 1.0)
         self.reported = (known, message[:200])

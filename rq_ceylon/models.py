@@ -353,7 +353,8 @@ class TaskResult:
 @dataclass(frozen=True, slots=True)
 class TaskView:
     """
-    A task as it stands; `result` once it ended. `due_ms` is set while it waits for a delay or a retry.
+    A task as it stands; `result` once it ended. `due_ms` is set while it waits for a delay or a retry. `progress` is
+    what its handler last said, up to 5 s old: a fraction, if any, and a message.
     """
 
     id: str
@@ -367,6 +368,7 @@ class TaskView:
     started_ms: int | None = None
     due_ms: int | None = None
     needs: int = 0
+    progress: tuple[float | None, str] = (None, "")
     result: TaskResult | None = None
 
 

@@ -58,16 +58,24 @@ class Presence:
         }
 
     def beat(
-        self, *, stopping: bool, tasks: Mapping[str, int] | None = None, low_marks: Mapping[str, int] | None = None
+        self,
+        *,
+        stopping: bool,
+        tasks: Mapping[str, int] | None = None,
+        progress: Mapping[str, tuple[float | None, str]] | None = None,
+        low_marks: Mapping[str, int] | None = None,
     ) -> list[Call]:
         """
         A heartbeat.
 
         Args:
             tasks: what runs here: `<gid>/<tid>` → since when, epoch ms.
+            progress: what handlers said of it: a fraction, if any, and a message.
             low_marks: per role the fence below which this worker holds nothing.
         """
         facts = {**self._facts, "stopping": stopping, "tasks": tasks or {}, "low_marks": low_marks or {}}
+        if progress:
+            facts["progress"] = progress
         return transitions.heartbeat(self._keys, self.name, facts, ttl_ms=TTL_MS, roles=self._roles)
 
     def advertise(self) -> list[Call]:

@@ -119,7 +119,7 @@ async def test_high_goes_before_normal_before_low(app: Ceylon, client: Client) -
         order.append(context.task_id)
 
     works = [
-        note.using(id=f"{priority}{number}", priority=priority).bind()  # type: ignore[call-arg]
+        note.using(id=f"{priority}{number}", priority=priority).bind()
         for priority in ("low", "normal", "high")
         for number in range(2)
     ]
@@ -167,7 +167,7 @@ async def test_results_reach_the_tasks_that_need_them(app: Ceylon, client: Clien
     def total(context: TaskContext) -> int:
         return sum(context.needs.values())
 
-    works = [give.using(id="a").bind(1), give.using(id="b").bind(2), total.using(id="c", needs=["a", "b"]).bind()]  # type: ignore[call-arg]
+    works = [give.using(id="a").bind(1), give.using(id="b").bind(2), total.using(id="c", needs=["a", "b"]).bind()]
     group = await client.submit(TaskGroup("g", works))
 
     await asyncio.wait_for(worker_of(app, burst=True).run(), LIMIT_S)
@@ -190,7 +190,7 @@ async def test_a_failing_task_is_retried_until_it_failed_with_its_traceback(app:
             raise ValueError
         return context.attempt
 
-    failing, recovering = await client.submit(fail.bind()), await client.submit(recover.bind())  # type: ignore[call-arg]
+    failing, recovering = await client.submit(fail.bind()), await client.submit(recover.bind())
     async with running(worker_of(app)):
         with pytest.raises(TaskFailedError, match="ValueError: attempt 3") as caught:
             await failing.result(LIMIT_S)
@@ -247,7 +247,7 @@ async def test_cancelling_stops_a_running_task_and_a_running_group(app: Ceylon, 
         finally:
             ended.add(context.task_id)
 
-    works = [sleep.using(id=name).bind() for name in ("a", "b", "c", "d")]  # type: ignore[call-arg]
+    works = [sleep.using(id=name).bind() for name in ("a", "b", "c", "d")]
     group = await client.submit(TaskGroup("g", works))
     async with running(worker_of(app, slots=3)):
         await eventually(lambda: len(started) == 3, "three tasks run")
@@ -306,7 +306,7 @@ async def test_after_the_grace_another_worker_finishes_what_was_given_back(app: 
             await asyncio.sleep(60)
         return context.worker
 
-    handle = await client.submit(slow.bind())  # type: ignore[call-arg]
+    handle = await client.submit(slow.bind())
     first, second = worker_of(app, grace_s=0.2), worker_of(app)
     async with running(first) as task:
         await eventually(lambda: len(seen) == 1, "the task runs")
@@ -361,10 +361,10 @@ async def test_a_worker_with_one_long_task_holds_back_nothing_that_an_idle_one_c
     busy, idle = worker_of(app, slots=1), worker_of(app, slots=1)
     async with running(busy):
         # Short ones first: they are what makes a worker read ahead.
-        await (await client.submit(TaskGroup("warm", [short.bind() for _ in range(20)]))).wait("all", LIMIT_S)  # type: ignore[call-arg]
+        await (await client.submit(TaskGroup("warm", [short.bind() for _ in range(20)]))).wait("all", LIMIT_S)
         blocker = await client.submit(TaskGroup("long", [long.bind()]))
         await eventually(lambda: on == ["long"], "the long task runs")
-        group = await client.submit(TaskGroup("short", [short.bind() for _ in range(20)]))  # type: ignore[call-arg]
+        group = await client.submit(TaskGroup("short", [short.bind() for _ in range(20)]))
         async with running(idle):
             view = await group.wait("all", 8)
         results = [result.value async for result in group.results()]
@@ -454,7 +454,7 @@ async def test_a_stalled_worker_that_wakes_after_its_lease_takes_nothing_back(
         return context.worker
 
     stalled, other = worker_of(app, lease_s=0.3, slots=2), worker_of(app, lease_s=0.3, slots=2)
-    handle = await client.submit(work.bind())  # type: ignore[call-arg]
+    handle = await client.submit(work.bind())
     async with running(stalled):
         await eventually(lambda: ran == [stalled.name], "the task runs on the worker that stalls")
         wake = stall(stalled, monkeypatch)
@@ -486,7 +486,7 @@ async def test_what_a_stalled_worker_finishes_after_its_lease_does_not_count(
         return context.worker
 
     stalled, other = worker_of(app, lease_s=0.3, slots=2), worker_of(app, lease_s=0.3, slots=2)
-    handle = await client.submit(work.bind())  # type: ignore[call-arg]
+    handle = await client.submit(work.bind())
     async with running(stalled):
         await eventually(lambda: ran == [stalled.name], "the task runs on the worker that stalls")
         wake = stall(stalled, monkeypatch)
@@ -506,3 +506,23 @@ async def assert_counted_once(client: Client, *workers: Worker) -> None:
     (role,) = await client.roles()
     assert (role.totals["completed"], role.delivered, role.queued) == (1, 0, 0)
     assert [worker.completed for worker in workers] == [*[0] * (len(workers) - 1), 1]
+
+
+async def test_what_a_handler_says_of_its_progress_is_seen_while_it_runs(app: Ceylon, client: Client) -> None:
+    seen = asyncio.Event()
+
+    @app.task(role="r")
+    async def slow(context: TaskContext) -> None:
+        context.progress(0.4, "resizing")
+        await seen.wait()
+
+    handle = await client.submit(slow.bind())
+    async with running(worker_of(app, lease_s=0.5)):
+
+        async def is_told() -> bool:
+            return (await handle.view()).progress == (0.4, "resizing")
+
+        await eventually(is_told, "the progress is told")
+        seen.set()
+        await handle.result(timeout=LIMIT_S)
+    assert (await handle.view()).progress == (None, "")

@@ -10,7 +10,17 @@ from __future__ import annotations
 from collections.abc import Coroutine
 from typing import Any, assert_type
 
-from rq_ceylon import Ceylon, GroupHandle, GroupView, SyncGroupHandle, SyncTaskHandle, Task, TaskGroup, TaskHandle
+from rq_ceylon import (
+    Ceylon,
+    GroupHandle,
+    GroupView,
+    SyncGroupHandle,
+    SyncTaskHandle,
+    Task,
+    TaskContext,
+    TaskGroup,
+    TaskHandle,
+)
 
 app = Ceylon()
 
@@ -33,6 +43,25 @@ def ruled(number: int) -> float:
 @app.task(role="r")
 async def ruled_async(number: int) -> dict[str, int]:
     return {}
+
+
+@app.task(role="r")
+async def told(context: TaskContext, path: str) -> int:
+    return 0
+
+
+@app.task
+def told_bare(context: TaskContext) -> str:
+    return ""
+
+
+async def contexts(context: TaskContext) -> None:
+    assert_type(told.bind("a"), Task)
+    assert_type(await told.aenqueue(path="a"), TaskHandle[int])
+    assert_type(told_bare.enqueue(), SyncTaskHandle[str])
+    assert_type(await told(context, "a"), int)
+    told.bind(1)  # type: ignore[arg-type]
+    await told("a", "b")  # type: ignore[arg-type]
 
 
 def calls() -> None:

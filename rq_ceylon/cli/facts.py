@@ -57,6 +57,8 @@ def task_facts(gid: str, task: TaskView) -> dict[str, Any]:
         "attempt": task.attempt,
         "crashes": task.crashes,
         "worker": task.worker,
+        "progress": task.progress[0],
+        "message": task.progress[1],
         "started": task.started_ms,
         "due": task.due_ms,
         "ended": result.ended_ms if result else None,

@@ -165,7 +165,7 @@ class _Display:
             words += [f"run {role.run}"] if role.run.count else []
             lines.append(Text(f"{name}: {', '.join(words)}"))
         if running:
-            lines.append(Text("running: " + ", ".join(f"{task.id} on {task.worker}" for task in running)))
+            lines.append(Text("running: " + ", ".join(_running_words(task) for task in running)))
         for line in lines:
             line.truncate(width, overflow="ellipsis")
         return Group(*lines)
@@ -228,6 +228,12 @@ def settled_words(goal: GoalView) -> str:
     message = goal.success_message if goal.status is GoalStatus.ACHIEVED else goal.failure_message
     why = "deadline passed; " if goal.settled.by == "deadline" else ""
     return f"Goal {goal.status}: {goal.name} ({why}{words})" + (f". {message}" if message else "")
+
+
+def _running_words(task: TaskView) -> str:
+    fraction, message = task.progress
+    words = [f"{task.id} on {task.worker}", "" if fraction is None else f"{fraction:.0%}", message]
+    return " ".join(word for word in words if word)
 
 
 def _last_words(view: GroupView) -> str:

@@ -187,7 +187,8 @@ async def show(client: Client, target: str, as_json: bool) -> None:
 
 def _task_row(task: TaskView) -> tuple[object, ...]:
     result = task.result
-    shown = "-"
+    fraction, message = task.progress
+    shown = " ".join(filter(None, ("" if fraction is None else f"{fraction:.0%}", message))) or "-"
     if result is not None:
         error = result.error
         # What no handler raised, a poison say, has no type.

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from rq_ceylon.errors import NotFoundError
@@ -171,7 +172,7 @@ async def task(connection: Connection, keys: Keys, gid: str, tid: str) -> TaskVi
     if not found:
         await group(connection, keys, gid)
         raise NotFoundError(f"group {gid!r} has no task {tid!r}; `ceylon show {gid}` lists its tasks")
-    return found[0]
+    return (await _with_progress(connection, keys, gid, found))[0]
 
 
 async def tasks(connection: Connection, keys: Keys, gid: str) -> AsyncIterator[TaskView]:
@@ -272,7 +273,15 @@ async def running(connection: Connection, keys: Keys, gid: str) -> list[TaskView
     ((_, found),) = await connection.run([command("HSCAN", keys.group_part(gid, "claims"), "0", "COUNT", SCAN)])
     tids = [tid for tid, claim in _fields(found).items() if claim.split("|", 1)[0] in RUNNING]
     views = [view for view in await some_tasks(connection, keys, gid, tids) if view.status is TaskStatus.IN_PROGRESS]
+    views = await _with_progress(connection, keys, gid, views)
     return sorted(views, key=lambda view: view.started_ms or 0)
+
+
+async def _with_progress(connection: Connection, keys: Keys, gid: str, views: list[TaskView]) -> list[TaskView]:
+    names = sorted({view.worker for view in views if view.status is TaskStatus.IN_PROGRESS})
+    texts = await connection.run([command("GET", keys.worker(name)) for name in names]) if names else []
+    said = {task: tuple(words) for text in texts if text for task, words in decode(text).get("progress", {}).items()}
+    return [replace(view, progress=said.get(f"{gid}/{view.id}", view.progress)) for view in views]
 
 
 async def results(connection: Connection, keys: Keys, gid: str, tids: Sequence[str]) -> dict[str, TaskResult]:

@@ -152,6 +152,13 @@ class Executor:
         if (run := self._running.get((role, fence))) is not None:
             self._stop(run, why)
 
+    def reported(self) -> dict[str, tuple[float | None, str]]:
+        """
+        What running attempts said of their progress, by task: those that said anything.
+        """
+        contexts = [run.attempt.context for run in self._running.values()]
+        return {context.id: context.reported for context in contexts if context.reported != (None, "")}
+
     async def close(self) -> None:
         """
         Give back what still runs, and end the processes. What does not end is left behind: threads are daemons, they do

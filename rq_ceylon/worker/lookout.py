@@ -89,7 +89,12 @@ class Lookout:
             f"{held.delivery.gid}/{held.delivery.tid}": round(now_ms - (now - held.since) * 1000)
             for held in self._turns.running()
         }
-        return self._presence.beat(stopping=self._turns.stopping, tasks=tasks, low_marks=self._turns.low_marks())
+        return self._presence.beat(
+            stopping=self._turns.stopping,
+            tasks=tasks,
+            progress=self._executor.reported(),
+            low_marks=self._turns.low_marks(),
+        )
 
     async def _listen_to_bells(self) -> None:
         bells = [self._keys.role_part(role, "bell") for role in self._turns.roles]
