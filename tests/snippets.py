@@ -1,0 +1,129 @@
+"""
+What documentation shows, taken at its word: commands behind `$ ` are run, and below each stands what it prints.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from commands import Commands, until
+
+from rq_ceylon.app import Ceylon
+
+NAMES = {"ceylon": "ceylon", "ceylon-worker": "worker", "ceylon-submit": "submit", "ceylon-monitor": "monitor"}
+
+VARIES = (
+    (re.compile(r"\b06[0-9a-z]{18}\b"), "GROUP"),
+    (re.compile(r"\b[\w.-]+-[0-9a-f]{8}\b"), "WORKER"),
+    (re.compile(r"\d+(\.\d+)?( (ms|s|min))?\b"), "0"),
+    (re.compile(r"\(0 (of 0 completed|completed, 0 needed)\)"), "(GOAL)"),
+    (re.compile(r"\s+"), " "),
+)
+"""What differs from run to run, or is a matter of width."""
+
+GROUP = VARIES[0][0]
+
+
+@dataclass
+class Step:
+    command: str
+    printed: list[str]
+
+
+def steps(text: str) -> list[Step]:
+    """
+    The commands of a console block, each with the lines below it.
+    """
+    found: list[Step] = []
+    for line in text.splitlines():
+        if line.startswith("$ "):
+            found.append(Step(line[2:].partition("  #")[0].rstrip(), []))
+        elif found and line.strip():
+            found[-1].printed.append(line)
+    return found
+
+
+def same(line: str) -> str:
+    """
+    A line without what differs from run to run.
+    """
+    for pattern, instead in VARIES:
+        line = pattern.sub(instead, line)
+    return line.strip()
+
+
+@dataclass
+class Shell:
+    """
+    Runs steps one after another in the folder of `commands`.
+
+    Attributes:
+        groups: ids as they are written, and what they are in this run.
+        workers: how many were started in the background.
+    """
+
+    commands: Commands
+    groups: dict[str, str] = field(default_factory=dict)
+    workers: int = 0
+
+    def run(self, step: Step, *, code: int = 0) -> None:
+        """
+        Run a step; what it prints, in either stream, must have the lines below it, in their order.
+        """
+        command = GROUP.sub(lambda found: self.groups.get(found[0], found[0]), step.command)
+        if command.endswith("&"):
+            name, *arguments = shlex.split(command[:-1])
+            self.commands.start(NAMES[name], *arguments)
+            self.workers += {"ceylon-worker": _processes(arguments), "ceylon-monitor": 1, "ceylon": 2}[name]
+            return
+        self._until_workers_live()
+        ended = subprocess.run(
+            ["sh", "-c", command],
+            cwd=self.commands.folder,
+            env=self.commands.environ({"PATH": f"{self._bin()}:{os.environ['PATH']}"}),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert ended.returncode == code, f"$ {command}\n{ended.stdout}"
+        lines = iter(ended.stdout.splitlines())
+        for wanted in step.printed:
+            if wanted.strip() in ("...", "…"):
+                continue
+            found = next((line for line in lines if same(line) == same(wanted)), None)
+            assert found is not None, (
+                f"$ {command}\nprints no line as {wanted!r}, or not in that order:\n{ended.stdout}"
+            )
+            self.groups.update(zip(GROUP.findall(wanted), GROUP.findall(found), strict=True))
+
+    def _bin(self) -> Path:
+        """
+        A folder with the commands as an installed package has them, of this very source.
+        """
+        folder = self.commands.folder / "bin"
+        if not folder.exists():
+            folder.mkdir()
+            scripts = {name: f"-m rq_ceylon.cli {ours}" for name, ours in NAMES.items()}
+            for name, arguments in {**scripts, "python": "-W error"}.items():
+                (folder / name).write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {arguments} "$@"\n')
+                (folder / name).chmod(0o755)
+        return folder
+
+    def _until_workers_live(self) -> None:
+        if self.workers:
+            with Ceylon(self.commands.url or None).sync_client() as client:
+                until(lambda: len(client.workers()) >= self.workers, f"{self.workers} workers live", 30)
+
+
+def _processes(arguments: Sequence[str]) -> int:
+    return int(arguments[arguments.index("--processes") + 1]) if "--processes" in arguments else 1
