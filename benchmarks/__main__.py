@@ -17,11 +17,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks import peers
-from benchmarks.measure import GROUP_TASKS, Queue, Sample, Server, bare
+from benchmarks.measure import GROUP_TASKS, Queue, Sample, Server, bare, bare_latencies
 from rq_ceylon.cli.common import run_async
 from rq_ceylon.store.server import EmbeddedServer
 
 R = TypeVar("R")
+
+PEER_SLOTS = peers.SLOTS
+OWN_TASKS_MIN = 4_000
+"""Of ours beside a slow peer, so that starting and ending do not show."""
 
 HELP = """
 What a no-op task costs, in one run on one throw-away server, so that the ratios hold where the rates do not.
@@ -54,15 +58,15 @@ def main() -> None:
             f"{engine}, Python {platform.python_version()}, {os.cpu_count()} CPUs; {options.tasks:,} tasks, "
             f"median of {options.runs} (lowest–highest)\n"
         )
-        ours = _ours(console, server, options.tasks, options.runs, options.latencies)
+        _ours(console, server, options.tasks, options.runs, options.latencies)
         if options.peers is not None:
-            _peers(console, server, options.peers or peers.NAMES, options.tasks, options.runs, ours)
+            _peers(console, server, options.peers or peers.NAMES, options.tasks, options.runs)
 
 
 # ---- this project ----------------------------------------------------------------------------------------------------
-def _ours(console: Console, server: Server, tasks: int, runs: int, latencies: int) -> tuple[float, float, float]:
+def _ours(console: Console, server: Server, tasks: int, runs: int, latencies: int) -> None:
     """
-    Print what we cost, and return our rates: submitted in groups, submitted singly, processed.
+    Print what a bare client and what we cost.
     """
     table = _table("bare redis-py, pipelines of", "add /s", "client µs", "read, keep, ack /s", "client µs")
     ceiling: dict[int, list[tuple[Sample, Sample]]] = {}
@@ -78,7 +82,6 @@ def _ours(console: Console, server: Server, tasks: int, runs: int, latencies: in
 
     columns = ("/s", "of bare", "process µs", "script µs", "server CPU µs", "round trips", "commands")
     submitted, processed = _table("submit", *columns, "B queued"), _table("process", *columns, "by script, µs")
-    rates: dict[str, float] = {}
     forms: list[tuple[str, str, tuple[int, ...], tuple[int, ...]]] = [
         (f"groups of {GROUP_TASKS}", "in_groups", (tasks, GROUP_TASKS), (50, 100)),
         ("one group", "in_groups", (tasks, tasks), ()),
@@ -88,13 +91,11 @@ def _ours(console: Console, server: Server, tasks: int, runs: int, latencies: in
     for name, method, arguments, slots in forms:
         results = _repeated(runs, lambda m=method, a=arguments, s=slots: run_async(_once(server, m, a, s)))  # type: ignore[misc]
         queued = [one for half, _ in results for one in half]
-        rates[name] = _median([one.rate for one in queued])
         submitted.add_row(
             name, *_costs(queued, ceilings[0]), f"{_median([one.memory / one.tasks for one in queued]):.0f}"
         )
         for position, some in enumerate(slots):
             run = [half[position] for _, half in results]
-            rates[f"{name}, {some}"] = _median([one.rate for one in run])
             processed.add_row(
                 f"{name}; {some} slots", *_costs(run, ceilings[1] if some == 50 else ceilings[2]), _by_script(run)
             )
@@ -102,11 +103,15 @@ def _ours(console: Console, server: Server, tasks: int, runs: int, latencies: in
     console.print(processed)
 
     server.empty()
-    queue = Queue(server)
-    found_s = run_async(_with_client(queue, "latencies", latencies))
-    p50, p99 = (1000 * found_s[int(len(found_s) * share)] for share in (0.5, 0.99))
-    console.print(f"idle worker, submit to start of the handler: p50 {p50:.2f} ms, p99 {p99:.2f} ms\n")
-    return rates[f"groups of {GROUP_TASKS}"], rates["single, one by one"], rates[f"groups of {GROUP_TASKS}, 100"]
+    trips = run_async(bare_latencies(server, latencies))
+    delays = run_async(_with_client(Queue(server), "latencies", latencies))
+    (trip, _), (p50, p99) = (
+        [1000 * found[int(len(found) * share)] for share in (0.5, 0.99)] for found in (trips, delays)
+    )
+    console.print(
+        f"idle worker, submit to start of the handler: p50 {p50:.2f} ms, p99 {p99:.2f} ms; "
+        f"p50 is {p50 / trip:.1f} times a bare round trip ({trip:.2f} ms)\n"
+    )
 
 
 async def _once(
@@ -151,26 +156,46 @@ def _by_script(samples: list[Sample]) -> str:
 
 
 # ---- others ----------------------------------------------------------------------------------------------------------
-def _peers(
-    console: Console, server: Server, names: list[str], tasks: int, runs: int, ours: tuple[float, float, float]
-) -> None:
-    in_groups, singly, processed = ours
-    console.print("Others, with fewer of the same task where they are slow; ours: ×single, ×groups, ×processing.")
-    table = _table("one worker process each", "submit /s", "ours", "in bulk /s", "ours", "process /s", "ours")
+def _peers(console: Console, server: Server, names: list[str], tasks: int, runs: int) -> None:
+    """
+    Beside each run of another queue stands one of ours, so that both meet the same machine.
+    """
+    console.print(
+        "Others, with fewer tasks where they are slow. Ours: how many times as fast we are, in a run beside each of "
+        f"theirs with at least {OWN_TASKS_MIN:,} tasks: single, in groups of {GROUP_TASKS}, {PEER_SLOTS} slots."
+    )
+    table = _table("one worker process each", "tasks", "single /s", "ours", "in bulk /s", "ours", "process /s", "ours")
     for name in names:
         console.print(f"[dim]{name} …")
         try:
             peer = peers.Peer(name)
-            found = _repeated(runs, lambda peer=peer: peer.measure(server.url, tasks, server.empty))  # type: ignore[misc]
+            some = peer.tasks_of(tasks)
+            pairs = _repeated(
+                runs,
+                lambda peer=peer, some=some: (  # type: ignore[misc]
+                    peer.measure(server.url, some, server.empty),
+                    _same_as_peer(server, max(some, OWN_TASKS_MIN)),
+                ),
+            )
         except peers.PeerError as error:
             console.print(f"[red]{name} is not measured: {escape(str(error))}")
             continue
         cells: list[str] = []
-        for column, own in enumerate((singly, in_groups, processed)):
-            rates = [one[column] for one in found if one[column]]
-            cells += [_spread(rates), f"×{own / _median(rates):.1f}"] if rates else ["–", ""]
-        table.add_row(f"{name} {peer.version}, {peer.spec.note}", *cells)
+        for column in range(3):
+            rates = [theirs[column] for theirs, _ in pairs if theirs[column]]
+            ratios = [ours[column] / theirs[column] for theirs, ours in pairs if theirs[column]]
+            cells += [_spread(rates), f"×{_spread(ratios, 1)}"] if rates else ["–", ""]
+        table.add_row(f"{name} {peer.version}, {peer.spec.note}", f"{some:,}", *cells)
     console.print(table)
+
+
+def _same_as_peer(server: Server, tasks: int) -> tuple[float, float, float]:
+    """
+    Our rates as `Peer.measure` gives them.
+    """
+    (single,), _ = run_async(_once(server, "singly", (tasks, 1), ()))
+    (grouped,), (processed,) = run_async(_once(server, "in_groups", (tasks, GROUP_TASKS), (PEER_SLOTS,)))
+    return single.rate, grouped.rate, processed.rate
 
 
 # ---- words -----------------------------------------------------------------------------------------------------------

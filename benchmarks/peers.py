@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -84,37 +85,39 @@ class Peer:
         code = f"from importlib.metadata import version; print(version({package!r}))"
         self.version = self._run("-c", code).strip()
 
+    def tasks_of(self, tasks: int) -> int:
+        return max(2, round(tasks * self.spec.share))
+
     def measure(self, url: str, tasks: int, empty: Callable[[], None]) -> tuple[float, float, float]:
         """
         Tasks per second: submitted one by one, submitted in bulk (0 if it cannot), processed by one worker.
         """
-        tasks = max(2, round(tasks * self.spec.share))
         bulk = 0.0
         if self.spec.bulk:
             empty()
             bulk = tasks / float(self._run(*MODULE, self.name, "bulk", url, str(tasks)))
         empty()
         single = tasks / float(self._run(*MODULE, self.name, "submit", url, str(tasks)))
-        return single, bulk, (tasks - 1) / self._worked(url)
+        return single, bulk, (tasks - 1) / self._worked(url, tasks)
 
-    def _worked(self, url: str) -> float:
+    def _worked(self, url: str, tasks: int) -> float:
         """
-        Seconds from the first task to the last.
+        Seconds from the first run of a task until every task has run.
         """
-        with tempfile.TemporaryDirectory() as marks, tempfile.TemporaryFile("w+") as log:
+        with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as log:
+            notes = Path(folder, "notes")
+            notes.touch()
             command = [str(self.python), *MODULE, self.name, "work", url, "0"]
-            environ = {**os.environ, "BENCH_MARKS": marks}
+            environ = {**os.environ, "BENCH_NOTES": str(notes)}
             worker = subprocess.Popen(command, env=environ, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
             try:
                 limit = time.monotonic() + WORK_S
-                first, last = Path(marks, "first"), Path(marks, "last")
-                while not last.exists():
+                while (seconds := _seconds(notes, tasks)) is None:
                     if worker.poll() is not None or time.monotonic() > limit:
                         log.seek(0)
                         raise PeerError(f"its worker did not finish: {log.read().strip()[-200:]}")
-                    time.sleep(0.05)
-                time.sleep(0.1)  # the mark may not be written yet
-                return float(last.read_text()) - float(first.read_text())
+                    time.sleep(0.1)
+                return seconds
             finally:
                 if worker.poll() is None:
                     os.killpg(worker.pid, signal.SIGKILL)
@@ -133,21 +136,36 @@ class Peer:
         return done.stdout
 
 
+def _seconds(notes: Path, tasks: int) -> float | None:
+    """
+    From the first run to the first run of the last task to have one; None while a task has not run.
+    """
+    if notes.stat().st_size < tasks * RUN_NOTE.size:
+        return None
+    first_runs: dict[int, float] = {}
+    for n, at in RUN_NOTE.iter_unpack(notes.read_bytes()):
+        first_runs.setdefault(n, at)
+    return max(first_runs.values()) - min(first_runs.values()) if len(first_runs) == tasks else None
+
+
 # ---- the other side --------------------------------------------------------------------------------------------------
-def noop(n: int, tasks: int) -> None:
+RUN_NOTE = struct.Struct("=qd")
+
+
+def noop(n: int) -> None:
     """
-    The task. It notes when the first and the last one ran.
+    The task. Every run is noted with its time, since nobody promises an order, or that a task runs only once.
     """
-    if n == 0 or n == tasks - 1:
-        Path(os.environ["BENCH_MARKS"], "last" if n else "first").write_text(str(time.monotonic()))
+    with open(os.environ["BENCH_NOTES"], "ab", buffering=0) as notes:
+        notes.write(RUN_NOTE.pack(n, time.monotonic()))
 
 
-async def async_noop(n: int, tasks: int) -> None:
-    noop(n, tasks)
+async def async_noop(n: int) -> None:
+    noop(n)
 
 
-async def context_noop(ctx: Any, n: int, tasks: int) -> None:
-    noop(n, tasks)
+async def context_noop(ctx: Any, n: int) -> None:
+    noop(n)
 
 
 def run_rq(action: str, url: str, tasks: int, *, fork: bool) -> None:
@@ -159,14 +177,14 @@ def run_rq(action: str, url: str, tasks: int, *, fork: bool) -> None:
     if action == "work":
         (rq.Worker if fork else rq.SimpleWorker)([queue], connection=connection).work(logging_level="ERROR")
     elif action == "bulk":
-        jobs = [rq.Queue.prepare_data(noop, args=(n, tasks)) for n in range(tasks)]
+        jobs = [rq.Queue.prepare_data(noop, args=(n,)) for n in range(tasks)]
         with timed():
             for first in range(0, tasks, 500):
                 queue.enqueue_many(jobs[first : first + 500])
     else:
         with timed():
             for n in range(tasks):
-                queue.enqueue(noop, n, tasks)
+                queue.enqueue(noop, n)
 
 
 def run_celery(action: str, url: str, tasks: int, *, pool: Sequence[str]) -> None:
@@ -180,7 +198,7 @@ def run_celery(action: str, url: str, tasks: int, *, pool: Sequence[str]) -> Non
     else:
         with timed():
             for n in range(tasks):
-                task.delay(n, tasks)
+                task.delay(n)
 
 
 def run_dramatiq(action: str, url: str, tasks: int) -> None:
@@ -196,7 +214,7 @@ def run_dramatiq(action: str, url: str, tasks: int) -> None:
     else:
         with timed():
             for n in range(tasks):
-                actor.send(n, tasks)
+                actor.send(n)
 
 
 async def run_arq(action: str, url: str, tasks: int) -> None:
@@ -211,7 +229,7 @@ async def run_arq(action: str, url: str, tasks: int) -> None:
         pool = await create_pool(settings)
         with timed():
             for n in range(tasks):
-                await pool.enqueue_job("context_noop", n, tasks)
+                await pool.enqueue_job("context_noop", n)
 
 
 async def run_taskiq(action: str, url: str, tasks: int) -> None:
@@ -226,7 +244,7 @@ async def run_taskiq(action: str, url: str, tasks: int) -> None:
         await broker.startup()
         with timed():
             for n in range(tasks):
-                await task.kiq(n, tasks)
+                await task.kiq(n)
         await broker.shutdown()
 
 
@@ -240,7 +258,7 @@ async def run_saq(action: str, url: str, tasks: int) -> None:
         await queue.connect()
         with timed():
             for n in range(tasks):
-                await queue.enqueue("context_noop", n=n, tasks=tasks)
+                await queue.enqueue("context_noop", n=n)
         await queue.disconnect()
 
 
@@ -254,14 +272,14 @@ async def run_streaq(action: str, url: str, tasks: int) -> None:
         return
     async with worker:
         if action == "bulk":
-            some = [task.enqueue(n, tasks) for n in range(tasks)]
+            some = [task.enqueue(n) for n in range(tasks)]
             with timed():
                 for first in range(0, tasks, 500):
                     await worker.enqueue_many(some[first : first + 500])
         else:
             with timed():
                 for n in range(tasks):
-                    await task.enqueue(n, tasks)
+                    await task.enqueue(n)
 
 
 RUN: dict[str, Callable[[str, str, int], Any]] = {
