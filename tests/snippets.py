@@ -26,6 +26,7 @@ NAMES = {"ceylon": "ceylon", "ceylon-worker": "worker", "ceylon-submit": "submit
 VARIES = (
     (re.compile(r"\b(?:0[0-9a-z]{19}|k[0-9a-f]{20})\b"), "GROUP"),
     (re.compile(r"\b[\w.-]+-[0-9a-f]{8}\b"), "WORKER"),
+    (re.compile(r"unix://[^\s,]+"), "URL"),
     (re.compile(r"\d+(\.\d+)?( (ms|s|min))?\b"), "0"),
     (re.compile(r"\(0 (of 0 completed|completed, 0 needed)\)"), "(GOAL)"),
     (re.compile(r"\s+"), " "),
@@ -33,6 +34,9 @@ VARIES = (
 """What differs from run to run, or is a matter of width."""
 
 GROUP = VARIES[0][0]
+
+STAYS = r"ceylon up |ceylon-monitor|ceylon-worker (?!.*--burst)"
+"""Commands that do not end by themselves; in another terminal, or with & behind them."""
 
 
 @dataclass
@@ -83,10 +87,8 @@ class Shell:
         Run a step; what it prints, in either stream, must have the lines below it, in their order.
         """
         command = GROUP.sub(lambda found: self.groups.get(found[0], found[0]), step.command)
-        if command.endswith("&"):
-            name, *arguments = shlex.split(command[:-1])
-            self.commands.start(NAMES[name], *arguments)
-            self.workers += {"ceylon-worker": _processes(arguments), "ceylon-monitor": 1, "ceylon": 2}[name]
+        if re.match(STAYS, command):
+            self._start(Step(command.removesuffix("&"), step.printed))
             return
         self._until_workers_live()
         first = command.partition(" ")[0]
@@ -95,11 +97,20 @@ class Shell:
         assert ended == code, f"$ {command}\n{printed}"
         lines = iter(printed.splitlines())
         for wanted in step.printed:
-            if wanted.strip() in ("...", "…"):
-                continue
             found = next((line for line in lines if same(line) == same(wanted)), None)
             assert found is not None, f"$ {command}\nprints no line as {wanted!r}, or not in that order:\n{printed}"
             self.groups.update(zip(GROUP.findall(wanted), GROUP.findall(found), strict=True))
+
+    def _start(self, step: Step) -> None:
+        """
+        A command that runs until the end of the test, once it has logged what it is to.
+        """
+        name, *arguments = shlex.split(step.command)
+        log = self.commands.log(len(self.commands.started))
+        self.commands.start(NAMES[name], *arguments)
+        self.workers += {"ceylon-worker": _processes(arguments), "ceylon-monitor": 1, "ceylon": 2}[name]
+        for wanted in map(same, step.printed):
+            until(lambda: wanted in map(same, log.read_text().splitlines()), f"{name} logs {wanted}", 30)  # noqa: B023
 
     def _here(self, command: str) -> tuple[str, int]:
         """

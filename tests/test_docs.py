@@ -21,7 +21,7 @@ from snippets import Shell, Step, steps
 from rq_ceylon import groupfile
 
 PAGES = [
-    *(path.name for path in sorted(ROOT.glob("*.md"))),
+    *(path.relative_to(ROOT).as_posix() for path in [*sorted(ROOT.glob("*.md")), ROOT / "examples" / "README.md"]),
     *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").rglob("*.md"))),
 ]
 
@@ -184,8 +184,9 @@ def test_the_links_of_a_page_lead_somewhere(page: str) -> None:
             assert target.is_relative_to(ROOT), link
 
 
-def test_every_page_is_in_the_index() -> None:
-    index = (ROOT / "docs" / "README.md").read_text()
+@pytest.mark.parametrize(("folder", "pattern"), [("docs", "*.md"), ("examples", "*.*")])
+def test_every_page_and_every_example_is_in_the_index(folder: str, pattern: str) -> None:
+    index = (ROOT / folder / "README.md").read_text()
 
-    for path in (ROOT / "docs").glob("*.md"):
+    for path in (ROOT / folder).glob(pattern):
         assert path.name == "README.md" or f"({path.name})" in index, path.name
