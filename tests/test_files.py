@@ -27,7 +27,7 @@ from rq_ceylon.groupfile.shape import MAX_DEPENDS_ON, DefaultFields, GoalFields,
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 SNIPPETS = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "group-file.md").read_text(), re.DOTALL)
-README = re.findall(r"```yaml\n(name: .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+README = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
 @pytest.fixture
