@@ -35,7 +35,7 @@ async def main() -> None:
         Goal("failed <= 10%", name="healthy"),
         Goal(call="more_done_than_open", name="over-the-hill", deadline="1m"),
         Goal(
-            "completed >= 100%", name="in-time", deadline="2s", on_failed="cancel", failure_message="Not all answered."
+            "completed >= 100%", name="in-time", deadline="3s", on_failed="cancel", failure_message="Not all answered."
         ),
     ]
     today = [ask.bind(number) for number in range(24)]
