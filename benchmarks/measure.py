@@ -23,7 +23,7 @@ from rq_ceylon.store.connection import Connection
 from rq_ceylon.worker import Worker
 
 GROUP_TASKS = 500
-SCRIPT_NAMES = {scripts.digest(name): name for name in (*scripts.GROUP_SCRIPTS, *scripts.ROLE_SCRIPTS)}
+SCRIPT_NAMES = {scripts.digest(name): name for name in (*scripts.GROUP_SCRIPTS, *scripts.ROLE_SCRIPTS, "insist")}
 
 
 @dataclass(kw_only=True)
@@ -114,18 +114,18 @@ def _counted(sample: Sample) -> Iterator[None]:
     """
     Count what goes over rq_ceylon's connections.
     """
-    send = Connection._send
+    send = Connection.run_each
 
     async def counting(self: Connection, calls: Any) -> list[Any]:
         sample.trips += 1
         sample.commands += len(calls)
         return await send(self, calls)
 
-    Connection._send = counting  # type: ignore[method-assign]
+    Connection.run_each = counting  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Connection._send = send  # type: ignore[method-assign]
+        Connection.run_each = send  # type: ignore[method-assign]
 
 
 # ---- a bare client ---------------------------------------------------------------------------------------------------

@@ -28,8 +28,8 @@ WIDTH = 100
 
 SECTIONS = {
     "The application": "app.AppTask app.Ceylon",
-    "Clients": "client.Client client.TaskHandle client.GroupHandle app.SyncClient app.SyncTaskHandle "
-    "app.SyncGroupHandle",
+    "Clients": "client.Client client.TaskHandle client.GroupHandle client.SyncClient client.SyncTaskHandle "
+    "client.SyncGroupHandle",
     "Tasks, groups and goals": "models.Task models.TaskGroup models.Goal models.Priority",
     "In a handler": "attempt.TaskContext attempt.RetryTask attempt.FailTask attempt.Backoff",
     "How things stand": "models.TaskStatus models.GroupStatus models.GoalStatus models.GroupView models.Counters "
