@@ -20,12 +20,13 @@ from typing import Any
 import pytest
 import redis
 import redis.asyncio
-from commands import is_alive
+from commands import commands_on, is_alive
 from loguru import logger
 from redis.crc import key_slot
 from servers import Fleet, Running, fleet_of, pretended, start_cluster, start_watched, until
 
 from rq_ceylon import Ceylon, Goal, RetryTask, Task, TaskGroup
+from rq_ceylon.attempt import TaskContext
 from rq_ceylon.client import GroupHandle
 from rq_ceylon.errors import ConnectionLostError, RedisError
 from rq_ceylon.monitor import Monitor
@@ -676,3 +677,76 @@ async def test_a_worker_that_loses_redis_says_so_once_and_once_when_it_is_back(f
     told = [line for line in logged if "trying again" in line or "answers again" in line]
     assert [line.rpartition("; ")[2] for line in told] == ["trying again until Redis answers", "Redis answers again"]
     assert told[0].startswith(f"Cannot reach Redis at {running.url} (connection ")
+
+
+@asynccontextmanager
+async def at_work(url: str, logged: list[str], **options: Any) -> AsyncIterator[tuple[Worker, str]]:
+    """
+    A worker in the middle of a task whose first attempt never ends by itself. Ends with the worker's own end.
+    """
+    app, started = Ceylon(url), asyncio.Event()
+
+    @app.task(role="r")
+    async def work(context: TaskContext) -> str:
+        started.set()
+        if context.crashes == 0:
+            await asyncio.Event().wait()
+        return context.worker
+
+    worker = Worker(url, registry=app.registry, roles=["r"], lease_s=600, **options)
+    async with app.client() as client:
+        handle = await client.submit(TaskGroup("g", [work.bind()]))  # type: ignore[call-arg]
+        running = asyncio.create_task(worker.run())
+        async with asyncio.timeout(LIMIT_S):
+            await started.wait()
+            yield worker, handle.id
+            await running
+    assert len([line for line in logged if line.startswith("Left without farewell")]) == 1
+
+
+@pytest.mark.parametrize("cold", [False, True])
+async def test_a_worker_that_is_stopped_while_redis_is_away_ends_after_its_grace(
+    fleet: Fleet, logged: list[str], cold: bool
+) -> None:
+    server = fleet.start("appendonly yes")
+    async with at_work(server.url, logged, grace_s=3600 if cold else 0.3) as (worker, gid):
+        server.kill()
+        await eventually(lambda: bool(worker.lanes._pauses), "the worker has noticed")
+        worker.kill() if cold else worker.stop()
+
+    # Its neighbour gives back at once what it held; its lease would end in ten minutes.
+    await asyncio.to_thread(fleet.start, "appendonly yes", port=server.port)
+    app = Ceylon(server.url)
+
+    @app.task(role="r")
+    async def work(context: TaskContext) -> str:
+        return context.worker
+
+    neighbour = Worker(server.url, registry=app.registry, roles=["r"])
+    async with app.client() as client:
+        running = asyncio.create_task(neighbour.run())
+        assert await client.group(gid).task("1").result(timeout=LIMIT_S) == neighbour.name
+        neighbour.stop()
+        await running
+
+
+async def test_a_cold_stop_does_not_wait_for_a_redis_that_does_not_answer(
+    fleet: Fleet, logged: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(places, "ANSWER_S", 3600.0)
+    server = fleet.start("appendonly yes")
+    async with at_work(server.url, logged, grace_s=3600) as (worker, _):
+        server.process.send_signal(signal.SIGSTOP)
+        worker.kill()
+
+
+def test_a_worker_command_that_is_stopped_while_redis_is_away_ends_with_0(fleet: Fleet, tmp_path: Path) -> None:
+    server = fleet.start("appendonly yes")
+    with commands_on(server.url, tmp_path) as commands:
+        worker = commands.start("worker", "--role", "r", "--grace", "200ms")
+        until(lambda: server.ask("SCARD", Keys("ceylon").workers) == 1, "the worker is registered")
+        server.kill()
+        until(lambda: "trying again" in commands.log(0).read_text(), "the worker has noticed")
+        worker.terminate()
+        assert worker.wait(LIMIT_S) == 0
+        assert commands.log(0).read_text().count("Left without farewell") == 1
