@@ -22,13 +22,13 @@ async def test_a_busy_worker_needs_few_round_trips_and_commands_per_task(
 ) -> None:
     slots, tasks = 50, 5000
     trips = commands = 0
-    run = Connection.run
+    run_each = Connection.run_each
 
-    async def counted(self: Connection, calls: Any, **options: Any) -> Any:
+    async def counted(self: Connection, calls: Any) -> Any:
         nonlocal trips, commands
         trips += 1
         commands += len(calls)
-        return await run(self, calls, **options)
+        return await run_each(self, calls)
 
     async with Client(redis_url, namespace=namespace) as client:
         handle = await client.submit(TaskGroup("g", (Task(uses="noop", role="p") for _ in range(tasks))))
@@ -39,7 +39,7 @@ async def test_a_busy_worker_needs_few_round_trips_and_commands_per_task(
 
     registry.add(Handler("noop", noop))
     worker = Worker(redis_url, namespace=namespace, registry=registry, roles=["p"], slots=slots, burst=True)
-    monkeypatch.setattr(Connection, "run", counted)
+    monkeypatch.setattr(Connection, "run_each", counted)
     await asyncio.wait_for(worker.run(), 60)
     monkeypatch.undo()
     async with Client(redis_url, namespace=namespace) as client:
