@@ -13,7 +13,7 @@ from loguru import logger
 
 from rq_ceylon.errors import ConnectionLostError
 from rq_ceylon.store.connection import Connection
-from rq_ceylon.worker.turn import Step
+from rq_ceylon.worker.held import Step
 
 PAUSE_S, PAUSE_MAX_S = 0.02, 1.0
 """Between two tries at a node that does not answer: the first pause, which doubles, and the longest."""

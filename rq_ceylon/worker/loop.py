@@ -22,12 +22,13 @@ from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.keys import Keys
 from rq_ceylon.store.transitions import Committed
 from rq_ceylon.worker.executor import WAIT_S, Executor
+from rq_ceylon.worker.held import Granted, Held, Stage
 from rq_ceylon.worker.lanes import Lanes
 from rq_ceylon.worker.leases import Leases
 from rq_ceylon.worker.lookout import Lookout
 from rq_ceylon.worker.neighbours import Neighbours
 from rq_ceylon.worker.outcome import UNKNOWN, Assignment, Outcome
-from rq_ceylon.worker.turn import Granted, Held, Stage, Turns
+from rq_ceylon.worker.turn import Turns
 
 BURST_WAIT_S = 60.0
 """A burst worker waits for entries (retries, say) that are due within this time, and leaves later ones."""
@@ -130,13 +131,8 @@ class Worker:
             await self.connection.run([*self.lookout.heartbeat(), *self.presence.advertise()])
             self.leases.start()
             self.neighbours.enter(self.name, self.roles)
-            logger.info(
-                "Worker {} serves {} with {} slots: {}",
-                self.name,
-                ", ".join(self.roles),
-                self.slots,
-                ", ".join(self.registry.names()),
-            )
+            roles, names = ", ".join(self.roles), ", ".join(self.registry.names())
+            logger.info("Worker {} serves {} with {} slots: {}", self.name, roles, self.slots, names)
             self.lookout.start()
             try:
                 await self._work()
@@ -218,6 +214,8 @@ class Worker:
         try:
             if grant.stop:
                 outcome = Outcome(kind="stopped")
+            elif self.turns.stopping:
+                outcome = Outcome(kind="release")
             else:
                 try:
                     outcome = await self._execute(grant)
@@ -229,18 +227,9 @@ class Worker:
                 self.turns.forget(grant.held)
                 return
             self.completed += outcome.kind == "completed"
-            self.turns.finish(
-                grant.held,
-                Committed(
-                    delivery.tid,
-                    delivery.fence,
-                    outcome.kind,
-                    outcome.reason,
-                    outcome.delay_ms,
-                    outcome.run_ms,
-                    outcome.blob,
-                ),
-            )
+            kind, reason, delay_ms, run_ms = outcome.kind, outcome.reason, outcome.delay_ms, outcome.run_ms
+            end = Committed(delivery.tid, delivery.fence, kind, reason, delay_ms, run_ms, outcome.blob)
+            self.turns.finish(grant.held, end)
             _log_end(delivery.gid, delivery.tid, claimed.attempt, outcome)
         finally:
             self._running.pop((delivery.role, delivery.fence), None)
@@ -328,12 +317,11 @@ class Worker:
         """
         roles = self.roles
         try:
-            async with asyncio.timeout(LAST_WORD_S):
-                while roles:
-                    calls = [transitions.release_all(self.keys, role, self.name) for role in roles]
-                    replies = await self.connection.run(calls)
-                    roles = [role for role, (_, more) in zip(roles, replies, strict=True) if more == "1"]
-                await self.connection.run(self.presence.farewell())
+            while roles:
+                calls = [transitions.release_all(self.keys, role, self.name) for role in roles]
+                replies = await asyncio.wait_for(self.connection.run(calls), LAST_WORD_S)
+                roles = [role for role, (_, more) in zip(roles, replies, strict=True) if more == "1"]
+            await asyncio.wait_for(self.connection.run(self.presence.farewell()), LAST_WORD_S)
             self.neighbours.leave()
         except (CeylonError, TimeoutError) as error:
             logger.warning(

@@ -12,17 +12,15 @@ from __future__ import annotations
 import collections
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from enum import Enum, auto
-from typing import Any, NamedTuple
+from typing import Any
 
 from loguru import logger
 
 from rq_ceylon.errors import CeylonError
 from rq_ceylon.store import transitions
 from rq_ceylon.store.keys import Keys
-from rq_ceylon.store.scripts import Call
-from rq_ceylon.store.transitions import Acks, Claimed, Committed, Delivery, Page, PageAck
+from rq_ceylon.store.transitions import Acks, Committed, Page, PageAck
+from rq_ceylon.worker.held import Granted, Held, Stage, Step
 from rq_ceylon.worker.leases import Leases
 
 UNCLAIMED_S = 2.0
@@ -30,58 +28,6 @@ UNCLAIMED_S = 2.0
 
 RECENT_S = 0.1
 """What finished within this time says how much to read ahead."""
-
-
-class Stage(Enum):
-    """
-    Where a held entry stands.
-    """
-
-    FETCHED = auto()
-    CLAIMING = auto()
-    RUNNING = auto()
-    ENDED = auto()
-    RELEASING = auto()
-
-
-@dataclass(slots=True, eq=False)
-class Held:
-    """
-    One delivery in this worker's hands.
-
-    Attributes:
-        since: monotonic time of the fetch.
-        is_suspect: it runs, and its worker died under it before, more than once.
-        later: its claim was put off.
-    """
-
-    delivery: Delivery
-    since: float
-    stage: Stage = Stage.FETCHED
-    is_suspect: bool = False
-    later: bool = False
-
-
-class Granted(NamedTuple):
-    """
-    A task that may run now: the delivery, the claim's answer, and its group's defaults (JSON) and stop flag.
-    """
-
-    held: Held
-    claimed: Claimed
-    defaults: str
-    stop: bool
-
-
-class Step(NamedTuple):
-    """
-    One call of a turn and what reads its reply. `lost`: what to do instead of repeating it if no reply comes (a fetch
-    delivers, so it must not be repeated).
-    """
-
-    call: Call
-    absorb: Callable[[Any], None]
-    lost: Callable[[], None] | None = None
 
 
 class Turns:
