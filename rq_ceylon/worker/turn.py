@@ -20,7 +20,7 @@ from rq_ceylon.errors import CeylonError
 from rq_ceylon.store import transitions
 from rq_ceylon.store.keys import Keys
 from rq_ceylon.store.transitions import Acks, Committed, Page, PageAck
-from rq_ceylon.worker.held import Granted, Held, Stage, Step
+from rq_ceylon.worker.held import Granted, Held, Settled, Stage, Step
 from rq_ceylon.worker.leases import Leases
 
 UNCLAIMED_S = 2.0
@@ -57,7 +57,7 @@ class Turns:
         self.granted: list[Granted] = []
         self.stopping = False
         self._outcomes: dict[str, list[tuple[Held, Committed]]] = collections.defaultdict(list)
-        self._acks: dict[str, dict[str, Acks]] = {role: {} for role in self.roles}
+        self._settled = {role: Settled() for role in self.roles}
         self._page_acks: dict[str, list[PageAck]] = collections.defaultdict(list)
         self._to_enqueue: dict[str, list[Page]] = collections.defaultdict(list)
         self._to_relay: set[str] = set()
@@ -249,7 +249,7 @@ class Turns:
             self._to_fetch.discard(role)
             self._empty.discard(role)
             self._next_due_s.pop(role, None)
-            acks, self._acks[role] = self._acks[role], {}
+            acks = self._settled[role].take()
             recover = None
             if role in self._recovering:
                 recover = [entry for of, entry in self.held if of == role]
@@ -359,11 +359,7 @@ class Turns:
         self._fetching.discard(role)
         self._recovering.add(role)
         self._to_fetch.add(role)
-        for outcome, some in acks.items():
-            mine = self._acks[role].setdefault(outcome, Acks())
-            mine.entries += some.entries
-            for name, count in some.histogram.items():
-                mine.histogram[name] = mine.histogram.get(name, 0) + count
+        self._settled[role].put_back(acks)
 
     def _released(self, stale: Sequence[Held], reply: Any) -> None:
         if isinstance(reply, CeylonError):
@@ -404,17 +400,8 @@ class Turns:
                 self._to_enqueue[page.role].append(page)
 
     def _acknowledge(self, held: Held, outcome: str, run_ms: int) -> None:
-        delivery = held.delivery
-        acks = self._acks[delivery.role].setdefault(outcome, Acks())
-        acks.entries.append(delivery.entry)
-        self._to_fetch.add(delivery.role)
-        if outcome in ("completed", "failed"):
-            # By the server's clock: a fence is its time of delivery in µs, an entry id its time of arrival in ms.
-            wait_ms = max(0, delivery.fence // 1000 - int(delivery.lineage[2:].partition("-")[0]))
-            for name, value in (("run", run_ms), ("wait", wait_ms)):
-                bucket, total = f"{name}:{value.bit_length()}", f"{name}_ms"
-                acks.histogram[bucket] = acks.histogram.get(bucket, 0) + 1
-                acks.histogram[total] = acks.histogram.get(total, 0) + value
+        self._settled[held.delivery.role].note(held.delivery, outcome, run_ms)
+        self._to_fetch.add(held.delivery.role)
         self.forget(held)
 
 
