@@ -678,6 +678,9 @@ def test_suspects_start_one_at_a_time_and_what_is_put_off_is_not_written(bench: 
     assert bench.claim("w", first, suspect=False) == ["LATER"]
     assert bench.state("g") == before
     assert bench.claim("w", first, second) == ["GRANTED", "LATER"]
+    before = bench.state("g")
+    assert bench.claim("w", first, second) == ["GRANTED", "LATER"]  # the reply was lost
+    assert bench.state("g") == before
     assert bench.commit("w", first) == "OK"
     assert bench.claim("w", second) == ["GRANTED"]
 

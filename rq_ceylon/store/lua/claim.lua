@@ -80,7 +80,10 @@ local function judge(delivery, has_needs)
   if not task then return (is_ended[tid] or call('HEXISTS', RESULTS, tid) == 1) and 'DONE' or 'GONE' end
   if bytes > 0 and bytes + #task > REPLY_BYTES_MAX then return 'LATER' end
   if running(claim) then
-    if claim.fence == delivery.fence and claim.worker == worker then return 'GRANTED' end
+    if claim.fence == delivery.fence and claim.worker == worker then
+      if claim.crashes >= SUSPECT_CRASHES then room = false end
+      return 'GRANTED'
+    end
     if claim.lineage ~= delivery.lineage then
       return delivery.supersedes == claim.fence and take_over(delivery, task, claim) or 'DUPLICATE'
     end
