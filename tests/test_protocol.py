@@ -323,6 +323,7 @@ def test_only_submit_is_refused_at_the_memory_limit(bench: Bench) -> None:
         with pytest.raises(redis.ResponseError, match="maxmemory"):
             bench.submit("h", ["a"])
         assert not bench.redis.keys(f"{bench.keys.prefix}{{g:h}}*")
+        assert bench.run(transitions.register(bench.keys, "g", "h"))[0] == "OK"
         for _ in range(3):
             assert bench.commit("w", bench.started("w", "g")) == "OK"
     finally:

@@ -16,6 +16,7 @@ local function without(list, name)
 end
 
 if not load() then return {'GONE'} end
+drain()
 if action == 'register' then
   if group.status ~= 'finished' then
     local list = without(call('HGET', META, 'dependents') or '', gid)
@@ -24,7 +25,6 @@ if action == 'register' then
   return {'OK', group.status, group.outcome or ''}
 end
 
-drain()
 local list = call('HGET', META, 'depends_on') or ''
 local rest, left = without(list, gid)
 if group.status ~= 'waiting' or rest == list then return {'NO', group.status} end
