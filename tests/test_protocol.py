@@ -609,6 +609,14 @@ def test_a_group_is_cancelled_with_the_reason_when_one_on_which_it_depends_did_n
     assert bench.meta("h")["outcome"] == "cancelled"
 
 
+def test_a_verdict_that_ends_a_waiting_group_settles_its_other_goals_by_what_they_say(bench: Bench) -> None:
+    bench.queued("first")
+    enough = Goal(name="enough", call="enough", on_achieved="cancel")
+    bench.queued("g", depends_on=["first"], goal=[enough, Goal("cancelled >= 1", name="none", deadline=60)])
+    bench.run(transitions.judge(bench.keys, "g", goal="enough", verdict="achieved"))
+    assert bench.meta("g")["goal:none"].split("|")[:4:3] == ["achieved", "judge"]
+
+
 def test_a_message_that_comes_twice_or_from_another_group_changes_nothing(bench: Bench) -> None:
     bench.queued("first")
     bench.queued("g", depends_on=["first"])

@@ -59,7 +59,6 @@ if action == 'cancel' then
   end
   if group.status == 'finished' then return {'NO', group.status} end
   local open = group.waiting + group.pending + group.in_progress
-  if group.status == 'waiting' then start_goals() end
   local undecided = group.goals ~= '' or (call('HEXISTS', META, 'specs') == 0 and open > 0)
   if undecided and not group.outcome then group.outcome = 'cancelled'; call('HSET', META, 'outcome', 'cancelled') end
   group.open = '0'

@@ -35,7 +35,6 @@ if outcome == 'completed' then
   start_goals()
   for _, page in ipairs(call('ZRANGE', OUTBOX, 0, -1)) do call('ZADD', OUTBOX, now_text, page) end
 else
-  start_goals()
   group.outcome = 'cancelled'
   call('HSET', META, 'outcome', 'cancelled', 'reason', 'group ' .. gid .. ' it depends on is ' .. outcome)
   close(false)

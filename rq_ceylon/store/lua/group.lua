@@ -233,10 +233,23 @@ local function decide(goal, kind)
   if holds == 1 then return 'achieved', kind elseif holds == 0 then return 'failed', kind end
 end
 
+-- The goals and their deadlines start with the group.
+local function start_goals()
+  local lines = {}
+  for line in string.gmatch(group.goals, '[^;]+') do
+    local goal = goal_of(line)
+    if goal.deadline > 0 then goal.deadline = now + goal.deadline end
+    lines[#lines + 1] = goal_text(goal)
+  end
+  group.goals = table.concat(lines, ';')
+  if group.goals ~= '' then call('HSET', META, 'goals', group.goals) end
+end
+
 -- Cancels what has not started, in O(1): with a closed group, `cancelled` is what an open task without a claim is.
 local function close(stop)
   if stop then call('HSET', META, 'stop', '1') end
   if closed() then return end
+  if group.status == 'waiting' then start_goals() end
   group.cancelled = group.cancelled + group.waiting + group.pending
   group.waiting = 0; group.pending = 0; group.status = 'closing'
   call('UNLINK', OUTBOX); pages = {}
@@ -334,18 +347,6 @@ local function tail(kind, visible)
   local namespace, gid = string.match(KEYS[1], '^ceylon:(.-):{g:(.-)}:')
   call('PUBLISH', 'ceylon:' .. namespace .. ':events:' .. gid, number)
   if group.status == 'finished' and number == 1 then call('PEXPIRE', EVENTS, call('PTTL', META)) end
-end
-
--- The goals and their deadlines start with the group.
-local function start_goals()
-  local lines = {}
-  for line in string.gmatch(group.goals, '[^;]+') do
-    local goal = goal_of(line)
-    if goal.deadline > 0 then goal.deadline = now + goal.deadline end
-    lines[#lines + 1] = goal_text(goal)
-  end
-  group.goals = table.concat(lines, ';')
-  if group.goals ~= '' then call('HSET', META, 'goals', group.goals) end
 end
 
 -- The nearest deadline of an undecided goal, 0 if there is none. A group that waits has not started them.
