@@ -10,7 +10,7 @@ import pytest
 from bench import Bench
 from loguru import logger
 
-from rq_ceylon.maintenance.relay import PAGES_PER_CALL
+from rq_ceylon.maintenance.relay import PAGES_PER_CALL, relay
 from rq_ceylon.maintenance.steps import MOVING_MS, STILL_MS, Maintenance
 from rq_ceylon.models import Goal
 from rq_ceylon.store import transitions
@@ -320,6 +320,19 @@ async def test_a_finished_group_is_looked_at_again_soon_while_its_message_is_wit
         await maintenance.run_once()
     assert (next_look_ms(bench, "first") or 0) > 23 * HOUR_MS
     assert not bench.redis.exists(bench.keys.group_part("first", "outbox"))
+
+
+async def test_a_chain_of_a_thousand_groups_ends_with_its_first(bench: Bench, connection: Connection) -> None:
+    gids = [f"g{number}" for number in range(1000)]
+    for before, gid in zip([None, *gids], gids, strict=False):
+        bench.submit(gid, depends_on=[before] if before else [])
+        if before:
+            bench.run(transitions.register(bench.keys, before, gid))
+    bench.run(transitions.cancel_group(bench.keys, gids[0]))
+
+    await relay(connection, bench.keys, gids[0])
+
+    assert bench.meta(gids[-1])["outcome"] == "cancelled"
 
 
 async def test_a_group_that_waits_for_one_that_is_gone_is_cancelled(bench: Bench, maintenance: Maintenance) -> None:

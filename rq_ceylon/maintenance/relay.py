@@ -23,7 +23,34 @@ async def relay(connection: Connection, keys: Keys, gid: str) -> tuple[OutboxRep
 
     A page is acknowledged only after its role has it: what happens twice is settled at the claim.
     """
+    answer, moved, told = await _relay_one(connection, keys, gid)
+    await _relay_all(connection, keys, told)
+    return answer, moved
+
+
+async def hand_over(connection: Connection, keys: Keys, pages: Sequence[Page]) -> list[PageAck]:
+    """
+    Enqueue pages, and return what acknowledges them.
+    """
+    acks, told = await _hand_over(connection, keys, pages)
+    await _relay_all(connection, keys, told)
+    return acks
+
+
+async def _relay_all(connection: Connection, keys: Keys, gids: Sequence[str]) -> None:
+    # A loop: a long chain of groups may end at once.
+    waiting = collections.deque(gids)
+    while waiting:
+        _, _, told = await _relay_one(connection, keys, waiting.popleft())
+        waiting += told
+
+
+async def _relay_one(connection: Connection, keys: Keys, gid: str) -> tuple[OutboxReply, bool, list[str]]:
+    """
+    As `relay`; the third are the groups that were told, and now have something to relay themselves.
+    """
     acks: list[PageAck] = []
+    told: list[str] = []
     moved = False
     while True:
         calls = [
@@ -33,15 +60,13 @@ async def relay(connection: Connection, keys: Keys, gid: str) -> tuple[OutboxRep
         reply, left = await connection.run(calls)
         answer = transitions.outbox_reply(gid, reply)
         if not answer.pages and not answer.more:
-            return answer, moved or left > 0
+            return answer, moved or left > 0, told
         moved = True
-        acks = await hand_over(connection, keys, answer.pages)
+        acks, some = await _hand_over(connection, keys, answer.pages)
+        told += some
 
 
-async def hand_over(connection: Connection, keys: Keys, pages: Sequence[Page]) -> list[PageAck]:
-    """
-    Enqueue pages, and return what acknowledges them.
-    """
+async def _hand_over(connection: Connection, keys: Keys, pages: Sequence[Page]) -> tuple[list[PageAck], list[str]]:
     by_role: dict[str, list[Page]] = collections.defaultdict(list)
     messages = [page for page in pages if page.is_message]
     for page in pages:
@@ -50,8 +75,7 @@ async def hand_over(connection: Connection, keys: Keys, pages: Sequence[Page]) -
     calls: list[Call] = [transitions.enqueue(keys, role, some) for role, some in by_role.items()]
     calls += [transitions.deliver(keys, page) for page in messages]
     replies = await connection.run(calls) if calls else []
-    for page, (word, *_) in zip(messages, replies[len(by_role) :], strict=True):
-        if word == "OK":
-            await relay(connection, keys, page.text.rpartition("|")[2])
+    answers = zip(messages, replies[len(by_role) :], strict=True)
+    told = [page.text.rpartition("|")[2] for page, (word, *_) in answers if word == "OK"]
     acks = [PageAck(page, horizon) for some, horizon in zip(by_role.values(), replies, strict=False) for page in some]
-    return acks + [PageAck(page) for page in messages]
+    return acks + [PageAck(page) for page in messages], told
