@@ -9,6 +9,8 @@ from bench import LEASE_MS, Bench
 from rq_ceylon.models import Goal
 from rq_ceylon.store import transitions
 from rq_ceylon.store.transitions import Committed, Delivery
+from rq_ceylon.worker.leases import Leases
+from rq_ceylon.worker.turn import Turns
 
 pytestmark = pytest.mark.every_engine
 
@@ -456,6 +458,19 @@ def test_the_lease_is_the_roles_while_somebody_is_there(bench: Bench) -> None:
     assert lease_of(900) == 400
     bench.redis.hset(bench.keys.role_part("p", "meta"), "last", 1)
     assert lease_of(900) == 900
+
+
+def test_a_worker_renews_in_time_for_the_shortest_lease_of_its_roles_and_leaves_each_as_it_is(bench: Bench) -> None:
+    for role, lease_ms in (("short", 10_000), ("long", 60_000)):
+        bench.run(transitions.fetch(bench.keys, role, "v", budget=0, lease_ms=lease_ms))
+    leases = Leases(url="", keys=bench.keys, worker="w", on_lost=lambda role, entry: None)
+    turns = Turns(keys=bench.keys, worker="w", roles=["short", "long"], slots=1, lease_ms=30_000, leases=leases)
+    for _ in range(2):
+        for step in turns.plan(1):
+            step.absorb(bench.run(step.call))
+    assert (turns.lease_ms, leases.lease_s) == (10_000, 10)
+    kept = [bench.redis.hget(bench.keys.role_part(role, "meta"), "lease") for role in ("short", "long")]
+    assert kept == ["10000", "60000"]
 
 
 # ---- goals -----------------------------------------------------------------------------------------------------------

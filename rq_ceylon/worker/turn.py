@@ -36,7 +36,7 @@ class Turns:
 
     Args:
         slots: how many tasks may run at once.
-        lease_ms: the lease to ask for; `lease_ms` is then the one in force.
+        lease_ms: the lease to ask for.
         may_send: whether calls on a key may be sent now; no turn has any on others.
     """
 
@@ -51,8 +51,8 @@ class Turns:
         leases: Leases,
         may_send: Callable[[str], bool],
     ) -> None:
-        self.keys, self.worker, self.roles, self.slots, self.lease_ms = keys, worker, list(roles), slots, lease_ms
-        self.leases, self._may_send = leases, may_send
+        self.keys, self.worker, self.roles, self.slots, self.leases = keys, worker, list(roles), slots, leases
+        self._lease_ms, self._may_send = dict.fromkeys(self.roles, lease_ms), may_send
         self.held: dict[tuple[str, str], Held] = {}
         self.granted: list[Granted] = []
         self.stopping = False
@@ -73,6 +73,13 @@ class Turns:
         self._turn = 0
 
     # ---- what the loop asks ------------------------------------------------------------------------------------------
+    @property
+    def lease_ms(self) -> int:
+        """
+        The shortest lease in force in any of the roles.
+        """
+        return min(self._lease_ms.values())
+
     @property
     def next_due_s(self) -> float | None:
         """
@@ -258,7 +265,7 @@ class Turns:
                 role,
                 self.worker,
                 budget=budget,
-                lease_ms=self.lease_ms,
+                lease_ms=self._lease_ms[role],
                 first=first,
                 acks=acks,
                 recover=recover,
@@ -332,14 +339,14 @@ class Turns:
             return
         answer = transitions.fetch_reply(role, reply)
         self._recovering.discard(role)
-        if answer.lease_ms != self.lease_ms:
+        if answer.lease_ms != self._lease_ms[role]:
             logger.warning(
                 "Role {} has leases of {} s; adopted instead of {} s",
                 role,
                 answer.lease_ms / 1000,
-                self.lease_ms / 1000,
+                self._lease_ms[role] / 1000,
             )
-            self.lease_ms = answer.lease_ms
+            self._lease_ms[role] = answer.lease_ms
         self.leases.adopt(self.lease_ms / 1000)
         if answer.next_due_ms is not None:
             self._next_due_s[role] = answer.next_due_ms / 1000
@@ -353,7 +360,7 @@ class Turns:
             if mine is not None and mine.stage is not Stage.FETCHED:
                 continue
             self.held[role, delivery.entry] = Held(delivery, now)
-            self.leases.hold(role, delivery.entry, now + UNCLAIMED_S + 2 * self.lease_ms / 1000)
+            self.leases.hold(role, delivery.entry, now + UNCLAIMED_S + 2 * answer.lease_ms / 1000)
 
     def _fetch_lost(self, role: str, acks: dict[str, Acks]) -> None:
         self._fetching.discard(role)
