@@ -84,6 +84,15 @@ async def test_the_living_are_left_alone_and_the_dead_are_buried_once(bench: Ben
     mine.leave()
 
 
+async def test_a_file_whose_content_the_host_lost_holds_nobody_up(bench: Bench, connection: Connection) -> None:
+    mine = Neighbours("redis://x", bench.keys)
+    mine.enter("me", ["p"])
+    (mine._folder / "empty").touch()
+    await mine.bury_dead(connection)
+    assert os.listdir(mine._folder) == ["me"]
+    mine.leave()
+
+
 async def test_whoever_leaves_has_nothing_to_be_buried_and_other_namespaces_are_not_neighbours(
     bench: Bench, connection: Connection, redis_url: str, folder: Path
 ) -> None:

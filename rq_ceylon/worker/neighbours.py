@@ -82,8 +82,12 @@ class Neighbours:
             with contextlib.suppress(OSError), path.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # Held while it is buried, so that one does it; should that one die, the next finds it free again.
-                facts = json.load(file)
-                await bury(connection, self._keys, facts["worker"], facts["roles"])
+                try:
+                    facts = json.load(file)
+                except ValueError:  # its content was lost when this host went down
+                    logger.debug("{} names no worker", path)
+                else:
+                    await bury(connection, self._keys, facts["worker"], facts["roles"])
                 path.unlink(missing_ok=True)
 
     def _others(self) -> list[Path]:
