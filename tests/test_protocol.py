@@ -758,6 +758,27 @@ def test_a_probe_says_busy_while_more_is_left_up_to_the_horizon_than_it_looks_at
 
 
 # ---- caps and lifetimes ----------------------------------------------------------------------------------------------
+def test_a_worker_with_ten_thousand_slots_claims_and_acknowledges_as_many(bench: Bench) -> None:
+    for part in range(1, 21):
+        tids = [f"{part}-{number}" for number in range(500)]
+        bench.submit("g", tids, part=part, last=part == 20, digest=str(part))
+    bench.relay("g")
+    leases = Leases(url="", keys=bench.keys, worker="w", on_lost=lambda role, entry: None)
+    turns = Turns(keys=bench.keys, worker="w", roles=["p"], slots=10_000, lease_ms=LEASE_MS, leases=leases)
+    for _ in range(2):
+        for step in turns.plan(10_000 - len(turns.granted)):
+            step.absorb(bench.run(step.call))
+    assert bench.counters("g") == {"total": 10_000, "in_progress": 10_000}
+    for granted in turns.granted:
+        delivery = granted.held.delivery
+        turns.finish(granted.held, Committed(delivery.tid, delivery.fence, "completed", "", 0, 0, b"null"))
+    for _ in range(2):
+        for step in turns.plan(0):
+            step.absorb(bench.run(step.call))
+    assert bench.counters("g") == {"total": 10_000, "completed": 10_000}
+    assert bench.redis.xlen(bench.keys.role_part("p", "normal")) == 0
+
+
 def test_more_dependents_than_one_call_looks_at_are_released_by_the_next(bench: Bench) -> None:
     children = [f"c{n}" for n in range(2500)]
     bench.submit("g", ["root"], part=1, last=False, digest="0")

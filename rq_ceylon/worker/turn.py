@@ -216,11 +216,14 @@ class Turns:
                 free -= 1
                 held.stage = Stage.CLAIMING
                 by_group[gid].append(held)
-        for gid, batch in by_group.items():
-            call = transitions.claim(self.keys, gid, self.worker, [held.delivery for held in batch], suspect=suspect)
-            yield Step(call, lambda reply, batch=batch, suspect=suspect: self._claimed(batch, suspect, reply))  # type: ignore[misc]
-            self._asks_for_suspect |= suspect
-            suspect = False  # one claim at a time may start one
+        for gid, helds in by_group.items():
+            for first in range(0, len(helds), transitions.CLAIM_TASKS_MAX):
+                batch = helds[first : first + transitions.CLAIM_TASKS_MAX]
+                asked = [held.delivery for held in batch]
+                call = transitions.claim(self.keys, gid, self.worker, asked, suspect=suspect)
+                yield Step(call, lambda reply, batch=batch, suspect=suspect: self._claimed(batch, suspect, reply))  # type: ignore[misc]
+                self._asks_for_suspect |= suspect
+                suspect = False  # one claim at a time may start one
 
     def _releases(self) -> Iterable[Step]:
         limit = time.monotonic() - (0 if self.stopping else UNCLAIMED_S)

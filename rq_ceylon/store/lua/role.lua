@@ -7,6 +7,7 @@ local DELAYED, META, BELL, QUARANTINE = KEYS[4], KEYS[5], KEYS[6], KEYS[7]
 local GROUP = 'workers'
 local BELL_MAX = 64          -- tokens; more idle workers than that wake within their blocking wait
 local QUARANTINE_MAX = 1000
+local UNPACK_MAX = 1000      -- Lua's stack ends at 8,000
 
 -- See group.lua: every writing script must be able to run at maxmemory.
 local function drain() call('HDEL', META, '') end
@@ -36,7 +37,12 @@ local function pending(stream, ...)
 end
 
 local function acknowledge(stream, ids)
-  local count = redis.pcall('XACK', stream, GROUP, unpack(ids))
-  call('XDEL', stream, unpack(ids))
-  return type(count) == 'number' and count or 0
+  local acknowledged = 0
+  for first = 1, #ids, UNPACK_MAX do
+    local last = math.min(first + UNPACK_MAX - 1, #ids)
+    local count = redis.pcall('XACK', stream, GROUP, unpack(ids, first, last))
+    call('XDEL', stream, unpack(ids, first, last))
+    acknowledged = acknowledged + (type(count) == 'number' and count or 0)
+  end
+  return acknowledged
 end
