@@ -18,6 +18,7 @@ from rq_ceylon.attempt import Backoff, TaskContext
 from rq_ceylon.client import Client
 from rq_ceylon.errors import TaskCancelledError, TaskFailedError
 from rq_ceylon.models import Task, TaskGroup, TaskStatus
+from rq_ceylon.store.connection import Connection
 from rq_ceylon.worker import Worker
 
 pytestmark = pytest.mark.anyio
@@ -294,6 +295,23 @@ async def test_a_warm_stop_waits_for_what_runs_and_takes_nothing_new(app: Ceylon
     assert (view.counters.completed, view.counters.pending, view.counters.attempts) == (1, 1, 1)
     (role,) = await client.roles()
     assert (role.queued, role.delivered) == (1, 0)
+
+
+async def test_what_is_fetched_when_the_stop_comes_is_given_back_unclaimed(app: Ceylon, client: Client) -> None:
+    group = await client.submit(TaskGroup("g", tasks(1)))
+    worker = worker_of(app)
+    take_turn = worker._take_turn
+
+    async def stop_once_fetched(connection: Connection) -> None:
+        await take_turn(connection)
+        if worker.turns.held:
+            worker.stop()
+
+    worker._take_turn = stop_once_fetched  # type: ignore[method-assign]
+    await asyncio.wait_for(worker.run(), LIMIT_S)
+
+    counters = (await group.view()).counters
+    assert (counters.pending, counters.attempts) == (1, 0)
 
 
 async def test_after_the_grace_another_worker_finishes_what_was_given_back(app: Ceylon, client: Client) -> None:

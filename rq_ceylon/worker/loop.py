@@ -152,6 +152,7 @@ class Worker:
         shutdown: asyncio.Task[None] | None = None
         while True:
             if self._stop.is_set() and shutdown is None:
+                self.turns.stopping = True  # before the plan: nothing starts that `_shut_down` does not see
                 shutdown = asyncio.create_task(self._shut_down(), name="shutdown")
             self.lookout.check()
             self.lanes.check()
@@ -291,7 +292,6 @@ class Worker:
         """
         Say in the records of what runs that this worker is stopping, so that losing it now counts no crash; then wait.
         """
-        self.turns.stopping = True
         for held, _ in self._running.values():
             delivery = held.delivery
             self.turns.finish(held, Committed(delivery.tid, delivery.fence, "stopping", "", 0, 0, b""))
