@@ -21,6 +21,7 @@ import redis
 from rq_ceylon import (
     Backoff,
     Ceylon,
+    CeylonError,
     GroupView,
     InvalidInputError,
     RedisError,
@@ -323,7 +324,7 @@ def test_a_client_that_was_closed_says_so_or_connects_anew(app: Ceylon) -> None:
     client.close()
     client.close()
 
-    with pytest.raises(RuntimeError, match="not open"):
+    with pytest.raises(CeylonError, match="not open"):
         app.sync_client().task("g/1")
 
 
@@ -393,3 +394,37 @@ def test_two_loops_and_a_fork_have_clients_of_their_own_and_the_process_ends_by_
     assert [result for _, result in lines] == ["2", "2", "4", "6", "2", "8"], ran.stderr
     assert len({task_id for task_id, _ in lines}) == 6
     assert (ran.returncode, "Traceback" in ran.stderr) == (0, False), ran.stderr
+
+
+FORKED = """
+import os, sys
+from rq_ceylon import Ceylon, Task, TaskGroup
+
+with Ceylon(sys.argv[1], namespace=sys.argv[2]).sync_client() as client:
+    run = client.submit(TaskGroup("a", [Task(), Task()]))
+    is_child = os.fork() == 0
+    for _ in range(100):
+        assert run.view().counters.total == run.task("1").view().attempt + 1 == 2
+        assert [view.id for view in client.groups()] == [run.id]
+        assert [task.id for task in run.tasks()] == ["1", "2"]
+    if is_child:
+        os._exit(0)
+    assert os.wait()[1] == 0
+"""
+
+
+def test_a_forked_child_goes_on_with_the_client_and_handles_of_its_parent_on_a_connection_of_its_own(
+    app: Ceylon,
+) -> None:
+    """
+    Both used the parent's connection at the same time, and got each other's answers.
+    """
+    ran = subprocess.run(
+        [sys.executable, "-c", FORKED, app.settings.redis_url, app.settings.namespace],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert (ran.returncode, ran.stderr) == (0, "")

@@ -44,6 +44,12 @@ class TaskHandle(Generic[R]):
     def __repr__(self) -> str:
         return f"<TaskHandle {self.id}>"
 
+    def through(self, session: Session) -> TaskHandle[R]:
+        """
+        The same task, by another client.
+        """
+        return TaskHandle(session, self._gid, self._tid, self._handler)
+
     async def result(self, timeout: float | None = None) -> R:
         """
         What the handler returned, once the task has completed; of the annotated type if the handler is known here.
@@ -120,6 +126,12 @@ class GroupHandle:
 
     def __repr__(self) -> str:
         return f"<GroupHandle {self.id} {self.name!r}>"
+
+    def through(self, session: Session) -> GroupHandle:
+        """
+        The same group, by another client.
+        """
+        return GroupHandle(session, self.id, name=self.name, repeated=self.repeated)
 
     def task(self, tid: str) -> TaskHandle[Any]:
         return TaskHandle(self._session, self.id, check_id(tid, "task id"))
@@ -204,11 +216,12 @@ class GroupHandle:
                 yield task.result or TaskResult(task.id, task.status, task.reason, task.role)
         await self.view()  # had it gone meanwhile, these would not be all
 
-    def tasks(self) -> AsyncIterator[TaskView]:
+    async def tasks(self) -> AsyncIterator[TaskView]:
         """
         All tasks, each once, those still open first; as they stand, so two may be of different moments.
         """
-        return queries.tasks(self._session.connection, self._session.keys, self.id)
+        async for task in queries.tasks(self._session.connection, self._session.keys, self.id):
+            yield task
 
     async def cancel(self) -> str:
         """

@@ -38,11 +38,20 @@ class Session:
 
     def __init__(self, url: str, namespace: str, registry: Registry | None) -> None:
         self.url, self.keys, self.registry = url, Keys(check_id(namespace, "namespace")), registry
-        self.connection = Connection(url)
+        self._connection = Connection(url)
         self.hub = EventHub(url, self.keys)
-        self._following = Following(self.connection, self.keys, self.hub, self._warn_of_missing)
+        self._following = Following(self._connection, self.keys, self.hub, self._warn_of_missing)
         self._warned_at: dict[str, float] = {}
         self._owner: tuple[int, asyncio.AbstractEventLoop] | None = None
+
+    @property
+    def connection(self) -> Connection:
+        """
+        Raises:
+            CeylonError: not open, or of another process or loop: the words of two on one connection would mix.
+        """
+        self.check_owner()
+        return self._connection
 
     async def connect(self) -> None:
         """
@@ -59,7 +68,7 @@ class Session:
         self._owner = None
         await self._following.close()
         await self.hub.close()
-        await self.connection.close()
+        await self._connection.close()
 
     def check_owner(self) -> None:
         if self._owner is None:

@@ -7,16 +7,16 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from types import TracebackType
-from typing import Any, Concatenate, Generic, Literal, ParamSpec, Self, TypeVar, cast, overload
+from typing import Any, Generic, Literal, Self, TypeVar, cast, overload
 
 from rq_ceylon.client.client import Client
 from rq_ceylon.client.handles import GroupHandle, TaskHandle
+from rq_ceylon.errors import CeylonError
 from rq_ceylon.models import GroupView, RoleView, Task, TaskGroup, TaskResult, TaskStatus, TaskView, WorkerView
 from rq_ceylon.store.events import Event
 
-P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
 
@@ -45,8 +45,8 @@ class SyncClient:
 
     def open(self) -> Self:
         if self._loop is not None:
-            # Forked: the thread of this loop runs in the parent only. Keep the loop; its end is not ours to bring.
-            OF_PARENTS.append(self._loop)
+            # Forked: the thread of this loop runs in the parent only. Keep what is its: its end is not ours to bring.
+            OF_PARENTS.append((self._loop, self._inner))
         self._loop, self._pid = asyncio.new_event_loop(), os.getpid()
         self._thread = threading.Thread(target=self._loop.run_forever, name="ceylon-client", daemon=True)
         self._thread.start()
@@ -57,7 +57,7 @@ class SyncClient:
             return await client.open()
 
         try:
-            self._inner = self.call(connect)
+            self._inner = self.call(connect())
         except BaseException:
             self._end()
             raise
@@ -68,7 +68,7 @@ class SyncClient:
         May be called twice; does nothing in a forked child, whose parent owns the thread.
         """
         if self._loop is not None and self._pid == os.getpid():
-            self.call(self.inner.close)
+            self.call(self.inner.close())
             self._end()
 
     def _end(self) -> None:
@@ -86,33 +86,34 @@ class SyncClient:
 
     @property
     def inner(self) -> Client:
-        if self._inner is None:
-            raise RuntimeError("this client is not open; use `with app.sync_client() as client`")
-        return self._inner
+        """
+        The client of this process: a new one after a fork, whose parent goes on with the one before.
 
-    def call(self, function: Callable[Concatenate[P], Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        Raises:
+            CeylonError: it was never opened.
         """
-        Run a coroutine function of the async side.
-        """
+        if self._inner is None:
+            raise CeylonError("this client is not open; use `with app.sync_client() as client`")
         if self._loop is None or self._pid != os.getpid():
             self.open()
+        return self._inner
 
-        async def body() -> T:
-            return await function(*args, **kwargs)
+    def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """
+        Run a coroutine of `inner`, or of a handle that goes through it.
+        """
+        return asyncio.run_coroutine_threadsafe(coroutine, cast(asyncio.AbstractEventLoop, self._loop)).result()
 
-        return asyncio.run_coroutine_threadsafe(body(), cast(asyncio.AbstractEventLoop, self._loop)).result()
-
-    def iterate(self, make: Callable[[], Any]) -> Iterator[Any]:
+    def iterate(self, items: AsyncIterator[T]) -> Iterator[T]:
         """
         The items of an async iterator.
         """
-        items = make().__aiter__()
         end = object()
 
         async def following() -> Any:
             return await anext(items, end)
 
-        while (item := self.call(following)) is not end:
+        while (item := self.call(following())) is not end:
             yield item
 
     @overload
@@ -125,15 +126,8 @@ class SyncClient:
         As `Client.submit`.
         """
         if isinstance(work, TaskGroup):
-            group = self.call(self._submit_group, work, require_workers)
-            return SyncGroupHandle(self, group)
-        return SyncTaskHandle(self, self.call(self._submit_task, work, require_workers))
-
-    async def _submit_group(self, group: TaskGroup, require_workers: bool) -> GroupHandle:
-        return await self.inner.submit(group, require_workers=require_workers)
-
-    async def _submit_task(self, task: Task, require_workers: bool) -> TaskHandle[Any]:
-        return await self.inner.submit(task, require_workers=require_workers)
+            return SyncGroupHandle(self, self.call(self.inner.submit(work, require_workers=require_workers)))
+        return SyncTaskHandle(self, self.call(self.inner.submit(work, require_workers=require_workers)))
 
     def task(self, task_id: str) -> SyncTaskHandle[Any]:
         return SyncTaskHandle(self, self.inner.task(task_id))
@@ -142,19 +136,19 @@ class SyncClient:
         return SyncGroupHandle(self, self.inner.group(gid))
 
     def groups(self) -> list[GroupView]:
-        return self.call(self.inner.groups)
+        return self.call(self.inner.groups())
 
     def workers(self) -> list[WorkerView]:
-        return self.call(self.inner.workers)
+        return self.call(self.inner.workers())
 
     def roles(self) -> list[RoleView]:
-        return self.call(self.inner.roles)
+        return self.call(self.inner.roles())
 
     def pause_role(self, role: str) -> None:
-        self.call(self.inner.pause_role, role)
+        self.call(self.inner.pause_role(role))
 
     def resume_role(self, role: str) -> None:
-        self.call(self.inner.resume_role, role)
+        self.call(self.inner.resume_role(role))
 
 
 class SyncTaskHandle(Generic[R]):
@@ -166,20 +160,24 @@ class SyncTaskHandle(Generic[R]):
         self._client, self._handle = client, handle
 
     @property
+    def _bound(self) -> TaskHandle[R]:
+        return self._handle.through(self._client.inner)
+
+    @property
     def id(self) -> str:
         return self._handle.id
 
     def result(self, timeout: float | None = None) -> R:
-        return self._client.call(self._handle.result, timeout)
+        return self._client.call(self._bound.result(timeout))
 
     def view(self) -> TaskView:
-        return self._client.call(self._handle.view)
+        return self._client.call(self._bound.view())
 
     def status(self) -> TaskStatus:
-        return self._client.call(self._handle.status)
+        return self._client.call(self._bound.status())
 
     def cancel(self) -> str:
-        return self._client.call(self._handle.cancel)
+        return self._client.call(self._bound.cancel())
 
 
 class SyncGroupHandle:
@@ -190,6 +188,10 @@ class SyncGroupHandle:
 
     def __init__(self, client: SyncClient, handle: GroupHandle) -> None:
         self._client, self._handle = client, handle
+
+    @property
+    def _bound(self) -> GroupHandle:
+        return self._handle.through(self._client.inner)
 
     @property
     def id(self) -> str:
@@ -207,28 +209,28 @@ class SyncGroupHandle:
         return SyncTaskHandle(self._client, self._handle.task(tid))
 
     def view(self) -> GroupView:
-        return self._client.call(self._handle.view)
+        return self._client.call(self._bound.view())
 
     def wait(self, until: Literal["goal", "all"] = "goal", timeout: float | None = None) -> GroupView:
-        return self._client.call(self._handle.wait, until, timeout)
+        return self._client.call(self._bound.wait(until, timeout))
 
     def progress(self) -> Iterator[GroupView]:
-        return self._client.iterate(self._handle.progress)
+        return self._client.iterate(self._bound.progress())
 
     def events(self, start: int = 1) -> Iterator[Event]:
-        return self._client.iterate(lambda: self._handle.events(start))
+        return self._client.iterate(self._bound.events(start))
 
     def results(self) -> Iterator[TaskResult]:
-        return self._client.iterate(self._handle.results)
+        return self._client.iterate(self._bound.results())
 
     def tasks(self) -> Iterator[TaskView]:
-        return self._client.iterate(self._handle.tasks)
+        return self._client.iterate(self._bound.tasks())
 
     def cancel(self) -> str:
-        return self._client.call(self._handle.cancel)
+        return self._client.call(self._bound.cancel())
 
     def pause(self) -> str:
-        return self._client.call(self._handle.pause)
+        return self._client.call(self._bound.pause())
 
     def resume(self) -> str:
-        return self._client.call(self._handle.resume)
+        return self._client.call(self._bound.resume())
