@@ -59,7 +59,13 @@ class Ceylon:
         """
         Looked up when first needed, so that importing an application needs no Redis.
         """
-        return resolve(self._redis_url, namespace=self._namespace)
+        return self.settings_with()
+
+    def settings_with(self, *, redis_url: str | None = None, namespace: str | None = None) -> Settings:
+        """
+        The settings where a command line says something else of them; what it leaves open is the application's own.
+        """
+        return resolve(redis_url or self._redis_url, namespace=namespace or self._namespace)
 
     # ---- registering -------------------------------------------------------------------------------------------------
     @overload

@@ -7,8 +7,12 @@ import socket
 from contextlib import closing
 from pathlib import Path
 
+import click
 import pytest
+from click.testing import CliRunner
 
+from rq_ceylon import Ceylon
+from rq_ceylon.cli.common import RedisOptions, where
 from rq_ceylon.errors import InvalidInputError, RedisError
 from rq_ceylon.settings import Settings, masked, place_of, resolve, server_folder, socket_path, socket_url
 
@@ -65,6 +69,27 @@ def test_the_namespace_is_argument_then_variable_then_ceylon() -> None:
     assert resolve("embedded://", environ={}).namespace == "ceylon"
     with pytest.raises(InvalidInputError, match=r"namespace: 'a\{b\}' is not usable"):
         resolve("embedded://", namespace="a{b}", environ={})
+
+
+def test_what_a_command_line_leaves_open_is_the_applications_own_and_the_environment_is_asked_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CEYLON_NAMESPACE", "staging")
+    monkeypatch.setenv("CEYLON_REDIS_URL", "redis://ours")
+    app = Ceylon("redis://app", namespace="app")
+
+    @click.command()
+    @where
+    def command(options: RedisOptions) -> None:
+        for found in (options.settings(app), options.settings(Ceylon()), options.settings()):
+            click.echo(f"{found.redis_url} {found.namespace}")
+
+    def said(*arguments: str) -> list[str]:
+        return CliRunner().invoke(command, arguments).output.splitlines()
+
+    assert said() == ["redis://app app", "redis://ours staging", "redis://ours staging"]
+    assert said("--namespace", "x") == ["redis://app x", "redis://ours x", "redis://ours x"]
+    assert said("--redis", "redis://here") == ["redis://here app", "redis://here staging", "redis://here staging"]
 
 
 @pytest.mark.parametrize(

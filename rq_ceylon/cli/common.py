@@ -37,7 +37,7 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 @dataclass(frozen=True)
-class Place:
+class RedisOptions:
     """
     What the options say about where Redis is; looked up only by what needs it.
     """
@@ -47,12 +47,12 @@ class Place:
 
     def settings(self, app: Ceylon | None = None) -> Settings:
         """
-        The options, else the application's own.
+        The options, each else the application's own, else what the environment says.
         """
         from rq_ceylon.settings import resolve
 
-        if app is not None and self.redis_url is None and self.namespace is None:
-            return app.settings
+        if app is not None:
+            return app.settings_with(redis_url=self.redis_url, namespace=self.namespace)
         return resolve(self.redis_url, namespace=self.namespace)
 
 
@@ -72,16 +72,16 @@ def command(name: str) -> Callable[[F], click.Command]:
 
 def where(function: Callable[..., Any]) -> Callable[..., Any]:
     """
-    The options that say which Redis and which namespace, as the argument `place`.
+    The options that say which Redis and which namespace, as the argument `options`.
     """
 
     @functools.wraps(function)
     def run(*args: Any, redis_url: str | None, namespace: str | None, **kwargs: Any) -> Any:
-        return function(*args, place=Place(redis_url, namespace), **kwargs)
+        return function(*args, options=RedisOptions(redis_url, namespace), **kwargs)
 
     for option in (
         click.option(
-            "--namespace", metavar="NAME", envvar="CEYLON_NAMESPACE", help="Keeps applications apart; default ceylon."
+            "--namespace", metavar="NAME", help="Keeps applications apart; else CEYLON_NAMESPACE, else ceylon."
         ),
         click.option("--redis", "redis_url", metavar="URL", help="Where Redis is; else CEYLON_REDIS_URL, REDIS_URL."),
     ):
@@ -97,8 +97,8 @@ def with_client(function: Callable[..., Coroutine[Any, Any, int | None]]) -> Cal
     @where
     @reported
     @functools.wraps(function)
-    def run(*args: Any, place: Place, **kwargs: Any) -> None:
-        found = place.settings()
+    def run(*args: Any, options: RedisOptions, **kwargs: Any) -> None:
+        found = options.settings()
 
         async def main() -> int | None:
             from rq_ceylon.client import Client

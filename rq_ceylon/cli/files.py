@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from rq_ceylon.cli.common import Place, counted, reported, run_async, where
+from rq_ceylon.cli.common import RedisOptions, counted, reported, run_async, where
 
 if TYPE_CHECKING:
     from rq_ceylon.graph import Drawing
@@ -111,7 +111,7 @@ def schema() -> None:
 @click.argument("source", metavar="FILE|GROUP")
 @where
 @reported
-def graph(source: str, place: Place) -> None:
+def graph(source: str, options: RedisOptions) -> None:
     """
     Print what needs what, as a Mermaid flowchart: of a group file, or of a submitted group with its states.
 
@@ -127,7 +127,7 @@ def graph(source: str, place: Place) -> None:
     if source == "-" or Path(source).exists() or Path(source).suffix in (".yaml", ".yml", ".json"):
         click.echo(draw(_of_file(source)), nl=False)
         return
-    found = place.settings()
+    found = options.settings()
     click.echo(draw([run_async(_of_group(found.redis_url, found.namespace, source))]), nl=False)
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import click
 
-from rq_ceylon.cli.common import Place, command, load_app, logs, on_signals, run_async, where
+from rq_ceylon.cli.common import RedisOptions, command, load_app, logs, on_signals, run_async, where
 
 
 @command("ceylon-monitor")
@@ -14,7 +14,7 @@ from rq_ceylon.cli.common import Place, command, load_app, logs, on_signals, run
 @click.option("--name", metavar="NAME", help="Shown in lists; a unique part is added. Default: the host.")
 @where
 @logs
-def monitor(app: str | None, name: str | None, place: Place) -> None:
+def monitor(app: str | None, name: str | None, options: RedisOptions) -> None:
     """
     Watch all groups: say when goals settle, keep deadlines, run callable goals, record statistics.
 
@@ -26,7 +26,7 @@ def monitor(app: str | None, name: str | None, place: Place) -> None:
     Any number of monitors may run, or none: goals over counters are judged where tasks are counted.
     """
     loaded = load_app(app) if app else None
-    found = place.settings(loaded)
+    found = options.settings(loaded)
 
     async def watch() -> None:
         from rq_ceylon.monitor import Monitor

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from rq_ceylon.cli.common import Place, command, counted, run_async, where
+from rq_ceylon.cli.common import RedisOptions, command, counted, run_async, where
 from rq_ceylon.cli.facts import group_facts, to_json
 from rq_ceylon.cli.files import in_words, read_groups
 
@@ -38,7 +38,7 @@ def submit(
     as_json: bool,
     require_workers: bool,
     key: str | None,
-    place: Place,
+    options: RedisOptions,
 ) -> None:
     """
     Submit groups of tasks from a YAML or JSON file, one per document; - reads standard input.
@@ -72,7 +72,7 @@ def submit(
     if dry_run:
         click.echo(f"{file}: valid: {words}; nothing was sent")
         return
-    found = place.settings()
+    found = options.settings()
 
     async def send() -> int:
         from rq_ceylon.client import Client

@@ -8,7 +8,7 @@ import sys
 
 import click
 
-from rq_ceylon.cli.common import Place, command, load_app, logs, on_signals, require_unix, run_async, where
+from rq_ceylon.cli.common import RedisOptions, command, load_app, logs, on_signals, require_unix, run_async, where
 
 PROCESSES_MAX = 256
 
@@ -56,7 +56,7 @@ def worker(
     name: str | None,
     grace: str,
     lease: str,
-    place: Place,
+    options: RedisOptions,
 ) -> None:
     """
     Run the tasks of some roles.
@@ -79,7 +79,7 @@ def worker(
 
     loaded = load_app(app) if app else None
     registry = loaded.registry if loaded else Registry()
-    found = place.settings(loaded)
+    found = options.settings(loaded)
     served = list(roles) or registry.roles()
     if not served:
         raise InvalidInputError("no role to serve: give --role ROLE, or an application whose tasks have roles")
