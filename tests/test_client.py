@@ -269,6 +269,7 @@ async def test_what_cannot_be_used_is_refused_and_nothing_is_written(app: Ceylon
             (Task(role="no good"), InvalidInputError, "role"),
             (Task(priority="urgent"), InvalidInputError, "high, normal or low"),
             (Task(max_attempts=0), InvalidInputError, "max_attempts"),
+            (Task(max_attempts=True), InvalidInputError, "max_attempts"),
         ]
         for work, kind, words in bad:
             with pytest.raises(kind, match=words):

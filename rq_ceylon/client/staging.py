@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, get_args
 
+from rq_ceylon.attempt import check_max_attempts
 from rq_ceylon.errors import InvalidInputError, PayloadTooLargeError
 from rq_ceylon.goals import compile_goals
 from rq_ceylon.graph import in_order
@@ -174,15 +175,12 @@ def _shared(task: Task, where: str) -> dict[str, Any]:
     """
     The fields of a task that its worker needs, and that a group's defaults may give as well.
     """
-    if task.max_attempts is not None and (not isinstance(task.max_attempts, int) or task.max_attempts < 1):
-        raise InvalidInputError(
-            f"{where}: max_attempts: {task.max_attempts!r} is not usable; give a whole number from 1 on"
-        )
+    attempts = task.max_attempts
     return {
         "uses": None if task.uses is None else check_id(task.uses, f"{where}: uses"),
         "duration": None if task.duration is None else seconds(task.duration, f"{where}: duration"),
         "timeout": None if task.timeout is None else seconds(task.timeout, f"{where}: timeout"),
-        "max_attempts": task.max_attempts,
+        "max_attempts": None if attempts is None else check_max_attempts(attempts, f"{where}: max_attempts"),
         "metadata": dict(task.metadata) if task.metadata else None,
     }
 
