@@ -50,12 +50,10 @@ class Settings:
     Attributes:
         redis_url: `redis://`, `unix://`, `redis+sentinel://` or `redis+cluster://` (with TLS `rediss…`), or
             `embedded://` for a throw-away server of this process.
-        redis_source: where it came from: argument, CEYLON_REDIS_URL, REDIS_URL or ceylon server.
         namespace: keeps installations apart that share one Redis.
     """
 
     redis_url: str
-    redis_source: str
     namespace: str = DEFAULT_NAMESPACE
 
 
@@ -79,7 +77,7 @@ def resolve(
     }
     for source, url in given.items():
         if url:
-            return Settings(_check_url(url, source), source, checked)
+            return Settings(_check_url(url, source), checked)
     raise RedisError(
         "No Redis is configured.\n"
         "Start one in another terminal: ceylon server · ceylon up · docker compose up -d redis\n"

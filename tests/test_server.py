@@ -124,7 +124,7 @@ def test_a_kept_folder_may_have_any_name(
     assert client_of(server).ping()
     assert client_of(server).config_get("dir") == {"dir": str(folder)}
     assert (folder / "appendonlydir").is_dir()
-    assert resolve() == Settings(server.url, "ceylon server")
+    assert resolve() == Settings(server.url)
     server.stop()
     assert (folder / "appendonlydir").is_dir()
     assert not socket_of(server).exists()

@@ -32,12 +32,12 @@ def test_the_argument_wins_then_our_variable_then_the_common_one_then_the_runnin
         "CEYLON_SERVER_DIR": str(short_tmp_path),
     }
     with listen(short_tmp_path / "redis.sock"):
-        assert resolve("redis://here", environ=environ) == Settings("redis://here", "argument")
-        assert resolve(environ=environ) == Settings("redis://ours", "CEYLON_REDIS_URL")
+        assert resolve("redis://here", environ=environ) == Settings("redis://here")
+        assert resolve(environ=environ) == Settings("redis://ours")
         del environ["CEYLON_REDIS_URL"]
-        assert resolve(environ=environ) == Settings("redis://common", "REDIS_URL")
+        assert resolve(environ=environ) == Settings("redis://common")
         environ["REDIS_URL"] = ""
-        assert resolve(environ=environ) == Settings(f"unix://{short_tmp_path}/redis.sock", "ceylon server")
+        assert resolve(environ=environ) == Settings(f"unix://{short_tmp_path}/redis.sock")
 
 
 @pytest.mark.parametrize("lacking", ["socket", "privacy", "folder"])
@@ -114,7 +114,7 @@ def test_what_a_command_line_leaves_open_is_the_applications_own_and_the_environ
     ],
 )
 def test_these_urls_are_taken_as_they_are(url: str) -> None:
-    assert resolve(url, environ=NOWHERE) == Settings(url, "argument")
+    assert resolve(url, environ=NOWHERE) == Settings(url)
 
 
 @pytest.mark.parametrize(
