@@ -19,7 +19,7 @@ from pydantic_core import to_json
 
 from rq_ceylon.attempt import Backoff, TaskContext, check_max_attempts, type_names
 from rq_ceylon.errors import InvalidInputError, UnknownTaskError
-from rq_ceylon.models import DEFAULT_ROLE, GroupView, Priority, check_id, seconds
+from rq_ceylon.models import DEFAULT_ROLE, GroupView, Priority, check_id, counted, seconds
 from rq_ceylon.values import BadValueError, JsonType
 
 P = ParamSpec("P")
@@ -113,7 +113,8 @@ class Handler(Generic[P, R]):
         positional = [name for name, one in self._plan.accepted.items() if one.kind is one.POSITIONAL_OR_KEYWORD]
         problems = []
         if len(args) > len(positional):
-            problems.append(f"takes {len(positional)} positional arguments, {len(args)} were given")
+            taken = counted(len(positional), "positional argument")
+            problems.append(f"takes {taken}, {counted(len(args), 'was', 'were')} given")
         given = dict(zip(positional, args, strict=False))
         problems += [f"argument {name!r} is given twice" for name in given if name in kwargs]
         given |= kwargs

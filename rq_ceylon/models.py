@@ -130,6 +130,13 @@ def check_id(value: object, name: str) -> str:
     return value
 
 
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """
+    A number of things, for people: `1 task`, `2,000 tasks`.
+    """
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
 @dataclass(kw_only=True)
 class Task:
     """

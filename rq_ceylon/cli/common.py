@@ -204,13 +204,6 @@ def require_unix(what: str) -> None:
         raise CeylonError(f"{what} needs Linux, macOS, or WSL on Windows; submitting and watching work here too")
 
 
-def counted(number: int, word: str) -> str:
-    """
-    `1 task`, `2 tasks`.
-    """
-    return f"{number:,} {word}" if number == 1 else f"{number:,} {word}s"
-
-
 def load_app(path: str) -> Ceylon:
     """
     Import `module:app`, with the working directory on the path.

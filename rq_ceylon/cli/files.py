@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from rq_ceylon.cli.common import RedisOptions, counted, reported, run_async, where
+from rq_ceylon.cli.common import RedisOptions, reported, run_async, where
 
 if TYPE_CHECKING:
     from rq_ceylon.graph import Drawing
@@ -51,7 +51,7 @@ def in_words(groups: list[TaskGroup]) -> str:
     """
     from rq_ceylon.client import check_group
     from rq_ceylon.goals import compile_goals
-    from rq_ceylon.models import DEFAULT_ROLE
+    from rq_ceylon.models import DEFAULT_ROLE, counted
 
     tasks, goals, roles = 0, 0, set[str]()
     for group in groups:

@@ -16,11 +16,10 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from rq_ceylon.cli.common import counted
 from rq_ceylon.client import is_over, succeeded
 from rq_ceylon.errors import WaitTimeoutError
 from rq_ceylon.goals import parse
-from rq_ceylon.models import GoalStatus, GoalView, GroupView, TaskView
+from rq_ceylon.models import GoalStatus, GoalView, GroupView, TaskView, counted
 from rq_ceylon.store import queries
 from rq_ceylon.store.statistics import GroupStatistics
 
@@ -161,7 +160,7 @@ class _Display:
         lines = [Text(head), self._bar(view, width, set(marks.values())), Text(", ".join(pace))]
         for name, role in sorted(self._statistics.roles.items()):
             words = [f"{number} {outcome}" for outcome, number in sorted(role.outcomes.items())]
-            words += [counted(role.retries, "retry").replace("retrys", "retries")] if role.retries else []
+            words += [counted(role.retries, "retry", "retries")] if role.retries else []
             words += [f"run {role.run}"] if role.run.count else []
             lines.append(Text(f"{name}: {', '.join(words)}"))
         if running:
@@ -248,5 +247,5 @@ def _last_words(view: GroupView) -> str:
     if view.goals and counters.cancelled:
         words += f". {counted(counters.cancelled, 'task')} never had to run"
     elif counters.open:
-        words += f"; {counted(counters.open, 'task')} go on" if counters.open > 1 else "; 1 task goes on"
+        words += f"; {counted(counters.open, 'task goes on', 'tasks go on')}"
     return words

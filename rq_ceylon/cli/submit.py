@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from rq_ceylon.cli.common import RedisOptions, command, counted, run_async, where
+from rq_ceylon.cli.common import RedisOptions, command, run_async, where
 from rq_ceylon.cli.facts import group_facts, to_json
 from rq_ceylon.cli.files import in_words, read_groups
 
@@ -103,6 +103,7 @@ async def _submit(
     Submit them in their order, since later ones may depend on earlier ones, and say which of their roles nobody serves.
     """
     from rq_ceylon.groupfile import resolved
+    from rq_ceylon.models import counted
 
     handles: list[GroupHandle] = []
     for group in groups:

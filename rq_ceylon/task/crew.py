@@ -14,7 +14,7 @@ from loguru import logger
 from rq_ceylon.client import Client
 from rq_ceylon.errors import ConnectionLostError, InvalidInputError
 from rq_ceylon.handlers import DEFAULT_HANDLER, Registry
-from rq_ceylon.models import DEFAULT_TIMEOUT_S
+from rq_ceylon.models import DEFAULT_TIMEOUT_S, counted
 from rq_ceylon.task.agent import TaskExecutionAgent
 from rq_ceylon.task.data import slug
 from rq_ceylon.worker import Worker
@@ -56,7 +56,7 @@ class Scale:
             return self.least, f"{self.least} are the least"
         if agents > self.most:
             return self.most, f"{self.most} are the most"
-        load = f"{busy} of {slots} slots busy, {waiting} tasks waiting"
+        load = f"{busy} of {slots} slots busy, {counted(waiting, 'task')} waiting"
         if self._crowded >= GROW_LOOKS:
             self._crowded = 0
             return min(self.most, agents + min(agents, math.ceil(waiting / slots_each))), load
@@ -175,7 +175,9 @@ class Crew:
             threads=agent.max_concurrent_tasks,
             grace_s=DEFAULT_TIMEOUT_S,
         )
-        logger.info("Agent {} starts: {} tasks of role {} at once", agent.name, worker.slots, agent.worker_role)
+        logger.info(
+            "Agent {} starts: role {}, {} at once", agent.name, agent.worker_role, counted(worker.slots, "task")
+        )
         return _Post(agent, worker, asyncio.create_task(worker.run(), name=f"agent {agent.name}"), ready)
 
     async def _follow_load(self) -> None:

@@ -14,7 +14,7 @@ from loguru import logger
 
 from rq_ceylon.client import Client, GroupHandle
 from rq_ceylon.errors import CeylonError, ConnectionLostError, InvalidInputError
-from rq_ceylon.models import GoalStatus, GroupStatus, GroupView, Priority, TaskResult, TaskStatus
+from rq_ceylon.models import GoalStatus, GroupStatus, GroupView, Priority, TaskResult, TaskStatus, counted
 from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.events import Event
 from rq_ceylon.task.data import TaskGroup, TaskGroupGoal, TaskMessage, slug
@@ -114,7 +114,7 @@ class TaskManager:
         finally:
             if sending.done() and sending.exception() is None:
                 handle = sending.result()
-                logger.info('Group "{}" with {} tasks is {}', group.name, len(tasks), handle.id)
+                logger.info('Group "{}" with {} is {}', group.name, counted(len(tasks), "task"), handle.id)
                 self._followers[group.task_id] = _Follower(self, client, group, handle)
             else:
                 del self.task_groups[group.task_id]

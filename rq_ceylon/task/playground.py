@@ -15,6 +15,7 @@ from loguru import logger
 from rq_ceylon.app import Ceylon
 from rq_ceylon.client import Client
 from rq_ceylon.errors import CeylonError, RedisError
+from rq_ceylon.models import counted
 from rq_ceylon.settings import resolve
 from rq_ceylon.task.agent import TaskExecutionAgent
 from rq_ceylon.task.crew import Crew
@@ -67,7 +68,8 @@ class TaskPlayGround:
             try:
                 await _call_all(self._app.registry.on_start)
                 await crew.start()
-                logger.info("Playground {} plays at {} with {} agents", self.name, client.keys.namespace, len(agents))
+                hands = counted(len(agents), "agent")
+                logger.info("Playground {} plays in namespace {} with {}", self.name, namespace, hands)
                 yield self
                 await self._drain(crew)
             except BaseException:
@@ -78,7 +80,8 @@ class TaskPlayGround:
                 await self.task_manager.close()
                 await _call_all(self._app.registry.on_stop)
                 self._crew = None
-        logger.info("Playground {} finished with {} completed tasks", self.name, len(self.get_completed_tasks()))
+        completed = counted(len(self.task_manager.completed_tasks), "completed task")
+        logger.info("Playground {} finished with {}", self.name, completed)
 
     def _place(self) -> tuple[str, str]:
         try:

@@ -14,7 +14,7 @@ from loguru import logger
 
 from rq_ceylon.errors import CeylonError
 from rq_ceylon.handlers import Registry
-from rq_ceylon.models import check_id
+from rq_ceylon.models import check_id, counted
 from rq_ceylon.presence import Presence, is_unroutable
 from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.codec import decode, task_parts
@@ -132,7 +132,8 @@ class Worker:
             self.leases.start()
             self.neighbours.enter(self.name, self.roles)
             roles, names = ", ".join(self.roles), ", ".join(self.registry.names())
-            logger.info("Worker {} serves {} with {} slots: {}", self.name, roles, self.slots, names)
+            slots = counted(self.slots, "slot")
+            logger.info("Worker {} serves {} with {}: {}", self.name, roles, slots, names)
             self.lookout.start()
             try:
                 await self._work()
@@ -297,14 +298,14 @@ class Worker:
             self.turns.finish(held, Committed(delivery.tid, delivery.fence, "stopping", "", 0, 0, b""))
         self._wake.set()
         if self._running:
-            logger.info("Stopping; {} tasks may run for {:.0f} s more", len(self._running), self.grace_s)
+            logger.info("Stopping; {} may run for {:.0f} s more", counted(len(self._running), "task"), self.grace_s)
         try:
             async with asyncio.timeout(self.grace_s):
                 await self._cold.wait()
         except TimeoutError:
             pass
         if self._running:
-            logger.warning("Giving back {} tasks that still run", len(self._running))
+            logger.warning("Giving back what still runs: {}", counted(len(self._running), "task"))
         for role, fence in list(self._running):
             self.executor.cancel(role, fence, "shutdown")
         self._grace_is_over = True

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from loguru import logger
 
+from rq_ceylon.models import counted
 from rq_ceylon.settings import is_private
 from rq_ceylon.store import transitions
 from rq_ceylon.store.connection import Connection
@@ -113,4 +114,4 @@ async def bury(connection: Connection, keys: Keys, worker: str, roles: Sequence[
             ((count, more),) = await connection.run([transitions.release_all(keys, role, worker)])
             given_back += int(count)
     await connection.run(transitions.farewell(keys, worker))
-    logger.warning("Worker {} died; gave back {} tasks that it held", worker, given_back)
+    logger.warning("Worker {} died; gave back {} that it held", worker, counted(given_back, "task"))

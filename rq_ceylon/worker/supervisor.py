@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from loguru import logger
 
 from rq_ceylon.errors import CeylonError
-from rq_ceylon.models import WorkerView
+from rq_ceylon.models import WorkerView, counted
 from rq_ceylon.store import queries
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.keys import Keys
@@ -106,7 +106,7 @@ class Supervisor:
                     continue
                 each = slots // len(mine)
                 now, running = time.monotonic(), self._kept - len(self._retired)
-                stand = f"{queued} tasks queued, {busy} of {slots} slots busy"
+                stand = f"{counted(queued, 'task')} queued, {busy} of {slots} slots busy"
                 # A backlog beside idle slots is not ours to cure: the role is paused, say.
                 wanted = min(self.most, -(-(busy + queued) // each)) if queued and 2 * busy >= slots else 0
                 if wanted > running:
