@@ -11,14 +11,14 @@ import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, update_wrapper
-from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, cast, overload
 
 from rq_ceylon.attempt import Backoff, TaskContext
 from rq_ceylon.client import Client, SyncClient, SyncTaskHandle, TaskHandle
 from rq_ceylon.client.sync import OF_PARENTS
 from rq_ceylon.errors import InvalidInputError
 from rq_ceylon.handlers import GoalCheck, Handler, Registry
-from rq_ceylon.models import Duration, Task, check_id, seconds
+from rq_ceylon.models import Duration, Task, check_id
 from rq_ceylon.settings import Settings, resolve
 
 P = ParamSpec("P")
@@ -94,7 +94,7 @@ class Ceylon:
         cpu: bool = False,
     ) -> _Decorator: ...
 
-    def task(self, function: Any = None, /, *, name: str | None = None, timeout: Any = None, **rules: Any) -> Any:
+    def task(self, function: Any = None, /, *, name: str | None = None, **rules: Any) -> Any:
         """
         Register a function as the handler of a task; bare, or with rules.
 
@@ -111,8 +111,7 @@ class Ceylon:
         """
 
         def register(function: Callable[..., Any]) -> AppTask[..., Any, Any]:
-            limit = None if timeout is None else seconds(timeout, "timeout")
-            handler: Handler[..., Any] = Handler(name or function.__name__, function, timeout_s=limit, **rules)
+            handler: Handler[..., Any] = Handler(name or function.__name__, function, **rules)
             self.registry.add(handler)
             return AppTask(self, handler, Task(uses=handler.name))
 
@@ -206,9 +205,9 @@ class Ceylon:
             return self._sync[1]
 
 
-class _Decorator:
+class _Decorator(Protocol):
     """
-    The type of `app.task(...)` with rules.
+    What `app.task(...)` with rules gives.
     """
 
     @overload
@@ -221,9 +220,6 @@ class _Decorator:
     def __call__(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> AppTask[P, R, Coroutine[Any, Any, R]]: ...
     @overload
     def __call__(self, function: Callable[P, R], /) -> AppTask[P, R, R]: ...
-
-    def __call__(self, function: Any, /) -> Any:
-        raise TypeError("only a type")
 
 
 class AppTask(Generic[P, R, C]):
@@ -270,7 +266,7 @@ class AppTask(Generic[P, R, C]):
         """
         The same with other options for the tasks it makes; see `Task`.
         """
-        given = {name: value for name, value in locals().items() if name not in ("self",) and value is not None}
+        given = {name: value for name, value in locals().items() if name != "self" and value is not None}
         return AppTask(self._app, self.handler, replace(self._options, **given))
 
     def bind(self, *args: P.args, **kwargs: P.kwargs) -> Task:

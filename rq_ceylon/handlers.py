@@ -19,7 +19,7 @@ from pydantic_core import to_json
 
 from rq_ceylon.attempt import Backoff, TaskContext, check_max_attempts, type_names
 from rq_ceylon.errors import InvalidInputError, UnknownTaskError
-from rq_ceylon.models import DEFAULT_ROLE, GroupView, Priority, check_id, counted, seconds
+from rq_ceylon.models import DEFAULT_ROLE, Duration, GroupView, Priority, check_id, counted, seconds
 from rq_ceylon.values import BadValueError, JsonType
 
 P = ParamSpec("P")
@@ -51,7 +51,7 @@ class Handler(Generic[P, R]):
         *,
         aliases: Sequence[str] = (),
         role: str | None = None,
-        timeout_s: float | None = None,
+        timeout: Duration | None = None,
         max_attempts: int | None = None,
         priority: str | None = None,
         backoff: Backoff | None = None,
@@ -62,7 +62,7 @@ class Handler(Generic[P, R]):
         self.function = function
         self.aliases = tuple(check_id(alias, f"task {name!r}: alias") for alias in aliases)
         self.role = None if role is None else check_id(role, f"task {name!r}: role")
-        self.timeout_s = None if timeout_s is None else seconds(timeout_s, f"task {name!r}: timeout")
+        self.timeout_s = None if timeout is None else seconds(timeout, f"task {name!r}: timeout")
         self.max_attempts = max_attempts
         self.priority = priority
         self.backoff = backoff or Backoff()

@@ -373,7 +373,7 @@ async def test_a_coroutine_is_cancelled_at_its_timeout() -> None:
         finally:
             cancelled.set()
 
-    executor = executor_of(sleep, timeout_s=0.05)
+    executor = executor_of(sleep, timeout=0.05)
 
     again = await executor.run(assigned())
     last = await executor.run(assigned(attempt=3))

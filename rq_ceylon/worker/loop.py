@@ -329,7 +329,7 @@ class Worker:
                 "Left without farewell: other workers of this host give back what is left here, or its lease ends ({})",
                 str(error) or "Redis did not answer in time",
             )
-        logger.info("Worker {} stopped after {} completed tasks", self.name, self.completed)
+        logger.info("Worker {} stopped after {}", self.name, counted(self.completed, "completed task"))
 
 
 def _log_end(gid: str, tid: str, attempt: int, outcome: Outcome) -> None:
