@@ -695,7 +695,7 @@ async def at_work(url: str, logged: list[str], **options: Any) -> AsyncIterator[
 
     worker = Worker(url, registry=app.registry, roles=["r"], lease_s=600, **options)
     async with app.client() as client:
-        handle = await client.submit(TaskGroup("g", [work.bind()]))  # type: ignore[call-arg]
+        handle = await client.submit(TaskGroup("g", [work.bind()]))
         running = asyncio.create_task(worker.run())
         async with asyncio.timeout(LIMIT_S):
             await started.wait()

@@ -18,7 +18,6 @@ from rq_ceylon.attempt import Backoff, TaskContext
 from rq_ceylon.client import Client
 from rq_ceylon.errors import TaskCancelledError, TaskFailedError
 from rq_ceylon.models import Task, TaskGroup, TaskStatus
-from rq_ceylon.store.connection import Connection
 from rq_ceylon.worker import Worker
 
 pytestmark = pytest.mark.anyio
@@ -300,14 +299,14 @@ async def test_a_warm_stop_waits_for_what_runs_and_takes_nothing_new(app: Ceylon
 async def test_what_is_fetched_when_the_stop_comes_is_given_back_unclaimed(app: Ceylon, client: Client) -> None:
     group = await client.submit(TaskGroup("g", tasks(1)))
     worker = worker_of(app)
-    take_turn = worker._take_turn
+    on_answer = worker.lanes._on_answer
 
-    async def stop_once_fetched(connection: Connection) -> None:
-        await take_turn(connection)
+    def stop_once_fetched() -> None:
+        on_answer()
         if worker.turns.held:
             worker.stop()
 
-    worker._take_turn = stop_once_fetched  # type: ignore[method-assign]
+    worker.lanes._on_answer = stop_once_fetched
     await asyncio.wait_for(worker.run(), LIMIT_S)
 
     counters = (await group.view()).counters
