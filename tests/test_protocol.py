@@ -20,6 +20,19 @@ def bench(redis_url: str, namespace: str) -> Bench:
     return Bench(redis_url, namespace)
 
 
+def turns_of(bench: Bench, roles: list[str], *, slots: int, lease_ms: int = LEASE_MS) -> Turns:
+    leases = Leases(url="", keys=bench.keys, worker="w", on_lost=lambda role, entry: None)
+    return Turns(
+        keys=bench.keys,
+        worker="w",
+        roles=roles,
+        slots=slots,
+        lease_ms=lease_ms,
+        leases=leases,
+        may_send=lambda key: True,
+    )
+
+
 # ---- states ----------------------------------------------------------------------------------------------------------
 def test_tasks_wait_run_and_end_and_the_six_counters_always_sum_to_total(bench: Bench) -> None:
     bench.queued("g", ["a", "b"], needs={"b": ["a"]})
@@ -463,12 +476,11 @@ def test_the_lease_is_the_roles_while_somebody_is_there(bench: Bench) -> None:
 def test_a_worker_renews_in_time_for_the_shortest_lease_of_its_roles_and_leaves_each_as_it_is(bench: Bench) -> None:
     for role, lease_ms in (("short", 10_000), ("long", 60_000)):
         bench.run(transitions.fetch(bench.keys, role, "v", budget=0, lease_ms=lease_ms))
-    leases = Leases(url="", keys=bench.keys, worker="w", on_lost=lambda role, entry: None)
-    turns = Turns(keys=bench.keys, worker="w", roles=["short", "long"], slots=1, lease_ms=30_000, leases=leases)
+    turns = turns_of(bench, ["short", "long"], slots=1, lease_ms=30_000)
     for _ in range(2):
         for step in turns.plan(1):
             step.absorb(bench.run(step.call))
-    assert (turns.lease_ms, leases.lease_s) == (10_000, 10)
+    assert (turns.lease_ms, turns.leases.lease_s) == (10_000, 10)
     kept = [bench.redis.hget(bench.keys.role_part(role, "meta"), "lease") for role in ("short", "long")]
     assert kept == ["10000", "60000"]
 
@@ -763,8 +775,7 @@ def test_a_worker_with_ten_thousand_slots_claims_and_acknowledges_as_many(bench:
         tids = [f"{part}-{number}" for number in range(500)]
         bench.submit("g", tids, part=part, last=part == 20, digest=str(part))
     bench.relay("g")
-    leases = Leases(url="", keys=bench.keys, worker="w", on_lost=lambda role, entry: None)
-    turns = Turns(keys=bench.keys, worker="w", roles=["p"], slots=10_000, lease_ms=LEASE_MS, leases=leases)
+    turns = turns_of(bench, ["p"], slots=10_000)
     for _ in range(2):
         for step in turns.plan(10_000 - len(turns.granted)):
             step.absorb(bench.run(step.call))
