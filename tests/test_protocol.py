@@ -473,6 +473,27 @@ def test_the_lease_is_the_roles_while_somebody_is_there(bench: Bench) -> None:
     assert lease_of(900) == 900
 
 
+def test_a_worker_that_gets_a_lost_entry_again_holds_it_when_the_old_handler_ends(bench: Bench) -> None:
+    bench.queued("g")
+    leases = Leases(url="", keys=bench.keys, worker="w", on_lost=lambda role, entry: None)
+    turns = Turns(keys=bench.keys, worker="w", roles=["p"], slots=1, lease_ms=LEASE_MS, leases=leases)
+
+    def turn() -> None:
+        for step in turns.plan(1):
+            step.absorb(bench.run(step.call))
+
+    turn()
+    (lost,) = turns.held.values()
+    bench.age(LEASE_MS + 1)
+    bench.fetch("v")
+    turns.forget(lost)  # the lease thread has seen it
+    bench.age(LEASE_MS + 1)
+    turn()
+    (again,) = turns.held.values()
+    turns.forget(lost)  # its handler has ended
+    assert (list(turns.held.values()), again.delivery.entry) == ([again], lost.delivery.entry)
+
+
 def test_a_worker_renews_in_time_for_the_shortest_lease_of_its_roles_and_leaves_each_as_it_is(bench: Bench) -> None:
     for role, lease_ms in (("short", 10_000), ("long", 60_000)):
         bench.run(transitions.fetch(bench.keys, role, "v", budget=0, lease_ms=lease_ms))

@@ -171,8 +171,10 @@ class Turns:
         """
         Another worker holds this delivery's task: never run, renew, commit or acknowledge it again.
         """
-        self.held.pop((held.delivery.role, held.delivery.entry), None)
-        self.leases.drop(held.delivery.role, held.delivery.entry)
+        name = held.delivery.role, held.delivery.entry
+        if self.held.get(name) is held:  # the same entry may be back in another delivery
+            del self.held[name]
+            self.leases.drop(*name)
 
     # ---- plan --------------------------------------------------------------------------------------------------------
     def plan(self, free: int) -> list[Step]:
