@@ -40,6 +40,7 @@ from rq_ceylon import (
 from rq_ceylon.client import rolling
 from rq_ceylon.store import queries
 from rq_ceylon.store.connection import Connection
+from rq_ceylon.store.scripts import Call, command
 from rq_ceylon.store.server import EmbeddedServer
 
 pytestmark = pytest.mark.anyio
@@ -165,6 +166,24 @@ async def test_the_same_key_is_the_same_group_and_other_content_is_refused(app: 
         assert (await again.view()).counters.total == 3
         with pytest.raises(GroupExistsError, match="nightly"):
             await client.submit(TaskGroup("g", [Task(role="p")] * 4, key="nightly"))
+
+
+async def test_a_group_without_a_key_whose_answer_was_lost_is_no_repetition(app: Ceylon) -> None:
+    async with app.client() as client:
+        first = await client.submit(TaskGroup("first", [Task(role="p")]))
+        send = client.call
+
+        async def send_twice(calls: Sequence[Call]) -> list[Any]:
+            await send(calls)
+            return await send(calls)
+
+        client.call = send_twice  # type: ignore[method-assign]
+        group = await client.submit(TaskGroup("g", [Task(role="p")], depends_on=[first.id]))
+
+        assert not group.repeated
+        assert (await group.view()).counters.total == 1
+        (told,) = await client.connection.run([command("HGET", client.keys.group_part(first.id, "meta"), "dependents")])
+        assert told == group.id
 
 
 def _tasks(count: int, *, words: str = "", at: int = 0, then: Callable[[], None] = lambda: None) -> Iterator[Task]:

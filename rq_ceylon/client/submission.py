@@ -58,7 +58,8 @@ class Submission:
                 # In a task of its own: this one may be cancelled.
                 await asyncio.gather(asyncio.create_task(self._drop()), return_exceptions=True)
             raise
-        if reply.word == "REPEAT":
+        # Without a key nobody else writes this group: its answer was lost, and it was sent again.
+        if reply.word == "REPEAT" and self._key:
             return False
         if others:
             # So that they tell it at once; should this process end here, maintenance asks them.
