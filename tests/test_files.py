@@ -23,7 +23,8 @@ from rq_ceylon.goals import MAX_CHARACTERS, MAX_GOALS, MAX_MESSAGE
 from rq_ceylon.graph import MAX_NEEDS, Drawing, draw
 from rq_ceylon.groupfile import load, resolved
 from rq_ceylon.groupfile.matrix import AXIS, MAX_AXES
-from rq_ceylon.groupfile.shape import MAX_DEPENDS_ON, DefaultFields, GoalFields, GroupFields, ListedTask
+from rq_ceylon.groupfile.shape import DefaultFields, GoalFields, GroupFields, ListedTask
+from rq_ceylon.models import DEPENDS_ON_MAX
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 SNIPPETS = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "group-file.md").read_text(), re.DOTALL)
@@ -199,7 +200,7 @@ def test_the_schema_has_the_keys_and_limits_of_the_parser() -> None:
     assert set(defs["task"]["properties"]) == keys(ListedTask)
     assert set(goal["properties"]) == keys(GoalFields)
     assert properties["goal"]["oneOf"][1]["maxItems"] == MAX_GOALS
-    assert properties["depends_on"]["maxItems"] == MAX_DEPENDS_ON
+    assert properties["depends_on"]["maxItems"] == DEPENDS_ON_MAX
     assert defs["expression"]["maxLength"] == MAX_CHARACTERS
     assert goal["properties"]["success_message"]["maxLength"] == MAX_MESSAGE
     assert defs["task"]["properties"]["needs"]["anyOf"][1]["maxItems"] == MAX_NEEDS

@@ -20,7 +20,7 @@ FLOORS: list[set[str]] = [
     {"maintenance", "presence"},
     {"client", "worker", "monitor"},
     {"app"},
-    {"task", "cli", "testing"},
+    {"task", "cli"},
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
 
@@ -192,7 +192,7 @@ def build(root: Path, files: dict[str, str]) -> None:
         ),
         ("monitor.py", "\n\nfrom rq_ceylon.app import x", "3: imports up: monitor (floor 3) from app (floor 4)"),
         ("app.py", "from rq_ceylon.cli.common import x", "1: imports up: app (floor 4) from cli (floor 5)"),
-        ("cli/demo.py", "from rq_ceylon.testing import x", "1: imports sideways: cli from testing, both floor 5"),
+        ("cli/demo.py", "from rq_ceylon.task import x", "1: imports sideways: cli from task, both floor 5"),
         ("task/__init__.py", "from rq_ceylon.cli import x", "1: imports sideways: task from cli, both floor 5"),
         (
             "app.py",

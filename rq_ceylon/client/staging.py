@@ -16,13 +16,22 @@ from rq_ceylon.errors import InvalidInputError, PayloadTooLargeError
 from rq_ceylon.goals import compile_goals
 from rq_ceylon.graph import in_order
 from rq_ceylon.handlers import Registry
-from rq_ceylon.models import DEFAULT_ROLE, Duration, NeedPolicy, Priority, Task, TaskGroup, check_id, seconds
+from rq_ceylon.models import (
+    DEFAULT_ROLE,
+    DEPENDS_ON_MAX,
+    Duration,
+    NeedPolicy,
+    Priority,
+    Task,
+    TaskGroup,
+    check_id,
+    seconds,
+)
 from rq_ceylon.store.codec import encode, task_text
 from rq_ceylon.store.keys import STREAMS
 from rq_ceylon.store.transitions import SUBMIT_BYTES_MAX, SUBMIT_TASKS_MAX, GroupFacts, StagedTask
 
 PAYLOAD_BYTES_MAX = 1024 * 1024
-DEPENDS_ON_MAX = 64
 
 
 def check_group(group: TaskGroup) -> None:

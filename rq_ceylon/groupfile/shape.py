@@ -18,8 +18,6 @@ from rq_ceylon.errors import InvalidInputError
 from rq_ceylon.groupfile.reader import Document, Path
 from rq_ceylon.models import GoalPolicy, Priority
 
-MAX_DEPENDS_ON = 64
-
 # Checks say "it: " before what is wrong; the report gives the path instead.
 
 
@@ -86,7 +84,7 @@ class GroupFields(BaseModel, extra="forbid", strict=True):
     defaults: SkipValidation[DefaultFields | None] = None
     tasks: SkipValidation[dict[str, TaskFields | None] | list[ListedTask | None]]
     goal: SkipValidation[str | GoalFields | list[str | GoalFields] | None] = None
-    depends_on: Annotated[Groups, Field(max_length=MAX_DEPENDS_ON)] = []
+    depends_on: Annotated[Groups, Field(max_length=models.DEPENDS_ON_MAX)] = []
     on_need_failed: models.NeedPolicy = "skip"
 
 

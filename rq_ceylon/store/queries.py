@@ -465,13 +465,7 @@ def _number(reply: Any) -> int:
 
 def _pending(reply: Any) -> int:
     # A stream that does not exist yet answers with an error.
-    if not isinstance(reply, list):
-        return 0
-    total = 0
-    for found in reply:
-        fields = found if isinstance(found, dict) else dict(zip(found[::2], found[1::2], strict=True))
-        total += int(fields["pending"])
-    return total
+    return sum(int(_fields(group)["pending"]) for group in reply) if isinstance(reply, list) else 0
 
 
 async def idle_consumers(connection: Connection, keys: Keys, role: str) -> list[tuple[str, int, int]]:
@@ -484,6 +478,6 @@ async def idle_consumers(connection: Connection, keys: Keys, role: str) -> list[
     found = []
     for reply in replies:
         for consumer in reply if isinstance(reply, list) else ():
-            fields = consumer if isinstance(consumer, dict) else dict(zip(consumer[::2], consumer[1::2], strict=True))
-            found.append((str(fields["name"]), int(fields["pending"]), int(fields["idle"])))
+            fields = _fields(consumer)
+            found.append((fields["name"], int(fields["pending"]), int(fields["idle"])))
     return found

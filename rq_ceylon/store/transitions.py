@@ -182,7 +182,8 @@ def submit(
 @dataclass(frozen=True, slots=True)
 class SubmitReply:
     """
-    `word`: OK, REPEAT, GAP, CLOSED, EXISTS or REFUSED; for REFUSED `detail` is what and which, else the group's status.
+    `word`: OK, REPEAT, GAP, CLOSED, EXISTS or REFUSED. `detail`: the group's status; for REFUSED what was wrong (goal,
+    duplicate, unknown need), and `name` says with which.
     """
 
     word: str

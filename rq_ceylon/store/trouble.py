@@ -42,10 +42,8 @@ _LOST_WORDS = {
     "refused": "connection refused",
     "No such file": "no such socket",
     "not known": "unknown host",
-    "Name or service": "unknown host",
     "No address associated": "unknown host",
     "name resolution": "the name server does not answer",
-    "nodename nor servname": "unknown host",
     "unreachable": "no way to that network",
     "Permission denied": "this user may not use the socket",
 }
