@@ -4,8 +4,20 @@
 
 import sys
 
+import click
+
 from rq_ceylon import cli
 
+COMMANDS = {
+    "worker": (cli.worker, "ceylon-worker"),
+    "submit": (cli.submit, "ceylon-submit"),
+    "monitor": (cli.monitor, "ceylon-monitor"),
+    "ceylon": (cli.ceylon, "ceylon"),
+}
+
 if __name__ == "__main__":
-    name = sys.argv.pop(1)
-    getattr(cli, name)(prog_name="ceylon" if name == "ceylon" else f"ceylon-{name}")
+    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
+        click.echo(f"Usage: python -m rq_ceylon.cli {'|'.join(COMMANDS)} ...", err=True)
+        sys.exit(2)
+    command, name = COMMANDS[sys.argv.pop(1)]
+    command(prog_name=name)
