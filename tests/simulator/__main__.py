@@ -19,22 +19,31 @@ from rq_ceylon.store.server import EmbeddedServer, wheel_binary
 from .faults import SCRIPTS, Fault
 from .simulation import Choice, Coverage, Simulation
 
+SCALE_MAX = 16.0
+"""A machine so slow that it starves a run gets longer times."""
+
 FAULTS = [Fault.BEFORE, Fault.AFTER, Fault.LOST]
 
 
-def run(url: str, seeds: Sequence[int], *, loss: bool, covered: Coverage, quiet: bool = False) -> dict[int, list[str]]:
+def run(url: str, seeds: Sequence[int], *, loss: bool, covered: Coverage, first: bool = False) -> dict[int, list[str]]:
     """
-    Returns what each failing seed violated; its choices are kept for `--replay`.
+    Returns what each failing seed, or only the `first`, violated; its choices are kept for `--replay`.
     """
     failed = {}
+    scale = 1.0
     for seed in seeds:
-        simulation, began = Simulation(url, seed, loss=loss, covered=covered), time.monotonic()
+        simulation, began = Simulation(url, seed, loss=loss, scale=scale, covered=covered), time.monotonic()
         found = simulation.run()
+        while simulation.was_starved and scale < SCALE_MAX:
+            scale *= 2
+            simulation = Simulation(url, seed, loss=loss, scale=scale, covered=covered)
+            found = simulation.run()
         if found:
             failed[seed] = found
-            _journal(seed).write_text(json.dumps(simulation.journal))
-        if not quiet:
-            _report(seed, simulation, time.monotonic() - began, found)
+            _journal(seed).write_text(json.dumps([scale, *simulation.journal]))
+        _report(seed, simulation, time.monotonic() - began, found)
+        if failed and first:
+            break
     return failed
 
 
@@ -72,6 +81,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="1-20", help="such as 1-20 or 7")
     parser.add_argument("--loss", action="store_true", help="Redis loses data too")
     parser.add_argument("--engine", choices=["valkey", "redis"], default="valkey")
+    parser.add_argument("--first", action="store_true", help="end at the first seed that fails")
     parser.add_argument("--replay", type=int, metavar="SEED", help="make the choices of a failed run again")
     options = parser.parse_args()
     binary = wheel_binary() if options.engine == "valkey" else shutil.which("redis-server")
@@ -83,11 +93,15 @@ def main() -> None:
     with EmbeddedServer.start() as server:
         if options.replay is not None:
             choices = [Choice(*choice) for choice in json.loads(_journal(options.replay).read_text())]
-            simulation = Simulation(server.url, options.replay, loss=options.loss, replay=choices)
-            began = time.monotonic()
-            _report(options.replay, simulation, time.monotonic() - began, simulation.run())
+            simulation, began = (
+                Simulation(server.url, options.replay, loss=options.loss, replay=choices),
+                time.monotonic(),
+            )
+            found = simulation.run()
+            _report(options.replay, simulation, time.monotonic() - began, found)
             sys.exit(bool(simulation.found))
-        failed = run(server.url, range(int(low), int(high or low) + 1), loss=options.loss, covered=covered)
+        seeds = range(int(low), int(high or low) + 1)
+        failed = run(server.url, seeds, loss=options.loss, covered=covered, first=options.first)
     print(table(covered))
     missing = empty_cells(covered)
     if missing:

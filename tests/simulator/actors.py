@@ -26,7 +26,7 @@ from rq_ceylon.worker.neighbours import bury
 from rq_ceylon.worker.turn import Granted
 
 from . import ledger
-from .faults import LEASE_MS, Crashed, ThreadLine, gate
+from .faults import Crashed, ThreadLine, gate
 
 if TYPE_CHECKING:
     from .simulation import Simulation
@@ -87,7 +87,7 @@ class Process(Worker):
             namespace=body.simulation.keys.namespace,
             name=body.name,
             slots=slots,
-            lease_s=LEASE_MS / 1000,
+            lease_s=body.simulation.lease_ms / 1000,
         )
         self.body = body
 
@@ -112,7 +112,7 @@ class WorkerActor(Actor):
     async def live(self) -> None:
         process, turns = self.process, self.process.turns
         while True:
-            if self.simulation.now_ms() - self._beat_ms > LEASE_MS / 3:
+            if self.simulation.now_ms() - self._beat_ms > self.simulation.lease_ms / 3:
                 self._beat_ms = self.simulation.now_ms()
                 await self.line.run(process._heartbeat())
             if not turns.stopping and self.random.random() < 0.003 and not self.simulation.is_draining:
@@ -136,10 +136,11 @@ class WorkerActor(Actor):
         self.simulation.note(ledger.Started(delivery.gid, delivery.tid, self.process.name, delivery.fence))
         if kind == "poison":
             raise Crashed
-        ms = {"slow": LEASE_MS * 0.6, "long": LEASE_MS * 2.5}.get(kind, 4) * self.random.random()
+        lease_ms = self.simulation.lease_ms
+        ms = {"slow": lease_ms * 0.6, "long": lease_ms * 2.5}.get(kind, 4) * self.random.random()
         self.jobs[delivery.role, delivery.fence] = (grant, self.simulation.now_ms() + ms, kind)
         self.process._running[delivery.role, delivery.fence] = (grant.held, None)  # type: ignore[assignment]
-        limit_s = LEASE_MS * 5 / 1000
+        limit_s = lease_ms * 5 / 1000
         self.process.leases.hold(delivery.role, delivery.entry, self.simulation.now_ms() / 1000 + limit_s)
 
     def _end_jobs(self) -> None:
@@ -205,7 +206,7 @@ class LeaseActor(Actor):
                 self.worker.process.leases.renew(line)  # type: ignore[arg-type]
             except ConnectionLostError:
                 continue
-            await self.rest(LEASE_MS / 3)
+            await self.rest(self.simulation.lease_ms / 3)
 
     def crash(self) -> None:
         self.worker.crash()
@@ -221,7 +222,7 @@ class Neighbour(Actor):
         super().__init__(simulation, f"neighbour of {dead.name}")
 
     async def live(self) -> None:
-        await self.rest(self.random.uniform(0, LEASE_MS))
+        await self.rest(self.random.uniform(0, self.simulation.lease_ms))
         for _ in range(self.random.choice((1, 1, 2))):
             while True:
                 try:

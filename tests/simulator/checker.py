@@ -25,7 +25,14 @@ def violations(raw: Any, keys: Keys, ledger: Ledger) -> Iterator[str]:
     """
     Everything that is not as promised, in words. `raw` is a plain client; all work has ended.
     """
-    yield from _history(ledger)
+    yield from history(ledger)
+    yield from records(raw, keys, ledger)
+
+
+def records(raw: Any, keys: Keys, ledger: Ledger) -> Iterator[str]:
+    """
+    What is wrong in Redis.
+    """
     for gid, tasks in ledger.accepted.items():
         yield from _group(raw, keys, gid, tasks, ledger)
     yield from _left(raw, keys, ledger)
@@ -42,7 +49,10 @@ class Touch(NamedTuple):
 
 
 # ---- the ledger alone ------------------------------------------------------------------------------------------------
-def _history(ledger: Ledger) -> Iterator[str]:
+def history(ledger: Ledger) -> Iterator[str]:
+    """
+    What went wrong meanwhile.
+    """
     touched: dict[tuple[str, str], Touch] = {}
     fences: dict[tuple[str, int], str] = {}
     grants: dict[tuple[str, str], list[Granted]] = collections.defaultdict(list)

@@ -38,18 +38,21 @@ RARE = {
 
 CRASH, LOSE = 0.004, 0.012
 
-_TIMES: list[tuple[Any, str, Any]] = [
+_TIMES: list[tuple[Any, str, float]] = [
     (transitions, "RELAY_LEASE_MS", 40),
-    (transitions, "SUBMIT_TASKS_MAX", 15),
-    (transitions, "PROBE_ENTRIES", 30),
-    (transitions, "SCAN_TASKS", 25),
-    (presence, "TTL_MS", LEASE_MS * 3 // 2),
+    (presence, "TTL_MS", LEASE_MS * 1.5),
     (turn, "UNCLAIMED_S", 0.05),
     (steps, "MOVING_MS", 40),
     (steps, "STILL_MS", 300),
     (steps, "SILENT_MS", 400),
     (steps, "CONSUMER_IDLE_MS", 300),
     (steps, "CONSUMERS_EVERY_MS", 150),
+]
+
+_SIZES: list[tuple[Any, str, int]] = [
+    (transitions, "SUBMIT_TASKS_MAX", 15),
+    (transitions, "PROBE_ENTRIES", 30),
+    (transitions, "SCAN_TASKS", 25),
     (client, "ROLLING_TASKS_MAX", 25),
 ]
 
@@ -63,9 +66,12 @@ _LIMITS = {
 
 
 @contextlib.contextmanager
-def short_times() -> Iterator[None]:
+def short_times(scale: float) -> Iterator[None]:
     """
     The shipped code, with times and limits so small that a run of seconds meets them all.
+
+    Args:
+        scale: all times are so much longer, for a slow machine.
     """
     shipped, digest_of = scripts.source, scripts.digest.__wrapped__
 
@@ -81,8 +87,11 @@ def short_times() -> Iterator[None]:
         return digest_of(script)
 
     with contextlib.ExitStack() as stack:
-        for module, name, value in _TIMES:
-            stack.enter_context(mock.patch.object(module, name, value))
+        for module, name, time in _TIMES:
+            value = time * scale
+            stack.enter_context(mock.patch.object(module, name, value if name.endswith("_S") else round(value)))
+        for module, name, size in _SIZES:
+            stack.enter_context(mock.patch.object(module, name, size))
         stack.enter_context(mock.patch.object(scripts, "source", source))
         stack.enter_context(mock.patch.object(scripts, "digest", digest))
         stack.enter_context(mock.patch.object(loop, "asyncio", _Asyncio()))

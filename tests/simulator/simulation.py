@@ -23,7 +23,7 @@ from rq_ceylon.store.scripts import Call
 
 from . import actors
 from .actors import ROLES, Actor, Judge, LeaseActor, LoneClient, Maintainer, Neighbour, Producer, User, WorkerActor
-from .checker import violations
+from .checker import history, records
 from .faults import CRASH, LEASE_MS, LOSE, RARE, SCRIPTS, Crashed, Fault, Line, short_times
 from .ledger import Died, Ledger, Lost, Outage, Plan, Record
 
@@ -52,26 +52,37 @@ class Choice(NamedTuple):
 class Simulation:
     """
     Args:
+        scale: all times are so much longer, for a slow machine.
         covered: script × fault, over all runs so far; what was never struck is struck more often.
         replay: the choices of an earlier run, to be made again at the same times.
     """
 
     def __init__(
-        self, url: str, seed: int, *, loss: bool = False, covered: Coverage | None = None, replay: Sequence[Choice] = ()
+        self,
+        url: str,
+        seed: int,
+        *,
+        loss: bool = False,
+        scale: float = 1.0,
+        covered: Coverage | None = None,
+        replay: Sequence[Choice] = (),
     ) -> None:
-        self.seed, self.loss = seed, loss
+        self.seed, self.loss, self.scale, self.lease_ms = seed, loss, scale, LEASE_MS * scale
         self.keys = Keys("sim")
         self.raw: Any = redis.Redis.from_url(url, decode_responses=True, protocol=2)
         self.bytes: Any = redis.Redis.from_url(url, protocol=2)
         self.schedule, self.random = random.Random(f"{seed} schedule"), random.Random(f"{seed} world")
-        self.ledger = Ledger(LEASE_MS, lossy=loss)
+        self.ledger = Ledger(self.lease_ms, lossy=loss)
         self.covered = Coverage() if covered is None else covered
         self.journal: list[Choice] = []
         self._replay = list(replay)
         self.found: list[str] = []
         self.calls = self.naps = self.deaths = 0
         self.losses: collections.Counter[str] = collections.Counter()
-        self.is_draining = False
+        self.is_draining = self.was_starved = False
+        self.fetches = self._slow_fetches = 0
+        self._fetched: dict[str, float] = {}
+        self._limit_ms = PATIENCE_MS * scale
         self.groups: dict[str, TaskGroup] = {}
         self._cast: dict[str, Actor] = {}
         self._workers = 0
@@ -84,7 +95,7 @@ class Simulation:
 
     @property
     def is_calm(self) -> bool:
-        return self.is_draining or self._patience_ms > FIRE_MS
+        return self.is_draining or self._patience_ms > FIRE_MS * self.scale
 
     # ---- what actors use ---------------------------------------------------------------------------------------------
     def now_ms(self) -> float:
@@ -128,6 +139,11 @@ class Simulation:
             return classified(error, "redis://none")
         if call.script in SCRIPTS:
             self.calls += 1
+            if call.script == "fetch" and self.is_calm:
+                self.fetches += 1
+                self._slow_fetches += before - self._fetched.get(call.keys[0], before) > self.lease_ms / 2.2
+            if call.script == "fetch":
+                self._fetched[call.keys[0]] = before
             self.ledger.saw(call, reply, owner, before, self.now_ms())
         return reply
 
@@ -155,7 +171,7 @@ class Simulation:
             self._send(call, owner)
             return False
         if fate < 0.8:
-            self._strays.append((self.now_ms() + self.random.uniform(0, LEASE_MS), call, owner))
+            self._strays.append((self.now_ms() + self.random.uniform(0, self.lease_ms), call, owner))
         return True
 
     # ---- the cast ----------------------------------------------------------------------------------------------------
@@ -218,12 +234,17 @@ class Simulation:
         Returns what was violated.
         """
         self.raw.flushall()
-        with short_times():
+        with short_times(self.scale):
             self._assemble()
             self._loop()
             for actor in self._cast.values():
                 actor.end()
-        self.found += violations(self.raw, self.keys, self.ledger)
+        self.found += history(self.ledger)
+        # Where a role is fetched from too seldom, nothing may be reclaimed: rightly stuck.
+        self.was_starved = (
+            not self.found and self._slow_fetches > self.fetches / 20 and self._patience_ms > self._limit_ms
+        )
+        self.found += records(self.raw, self.keys, self.ledger)
         self.raw.close()
         self.bytes.close()
         return self.found
@@ -236,9 +257,9 @@ class Simulation:
         while True:
             steps += 1
             now = self.now_ms()
-            self._patience_ms += min(now - last, 5.0)
-            last, age = now, now - self._began * 1000
-            if self._patience_ms > PATIENCE_MS:
+            self._patience_ms += min(now - last, 5.0 * self.scale)
+            last, age = now, (now - self._began * 1000) / self.scale
+            if self._patience_ms > self._limit_ms:
                 return
             for stray in [stray for stray in self._strays if stray[0] <= now]:
                 self._strays.remove(stray)
@@ -286,7 +307,7 @@ class Simulation:
         if choice.nap < 0.003 and not self.is_calm and isinstance(actor, WorkerActor):
             # A frozen process, or only its loop while its lease thread goes on.
             self.naps += 1
-            until = now + LEASE_MS * (1.1 + 400 * choice.nap)
+            until = now + self.lease_ms * (1.1 + 400 * choice.nap)
             actor.wake_ms = until
             if choice.nap < 0.002:
                 actor.leases.wake_ms = until
@@ -294,7 +315,7 @@ class Simulation:
     def _choose(self, now: float, age: float) -> Choice | None:
         if self._replay:
             choice = self._replay.pop(0)
-            while self.now_ms() - self._began * 1000 < choice.at_ms:
+            while (self.now_ms() - self._began * 1000) / self.scale < choice.at_ms:
                 time.sleep(0.0001)
             actor = self._cast.get(choice.actor)
             return choice if actor is not None and actor.wake_ms <= self.now_ms() else None
@@ -304,13 +325,13 @@ class Simulation:
         return Choice(age, self.schedule.choice(awake), self.schedule.random(), self.schedule.random())
 
     def _outage(self, now: float) -> None:
-        until = now + LEASE_MS * self.random.uniform(1.3, 2)
+        until = now + self.lease_ms * self.random.uniform(1.3, 2)
         for actor in self._cast.values():
             if isinstance(actor, (WorkerActor, LeaseActor)):
                 actor.wake_ms = max(actor.wake_ms, until)
         # Nor does a late fetch come meanwhile.
         self._strays = [(max(at, until), call, owner) for at, call, owner in self._strays]
-        self.note(Outage(until + 0.8 * LEASE_MS))
+        self.note(Outage(until + 0.8 * self.lease_ms))
 
     def _step_clock(self) -> None:
         """
