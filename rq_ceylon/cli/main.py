@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from rq_ceylon.cli.audit import audit
 from rq_ceylon.cli.common import CONTEXT, EXIT_CODES, logs, reported, require_unix, with_client
 from rq_ceylon.cli.facts import group_facts, result_facts, task_facts, to_json
 from rq_ceylon.cli.files import graph, schema, validate
@@ -37,7 +38,7 @@ def ceylon() -> None:
     """
 
 
-for _command in (validate, schema, graph):
+for _command in (validate, schema, graph, audit):
     ceylon.add_command(_command)
 
 

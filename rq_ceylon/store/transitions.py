@@ -439,6 +439,15 @@ def prune(keys: Keys, gid: str, *, staging_ms: int) -> Call:
     return Call("control", keys.group(gid), ["prune", staging_ms])
 
 
+def repair(keys: Keys, gid: str, counters: Mapping[str, tuple[int, int]], ended: Sequence[str]) -> Call:
+    """
+    Set counters from what they are to what they should be, and remove what is left of tasks that have ended; nothing,
+    unless all are still what they are.
+    """
+    values = (word for name, (found, expected) in counters.items() for word in (name, found, expected))
+    return Call("control", keys.group(gid), ["repair", len(counters), *values, *ended])
+
+
 def look_again(keys: Keys, gid: str, at_ms: int) -> Call:
     """
     Enter the time of the next look at a group; never later than its next deadline.

@@ -5,6 +5,8 @@
 --       pause                      start nothing; what runs goes on, deadlines too
 --       resume                     go on
 --       seal untouched-ms          a rolling group takes no more parts, if none came for that long
+--       repair n (counter is should)... tid...
+--                                  set n counters, and remove what is left of ended tasks, unless a counter has moved
 --       prune staging-ms           remove a group past its retention, or a staged one that no part reached for that long
 -- Reply: GONE | OK status ... | NO status. cancel_tasks: OK status, then per tid: cancelled, stopping, ended or unknown.
 --        prune: NO status and when to look again (epoch ms, 0: not by time).
@@ -41,6 +43,21 @@ if action == 'pause' or action == 'resume' then
     for _, page in ipairs(call('ZRANGE', OUTBOX, 0, -1)) do call('ZADD', OUTBOX, now_text, page) end
   end
   tail(action, now)
+  return {'OK', group.status}
+end
+
+if action == 'repair' then
+  local first = 3 + 3 * tonumber(ARGV[2])
+  for i = 3, first - 1, 3 do
+    if group[ARGV[i]] ~= tonumber(ARGV[i + 1]) then return {'NO', group.status} end
+  end
+  for i = 3, first - 1, 3 do group[ARGV[i]] = tonumber(ARGV[i + 2]) end
+  for i = first, #ARGV do
+    for _, part in ipairs({TASKS, CLAIMS, NEEDS}) do
+      if part ~= TASKS or call('HEXISTS', RESULTS, ARGV[i]) == 1 then call('HDEL', part, ARGV[i]) end
+    end
+  end
+  tail('repair', now)
   return {'OK', group.status}
 end
 

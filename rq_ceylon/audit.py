@@ -1,0 +1,225 @@
+"""
+Recounts groups from their records, against what their counters and events say.
+
+A group is read in parts while work goes on, so what was read counts only if nothing of it changed meanwhile. A group
+that does not hold still is named as moving, and not judged.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from rq_ceylon.models import COUNTERS, GroupStatus
+from rq_ceylon.store import queries, transitions
+from rq_ceylon.store.connection import Connection
+from rq_ceylon.store.keys import Keys
+from rq_ceylon.store.scripts import Call, command
+
+READS = 5
+"""How often a group is read until it holds still."""
+
+STEP = 500
+ENDS = ("completed", "failed", "cancelled")
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """
+    One thing that is not as it should be.
+
+    Attributes:
+        task: its id; empty if it is the group's.
+        what: what is wrong; for a counter its name.
+        found: what is there.
+        expected: what the records say.
+        repaired: it was put right.
+    """
+
+    group: str
+    task: str
+    what: str
+    found: str
+    expected: str
+    repaired: bool = False
+
+    def __str__(self) -> str:
+        where = f"{self.group}/{self.task}" if self.task else self.group
+        return f"{where}: {self.what} is {self.found}, should be {self.expected}" + (
+            " (repaired)" if self.repaired else ""
+        )
+
+
+@dataclass(slots=True)
+class Audit:
+    """
+    What was found. `moving`: groups that changed too fast to be judged.
+    """
+
+    groups: int = 0
+    tasks: int = 0
+    moving: list[str] = field(default_factory=list)
+    drift: list[Drift] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Records:
+    meta: Mapping[str, str]
+    tasks: frozenset[str]
+    results: Mapping[str, str]
+    claims: Mapping[str, str]
+    needs: Mapping[str, str]
+    children: Mapping[str, str]
+    has_internal_pages: bool
+    ends: Mapping[str, Sequence[str]]
+
+    @property
+    def recount(self) -> dict[str, int]:
+        counts: collections.Counter[str] = collections.Counter(self.results.values())
+        closed = self.meta["status"] in (GroupStatus.CLOSING, GroupStatus.FINISHED)
+        for tid in self.tasks - self.results.keys():
+            if self.claims.get(tid, "-") in queries.RUNNING:
+                counts["in_progress"] += 1
+            elif closed:
+                counts["cancelled"] += 1
+            else:
+                counts["waiting" if tid in self.needs else "pending"] += 1
+        return {"total": len(self.tasks | self.results.keys()), **{name: counts[name] for name in COUNTERS}}
+
+
+async def audit(connection: Connection, keys: Keys, gids: Sequence[str] = (), *, repair: bool = False) -> Audit:
+    """
+    Recount groups; all by default.
+
+    Args:
+        repair: set counters to the recount, remove what is left of tasks that have ended, and enter groups that the
+            index has lost. Each only if nothing has changed since it was counted.
+
+    Raises:
+        NotFoundError: one of `gids` is not known.
+    """
+    found = Audit()
+    indexed = set(await queries.group_ids(connection, keys))
+    for gid in gids:
+        await queries.group(connection, keys, gid)
+    for gid in gids or sorted(indexed | await _stored(connection, keys)):
+        records = await _steady(connection, keys, gid)
+        if records is None:
+            found.moving.append(gid)
+            continue
+        if not records.meta:
+            continue
+        found.groups += 1
+        found.tasks += records.recount["total"]
+        drift = _drift(gid, records)
+        if gid not in indexed:
+            drift.append(Drift(gid, "", "index", "without it", "with it"))
+        found.drift += await _repair(connection, keys, gid, records, drift) if repair and drift else drift
+    return found
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+async def _steady(connection: Connection, keys: Keys, gid: str) -> _Records | None:
+    before = await _meta(connection, keys, gid)
+    for _ in range(READS):
+        records = await _read(connection, keys, gid, before)
+        after = await _meta(connection, keys, gid)
+        # Every change of state changes a counter for good: attempts, pages, or an end.
+        if after == before:
+            return records
+        before = after
+    return None
+
+
+async def _meta(connection: Connection, keys: Keys, gid: str) -> dict[str, str]:
+    (reply,) = await connection.run([command("HGETALL", keys.group_part(gid, "meta"))])
+    return dict(reply)
+
+
+async def _read(connection: Connection, keys: Keys, gid: str, meta: Mapping[str, str]) -> _Records:
+    async def part(name: str, separator: str) -> dict[str, str]:
+        """
+        A hash, read in steps; of its texts what stands before the separator.
+        """
+        key, cursor = keys.group_part(gid, name), "0"
+        found: dict[str, str] = {}
+        while True:
+            ((cursor, some),) = await connection.run([command("HSCAN", key, cursor, "COUNT", STEP)])
+            found |= {tid: text.partition(separator)[0] for tid, text in some.items()}
+            if str(cursor) == "0":
+                return found
+
+    ends: dict[str, list[str]] = collections.defaultdict(list)
+    seq = 0
+    while batch := await queries.events(connection, keys, gid, seq + 1):
+        for event in batch:
+            for task in event.tasks:
+                if task.outcome in ENDS:
+                    ends[task.tid].append(task.outcome)
+        seq = batch[-1].seq
+    (pages,) = await connection.run([command("ZRANGE", keys.group_part(gid, "outbox"), 0, -1)])
+    return _Records(
+        meta=meta,
+        tasks=frozenset(await part("tasks", "|")),
+        results=await part("results", "|"),
+        claims=await part("claims", "|"),
+        needs=await part("needs", "|"),
+        children=await part("children", "|"),
+        has_internal_pages=any("|#" in page for page in pages),
+        ends=ends,
+    )
+
+
+async def _stored(connection: Connection, keys: Keys) -> set[str]:
+    """
+    All groups that are there, found by looking through all keys of the server.
+    """
+    before, after = f"{keys.prefix}{{g:", "}:meta"
+    found: set[str] = set()
+    cursor = "0"
+    while True:
+        call = Call("", (keys.roles,), ("SCAN", cursor, "MATCH", f"{before}*{after}", "COUNT", STEP))
+        ((cursor, some),) = await connection.run([call])
+        found.update(key.removeprefix(before).removesuffix(after) for key in some)
+        if str(cursor) == "0":
+            return found
+
+
+# ---- judging ---------------------------------------------------------------------------------------------------------
+def _drift(gid: str, records: _Records) -> list[Drift]:
+    found = [
+        Drift(gid, "", name, records.meta.get(name, "0"), str(count))
+        for name, count in records.recount.items()
+        if int(records.meta.get(name) or 0) != count
+    ]
+    for tid in sorted(records.tasks & records.results.keys()):
+        found.append(Drift(gid, tid, "payload", "there", "gone: the task has ended"))
+    for name, hash_ in (("claim", records.claims), ("needs", records.needs)):
+        for tid in sorted(hash_.keys() - records.tasks):
+            found.append(Drift(gid, tid, name, "there", "gone: the task has ended"))
+    for tid in sorted(records.results.keys() | records.ends.keys()):
+        told, recorded = records.ends.get(tid, []), records.results.get(tid)
+        if told != [recorded]:
+            found.append(Drift(gid, tid, "end", ", ".join(told) or "untold by events", recorded or "none on record"))
+    if not records.has_internal_pages:
+        parents = collections.Counter(tid for text in records.children.values() for tid in text.split())
+        for tid in sorted(records.needs.keys() & records.tasks):
+            if int(records.needs[tid]) != parents[tid]:
+                found.append(Drift(gid, tid, "count of unmet needs", records.needs[tid], str(parents[tid])))
+    return found
+
+
+# ---- repairing -------------------------------------------------------------------------------------------------------
+async def _repair(
+    connection: Connection, keys: Keys, gid: str, records: _Records, drift: Sequence[Drift]
+) -> list[Drift]:
+    leftovers = sorted({one.task for one in drift if one.expected.startswith("gone")})
+    counters = {name: (int(records.meta.get(name) or 0), count) for name, count in records.recount.items()}
+    call = transitions.repair(keys, gid, counters, leftovers)
+    (reply,) = await connection.run([call])
+    if any(one.what == "index" for one in drift):
+        await connection.run(transitions.announce(keys, gid, ()))
+    done = reply[0] == "OK"
+    certain = {*records.recount, "payload", "claim", "needs"}
+    return [replace(one, repaired=one.what == "index" or (done and one.what in certain)) for one in drift]
