@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-TESTS = [f"tests/test_{name}.py" for name in ("protocol", "maintenance", "goals_lua")]
+TESTS = [f"tests/test_{name}.py" for name in ("protocol", "maintenance", "goals_lua", "model")]
 SEEDS, LOSSY_SEEDS = "1-6", "101-106"
 UNREADABLE = re.compile(r"Error compiling script|SyntaxError|ImportError|ModuleNotFoundError|errors? during collection")
 

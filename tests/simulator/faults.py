@@ -14,6 +14,7 @@ from unittest import mock
 from rq_ceylon import client, presence
 from rq_ceylon.errors import CeylonError, ConnectionLostError
 from rq_ceylon.maintenance import steps
+from rq_ceylon.maintenance.reissue import Reissue
 from rq_ceylon.store import scripts, transitions
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.scripts import Call
@@ -66,12 +67,13 @@ _LIMITS = {
 
 
 @contextlib.contextmanager
-def short_times(scale: float) -> Iterator[None]:
+def short_times(scale: float, *, reissue: bool) -> Iterator[None]:
     """
     The shipped code, with times and limits so small that a run of seconds meets them all.
 
     Args:
         scale: all times are so much longer, for a slow machine.
+        reissue: off, nothing may be lost that it would have to put back.
     """
     shipped, digest_of = scripts.source, scripts.digest.__wrapped__
 
@@ -95,7 +97,13 @@ def short_times(scale: float) -> Iterator[None]:
         stack.enter_context(mock.patch.object(scripts, "source", source))
         stack.enter_context(mock.patch.object(scripts, "digest", digest))
         stack.enter_context(mock.patch.object(loop, "asyncio", _Asyncio()))
+        if not reissue:
+            stack.enter_context(mock.patch.object(Reissue, "run", _nothing_lost))
         yield
+
+
+async def _nothing_lost(_: Reissue, gid: str) -> int:
+    return 0
 
 
 class _Asyncio:

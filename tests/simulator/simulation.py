@@ -72,7 +72,7 @@ class Simulation:
         self.raw: Any = redis.Redis.from_url(url, decode_responses=True, protocol=2)
         self.bytes: Any = redis.Redis.from_url(url, protocol=2)
         self.schedule, self.random = random.Random(f"{seed} schedule"), random.Random(f"{seed} world")
-        self.ledger = Ledger(self.lease_ms, lossy=loss)
+        self.ledger = Ledger(self.lease_ms, lossy=loss, rings=loss or seed % 4 == 0)
         self.covered = Coverage() if covered is None else covered
         self.journal: list[Choice] = []
         self._replay = list(replay)
@@ -234,7 +234,7 @@ class Simulation:
         Returns what was violated.
         """
         self.raw.flushall()
-        with short_times(self.scale):
+        with short_times(self.scale, reissue=self.ledger.rings):
             self._assemble()
             self._loop()
             for actor in self._cast.values():
