@@ -335,6 +335,21 @@ async def test_a_chain_of_a_thousand_groups_ends_with_its_first(bench: Bench, co
     assert bench.meta(gids[-1])["outcome"] == "cancelled"
 
 
+async def test_a_group_that_a_deadline_ended_is_looked_at_again_soon_for_its_messages(
+    bench: Bench, maintenance: Maintenance
+) -> None:
+    bench.queued("first", goal=Goal("completed >= 1", deadline=0.001, on_failed="cancel"))
+    bench.run(transitions.register(bench.keys, "first", "g"))
+    while bench.meta("first")["status"] != "finished":
+        make_due(bench, "first")
+        await maintenance.run_once()
+    assert (next_look_ms(bench, "first") or 0) <= MOVING_MS
+
+    make_due(bench, "first")
+    await maintenance.run_once()
+    assert not bench.redis.exists(bench.keys.group_part("first", "outbox"))
+
+
 async def test_a_group_that_waits_for_one_that_is_gone_is_cancelled(bench: Bench, maintenance: Maintenance) -> None:
     bench.submit("g", depends_on=["nobody"])
 

@@ -82,6 +82,7 @@ class Maintenance:
         status, deadline_ms = answer.status, answer.next_deadline_ms
         if status is not None and 0 < deadline_ms <= now_ms:
             status, deadline_ms = await judge(self._connection, self._keys, gid)
+            moves = True  # if it has finished, it has messages to send
         if status == "waiting":
             status = await meet(self._connection, self._keys, gid)
             moves = True
