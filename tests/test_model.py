@@ -106,7 +106,10 @@ class Group:
             return "CLOSED"
         if int(delivery.issue) < task.issue:
             return "OUTDATED"
-        return "PARKED" if self.status == "paused" else self.grant(worker, delivery)
+        if self.status == "paused":
+            task.issue += 1
+            return "PARKED"
+        return self.grant(worker, delivery)
 
     def take_over(self, worker: str, delivery: Delivery) -> str:
         task = self.tasks[delivery.tid]

@@ -596,6 +596,31 @@ def test_what_a_dead_worker_ran_in_a_paused_group_waits_for_it_to_go_on(bench: B
     assert bench.meta("g")["status"] == "finished"
 
 
+def test_a_sleeper_that_acknowledges_late_what_was_parked_takes_no_entry_from_anybody(bench: Bench) -> None:
+    bench.queued("g")
+    (first,) = bench.fetch("sleeper")
+    bench.run(transitions.pause_group(bench.keys, "g"))
+    assert bench.claim("sleeper", first) == ["PARKED"]
+    bench.run(transitions.resume_group(bench.keys, "g"))
+    bench.age(LEASE_MS + 1)
+    (reclaimed,) = bench.fetch("w")
+    assert (reclaimed.entry, bench.claim("w", reclaimed)) == (first.entry, ["OUTDATED"])
+    bench.fetch("sleeper", 0, acks=[first.entry])
+    bench.relay("g")
+    bench.commit("w", bench.started("w", "g"))
+    assert bench.meta("g")["status"] == "finished"
+
+
+def test_a_task_that_was_parked_and_then_cancelled_never_started(bench: Bench) -> None:
+    bench.queued("g")
+    (delivery,) = bench.fetch("w")
+    bench.run(transitions.pause_group(bench.keys, "g"))
+    assert bench.claim("w", delivery) == ["PARKED"]
+    bench.run(transitions.cancel_tasks(bench.keys, "g", ["a"]))
+    record = bench.redis.hget(bench.keys.group_part("g", "results"), "a").split("|")
+    assert record[:7] == ["cancelled", "cancelled", "p", "0", "0", "", ""]
+
+
 def test_a_paused_group_whose_last_task_ends_finishes(bench: Bench) -> None:
     bench.queued("g")
     delivery = bench.started("w", "g")

@@ -47,8 +47,13 @@ local function grant(delivery, claim, role, priority)
   return 'GRANTED'
 end
 
--- The entry waits in the outbox, which withholds it until the group goes on.
+-- The entry waits in the outbox, which withholds it until the group goes on. Its issue is raised as by a release: who
+-- parks it may acknowledge it late, when it has been reclaimed, and must not take it from one who runs it.
 local function park(delivery, claim, role, priority)
+  claim = claim or {state = 'l', attempt = 1, fence = '0', worker = '', lineage = '', started = '0', crashes = 0,
+                    releases = 0, due = ''}
+  claim.role, claim.priority, claim.releases = role, priority, claim.releases + 1
+  claims[delivery.tid] = claim; changed[delivery.tid] = true
   enqueue_later(delivery.tid, role, priority, issue_of(claim))
   return 'PARKED'
 end
@@ -66,9 +71,8 @@ local function take_over(delivery, task, claim)
   claim.crashes = claim.crashes + crash; group.crashes = group.crashes + crash
   if poison then return end_task(tid, 'in_progress', 'failed', 'poison', claim) end
   if group.status == 'paused' then
-    claim.state = 'l'; claim.releases = claim.releases + 1
+    claim.state = 'l'
     move('in_progress', 'pending')
-    claims[tid] = claim; changed[tid] = true
     return park(delivery, claim, role, priority)
   end
   return grant(delivery, claim, role, priority)

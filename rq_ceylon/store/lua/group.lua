@@ -119,7 +119,8 @@ local function settle(tid, from, outcome, reason, role, claim, run, blob)
   local attempts, crashes, worker, started, wait = 0, 0, '', '', 0
   if claim then
     attempts, crashes, worker, started = claim.attempt, claim.crashes, claim.worker, claim.started
-    wait = math.max(0, tonumber(started) - tonumber(string.match(claim.lineage, ':(%d+)') or started))
+    if claim.fence == '0' then attempts, started = 0, '' end  -- parked, never granted
+    wait = started == '' and 0 or math.max(0, tonumber(started) - tonumber(string.match(claim.lineage, ':(%d+)') or started))
   end
   if outcome == 'failed' then
     local task = call('HGET', TASKS, tid)
