@@ -16,7 +16,7 @@ import redis
 from simulator.__main__ import empty_cells, run, table
 from simulator.checker import violations
 from simulator.faults import SCRIPTS
-from simulator.ledger import Cancelled, Committed, Delivered, Granted, Ledger, Lost, Outage, Started
+from simulator.ledger import Acknowledged, Cancelled, Committed, Delivered, Granted, Ledger, Lost, Outage, Started
 from simulator.simulation import Coverage, Simulation
 
 from rq_ceylon.store.keys import Keys
@@ -180,6 +180,12 @@ def accept_older(case: Case) -> None:
     case.add(Committed(case.last(Granted).gid, "t-new", "live", 10**17, "retry", "OK", 0))
 
 
+def acknowledge_early(case: Case) -> None:
+    grant_beside(case, after=1e12 + 500)
+    last = case.last(Granted)
+    case.add(Acknowledged(last.role, last.entry, last.worker))
+
+
 def start_at_once(case: Case) -> None:
     for text in case.hash("results").values():
         if started := text.split("|")[6]:
@@ -234,6 +240,7 @@ DOCTORED: dict[str, tuple[Callable[[Case], object], str]] = {
         lambda c: c.add(Cancelled(c.last(Committed).gid, c.last(Committed).tid)),
         "cancelled after its end",
     ),
+    "acknowledged while it runs": (acknowledge_early, "acknowledged what is not over"),
     "an older fence accepted": (accept_older, "not the largest"),
     "a success that is not on record": (
         lambda c: c.edit("results", "completed|", "cancelled|"),

@@ -14,7 +14,23 @@ from rq_ceylon.store.codec import result_of, settled_of
 from rq_ceylon.store.events import Event, event_of
 from rq_ceylon.store.keys import INDEX_SHARDS, STREAMS, Keys
 
-from .ledger import Buried, Cancelled, Committed, Delivered, Died, Granted, Ledger, Lost, Outage, Plan, Renewed, Started
+from .ledger import (
+    Acknowledged,
+    Buried,
+    Cancelled,
+    Committed,
+    Delivered,
+    Died,
+    Granted,
+    Ledger,
+    Lost,
+    Outage,
+    Over,
+    Parked,
+    Plan,
+    Renewed,
+    Started,
+)
 
 SLACK_MS = 2.0
 ENDS = ("completed", "failed", "cancelled")
@@ -56,6 +72,7 @@ def history(ledger: Ledger) -> Iterator[str]:
     touched: dict[tuple[str, str], Touch] = {}
     fences: dict[tuple[str, int], str] = {}
     grants: dict[tuple[str, str], list[Granted]] = collections.defaultdict(list)
+    running: dict[tuple[str, str], Granted] = {}
     settled: set[tuple[str, str, int]] = set()
     ended: dict[tuple[str, str], str] = {}
     due: dict[tuple[str, str], float] = {}
@@ -80,6 +97,11 @@ def history(ledger: Ledger) -> Iterator[str]:
                 if touch and touch.worker != worker and not ledger.lossy:
                     yield f"renewed another's lease: {record}, was {touch}"
                 touched[role, entry] = Touch(worker, touch.fence if touch else 0, before)
+            case Acknowledged(role, entry, worker):
+                run = running.get((role, entry))
+                is_done = run is None or (run.gid, run.tid, run.fence) in settled or (run.gid, run.tid) in ended
+                if run and not is_done and not ledger.lossy and run is grants[run.gid, run.tid][-1]:
+                    yield f"acknowledged what is not over: {record}, {run}"
             case Delivered(role, entry, worker, fence, is_recovery, before, after):
                 if (role, fence) in fences:
                     yield f"a fence was given twice: {record}"
@@ -115,6 +137,7 @@ def history(ledger: Ledger) -> Iterator[str]:
                         if ended.get((gid, need)) != "completed":
                             yield f"granted before {need}, which it needs: {record}"
                 grants[task].append(record)
+                running[role, entry] = record
             case Started(gid, tid, _, fence):
                 if (gid, tid, fence) in started:
                     yield f"one grant was started twice: {record}"
@@ -133,6 +156,12 @@ def history(ledger: Ledger) -> Iterator[str]:
                 if kind in ENDS:
                     ended[task] = kind
                 due[task] = not_before
+            case Committed(gid, tid, _, fence, _, "DONE"):
+                settled.add((gid, tid, fence))
+            case Parked(gid, tid):
+                settled.update((gid, tid, grant.fence) for grant in grants[gid, tid])
+            case Over(gid, tid):
+                ended.setdefault((gid, tid), "over")
             case Cancelled(gid, tid):
                 if (gid, tid) in ended:
                     yield f"cancelled after its end ({ended[gid, tid]}): {record}"

@@ -33,6 +33,12 @@ class Delivered(NamedTuple):
     after: float
 
 
+class Acknowledged(NamedTuple):
+    role: str
+    entry: str
+    worker: str
+
+
 class Renewed(NamedTuple):
     role: str
     entry: str
@@ -80,6 +86,24 @@ class Cancelled(NamedTuple):
     tid: str
 
 
+class Over(NamedTuple):
+    """
+    A claim was told that this task has ended, or never will start.
+    """
+
+    gid: str
+    tid: str
+
+
+class Parked(NamedTuple):
+    """
+    A claim was told that this task waits until its paused group goes on; a lease that was on it is over.
+    """
+
+    gid: str
+    tid: str
+
+
 class Died(NamedTuple):
     worker: str
 
@@ -109,7 +133,8 @@ class Lost(NamedTuple):
     gid: str
 
 
-Record = Delivered | Renewed | Granted | Started | Committed | Cancelled | Died | Buried | Outage | Lost
+Seen = Delivered | Acknowledged | Renewed | Granted | Started | Committed | Cancelled | Over | Parked
+Record = Seen | Died | Buried | Outage | Lost
 
 
 @dataclass
@@ -155,6 +180,12 @@ class Ledger:
                 accepted[tid] = self.plans[gid][tid]
 
     def _saw_fetch(self, role: str, args: list[Any], reply: Any, worker: str, before: float, after: float) -> None:
+        position = 6 + int(args[5])
+        while position < len(args):
+            count = int(args[position + 1])
+            entries = args[position + 2 : position + 2 + count]
+            self.records += [Acknowledged(role, entry, worker) for entry in entries]
+            position += 3 + count + 2 * int(args[position + 2 + count])
         for delivery in fetch_reply(role, reply).deliveries:
             self._entries[role, delivery.fence] = delivery.entry
             recovery = args[3] == "recover"
@@ -177,6 +208,10 @@ class Ledger:
                 role = self.plans[gid][tid].role
                 entry = self._entries[role, int(fence)]
                 self.records.append(Granted(gid, tid, role, entry, worker, int(fence), after))
+            elif claimed.verdict in ("DONE", "CLOSED"):
+                self.records.append(Over(gid, tid))
+            elif claimed.verdict == "PARKED":
+                self.records.append(Parked(gid, tid))
 
     def _saw_commit(self, gid: str, args: list[Any], reply: Any, worker: str, before: float, _: float) -> None:
         if reply[0] == "GONE":
