@@ -475,8 +475,7 @@ def test_the_lease_is_the_roles_while_somebody_is_there(bench: Bench) -> None:
 
 def test_a_worker_that_gets_a_lost_entry_again_holds_it_when_the_old_handler_ends(bench: Bench) -> None:
     bench.queued("g")
-    leases = Leases(url="", keys=bench.keys, worker="w", on_lost=lambda role, entry: None)
-    turns = Turns(keys=bench.keys, worker="w", roles=["p"], slots=1, lease_ms=LEASE_MS, leases=leases)
+    turns = turns_of(bench, ["p"], slots=1)
 
     def turn() -> None:
         for step in turns.plan(1):

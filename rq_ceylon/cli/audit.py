@@ -5,15 +5,16 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from typing import TYPE_CHECKING
 
 import click
 
-from rq_ceylon.cli.common import reported, run_async, settings, to_json, where
+from rq_ceylon.cli.common import with_client
+from rq_ceylon.cli.facts import to_json
+from rq_ceylon.models import counted
 
 if TYPE_CHECKING:
-    from rq_ceylon.audit import Audit
+    from rq_ceylon.client import Client
 
 
 @click.command()
@@ -22,24 +23,16 @@ if TYPE_CHECKING:
     "--repair", is_flag=True, help="Put right what is certain: counters, leftovers of ended tasks, the index."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@where
-@reported
-def audit(group: str | None, repair: bool, as_json: bool, redis_url: str | None, namespace: str | None) -> None:
+@with_client
+async def audit(client: Client, group: str | None, repair: bool, as_json: bool) -> int:
     """
     Recount all groups, or one, from their records, against their counters and events.
 
     Exit code 0: drift 0, or all of it repaired; 1: there is drift.
     """
-    place = settings(redis_url, namespace)
+    from rq_ceylon.audit import audit as recount
 
-    async def main() -> Audit:
-        from rq_ceylon.audit import audit as recount
-        from rq_ceylon.client import Client
-
-        async with Client(place.redis_url, namespace=place.namespace) as client:
-            return await recount(client.connection, client.keys, [group] if group else [], repair=repair)
-
-    found = run_async(main())
+    found = await recount(client.connection, client.keys, [group] if group else [], repair=repair)
     if as_json:
         click.echo(to_json({"schema": 1, **dataclasses.asdict(found)}))
     else:
@@ -47,5 +40,6 @@ def audit(group: str | None, repair: bool, as_json: bool, redis_url: str | None,
             click.echo(str(drift))
         for gid in found.moving:
             click.echo(f"{gid}: changes too fast to be recounted; try again when less of it runs")
-        click.echo(f"{found.groups} groups, {found.tasks} tasks: drift {len(found.drift)}")
-    sys.exit(any(not drift.repaired for drift in found.drift))
+        checked = f"{counted(found.groups, 'group')}, {counted(found.tasks, 'task')}"
+        click.echo(f"{checked}: drift {len(found.drift)}")
+    return int(any(not drift.repaired for drift in found.drift))

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import redis
 
-from rq_ceylon.client import _keyed_id
+from rq_ceylon.client.staging import keyed_id
 from rq_ceylon.goals import compile_goals
 from rq_ceylon.models import COUNTERS, TaskGroup
 from rq_ceylon.store import scripts
-from rq_ceylon.store.connection import classified
+from rq_ceylon.store.trouble import classified
 from rq_ceylon.store.keys import STREAMS, Keys
 from rq_ceylon.store.scripts import Call
 
@@ -201,7 +201,7 @@ class Simulation:
                 f"g{number}", list(actors.graph(rnd, rnd.choice((20, 35, 50)))), goal=goals, key=f"k{number}"
             )
             policy = rnd.choice(("skip", "skip", "fail", "continue"))
-            gid = _keyed_id(self.keys.namespace, f"k{number}")
+            gid = keyed_id(self.keys.namespace, f"k{number}")
             facts: dict[str, Any] = {"on_need_failed": policy}
             if gids and rnd.random() < 0.3:
                 facts["depends_on"] = rnd.sample(gids, min(len(gids), rnd.choice((1, 2))))
