@@ -154,7 +154,9 @@ class Bench:
                 self.redis.execute_command(
                     "XCLAIM", key, "workers", entry["consumer"], 0, entry["message_id"], "IDLE", ms, "JUSTID"
                 )
-        self.redis.hset(self.keys.role_part(role, "meta"), "pause_until", 0)
+        seconds, micros = self.redis.time()
+        now_ms = int(seconds) * 1000 + int(micros) // 1000
+        self.redis.hset(self.keys.role_part(role, "meta"), mapping={"pause_until": 0, "last": now_ms})
 
     # ---- looking -----------------------------------------------------------------------------------------------------
     def meta(self, gid: str) -> dict[str, str]:

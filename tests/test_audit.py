@@ -189,12 +189,12 @@ def test_the_command_says_drift_0_or_what_it_is_and_exits_accordingly(bench: Ben
     assert command() == (0, "2 groups, 3 tasks: drift 0\n")
     bench.redis.hset(bench.keys.group_part("g", "meta"), "pending", 5)
     assert command() == (1, "g: pending is 5, should be 2\n2 groups, 3 tasks: drift 1\n")
-    assert command("h") == (0, "1 groups, 1 tasks: drift 0\n")
+    assert command("h") == (0, "1 group, 1 task: drift 0\n")
     code, output = command("--json")
     assert code == 1
     assert json.loads(output)["drift"] == [
         {"group": "g", "task": "", "what": "pending", "found": "5", "expected": "2", "repaired": False}
     ]
-    assert command("g", "--repair") == (0, "g: pending is 5, should be 2 (repaired)\n1 groups, 2 tasks: drift 1\n")
+    assert command("g", "--repair") == (0, "g: pending is 5, should be 2 (repaired)\n1 group, 2 tasks: drift 1\n")
     assert command() == (0, "2 groups, 3 tasks: drift 0\n")
     assert command("nobody")[0] not in (0, 1)
