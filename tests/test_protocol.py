@@ -8,7 +8,7 @@ from bench import LEASE_MS, Bench
 
 from rq_ceylon.models import Goal
 from rq_ceylon.store import transitions
-from rq_ceylon.store.transitions import Committed, Delivery
+from rq_ceylon.store.transitions import Acks, Committed, Delivery, PageAck
 from rq_ceylon.worker.leases import Leases
 from rq_ceylon.worker.turn import Turns
 
@@ -74,6 +74,26 @@ def test_closing_a_group_cancels_what_has_not_started_and_counts_what_still_comp
     assert bench.commit("w", third, "retry") == "OK"
     assert bench.counters("g") == {"total": 4, "completed": 2, "cancelled": 2}
     assert bench.meta("g")["outcome"] == "completed"
+
+
+def test_cancelling_a_staged_group_removes_it_and_cancelling_a_running_one_stops_what_runs(bench: Bench) -> None:
+    bench.submit("staged", ["a"], last=False)
+    assert bench.run(transitions.cancel_group(bench.keys, "staged")) == ["OK", "pruned"]
+    assert not bench.redis.keys(f"{bench.keys.prefix}{{g:staged}}*")
+    bench.queued("g")
+    bench.started("w", "g")
+    bench.run(transitions.cancel_group(bench.keys, "g"))
+    assert (bench.meta("g")["status"], bench.meta("g")["stop"]) == ("closing", "1")
+
+
+def test_closing_a_group_drops_the_pages_that_nobody_has_taken(bench: Bench) -> None:
+    bench.queued("g", ["a", "b"])
+    first, second = bench.fetch("w", 2)
+    bench.claim("w", first, second)
+    bench.commit_with_pages("w", first, "retry")
+    bench.run(transitions.cancel_group(bench.keys, "g"))
+    assert bench.meta("g")["status"] == "closing"
+    assert not bench.redis.exists(bench.keys.group_part("g", "outbox"))
 
 
 def test_a_group_without_goals_that_a_user_ends_is_cancelled(bench: Bench) -> None:
@@ -200,6 +220,27 @@ def test_a_task_that_outlives_its_crash_limit_fails_as_poison(bench: Bench) -> N
     assert bench.redis.hget(bench.keys.group_part("g", "results"), "a").startswith("failed|poison|")
 
 
+def test_a_task_asked_to_cancel_whose_worker_is_lost_is_cancelled_not_run(bench: Bench) -> None:
+    bench.queued("g", ["a", "b"])
+    bench.started("v", "g")
+    bench.run(transitions.cancel_tasks(bench.keys, "g", ["a"]))
+    bench.age(LEASE_MS + 1)
+    (delivery,) = bench.fetch("w", 1)
+    assert bench.claim("w", delivery) == ["DONE"]
+    assert bench.redis.hget(bench.keys.group_part("g", "results"), "a").startswith("cancelled|cancelled|")
+    assert bench.meta("g")["crashes"] == "0"
+
+
+def test_payloads_beyond_a_replys_limit_are_put_off_but_one_always_goes(bench: Bench) -> None:
+    bench.queued("g", ["a", "b"])
+    for tid in "ab":
+        bench.redis.hset(bench.keys.group_part("g", "tasks"), tid, "p|2||||" + 5_000_000 * "x")
+    first, second = bench.fetch("w", 2)
+    assert bench.claim("w", first, second) == ["GRANTED", "LATER"]
+    assert bench.counters("g") == {"total": 2, "pending": 1, "in_progress": 1}
+    assert bench.claim("w", second) == ["GRANTED"]
+
+
 def test_losing_a_worker_that_was_told_to_stop_is_no_crash(bench: Bench) -> None:
     bench.queued("g")
     delivery = bench.started("v", "g")
@@ -283,6 +324,12 @@ def test_other_content_under_a_known_id_exists(bench: Bench) -> None:
     assert bench.submit("g", ["a"], digest="2").word == "EXISTS"
     assert bench.submit("g", ["a"], part=1, last=False, digest="3").word == "EXISTS"
     assert bench.state("g") == before
+
+
+def test_a_submission_that_ends_earlier_than_the_one_on_its_way_is_other_content(bench: Bench) -> None:
+    bench.submit("g", ["a"], part=1, last=False, digest="1")
+    bench.submit("g", ["b"], part=2, last=False, digest="2")
+    assert bench.submit("g", ["a"], part=1, digest="1").word == "EXISTS"
 
 
 def test_pages_of_a_staged_group_are_withheld_until_it_is_complete(bench: Bench) -> None:
@@ -377,6 +424,34 @@ def test_recovery_gives_a_worker_its_own_entries_that_it_does_not_hold(bench: Be
     assert lost.fence > second.fence
 
 
+def test_a_dead_workers_entry_is_found_behind_any_number_of_renewed_ones(bench: Bench) -> None:
+    tids = [str(n) for n in range(41)]
+    bench.queued("g", tids)
+    held = bench.fetch("v", 41)
+    bench.age(LEASE_MS + 1)
+    bench.run(transitions.renew(bench.keys, "p", "v", [delivery.entry for delivery in held[:-1]]))
+    got = [delivery.tid for _ in range(10) for delivery in bench.fetch("w", 1)]
+    assert got == ["40"]
+
+
+def test_an_entry_that_was_deleted_while_pending_is_acknowledged_when_it_is_recovered(bench: Bench) -> None:
+    bench.queued("g")
+    (delivery,) = bench.fetch("w")
+    normal = bench.keys.role_part("p", "normal")
+    bench.redis.xdel(normal, delivery.entry.partition(":")[2])
+    assert bench.fetch("w", 0, recover=[]) == []
+    assert bench.redis.xpending(normal, "workers")["pending"] == 0
+
+
+def test_acknowledgements_sent_twice_count_once(bench: Bench) -> None:
+    bench.queued("g")
+    delivery = bench.started("w", "g")
+    acks = {"completed": Acks([delivery.entry], {"run_ms": 5})}
+    for _ in range(2):
+        bench.run(transitions.fetch(bench.keys, "p", "w", budget=0, lease_ms=LEASE_MS, acks=acks))
+    assert bench.redis.hmget(bench.keys.role_part("p", "meta"), "total:completed", "run_ms") == ["1", "5"]
+
+
 def test_renewing_tells_mine_from_others_and_absent_ones(bench: Bench) -> None:
     bench.queued("g", ["a", "b"])
     first, second = bench.fetch("v", 2)
@@ -423,6 +498,17 @@ def test_a_dead_workers_entries_are_given_back_in_its_name_and_its_consumer_goes
     got = bench.fetch("w")
     assert bench.claim("w", *got) == ["GRANTED", "GRANTED"]
     assert bench.meta("g")["crashes"] == "1"
+
+
+def test_more_than_one_call_gives_back_is_given_back_by_the_next(bench: Bench) -> None:
+    for part in (1, 2):
+        tids = [f"{part}-{n}" for n in range(300)]
+        bench.submit("g", tids, part=part, last=part == 2, digest=str(part))
+    bench.relay("g")
+    bench.fetch("v", 600)
+    assert bench.run(transitions.release_all(bench.keys, "p", "v")) == [500, "1"]
+    assert bench.run(transitions.release_all(bench.keys, "p", "v")) == [100, "0"]
+    assert len(bench.fetch("w", 1000)) == 600
 
 
 def test_a_malformed_entry_is_put_aside_and_holds_nobody_up(bench: Bench) -> None:
@@ -546,6 +632,7 @@ def test_a_callable_goal_keeps_the_group_closing_until_it_is_judged_once(bench: 
     bench.queued("g", goal=Goal(call="enough"))
     bench.commit("w", bench.started("w", "g"))
     assert bench.meta("g")["status"] == "closing"
+    assert int(bench.meta("g")["goals"].split("|")[3]) > int(bench.meta("g")["created"])  # it waits, but not for ever
     judge = transitions.judge(bench.keys, "g", goal="goal", verdict="achieved")
     assert bench.run(judge)[:2] == ["OK", "finished"]
     before = bench.state("g")
@@ -626,6 +713,34 @@ def test_a_paused_group_whose_last_task_ends_finishes(bench: Bench) -> None:
     bench.run(transitions.pause_group(bench.keys, "g"))
     bench.commit("w", delivery)
     assert bench.meta("g")["status"] == "finished"
+
+
+def test_a_poison_fails_and_a_suspect_waits_in_a_paused_group_too(bench: Bench) -> None:
+    bench.queued("poison", crash_limit=0)
+    bench.started("v", "poison")
+    bench.run(transitions.pause_group(bench.keys, "poison"))
+    bench.age(LEASE_MS + 1)
+    (delivery,) = bench.fetch("w")
+    assert bench.claim("w", delivery) == ["DONE"]
+    assert bench.meta("poison")["status"] == "finished"
+    bench.fetch("w", 0, acks=[delivery.entry])
+
+    bench.queued("suspect")
+    crashed(bench, "suspect", 2)
+    bench.run(transitions.pause_group(bench.keys, "suspect"))
+    (delivery,) = bench.fetch("w")
+    assert bench.claim("w", delivery, suspect=False) == ["PARKED"]
+
+
+def test_what_was_withheld_while_a_group_was_paused_is_any_relays_once_it_goes_on(bench: Bench) -> None:
+    bench.queued("g")
+    delivery = bench.started("w", "g")
+    bench.run(transitions.pause_group(bench.keys, "g"))
+    _, pages = bench.commit_with_pages("w", delivery, "retry")
+    assert pages == []
+    bench.run(transitions.resume_group(bench.keys, "g"))
+    bench.relay("g")
+    assert [again.issue for again in bench.fetch("w", acks=[delivery.entry])] == ["2"]
 
 
 def test_a_paused_role_delivers_nothing_and_takes_acknowledgements(bench: Bench) -> None:
@@ -766,6 +881,16 @@ def test_suspects_start_one_at_a_time_and_what_is_put_off_is_not_written(bench: 
     assert bench.claim("w", second) == ["GRANTED"]
 
 
+def test_a_suspect_that_was_given_back_is_put_off_too(bench: Bench) -> None:
+    bench.queued("g")
+    crashed(bench, "g", 2)
+    delivery = bench.started("w", "g")
+    bench.commit("w", delivery, "release")
+    (again,) = bench.fetch("w", acks=[delivery.entry])
+    assert bench.claim("w", again, suspect=False) == ["LATER"]
+    assert bench.claim("w", again) == ["GRANTED"]
+
+
 # ---- reissue ---------------------------------------------------------------------------------------------------------
 def test_an_entry_that_supersedes_the_fence_on_record_ends_that_lease_and_no_other(bench: Bench) -> None:
     bench.queued("g")
@@ -807,11 +932,33 @@ def test_a_scan_rings_what_the_role_does_not_show_and_lists_what_runs(bench: Ben
     assert bench.run(transitions.scan(bench.keys, "g", "p", look.pages, "0", ["b"]))[0] == "MOVED"
 
 
+@pytest.mark.parametrize("delivered", [True, False])
+def test_a_scan_is_refused_if_a_page_was_written_since_the_look(bench: Bench, delivered: bool) -> None:
+    bench.queued("g")
+    delivery = bench.started("w", "g")
+    look = transitions.look_reply(bench.run(transitions.look(bench.keys, "g")))
+    assert look is not None
+    _, pages = bench.commit_with_pages("w", delivery, "retry")
+    if delivered:
+        bench.ring(pages)
+    pages_then = look.pages if delivered else look.pages + 1
+    assert bench.run(transitions.scan(bench.keys, "g", "p", pages_then, "0", []))[0] == "MOVED"
+
+
 def test_a_probe_says_busy_while_more_is_left_up_to_the_horizon_than_it_looks_at(bench: Bench) -> None:
     bench.queued("g", [str(n) for n in range(150)])
     horizon = transitions.look_reply(bench.run(transitions.look(bench.keys, "g"))).horizons["p"]  # type: ignore[union-attr]
     assert bench.run(transitions.probe(bench.keys, "p", "g", horizon)) == ["BUSY"]
     assert bench.run(transitions.probe(bench.keys, "p", "g", "0"))[0] == "CLEAR"
+
+
+def test_a_probe_counts_what_is_delayed_and_a_late_acknowledgement_moves_no_horizon_back(bench: Bench) -> None:
+    reply = bench.submit("g", [str(n) for n in range(150)], delay_ms=60_000)
+    bench.ring(reply.pages)
+    horizon = bench.meta("g")["horizon:p"]
+    assert bench.run(transitions.probe(bench.keys, "p", "g", horizon)) == ["BUSY"]
+    bench.run(transitions.outbox(bench.keys, "g", acks=[PageAck(reply.pages[0], "1")]))
+    assert bench.meta("g")["horizon:p"] == horizon
 
 
 # ---- caps and lifetimes ----------------------------------------------------------------------------------------------
