@@ -73,6 +73,10 @@ class GoalStatus(StrEnum):
     ACHIEVED = "achieved"
     FAILED = "failed"
 
+    @property
+    def is_final(self) -> bool:
+        return self in (GoalStatus.ACHIEVED, GoalStatus.FAILED)
+
 
 class Priority(StrEnum):
     """

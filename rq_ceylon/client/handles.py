@@ -207,7 +207,7 @@ class GroupHandle:
         told: set[str] = set()
         connection, keys = self._session.connection, self._session.keys
         async for event in self.events():
-            tids = [task.tid for task in event.tasks if task.outcome in tuple(TaskStatus) and task.tid not in told]
+            tids = [task.tid for task in event.tasks if task.is_end and task.tid not in told]
             for result in (await queries.results(connection, keys, self.id, tids)).values():
                 told.add(result.task_id)
                 yield result
@@ -256,7 +256,7 @@ def is_over(view: GroupView, until: Literal["goal", "all"]) -> bool:
     """
     if until == "all" or not view.goals:
         return view.is_finished
-    return all(goal.status in (GoalStatus.ACHIEVED, GoalStatus.FAILED) for goal in view.goals)
+    return all(goal.status.is_final for goal in view.goals)
 
 
 def succeeded(view: GroupView) -> bool:

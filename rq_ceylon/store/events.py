@@ -35,6 +35,10 @@ class TaskEvent(NamedTuple):
     wait_ms: int
     run_ms: int
 
+    @property
+    def is_end(self) -> bool:
+        return self.outcome in ("completed", "failed", "cancelled")
+
 
 class Event(NamedTuple):
     """

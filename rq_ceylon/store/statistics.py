@@ -14,8 +14,6 @@ from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.events import Event
 from rq_ceylon.store.keys import Keys
 
-ENDS = ("completed", "failed", "cancelled")
-
 
 @dataclass
 class Histogram:
@@ -95,7 +93,7 @@ class GroupStatistics:
                 role = self.roles.setdefault(task.role, RoleStatistics())
                 if task.outcome == "retry":
                     role.retries += 1
-                elif task.outcome in ENDS:
+                elif task.is_end:
                     role.outcomes[task.outcome] += 1
                     if task.outcome != "cancelled":
                         role.run.add(task.run_ms)

@@ -134,10 +134,6 @@ class TaskGroupGoal:
     status: GoalStatus = field(init=False, default=GoalStatus.NOT_STARTED)
     error: str = field(init=False, default="")
 
-    @property
-    def is_settled(self) -> bool:
-        return self.status in (GoalStatus.ACHIEVED, GoalStatus.FAILED)
-
     def to_goal(self) -> Goal:
         return Goal(
             call="check_condition",

@@ -174,7 +174,7 @@ class TaskManager:
     async def _look_at_goals(self) -> None:
         for key, follower in list(self._followers.items()):
             goal = self.task_groups[key].goal
-            if goal is not None and not goal.is_settled and await self._holds(goal):
+            if goal is not None and not goal.status.is_final and await self._holds(goal):
                 await follower.judge("achieved")
 
     async def _holds(self, goal: TaskGroupGoal) -> bool:
@@ -247,7 +247,7 @@ class _Follower:
             if not batch:
                 break
             for event in batch:
-                ended = [task.tid for task in event.tasks if task.outcome in ("completed", "failed", "cancelled")]
+                ended = [task.tid for task in event.tasks if task.is_end]
                 results = await queries.results(connection, keys, self.handle.id, ended)
                 await self.manager.take(self, event, results)
                 self.seq = event.seq
@@ -265,7 +265,7 @@ class _Follower:
         Write a verdict where every process sees it; a goal that is settled already stays as it is.
         """
         goal = self.group.goal
-        if goal is None or goal.is_settled:
+        if goal is None or goal.status.is_final:
             return
         call = transitions.judge(self.client.keys, self.handle.id, goal=goal.to_goal().name or "", verdict=verdict)
         ((reply, *_),) = await self.client.connection.run_until_answered([call], give_up_after=None)
@@ -277,7 +277,7 @@ class _Follower:
         Say once how the goal was settled.
         """
         goal = self.group.goal
-        if goal is None or goal.is_settled:
+        if goal is None or goal.status.is_final:
             return
         goal.status = status
         achieved = status is GoalStatus.ACHIEVED
