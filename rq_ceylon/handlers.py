@@ -19,7 +19,7 @@ from pydantic_core import to_json
 
 from rq_ceylon.attempt import Backoff, TaskContext, check_max_attempts, type_names
 from rq_ceylon.errors import InvalidInputError, UnknownTaskError
-from rq_ceylon.models import DEFAULT_ROLE, Duration, GroupView, Priority, check_id, counted, seconds
+from rq_ceylon.models import DEFAULT_ROLE, Duration, GroupView, check_id, check_priority, counted, seconds
 from rq_ceylon.values import BadValueError, JsonType
 
 P = ParamSpec("P")
@@ -64,7 +64,7 @@ class Handler(Generic[P, R]):
         self.role = None if role is None else check_id(role, f"task {name!r}: role")
         self.timeout_s = None if timeout is None else seconds(timeout, f"task {name!r}: timeout")
         self.max_attempts = max_attempts
-        self.priority = priority
+        self.priority = None if priority is None else check_priority(priority, f"task {name!r}: priority")
         self.backoff = backoff or Backoff()
         self.retry = dict(retry or {})
         self.kind = _kind(name, function, cpu=cpu)
@@ -81,13 +81,11 @@ class Handler(Generic[P, R]):
             raise InvalidInputError(f"task {self.name!r}: timeout: 0 leaves no time; leave it out for the default")
         if self.max_attempts is not None:
             check_max_attempts(self.max_attempts, f"task {self.name!r}: max_attempts")
-        if self.priority is not None and self.priority not in list(Priority):
-            raise InvalidInputError(
-                f"task {self.name!r}: priority: {self.priority!r} is not known; use {', '.join(Priority)}"
-            )
         for kind, rule in self.retry.items():
             if not (isinstance(kind, type) and issubclass(kind, Exception)):
-                raise InvalidInputError(f"task {self.name!r}: retry: {kind!r} is not an exception type")
+                raise InvalidInputError(
+                    f"task {self.name!r}: retry: {kind!r} is not an exception type; give one, such as OSError"
+                )
             if not (rule is None or isinstance(rule, Backoff)):
                 raise InvalidInputError(
                     f"task {self.name!r}: retry: {kind.__name__}: {rule!r} is not a rule; "

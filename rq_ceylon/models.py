@@ -135,6 +135,17 @@ def check_id(value: object, name: str) -> str:
     return value
 
 
+def check_priority(value: str, name: str) -> Priority:
+    """
+    Raises:
+        InvalidInputError: it is none of high, normal, low.
+    """
+    try:
+        return Priority(value)
+    except ValueError:
+        raise InvalidInputError(f"{name}: {value!r} is not known; use high, normal or low") from None
+
+
 def counted(number: int, one: str, many: str | None = None) -> str:
     """
     A number of things, for people: `1 task`, `2,000 tasks`.

@@ -25,6 +25,7 @@ from rq_ceylon.models import (
     Task,
     TaskGroup,
     check_id,
+    check_priority,
     seconds,
 )
 from rq_ceylon.store.codec import encode, task_text
@@ -162,8 +163,7 @@ def stage(
     role = task.role or defaults.role or (handler.role if handler else None) or DEFAULT_ROLE
     check_id(role, f"{where}: role")
     rank = task.priority or defaults.priority or priority or (handler.priority if handler else None) or Priority.NORMAL
-    if str(rank) not in STREAMS:
-        raise InvalidInputError(f"{where}: priority: {rank!r} is not known; use high, normal or low")
+    rank = check_priority(rank, f"{where}: priority")
     body = {**_shared(task, where), "arguments": arguments or None, "needs": list(task.needs) or None}
     try:
         blob = encode(_present(body))
@@ -176,7 +176,7 @@ def stage(
         )
     delay_ms = _ms(defaults.delay if task.delay is None else task.delay, f"{where}: delay")
     expires_ms = _ms(defaults.expires if task.expires is None else task.expires, f"{where}: expires")
-    text = task_text(role, STREAMS[str(rank)], delay_ms, expires_ms, None, blob)
+    text = task_text(role, STREAMS[rank], delay_ms, expires_ms, None, blob)
     return ReadyTask(text, role, list(dict.fromkeys(task.needs)), delay_ms)
 
 
