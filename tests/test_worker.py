@@ -18,6 +18,7 @@ from rq_ceylon.attempt import Backoff, TaskContext
 from rq_ceylon.client import Client
 from rq_ceylon.errors import TaskCancelledError, TaskFailedError
 from rq_ceylon.models import Task, TaskGroup, TaskStatus
+from rq_ceylon.store.connection import ThreadConnection
 from rq_ceylon.worker import Worker
 
 pytestmark = pytest.mark.anyio
@@ -438,6 +439,34 @@ async def test_a_task_that_takes_longer_than_the_lease_keeps_its_worker(app: Cey
     assert second.turns.lease_ms == 300
     assert (view.counters.attempts, view.counters.crashes) == (1, 0)
     assert len(ran) == 1
+
+
+async def test_a_round_of_renewals_that_breaks_does_not_end_the_rounds(
+    app: Ceylon, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    The thread ended with the first unforeseen error, and from then on every lease ran out under its task.
+    """
+
+    @app.task(role="r")
+    async def work(context: TaskContext) -> None:
+        await asyncio.sleep(context.duration)
+
+    worker = worker_of(app, lease_s=0.3)
+    renew = worker.leases.renew
+
+    def break_once(connection: ThreadConnection) -> None:
+        monkeypatch.setattr(worker.leases, "renew", renew)
+        raise ValueError("unforeseen")
+
+    monkeypatch.setattr(worker.leases, "renew", break_once)
+    async with running(worker):
+        await eventually(lambda: worker.leases.renew == renew, "a round has broken")
+        group = await client.submit(TaskGroup("g", [Task(uses="work", role="r", duration=1)]))
+        async with running(worker_of(app)):
+            view = await group.wait("all", LIMIT_S)
+
+    assert (view.counters.attempts, view.counters.crashes) == (1, 0)
 
 
 def stall(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:

@@ -81,6 +81,8 @@ class Leases:
                 if not silent:
                     logger.warning("Leases cannot be renewed for now: {}", error)
                 silent = True
+            except Exception:  # a thread that ended here would let every lease run out
+                logger.exception("Leases could not be renewed in this round")
         connection.close()
 
     def renew(self, connection: ThreadConnection) -> None:
