@@ -103,7 +103,7 @@ class TaskHandle(Generic[R]):
         cancel = transitions.cancel_tasks(self._session.keys, self._gid, [self._tid])
         ((_, *words),) = await self._session.call([cancel])
         if len(words) < 2 or words[1] == "unknown":
-            raise NotFoundError(f"task {self.id} is not known")
+            raise NotFoundError(f"task {self.id} is not known; it was never submitted, or its group was pruned")
         return str(words[1])
 
 

@@ -205,7 +205,9 @@ def find_binary(environ: Mapping[str, str] = os.environ) -> str:
     if chosen := environ.get("CEYLON_SERVER_BIN"):
         if found := shutil.which(chosen, path=environ.get("PATH")):
             return found
-        raise RedisError(f"CEYLON_SERVER_BIN: {chosen!r} is not a program that can be run")
+        raise RedisError(
+            f"CEYLON_SERVER_BIN: {chosen!r} is not a program that can be run; name a valkey-server or redis-server"
+        )
     candidates = (
         wheel_binary(),
         *(shutil.which(name, path=environ.get("PATH")) for name in ("valkey-server", "redis-server")),
