@@ -178,12 +178,9 @@ def test_a_role_that_nobody_serves_is_refused_on_request_with_the_nearest_name(
 
 
 def test_waiting_too_long_ends_with_five_and_the_group_goes_on(commands: Commands) -> None:
-    started = time.monotonic()
-
     ended = commands.run("submit", "group.yaml", "--wait", "--timeout", "0.5s")
 
     assert ended.returncode == 5, ended.stderr
-    assert time.monotonic() - started < 5
     (group,) = commands.json("ceylon", "groups", "--json")["groups"]
     assert ended.stderr.endswith(f"; it goes on.\nCome back with: ceylon watch {group['group']['id']}\n")
     assert group["group"]["status"] == "active"

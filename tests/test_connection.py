@@ -384,6 +384,8 @@ async def test_a_server_that_does_not_answer_is_not_waited_for_for_ever(monkeypa
         assert "(no answer in time)" in await problem_of(f"redis://127.0.0.1:{port}")
         said = await problem_of(f"rediss://127.0.0.1:{port}")
         assert "(no answer in time; does it speak TLS at this port?)" in said
+    monkeypatch.setattr(places, "ANSWER_S", 10.0)
+    monkeypatch.setattr(places, "CONNECT_S", 10.0)
     with pretended(lambda _: b"-ERR what is this?\r\n") as port:
         assert "does not speak TLS at this port; use redis://" in await problem_of(f"rediss://127.0.0.1:{port}")
 

@@ -156,6 +156,23 @@ def test_the_same_line_with_a_smaller_fence_is_lost(bench: Bench) -> None:
     assert bench.commit("w", new) == "OK"
 
 
+def test_one_fence_is_granted_to_one_worker_only(bench: Bench) -> None:
+    bench.queued("g")
+    delivery = bench.started("w", "g")
+    assert bench.claim("v", delivery) == ["LOST"]
+    assert bench.commit("w", delivery) == "OK"
+
+
+def test_a_task_that_was_to_stop_and_lost_its_worker_is_cancelled_not_run(bench: Bench) -> None:
+    bench.queued("g")
+    bench.started("v", "g")
+    bench.run(transitions.cancel_tasks(bench.keys, "g", ["a"]))
+    bench.age(LEASE_MS + 1)
+    (delivery,) = bench.fetch("w")
+    assert bench.claim("w", delivery) == ["DONE"]
+    assert bench.counters("g") == {"total": 1, "cancelled": 1}
+
+
 def test_another_entry_of_a_running_task_is_a_duplicate(bench: Bench) -> None:
     reply = bench.submit("g")
     bench.run(transitions.enqueue(bench.keys, "p", reply.pages))
@@ -270,6 +287,14 @@ def test_a_repeated_commit_is_done_and_changes_nothing(bench: Bench, kind: str) 
     assert verdict == "OK"
     assert bench.commit_with_pages("w", delivery, kind)[0] == "DONE"
     assert bench.state("g") == before
+
+
+def test_an_outcome_that_a_batch_names_twice_counts_once(bench: Bench) -> None:
+    bench.queued("g", ["a", "b"])
+    delivery = bench.started("w", "g")
+    outcome = Committed("a", delivery.fence, "completed", "", 0, 1, b"1")
+    assert bench.run(transitions.commit(bench.keys, "g", "w", [outcome, outcome]))[2] == ["OK", "DONE"]
+    assert bench.counters("g") == {"total": 2, "pending": 1, "completed": 1}
 
 
 def test_a_commit_by_another_worker_or_fence_is_stale(bench: Bench) -> None:

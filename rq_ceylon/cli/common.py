@@ -169,9 +169,26 @@ def reported(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def run_async(main: Coroutine[Any, Any, T]) -> T:
     """
-    Run a coroutine on uvloop where it is installed.
+    Run a coroutine on uvloop where it is installed. Ctrl-C cancels it, a second one ends the process at once.
     """
     import asyncio
+
+    was_interrupted = False
+
+    async def interruptible() -> T:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+
+        def interrupt() -> None:
+            nonlocal was_interrupted
+            was_interrupted = True
+            loop.remove_signal_handler(signal.SIGINT)
+            signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+            task.cancel()
+
+        with contextlib.suppress(NotImplementedError):  # Windows: there the runner does the first half
+            loop.add_signal_handler(signal.SIGINT, interrupt)
+        return await main
 
     factory = None
     try:
@@ -181,7 +198,12 @@ def run_async(main: Coroutine[Any, Any, T]) -> T:
     except ImportError:
         pass
     with asyncio.Runner(loop_factory=factory) as runner:
-        return runner.run(main)
+        try:
+            return runner.run(interruptible())
+        except asyncio.CancelledError:
+            if was_interrupted:
+                raise KeyboardInterrupt from None
+            raise
 
 
 def on_signals(stop: Callable[[int], None]) -> None:

@@ -5,8 +5,6 @@ A group as it goes on: live on a terminal, a plain line per change elsewhere.
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Literal, TextIO
@@ -58,9 +56,8 @@ async def follow(
             f"group {handle.id} is not there within {limit_s:g} s; it goes on.\n"
             f"Come back with: ceylon watch {handle.id}"
         ) from None
-    except asyncio.CancelledError:  # Nobody else cancels this: it is the runner's way to tell of Ctrl-C.
+    except asyncio.CancelledError:  # Nobody else cancels this: it is how Ctrl-C is told of.
         current.uncancel()
-        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
         click.echo(f"Stopped watching; the group goes on.\nCome back with: ceylon watch {handle.id}", err=True)
         return view, 130
     display.say(_last_words(view))

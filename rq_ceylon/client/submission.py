@@ -95,7 +95,10 @@ class Submission:
         submit = transitions.submit(
             keys, self.gid, staged.facts, tasks, part=self._part, last=last, digest=self._digest.hex()[:32]
         )
-        *_, answer = await self._session.call([*transitions.announce(keys, self.gid, staged.roles), submit])
+        announce = transitions.announce(keys, self.gid, staged.roles)
+        # Once more behind the last part: maintenance may just be dropping an older group of this key from the index.
+        again = transitions.announce(keys, self.gid, ()) if last else []
+        answer = (await self._session.call([*announce, submit, *again]))[len(announce)]
         reply = transitions.submit_reply(self.gid, answer)
         if reply.word not in ("OK", "REPEAT"):
             await self._refuse(reply)

@@ -325,6 +325,8 @@ class Turns:
             return
         answer = transitions.claim_reply(reply, len(batch))
         for held, claimed in zip(batch, answer.answers, strict=True):
+            if self.held.get((held.delivery.role, held.delivery.entry)) is not held:
+                continue  # its lease was lost meanwhile, so what it would do counts for nothing
             match claimed.verdict:
                 case "GRANTED":
                     held.stage, held.later = Stage.RUNNING, False

@@ -1,0 +1,230 @@
+"""
+What really happened, kept outside Redis: one record per accepted task, delivery, renewal, grant, start, answered
+commit, death and loss. Times are ms of this process's monotonic clock, taken before and after the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from rq_ceylon.store.scripts import Call
+from rq_ceylon.store.transitions import claim_reply, fetch_reply
+
+
+class Plan(NamedTuple):
+    """
+    What one task was made for.
+    """
+
+    role: str
+    needs: Sequence[str]
+    kind: str
+
+
+class Delivered(NamedTuple):
+    role: str
+    entry: str
+    worker: str
+    fence: int
+    is_recovery: bool
+    before: float
+    after: float
+
+
+class Acknowledged(NamedTuple):
+    role: str
+    entry: str
+    worker: str
+
+
+class Renewed(NamedTuple):
+    role: str
+    entry: str
+    worker: str
+    before: float
+
+
+class Granted(NamedTuple):
+    gid: str
+    tid: str
+    role: str
+    entry: str
+    worker: str
+    fence: int
+    after: float
+
+
+class Started(NamedTuple):
+    gid: str
+    tid: str
+    worker: str
+    fence: int
+
+
+class Committed(NamedTuple):
+    """
+    `verdict` as answered; `not_before` is when a retry is due at the earliest.
+    """
+
+    gid: str
+    tid: str
+    worker: str
+    fence: int
+    kind: str
+    verdict: str
+    not_before: float
+
+
+class Cancelled(NamedTuple):
+    """
+    A user was told that this task, which had not started, never will.
+    """
+
+    gid: str
+    tid: str
+
+
+class Over(NamedTuple):
+    """
+    A claim was told that this task has ended, or never will start.
+    """
+
+    gid: str
+    tid: str
+
+
+class Parked(NamedTuple):
+    """
+    A claim was told that this task waits until its paused group goes on; a lease that was on it is over.
+    """
+
+    gid: str
+    tid: str
+
+
+class Died(NamedTuple):
+    worker: str
+
+
+class Buried(NamedTuple):
+    """
+    All that this worker held in a role was given back in its name. It may yet live, silent for long: an accepted risk.
+    """
+
+    role: str
+    worker: str
+
+
+class Outage(NamedTuple):
+    """
+    All workers slept; nothing may be reclaimed until then.
+    """
+
+    quiet_until: float
+
+
+class Lost(NamedTuple):
+    """
+    Redis went back in time, or lost data, in a group (`gid`) or a role ('').
+    """
+
+    gid: str
+
+
+Seen = Delivered | Acknowledged | Renewed | Granted | Started | Committed | Cancelled | Over | Parked
+Record = Seen | Died | Buried | Outage | Lost
+
+
+@dataclass
+class Ledger:
+    """
+    Attributes:
+        accepted: per group that was answered OK, its tasks.
+        goals: per group, name → (expression, fail_when, has a deadline, is a callable).
+        lossy: Redis may lose data in this run, so leases and orders across losses prove nothing.
+        rings: reissue may ring what is merely late, so delays prove nothing.
+    """
+
+    lease_ms: float
+    lossy: bool = False
+    rings: bool = True
+    records: list[Record] = field(default_factory=list)
+    accepted: dict[str, dict[str, Plan]] = field(default_factory=dict)
+    policies: dict[str, str] = field(default_factory=dict)
+    goals: dict[str, dict[str, tuple[str, str, bool, bool]]] = field(default_factory=dict)
+    plans: dict[str, Mapping[str, Plan]] = field(default_factory=dict)
+    _staged: dict[str, list[str]] = field(default_factory=dict)
+    _entries: dict[tuple[str, int], str] = field(default_factory=dict)
+
+    def saw(self, call: Call, reply: Any, worker: str, before: float, after: float) -> None:
+        """
+        One script call and its reply, whether or not its sender ever reads it.
+        """
+        name = call.keys[0].partition("{")[2].partition("}")[0].partition(":")[2]
+        watch = getattr(self, f"_saw_{call.script}", None)
+        if watch is not None:
+            watch(name, list(call.args), reply, worker, before, after)
+
+    def _saw_submit(self, gid: str, args: list[Any], reply: Any, *_: Any) -> None:
+        if reply[0] != "OK":
+            return
+        position = 6 + 3 * int(args[5])
+        position += 1 + int(args[position]) + 2
+        tids = [str(tid) for tid in args[position::3]]
+        self._staged.setdefault(gid, []).extend(tids)
+        if reply[1] != "staging":
+            accepted = self.accepted.setdefault(gid, {})
+            for tid in self._staged.pop(gid):
+                accepted[tid] = self.plans[gid][tid]
+
+    def _saw_fetch(self, role: str, args: list[Any], reply: Any, worker: str, before: float, after: float) -> None:
+        position = 6 + int(args[5])
+        while position < len(args):
+            count = int(args[position + 1])
+            entries = args[position + 2 : position + 2 + count]
+            self.records += [Acknowledged(role, entry, worker) for entry in entries]
+            position += 3 + count + 2 * int(args[position + 2 + count])
+        for delivery in fetch_reply(role, reply).deliveries:
+            self._entries[role, delivery.fence] = delivery.entry
+            recovery = args[3] == "recover"
+            self.records.append(Delivered(role, delivery.entry, worker, delivery.fence, recovery, before, after))
+
+    def _saw_renew(self, role: str, args: list[Any], reply: Any, worker: str, before: float, _: float) -> None:
+        for entry, answer in zip(args[1:], reply, strict=True):
+            if answer == "MINE":
+                self.records.append(Renewed(role, entry, worker, before))
+
+    def _saw_release(self, role: str, args: list[Any], *_: Any) -> None:
+        if args[1] == "*":
+            self.records.append(Buried(role, args[0]))
+
+    def _saw_claim(self, gid: str, args: list[Any], reply: Any, worker: str, _: float, after: float) -> None:
+        asked = [str(line).split(" ") for line in args[2:]]
+        answers = claim_reply(reply, len(asked)).answers
+        for (tid, _issue, _lineage, fence, _supersedes), claimed in zip(asked, answers, strict=True):
+            if claimed.verdict == "GRANTED":
+                role = self.plans[gid][tid].role
+                entry = self._entries[role, int(fence)]
+                self.records.append(Granted(gid, tid, role, entry, worker, int(fence), after))
+            elif claimed.verdict in ("DONE", "CLOSED"):
+                self.records.append(Over(gid, tid))
+            elif claimed.verdict == "PARKED":
+                self.records.append(Parked(gid, tid))
+
+    def _saw_commit(self, gid: str, args: list[Any], reply: Any, worker: str, before: float, _: float) -> None:
+        if reply[0] == "GONE":
+            return
+        facts = args[3 + 3 * int(args[2]) :: 2]
+        for line, verdict in zip(facts, reply[2], strict=True):
+            tid, fence, kind, _reason, delay, _run = str(line).split(" ")
+            if kind != "stopping":
+                due = before + int(delay) if kind in ("retry", "release") and int(delay) else 0.0
+                self.records.append(Committed(gid, tid, worker, int(fence), kind, verdict, due))
+
+    def _saw_control(self, gid: str, args: list[Any], reply: Any, *_: Any) -> None:
+        if args[0] == "cancel_tasks" and reply[0] == "OK":
+            for tid, word in zip(args[1:], reply[2:], strict=True):
+                if word == "cancelled":
+                    self.records.append(Cancelled(gid, tid))

@@ -1,0 +1,419 @@
+"""
+One run: who goes next, what strikes, what Redis loses, and when all is over.
+"""
+
+from __future__ import annotations
+
+import collections
+import random
+import time
+import traceback
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import redis
+
+from rq_ceylon.client.staging import keyed_id
+from rq_ceylon.goals import compile_goals
+from rq_ceylon.models import COUNTERS, NeedPolicy, TaskGroup
+from rq_ceylon.store import scripts
+from rq_ceylon.store.keys import STREAMS, Keys
+from rq_ceylon.store.scripts import Call
+from rq_ceylon.store.trouble import classified
+
+from . import actors
+from .actors import ROLES, Actor, Judge, LeaseActor, LoneClient, Maintainer, Neighbour, Producer, User, WorkerActor
+from .checker import history, records
+from .faults import CRASH, LEASE_MS, LOSE, RARE, SCRIPTS, Crashed, Fault, Line, short_times
+from .ledger import Died, Ledger, Lost, Outage, Plan, Record
+
+WORKERS = 5
+GROUPS, LONE_CLIENTS = 7, 2
+POLICIES: list[NeedPolicy] = ["skip", "skip", "fail", "continue"]
+LOSS_MS, FIRE_MS = 1300.0, 2000.0
+"""So long Redis may lose data, and anything else may strike. What was struck must then come to its end."""
+
+PATIENCE_MS = 12_000.0
+"""A run that has not ended by then is stuck. Counted in steps of at most 5 ms: a stalled machine is no fault."""
+
+Coverage = collections.Counter[tuple[str, str]]
+
+
+class Choice(NamedTuple):
+    """
+    One step of the schedule: when, whose turn, and the dice for faults and sleep.
+    """
+
+    at_ms: float
+    actor: str
+    fault: float
+    nap: float
+
+
+class Simulation:
+    """
+    Args:
+        scale: all times are so much longer, for a slow machine.
+        covered: script × fault, over all runs so far; what was never struck is struck more often.
+        replay: the choices of an earlier run, to be made again at the same times.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        seed: int,
+        *,
+        loss: bool = False,
+        scale: float = 1.0,
+        covered: Coverage | None = None,
+        replay: Sequence[Choice] = (),
+    ) -> None:
+        self.seed, self.loss, self.scale, self.lease_ms = seed, loss, scale, LEASE_MS * scale
+        self.keys = Keys("sim")
+        self.raw: Any = redis.Redis.from_url(url, decode_responses=True, protocol=2)
+        self.bytes: Any = redis.Redis.from_url(url, protocol=2)
+        self.schedule, self.random = random.Random(f"{seed} schedule"), random.Random(f"{seed} world")
+        self.ledger = Ledger(self.lease_ms, lossy=loss, rings=loss or seed % 4 == 0)
+        self.covered = Coverage() if covered is None else covered
+        self.journal: list[Choice] = []
+        self._replay = list(replay)
+        self.found: list[str] = []
+        self.calls = self.naps = self.deaths = 0
+        self.losses: collections.Counter[str] = collections.Counter()
+        self.is_draining = self.was_starved = False
+        self.fetches = self._slow_fetches = 0
+        self._fetched: dict[str, float] = {}
+        self._limit_ms = PATIENCE_MS * scale
+        self.groups: dict[str, TaskGroup] = {}
+        self._cast: dict[str, Actor] = {}
+        self._workers = 0
+        self._strays: list[tuple[float, Call, str]] = []
+        self._snapshots: dict[str, list[tuple[str, bytes | None, int]]] = {}
+        self._rolled_back: set[str] = set()
+        self._dice = Choice(0, "", 1, 1)
+        self._began = time.monotonic()
+        self._patience_ms = 0.0
+
+    @property
+    def is_calm(self) -> bool:
+        return self.is_draining or self._patience_ms > FIRE_MS * self.scale
+
+    # ---- what actors use ---------------------------------------------------------------------------------------------
+    def now_ms(self) -> float:
+        return time.monotonic() * 1000
+
+    def note(self, record: Record) -> None:
+        self.ledger.records.append(record)
+
+    def line(self, owner: str) -> Line:
+        return Line(owner, self._send, self._strike, self._stray)
+
+    def expect(self, gid: str, count: int, roles: Sequence[str]) -> None:
+        """
+        A client of single tasks is about to send tasks of these roles, after so many of the same group.
+        """
+        plans = self.ledger.plans.setdefault(gid, {})
+        self.ledger.policies[gid] = "skip"
+        for number, role in enumerate(roles, count + 1):
+            plans[str(number)] = Plan(role, (), "")  # type: ignore[index]
+
+    def worker_died(self, worker: WorkerActor) -> None:
+        self.deaths += 1
+        self.note(Died(worker.process.name))
+        self._dismiss(worker)
+        if self.random.random() < 0.6 and not self.is_draining:
+            self._enter(Neighbour(self, worker))
+        self._hire()
+
+    # ---- calls -------------------------------------------------------------------------------------------------------
+    def _send(self, call: Call, owner: str) -> Any:
+        before = self.now_ms()
+        words = scripts.words(call)
+        try:
+            reply = self.raw.execute_command(*words)
+        except redis.exceptions.NoScriptError:
+            self.raw.script_load(scripts.source(call.script))
+            reply = self.raw.execute_command(*words)
+        except redis.ResponseError as error:
+            if call.script in SCRIPTS:
+                self.found.append(f"{call.script} was refused: {error}")
+            return classified(error, "redis://none")
+        if call.script in SCRIPTS:
+            self.calls += 1
+            if call.script == "fetch" and self.is_calm:
+                self.fetches += 1
+                self._slow_fetches += before - self._fetched.get(call.keys[0], before) > self.lease_ms / 2.2
+            if call.script == "fetch":
+                self._fetched[call.keys[0]] = before
+            self.ledger.saw(call, reply, owner, before, self.now_ms())
+        return reply
+
+    def _strike(self, script: str) -> Fault:
+        """
+        The fault of this step, at its first script call.
+        """
+        dice, self._dice = self._dice, self._dice._replace(fault=1)
+        if self.is_calm:
+            return Fault.NONE
+        low = 0.0
+        for fault, chance in ((Fault.BEFORE, CRASH), (Fault.AFTER, CRASH), (Fault.LOST, LOSE)):
+            low += chance * RARE.get(script, 1) * (1 if self.covered[script, fault] else 25)
+            if dice.fault < low:
+                self.covered[script, fault] += 1
+                return fault
+        return Fault.NONE
+
+    def _stray(self, call: Call, owner: str) -> bool:
+        """
+        Whether a call whose reply is lost has not reached Redis; it may do so later.
+        """
+        fate = self.random.random()
+        if fate < 0.4 or call.script not in SCRIPTS:
+            self._send(call, owner)
+            return False
+        if fate < 0.8:
+            self._strays.append((self.now_ms() + self.random.uniform(0, self.lease_ms), call, owner))
+        return True
+
+    # ---- the cast ----------------------------------------------------------------------------------------------------
+    def _enter(self, actor: Actor) -> None:
+        self._cast[actor.name] = actor
+
+    def _hire(self) -> None:
+        self._workers += 1
+        all_roles = self._workers <= 2 or self.is_draining or self.random.random() < 0.5
+        roles = ROLES if all_roles else (self.random.choice(ROLES),)
+        worker = WorkerActor(self, self._workers, roles)
+        self._enter(worker)
+        self._enter(worker.leases)
+
+    def _dismiss(self, worker: WorkerActor) -> None:
+        self._cast.pop(worker.name, None)
+        self._cast.pop(worker.leases.name, None)
+        worker.end()
+
+    def _assemble(self) -> None:
+        rnd = random.Random(f"{self.seed} plan")
+        gids: list[str] = []
+        producers: dict[str, Producer] = {}
+        for number in range(GROUPS):
+            goals = actors.GOALS[(self.seed + number) % len(actors.GOALS)]
+            group = TaskGroup(
+                f"g{number}", list(actors.graph(rnd, rnd.choice((20, 35, 50)))), goal=goals, key=f"k{number}"
+            )
+            policy = group.on_need_failed = rnd.choice(POLICIES)
+            gid = keyed_id(self.keys.namespace, f"k{number}")
+            if gids and rnd.random() < 0.3:
+                group.depends_on = rnd.sample(gids, min(len(gids), rnd.choice((1, 2))))
+                for other in group.depends_on:
+                    producers[other].is_needed = True
+            gids.append(gid)
+            self.groups[gid] = group
+            self.ledger.policies[gid] = policy
+            self.ledger.plans[gid] = {
+                str(task.id): Plan(str(task.role), list(task.needs), task.arguments["kind"]) for task in group.tasks
+            }
+            self.ledger.goals[gid] = {
+                goal.name: (goal.when or "", goal.fail_when or "", goal.deadline_ms > 0, bool(goal.call))
+                for goal in compile_goals(goals)
+            }
+            producers[gid] = Producer(self, number, group)
+            self._enter(producers[gid])
+        for number in range(LONE_CLIENTS):
+            self._enter(LoneClient(self, number, 40))
+        self._enter(User(self))
+        for number in range(2):
+            self._enter(Maintainer(self, f"m{number}"))
+            self._enter(Judge(self, f"j{number}"))
+        for _ in range(WORKERS):
+            self._hire()
+
+    # ---- the run -----------------------------------------------------------------------------------------------------
+    def run(self) -> list[str]:
+        """
+        Returns what was violated.
+        """
+        self.raw.flushall()
+        with short_times(self.scale, reissue=self.ledger.rings):
+            self._assemble()
+            self._loop()
+            for actor in self._cast.values():
+                actor.end()
+        self.found += history(self.ledger)
+        # Where a role is fetched from too seldom, nothing may be reclaimed: rightly stuck.
+        self.was_starved = (
+            not self.found and self._slow_fetches > self.fetches / 20 and self._patience_ms > self._limit_ms
+        )
+        self.found += records(self.raw, self.keys, self.ledger)
+        self.raw.close()
+        self.bytes.close()
+        return self.found
+
+    def _loop(self) -> None:
+        outage = self.random.uniform(300, 900)
+        step = self.random.uniform(200, 1000)
+        loss = 200.0
+        steps, last = 0, self.now_ms()
+        while True:
+            steps += 1
+            now = self.now_ms()
+            self._patience_ms += min(now - last, 5.0 * self.scale)
+            last, age = now, (now - self._began * 1000) / self.scale
+            if self._patience_ms > self._limit_ms:
+                return
+            for stray in [stray for stray in self._strays if stray[0] <= now]:
+                self._strays.remove(stray)
+                self._send(*stray[1:])
+            if age > outage and not self.is_calm:
+                outage = age + self.random.uniform(1200, 2500)
+                self._outage(now)
+            if age > step and not self.is_calm:
+                step = age + self.random.uniform(600, 1500)
+                self._step_clock()
+            if self.loss and loss < age < LOSS_MS:
+                loss = age + self.random.uniform(40, 200)
+                self._disaster()
+            self._turn(now, age)
+            if steps % 50 == 0:
+                self._sums()
+                if age < LOSS_MS + 500:  # the index went back too, whatever was entered by those who looked before
+                    for gid in self._rolled_back:
+                        self.raw.zadd(self.keys.index_of(gid), {gid: 0})
+            if steps % 100 == 0 and (not self.loss or age > LOSS_MS + 500) and self._is_over():
+                return
+
+    def _turn(self, now: float, age: float) -> None:
+        choice = self._choose(now, age)
+        if choice is None:
+            time.sleep(0.0002)
+            return
+        self.journal.append(choice)
+        actor = self._cast[choice.actor]
+        self._dice = choice
+        try:
+            actor.coroutine.send(None)
+        except StopIteration:
+            self._cast.pop(actor.name, None)
+            if isinstance(actor, WorkerActor):
+                self.note(Died(actor.process.name))
+                self._dismiss(actor)
+                self._hire()
+        except Crashed:
+            actor.crash()
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            self.found.append(f"{actor.name} ended with {error!r} at {place.filename}:{place.lineno}")
+            self._cast.pop(actor.name, None)
+        if choice.nap < 0.003 and not self.is_calm and isinstance(actor, WorkerActor):
+            # A frozen process, or only its loop while its lease thread goes on.
+            self.naps += 1
+            until = now + self.lease_ms * (1.1 + 400 * choice.nap)
+            actor.wake_ms = until
+            if choice.nap < 0.002:
+                actor.leases.wake_ms = until
+
+    def _choose(self, now: float, age: float) -> Choice | None:
+        if self._replay:
+            choice = self._replay.pop(0)
+            while (self.now_ms() - self._began * 1000) / self.scale < choice.at_ms:
+                time.sleep(0.0001)
+            actor = self._cast.get(choice.actor)
+            return choice if actor is not None and actor.wake_ms <= self.now_ms() else None
+        awake = [name for name, actor in self._cast.items() if actor.wake_ms <= now]
+        if not awake:
+            return None
+        return Choice(age, self.schedule.choice(awake), self.schedule.random(), self.schedule.random())
+
+    def _outage(self, now: float) -> None:
+        until = now + self.lease_ms * self.random.uniform(1.3, 2)
+        for actor in self._cast.values():
+            if isinstance(actor, (WorkerActor, LeaseActor)):
+                actor.wake_ms = max(actor.wake_ms, until)
+        # Nor does a late fetch come meanwhile.
+        self._strays = [(max(at, until), call, owner) for at, call, owner in self._strays]
+        self.note(Outage(until + 0.8 * self.lease_ms))
+
+    def _step_clock(self) -> None:
+        """
+        The server's clock has gone back: the last fetch lies in the future.
+        """
+        meta = self.keys.role_part(self.random.choice(ROLES), "meta")
+        if self.raw.exists(meta):
+            self.raw.hset(meta, "last", int(time.time() * 1000) + 60_000)
+            self.losses["clock stepped"] += 1
+
+    def _sums(self) -> None:
+        accepted = list(self.ledger.accepted)
+        if not accepted:
+            return
+        gid = self.random.choice(accepted)
+        counts = self.raw.hmget(self.keys.group_part(gid, "meta"), "total", *COUNTERS)
+        if counts[0] is not None:
+            total, *rest = [int(count or 0) for count in counts]
+            if total != sum(rest) or min(rest) < 0:
+                self.found.append(f"{gid}: the counters {rest} do not sum to {total}")
+
+    def _is_over(self) -> bool:
+        busy = any(isinstance(actor, (Producer, LoneClient, User, Neighbour)) for actor in self._cast.values())
+        if busy or self._strays:
+            return False
+        statuses = [self.raw.hget(self.keys.group_part(gid, "meta"), "status") for gid in self.ledger.accepted]
+        if any(status != "finished" for status in statuses):
+            return False
+        self.is_draining = True
+        for role in ROLES:
+            streams = [self.keys.role_part(role, stream) for stream in STREAMS]
+            if self.raw.zcard(self.keys.role_part(role, "delayed")) or any(self.raw.xlen(key) for key in streams):
+                return False
+        return not any(self.raw.exists(self.keys.group_part(gid, "outbox")) for gid in self.ledger.accepted)
+
+    # ---- what Redis may lose -----------------------------------------------------------------------------------------
+    def _disaster(self) -> None:
+        fate = self.random.random()
+        role = self.random.choice(ROLES)
+        if fate < 0.2:
+            self.raw.delete(*self.keys.role(role))
+            self._lost("role wiped", "")
+        elif fate < 0.45:
+            self._cut(self.keys.role_part(role, self.random.choice(list(STREAMS))))
+        elif fate < 0.6:
+            self._go_back(f"role {role}", self.keys.role(role), "")
+        else:
+            started = ("waiting", "active", "closing", "finished")
+            gids = [
+                gid
+                for gid in self.groups
+                if gid in self.ledger.accepted and self.raw.hget(self.keys.group_part(gid, "meta"), "status") in started
+            ]
+            if gids:
+                gid = self.random.choice(gids)
+                self._go_back(f"group {gid}", self.keys.group(gid), gid)
+
+    def _cut(self, stream: str) -> None:
+        ids = [entry for entry, _ in self.raw.xrange(stream)]
+        tail = ids[len(ids) - self.random.randint(0, len(ids)) :]
+        if tail:
+            self.raw.xack(stream, "workers", *tail)
+            self.raw.xdel(stream, *tail)
+            self._lost("stream cut", "")
+
+    def _go_back(self, name: str, keys: Sequence[str], gid: str) -> None:
+        """
+        The first time, remember; the second time, all is as it was then.
+        """
+        if name not in self._snapshots:
+            self._snapshots[name] = [(key, self.bytes.dump(key), self.bytes.pttl(key)) for key in keys]
+            return
+        for key, dump, ttl_ms in self._snapshots.pop(name):
+            self.bytes.delete(key)
+            if dump is not None:
+                self.bytes.restore(key, max(ttl_ms, 0), dump)
+        if gid:
+            self._rolled_back.add(gid)
+        else:  # its user sees that it is paused, and resumes it again
+            self.raw.hdel(keys[4], "paused")
+        self._lost(f"{name.partition(' ')[0]} rolled back", gid)
+
+    def _lost(self, what: str, gid: str) -> None:
+        self.losses[what] += 1
+        self.note(Lost(gid))

@@ -1,0 +1,208 @@
+"""
+What a worker's turns say and leave unsaid, call by call, against a real server.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from bench import LEASE_MS, Bench
+
+from rq_ceylon.maintenance.relay import relay
+from rq_ceylon.store import transitions
+from rq_ceylon.store.scripts import Call
+from rq_ceylon.store.transitions import Committed
+from rq_ceylon.worker.held import Granted, Held
+from rq_ceylon.worker.leases import Leases
+from rq_ceylon.worker.turn import Turns
+
+pytestmark = pytest.mark.every_engine
+
+
+@pytest.fixture
+def bench(redis_url: str, namespace: str) -> Bench:
+    return Bench(redis_url, namespace)
+
+
+class Hand:
+    """
+    A worker whose round trips are made by hand.
+    """
+
+    def __init__(self, bench: Bench, name: str) -> None:
+        self.bench, self.name = bench, name
+        leases = Leases(url="", keys=bench.keys, worker=name, on_lost=lambda role, entry: None)
+        self.turns = Turns(
+            keys=bench.keys,
+            worker=name,
+            roles=["p"],
+            slots=4,
+            lease_ms=LEASE_MS,
+            leases=leases,
+            may_send=lambda key: True,
+        )
+        self.calls: list[Call] = []
+
+    def turn(self, *, unanswered: str = "") -> list[Granted]:
+        """
+        One pipeline.
+
+        Args:
+            unanswered: replies to this script are lost.
+        """
+        self.calls = []
+        for step in self.turns.plan(4 - len(self.turns.running())):
+            self.calls.append(step.call)
+            reply = self.bench.run(step.call)
+            if step.call.script == unanswered and step.lost is not None:
+                step.lost()
+            else:
+                step.absorb(reply)
+        granted, self.turns.granted = self.turns.granted, []
+        return granted
+
+    def started(self) -> Held:
+        self.turn()
+        (grant,) = self.turn()
+        return grant.held
+
+    def end(self, held: Held, kind: str = "completed") -> None:
+        delivery = held.delivery
+        self.turns.finish(held, Committed(delivery.tid, delivery.fence, kind, "", 0, 1, b"1"))
+
+    def acknowledged(self) -> list[str]:
+        """
+        The entries that the last turn acknowledged.
+        """
+        (fetch,) = [call for call in self.calls if call.script == "fetch"]
+        return [str(word) for word in fetch.args[6 + int(fetch.args[5]) :] if str(word).startswith("2:")]
+
+
+def test_an_entry_is_acknowledged_in_the_turn_after_its_commit_was_answered(bench: Bench) -> None:
+    bench.queued("g", ["a"])
+    worker = Hand(bench, "w")
+    held = worker.started()
+    worker.end(held)
+    worker.turn()
+    assert [call.script for call in worker.calls] == ["commit", "fetch"]
+    assert worker.acknowledged() == []
+    worker.turn()
+    assert worker.acknowledged() == [held.delivery.entry]
+    assert worker.turns.is_idle()
+
+
+def test_what_another_worker_holds_is_forgotten_and_never_acknowledged(bench: Bench) -> None:
+    bench.queued("g", ["a"])
+    worker = Hand(bench, "w")
+    stale = worker.started()
+    bench.age(LEASE_MS + 1)
+    bench.started("other", "g")
+    worker.end(stale)
+    for _ in range(3):
+        worker.turn()
+        assert worker.acknowledged() == []
+    assert worker.turns.is_idle()
+    assert bench.redis.xlen(bench.keys.role_part("p", "normal")) == 1
+
+
+def test_a_delivery_that_was_overtaken_before_its_claim_is_forgotten_and_never_acknowledged(bench: Bench) -> None:
+    bench.queued("g", ["a"])
+    worker = Hand(bench, "w")
+    worker.turn()
+    bench.age(LEASE_MS + 1)
+    bench.started("other", "g")
+    assert worker.turn() == []
+    for _ in range(2):
+        worker.turn()
+        assert worker.acknowledged() == []
+    assert worker.turns.is_idle()
+    assert bench.redis.xlen(bench.keys.role_part("p", "normal")) == 1
+
+
+def test_what_an_unanswered_fetch_delivered_is_recovered_by_the_next_one(bench: Bench) -> None:
+    bench.queued("g", ["a", "b"])
+    worker = Hand(bench, "w")
+    worker.turn(unanswered="fetch")
+    assert not worker.turns.held
+    worker.turn()
+    assert {held.delivery.tid for held in worker.turns.held.values()} == {"a", "b"}
+    assert len(worker.turn()) == 2
+
+
+def test_acknowledgements_of_an_unanswered_fetch_are_sent_again(bench: Bench) -> None:
+    bench.queued("g", ["a"])
+    worker = Hand(bench, "w")
+    held = worker.started()
+    worker.end(held)
+    worker.turn()
+    worker.turn(unanswered="fetch")
+    worker.turn()
+    assert worker.acknowledged() == [held.delivery.entry]
+
+
+def test_a_worker_that_reclaims_what_it_runs_itself_goes_on_under_the_fence_on_record(bench: Bench) -> None:
+    bench.queued("g", ["a"])
+    worker = Hand(bench, "w")
+    held = worker.started()
+    bench.age(LEASE_MS + 1)
+    worker.turn()
+    assert worker.turn() == []
+    assert worker.turns.held["p", held.delivery.entry] is held
+    worker.end(held)
+    worker.turn()
+    assert bench.meta("g")["completed"] == "1"
+    assert bench.meta("g")["crashes"] == "0"
+
+
+def test_a_low_mark_is_the_smallest_fence_held_or_one_more_than_the_largest_ever_received(bench: Bench) -> None:
+    bench.queued("g", ["a", "b"])
+    worker = Hand(bench, "w")
+    worker.turn()
+    worker.turn()
+    first, second = sorted(worker.turns.held.values(), key=lambda held: held.delivery.fence)
+    assert worker.turns.low_marks() == {"p": first.delivery.fence}
+    worker.end(first)
+    worker.turn()
+    assert worker.turns.low_marks() == {"p": second.delivery.fence}
+    worker.end(second)
+    worker.turn()
+    assert worker.turns.low_marks() == {"p": second.delivery.fence + 1}
+
+
+class Recorder:
+    """
+    A connection that remembers what was sent.
+    """
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.scripts: list[str] = []
+
+    async def run(self, calls: list[Call], **_: Any) -> list[Any]:
+        self.scripts += [f"{call.script} acks" if self._acks(call) else call.script for call in calls if call.script]
+        return [self.bench.run(call) for call in calls]
+
+    @staticmethod
+    def _acks(call: Call) -> bool:
+        return call.script == "outbox" and int(call.args[2]) > 0
+
+
+@pytest.mark.anyio
+async def test_a_relay_acknowledges_a_page_only_after_it_was_enqueued(bench: Bench) -> None:
+    bench.submit("g", ["a"], part=1, last=False, digest="1")
+    bench.submit("g", ["b"], part=2, digest="2")
+    recorder = Recorder(bench)
+    await relay(recorder, bench.keys, "g")  # type: ignore[arg-type]
+    assert recorder.scripts == ["outbox", "enqueue", "outbox acks"]
+    assert transitions.outbox_reply("g", bench.run(transitions.outbox(bench.keys, "g"))).pages == []
+
+
+def test_what_a_stopping_worker_has_not_started_is_given_back(bench: Bench) -> None:
+    bench.queued("g", ["a"])
+    worker = Hand(bench, "w")
+    worker.turn()
+    worker.turns.stopping = True
+    assert worker.turn() == []
+    assert worker.turns.is_idle()
+    assert [delivery.tid for delivery in bench.fetch("other")] == ["a"]
