@@ -41,7 +41,12 @@ def test_nothing_is_lost_or_counted_twice_whatever_fails(redis_url: str, engine:
     if not seeds:
         pytest.skip("no seeds for this engine; set CEYLON_SEEDS")
     covered = Coverage()
-    failed = run(redis_url, seeds, loss=part % 2 == 1, covered=covered)
+    loss = part % 2 == 1
+    failed = run(redis_url, seeds, loss=loss, covered=covered)
+    # A busy machine strikes less often: seeds in which all scripts run fill what is empty.
+    more = iter(range(1000 * part + 500, 1000 * part + 548, 4))
+    while not failed and empty_cells(covered) and (seed := next(more, None)) is not None:
+        failed = run(redis_url, [seed], loss=loss, covered=covered)
     assert not failed, "\n".join(f"seed {seed}: {words}" for seed, found in failed.items() for words in found[:5])
     print(table(covered))
     assert not empty_cells(covered), "never struck"
