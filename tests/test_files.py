@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from commands import ROOT, Commands, commands_on
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 
@@ -300,6 +300,7 @@ def some(keys: Any, values: st.SearchStrategy[Any] = VALUES, **fixed: Any) -> st
 TASKS = some(SCHEMA["$defs"]["task"]["properties"])
 
 
+@settings(deadline=None)
 @given(some(SCHEMA["properties"], name="x") | some(SCHEMA["properties"], name="x", tasks={"a": None}), TASKS)
 def test_the_schema_refuses_nothing_that_the_parser_takes(document: dict[str, Any], task: dict[str, Any]) -> None:
     for one in (

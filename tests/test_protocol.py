@@ -8,7 +8,8 @@ from bench import LEASE_MS, Bench
 
 from rq_ceylon.models import Goal
 from rq_ceylon.store import transitions
-from rq_ceylon.store.transitions import Acks, Committed, Delivery, PageAck
+from rq_ceylon.store.codec import task_text
+from rq_ceylon.store.transitions import Acks, Committed, Delivery, GroupFacts, PageAck, StagedTask
 from rq_ceylon.worker.leases import Leases
 from rq_ceylon.worker.turn import Turns
 
@@ -224,6 +225,18 @@ def test_an_expired_task_is_cancelled_at_its_claim(bench: Bench) -> None:
         bench.commit("w", delivery, "release")
         (delivery,) = bench.fetch("w", acks=[delivery.entry])
     assert bench.redis.hget(bench.keys.group_part("g", "results"), "a").startswith("cancelled|expired|")
+
+
+def test_one_reply_holds_4_mib_of_payload_or_a_single_task_and_puts_off_the_rest(bench: Bench) -> None:
+    facts = GroupFacts("g", 86_400_000)
+    for part in (1, 2):
+        task = StagedTask(str(part), task_text("p", 2, None, None, None, b'"' + b"x" * 3_000_000 + b'"'))
+        call = transitions.submit(bench.keys, "g", facts, [task], part=part, last=part == 2, digest=str(part))
+        bench.run(call)
+    bench.relay("g")
+    first, second = bench.fetch("w")
+    assert bench.claim("w", first, second) == ["GRANTED", "LATER"]
+    assert bench.claim("w", second) == ["GRANTED"]
 
 
 def test_a_task_that_outlives_its_crash_limit_fails_as_poison(bench: Bench) -> None:
