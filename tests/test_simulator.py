@@ -125,7 +125,8 @@ def case(finished: tuple[str, Simulation]) -> Iterator[Case]:
     yield Case(*finished)
     plain.flushall()
     for key, (dump, ttl_ms) in before.items():
-        plain.restore(key, max(ttl_ms, 0), dump)
+        if dump is not None:  # a heartbeat that ran out meanwhile
+            plain.restore(key, max(ttl_ms, 0), dump)
 
 
 def bump(case: Case) -> None:
