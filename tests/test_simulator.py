@@ -156,8 +156,13 @@ def pending_entry(case: Case) -> None:
     case.raw.xreadgroup("workers", "w", {stream: ">"})
 
 
-def deliver(case: Case, **changes: Any) -> None:
-    case.add(case.last(Delivered)._replace(**changes))
+def deliver(case: Case, *, after: float | None = None) -> None:
+    """
+    A fresh entry reaches one worker, and at once, or at the given time, another.
+    """
+    first = case.last(Delivered)._replace(entry="2:9-0", worker="live", fence=10**17, is_recovery=False)
+    case.add(first)
+    case.add(first._replace(worker="other", fence=10**17 + 1, after=first.before + 1 if after is None else after))
 
 
 def grant_beside(case: Case, **changes: Any) -> None:
@@ -180,7 +185,7 @@ def grant_beside(case: Case, **changes: Any) -> None:
 
 def reclaim_after_outage(case: Case) -> None:
     case.add(Outage(1e15))
-    deliver(case, fence=10**17, after=1e14)
+    deliver(case, after=1e14)
 
 
 def accept_older(case: Case) -> None:
@@ -232,7 +237,7 @@ DOCTORED: dict[str, tuple[Callable[[Case], object], str]] = {
         "never accepted",
     ),
     "a fence given twice": (lambda c: c.add(c.last(Delivered)), "a fence was given twice"),
-    "reclaimed early": (lambda c: deliver(c, fence=10**17, after=c.last(Delivered).before + 1), "inside the lease"),
+    "reclaimed early": (deliver, "inside the lease"),
     "reclaimed after an outage": (reclaim_after_outage, "after an outage"),
     "granted after its end": (
         lambda c: c.add(c.last(Granted)._replace(gid=c.last(Committed).gid, tid=c.last(Committed).tid, fence=10**17)),
