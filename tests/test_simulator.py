@@ -199,6 +199,16 @@ def acknowledge_early(case: Case) -> None:
     case.add(Acknowledged(last.role, last.entry, last.worker))
 
 
+def forget_success(case: Case) -> None:
+    for record in case.ledger.records:
+        if isinstance(record, Committed) and (record.kind, record.verdict) == ("completed", "OK"):
+            key = case.keys.group_part(record.gid, "results")
+            text = case.raw.hget(key, record.tid) or ""
+            if text.startswith("completed|"):
+                case.raw.hset(key, record.tid, text.replace("completed|", "cancelled|", 1))
+                return
+
+
 def start_at_once(case: Case) -> None:
     for text in case.hash("results").values():
         if started := text.split("|")[6]:
@@ -255,10 +265,7 @@ DOCTORED: dict[str, tuple[Callable[[Case], object], str]] = {
     ),
     "acknowledged while it runs": (acknowledge_early, "acknowledged what is not over"),
     "an older fence accepted": (accept_older, "not the largest"),
-    "a success that is not on record": (
-        lambda c: c.edit("results", "completed|", "cancelled|"),
-        "its success was acknowledged",
-    ),
+    "a success that is not on record": (forget_success, "its success was acknowledged"),
     "a child that ran too early": (start_at_once, "started before what it needs"),
 }
 
