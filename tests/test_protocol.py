@@ -490,6 +490,19 @@ def test_acknowledgements_sent_twice_count_once(bench: Bench) -> None:
     assert bench.redis.hmget(bench.keys.role_part("p", "meta"), "total:completed", "run_ms") == ["1", "5"]
 
 
+def test_a_worker_whose_fetch_was_not_answered_gets_what_it_delivered_with_the_next_one(bench: Bench) -> None:
+    bench.queued("g", ["a"])
+    turns = turns_of(bench, ["p"], slots=1)
+    (fetch,) = turns.plan(1)
+    bench.run(fetch.call)
+    assert fetch.lost is not None
+    fetch.lost()
+    assert turns.is_due(1)
+    (fetch,) = turns.plan(1)
+    fetch.absorb(bench.run(fetch.call))
+    assert [held.delivery.tid for held in turns.held.values()] == ["a"]
+
+
 def test_renewing_tells_mine_from_others_and_absent_ones(bench: Bench) -> None:
     bench.queued("g", ["a", "b"])
     first, second = bench.fetch("v", 2)
