@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import redis
@@ -55,14 +55,25 @@ def test_nothing_is_lost_or_counted_twice_whatever_fails(redis_url: str, engine:
 
 
 # ---- the judge -------------------------------------------------------------------------------------------------------
+class Finished(NamedTuple):
+    """
+    A run, and what it left in Redis.
+    """
+
+    url: str
+    simulation: Simulation
+    left: dict[bytes, tuple[bytes | None, int]]
+
+
 @pytest.fixture(scope="module")
-def finished(server: Any) -> tuple[str, Simulation]:
+def finished(server: Any) -> Finished:
     """
     A run in which nothing was wrong.
     """
     simulation = Simulation(server.url, 7)
     assert simulation.run() == []
-    return server.url, simulation
+    plain: Any = redis.Redis.from_url(server.url)
+    return Finished(server.url, simulation, {key: (plain.dump(key), plain.pttl(key)) for key in plain.keys("*")})
 
 
 class Case:
@@ -118,17 +129,16 @@ class Case:
 
 
 @pytest.fixture
-def case(finished: tuple[str, Simulation]) -> Iterator[Case]:
+def case(finished: Finished) -> Case:
     """
-    Undoes in Redis what the test does.
+    Whatever was done to the server since, it is as that run left it.
     """
-    plain: Any = redis.Redis.from_url(finished[0])
-    before = {key: (plain.dump(key), plain.pttl(key)) for key in plain.keys("*")}
-    yield Case(*finished)
+    plain: Any = redis.Redis.from_url(finished.url)
     plain.flushall()
-    for key, (dump, ttl_ms) in before.items():
-        if dump is not None:  # a heartbeat that ran out meanwhile
+    for key, (dump, ttl_ms) in finished.left.items():
+        if dump is not None:  # else it expired just then
             plain.restore(key, max(ttl_ms, 0), dump)
+    return Case(finished.url, finished.simulation)
 
 
 def bump(case: Case) -> None:
@@ -300,8 +310,8 @@ def test_a_cell_that_was_never_struck_is_named() -> None:
     assert "fetch " in table(covered)
 
 
-def test_a_replay_makes_the_same_choices(finished: tuple[str, Simulation]) -> None:
-    url, simulation = finished
+def test_a_replay_makes_the_same_choices(finished: Finished) -> None:
+    url, simulation, _ = finished
     again = Simulation(url, simulation.seed, replay=simulation.journal[:400])
     again.run()
     same = [choice for choice in again.journal[:300] if choice in set(simulation.journal)]
