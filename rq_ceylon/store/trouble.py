@@ -119,7 +119,9 @@ def _plain(error: BaseException, text: str, *, tls: bool) -> str:
         # A server without TLS waits for the rest of what it takes for a command.
         return "no answer in time; does it speak TLS at this port?" if tls else "no answer in time"
     if any(words in text for words in ("closed by server", "reset by peer", "Connection lost")):
-        return "connection closed" if tls else "connection closed; if it speaks TLS, use rediss://"
+        # What a server says when it misses a certificate may be lost with the connection.
+        missed = "does it want a certificate of this client, ssl_certfile and ssl_keyfile?"
+        return "connection closed; " + (missed if tls else "if it speaks TLS, use rediss://")
     for words, plain in _LOST_WORDS.items():
         if words in text:
             return plain
