@@ -18,6 +18,7 @@ from rq_ceylon.attempt import Backoff, TaskContext
 from rq_ceylon.client import Client
 from rq_ceylon.errors import TaskCancelledError, TaskFailedError
 from rq_ceylon.models import Task, TaskGroup, TaskStatus
+from rq_ceylon.store import transitions
 from rq_ceylon.store.connection import ThreadConnection
 from rq_ceylon.worker import Worker
 
@@ -572,3 +573,35 @@ async def test_what_a_handler_says_of_its_progress_is_seen_while_it_runs(app: Ce
         seen.set()
         await handle.result(timeout=LIMIT_S)
     assert (await handle.view()).progress == (None, "")
+
+
+async def test_a_task_that_no_worker_has_known_for_an_hour_fails_and_one_unknown_since_now_waits(
+    app: Ceylon, client: Client
+) -> None:
+    group = await client.submit(TaskGroup("g", [Task(id=name, uses=name, role="r") for name in ("old", "new")]))
+    await client.connection.run(transitions.unknown(client.keys, "r", "old", 1, ttl_ms=60_000))  # since 1970
+
+    async with running(worker_of(app)):
+        with pytest.raises(TaskFailedError, match="no task is registered as 'old'") as failed:
+            await group.task("old").result(timeout=LIMIT_S)
+        assert failed.value.reason == "unroutable"
+
+        async def is_given_back() -> bool:
+            return (await group.task("new").view()).due_ms is not None
+
+        await eventually(is_given_back, "what is unknown only since now is given back")
+    assert await group.task("new").status() is TaskStatus.PENDING
+
+
+async def test_a_worker_that_knows_a_task_ends_the_hour_in_which_nobody_did(app: Ceylon, client: Client) -> None:
+    @app.task(role="r")
+    async def old() -> str:
+        return "known"
+
+    await client.connection.run(transitions.unknown(client.keys, "r", "old", 1, ttl_ms=60_000))
+    async with running(worker_of(app)):
+        handle = await client.submit(old.bind())
+        assert await handle.result(timeout=LIMIT_S) == "known"
+
+    (_, since_ms, _) = await client.connection.run(transitions.unknown(client.keys, "r", "old", 2, ttl_ms=60_000))
+    assert since_ms == "2"
