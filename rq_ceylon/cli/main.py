@@ -257,29 +257,45 @@ async def cancel(client: Client, target: str) -> None:
     click.echo(f"{target}: {word}")
 
 
-def _paused_or_resumed(name: str, text: str) -> click.Command:
-    @with_client
-    async def run(client: Client, group: str | None, role: str | None) -> None:
-        if (group is None) == (role is None):
-            raise click.UsageError(f"give a GROUP or --role ROLE: ceylon {name} 06h0ql7fl6apk73bpl93")
-        if role is not None:
-            await (client.pause_role(role) if name == "pause" else client.resume_role(role))
-            click.echo(f"role {role}: {name}d")
-        elif group is not None:
-            handle = client.group(group)
-            click.echo(f"{group}: {await (handle.pause() if name == 'pause' else handle.resume())}")
-
-    run.__doc__ = text
-    for decorate in (
-        click.option("--role", metavar="ROLE", help="A role, for all groups."),
-        click.argument("group", metavar="[GROUP]", required=False),
-    ):
-        run = decorate(run)
-    return ceylon.command(name)(run)
+ROLE = click.option("--role", metavar="ROLE", help="A role, for all groups.")
 
 
-pause = _paused_or_resumed("pause", "Start nothing more of a group or role; what runs goes on, and so do deadlines.")
-resume = _paused_or_resumed("resume", "Go on after a pause.")
+@ceylon.command()
+@click.argument("group", required=False)
+@ROLE
+@with_client
+async def pause(client: Client, group: str | None, role: str | None) -> None:
+    """
+    Start nothing more of a group or role; what runs goes on, and so do deadlines.
+    """
+    if group is not None and role is None:
+        click.echo(f"{group}: {await client.group(group).pause()}")
+    elif role is not None and group is None:
+        await client.pause_role(role)
+        click.echo(f"role {role}: paused")
+    else:
+        raise _neither_or_both("pause")
+
+
+@ceylon.command()
+@click.argument("group", required=False)
+@ROLE
+@with_client
+async def resume(client: Client, group: str | None, role: str | None) -> None:
+    """
+    Go on after a pause.
+    """
+    if group is not None and role is None:
+        click.echo(f"{group}: {await client.group(group).resume()}")
+    elif role is not None and group is None:
+        await client.resume_role(role)
+        click.echo(f"role {role}: resumed")
+    else:
+        raise _neither_or_both("resume")
+
+
+def _neither_or_both(command: str) -> click.UsageError:
+    return click.UsageError(f"give a GROUP or --role ROLE: ceylon {command} 06h0ql7fl6apk73bpl93")
 
 
 @ceylon.command()
