@@ -33,7 +33,6 @@ if outcome == 'completed' then
   if left > 0 then return {'OK', group.status, ''} end
   group.status = 'active'
   start_goals()
-  for _, page in ipairs(call('ZRANGE', OUTBOX, 0, -1)) do call('ZADD', OUTBOX, now_text, page) end
 else
   group.outcome = 'cancelled'
   call('HSET', META, 'outcome', 'cancelled', 'reason', 'group ' .. gid .. ' it depends on is ' .. outcome)
