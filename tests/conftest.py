@@ -9,13 +9,15 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
+from bench import Bench
 
+from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.server import EmbeddedServer, wheel_binary
 
 BINARIES: dict[str, Callable[[], str | None]] = {
@@ -93,6 +95,21 @@ def redis_url(server: EmbeddedServer) -> str:
 @pytest.fixture
 def namespace() -> str:
     return f"test-{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture
+def bench(redis_url: str, namespace: str) -> Bench:
+    """
+    A hand on every script, on the session's server.
+    """
+    return Bench(redis_url, namespace)
+
+
+@pytest.fixture
+async def connection(redis_url: str) -> AsyncIterator[Connection]:
+    one = Connection(redis_url)
+    yield one
+    await one.close()
 
 
 @pytest.fixture

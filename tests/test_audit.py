@@ -5,7 +5,7 @@ The audit: silent on what is right at every stage of a group, exact about what i
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,18 +20,6 @@ from rq_ceylon.store import transitions
 from rq_ceylon.store.connection import Connection
 
 pytestmark = [pytest.mark.anyio, pytest.mark.every_engine]
-
-
-@pytest.fixture
-def bench(redis_url: str, namespace: str) -> Bench:
-    return Bench(redis_url, namespace)
-
-
-@pytest.fixture
-async def connection(redis_url: str) -> AsyncIterator[Connection]:
-    one = Connection(redis_url)
-    yield one
-    await one.close()
 
 
 def words(found: Audit) -> list[str]:

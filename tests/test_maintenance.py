@@ -3,7 +3,7 @@ Maintenance: what was left lying is handed over, judged, sealed and removed, by 
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -32,18 +32,6 @@ FACTS: dict[str, Any] = {
     "started_ms": 0,
     "stopping": False,
 }
-
-
-@pytest.fixture
-def bench(redis_url: str, namespace: str) -> Bench:
-    return Bench(redis_url, namespace)
-
-
-@pytest.fixture
-async def connection(redis_url: str) -> AsyncIterator[Connection]:
-    one = Connection(redis_url)
-    yield one
-    await one.close()
 
 
 @pytest.fixture

@@ -29,11 +29,6 @@ pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture
-def bench(redis_url: str, namespace: str) -> Bench:
-    return Bench(redis_url, namespace)
-
-
-@pytest.fixture
 def said() -> Iterator[list[str]]:
     lines: list[str] = []
     logger.enable("rq_ceylon")

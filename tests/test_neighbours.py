@@ -4,7 +4,7 @@ Workers on one host give back at once what a killed one held; nobody takes from 
 
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,18 +33,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def commands(redis_url: str, tmp_path: Path) -> Iterator[Commands]:
     with commands_on(redis_url, tmp_path) as commands:
         yield commands
-
-
-@pytest.fixture
-async def connection(redis_url: str) -> AsyncIterator[Connection]:
-    one = Connection(redis_url)
-    yield one
-    await one.close()
-
-
-@pytest.fixture
-def bench(redis_url: str, namespace: str) -> Bench:
-    return Bench(redis_url, namespace)
 
 
 def test_a_killed_workers_tasks_restart_on_its_host_long_before_the_lease_ends(

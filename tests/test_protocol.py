@@ -16,11 +16,6 @@ from rq_ceylon.worker.turn import Turns
 pytestmark = pytest.mark.every_engine
 
 
-@pytest.fixture
-def bench(redis_url: str, namespace: str) -> Bench:
-    return Bench(redis_url, namespace)
-
-
 def turns_of(bench: Bench, roles: list[str], *, slots: int, lease_ms: int = LEASE_MS) -> Turns:
     leases = Leases(url="", keys=bench.keys, worker="w", on_lost=lambda role, entry: None)
     return Turns(

@@ -20,11 +20,6 @@ from rq_ceylon.worker.turn import Turns
 pytestmark = pytest.mark.every_engine
 
 
-@pytest.fixture
-def bench(redis_url: str, namespace: str) -> Bench:
-    return Bench(redis_url, namespace)
-
-
 class Hand:
     """
     A worker whose round trips are made by hand.
