@@ -15,7 +15,7 @@ from rq_ceylon.models import COUNTERS, GroupStatus
 from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.keys import Keys
-from rq_ceylon.store.scripts import Call, command
+from rq_ceylon.store.scripts import command
 
 READS = 5
 """How often a group is read until it holds still."""
@@ -103,7 +103,8 @@ async def audit(connection: Connection, keys: Keys, gids: Sequence[str] = (), *,
     indexed = set(await queries.group_ids(connection, keys))
     for gid in gids:
         await queries.group(connection, keys, gid)
-    for gid in gids or sorted(indexed | await _stored(connection, keys)):
+    stored = set() if gids else {gid async for some in queries.stored_groups(connection, keys) for gid in some}
+    for gid in gids or sorted(indexed | stored):
         records = await _steady(connection, keys, gid)
         if records is None:
             found.moving.append(gid)
@@ -169,21 +170,6 @@ async def _read(connection: Connection, keys: Keys, gid: str, meta: Mapping[str,
         has_internal_pages=any("|#" in page for page in pages),
         ends=ends,
     )
-
-
-async def _stored(connection: Connection, keys: Keys) -> set[str]:
-    """
-    All groups that are there, found by looking through all keys of the server.
-    """
-    before, after = f"{keys.prefix}{{g:", "}:meta"
-    found: set[str] = set()
-    cursor = "0"
-    while True:
-        call = Call("", (keys.roles,), ("SCAN", cursor, "MATCH", f"{before}*{after}", "COUNT", STEP))
-        ((cursor, some),) = await connection.run([call])
-        found.update(key.removeprefix(before).removesuffix(after) for key in some)
-        if str(cursor) == "0":
-            return found
 
 
 # ---- judging ---------------------------------------------------------------------------------------------------------

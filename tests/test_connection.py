@@ -29,10 +29,11 @@ from rq_ceylon import Ceylon, Goal, RetryTask, Task, TaskGroup
 from rq_ceylon.attempt import TaskContext
 from rq_ceylon.client import GroupHandle
 from rq_ceylon.errors import ConnectionLostError, RedisError
+from rq_ceylon.maintenance.steps import restore_index
 from rq_ceylon.monitor import Monitor
 from rq_ceylon.settings import resolve
 from rq_ceylon.store import connection as store_connection
-from rq_ceylon.store import places, trouble
+from rq_ceylon.store import places, queries, trouble
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.events import EventHub
 from rq_ceylon.store.keys import Keys
@@ -115,6 +116,7 @@ async def works(url: str) -> bool:
 EMBEDDED = """
 import asyncio, os, sys
 from rq_ceylon import Ceylon, Task
+from rq_ceylon.maintenance.steps import restore_index
 from rq_ceylon.monitor import Monitor
 from rq_ceylon.store import server
 from rq_ceylon.worker.loop import Worker
@@ -257,6 +259,17 @@ async def test_the_main_job_goes_on_in_a_cluster_while_its_slots_move(fleet: Fle
             assert cluster.move(slot, target) > 0
 
     await finish_the_main_job(cluster.url, move_all)
+
+
+async def test_an_index_that_a_node_has_lost_is_restored_from_the_groups_of_all_nodes(fleet: Fleet) -> None:
+    cluster, keys = start_cluster(fleet), Keys("ceylon")
+    gids = sorted(f"g{n}" for n in range(12))
+    async with connected(cluster.url) as connection:
+        await connection.run([command("HSET", keys.group_part(gid, "meta"), "status", "active") for gid in gids])
+
+        await restore_index(connection, keys, 1)
+
+        assert sorted(await queries.group_ids(connection, keys)) == gids
 
 
 async def test_a_broken_node_takes_the_replies_of_its_own_calls_only(fleet: Fleet) -> None:

@@ -378,14 +378,35 @@ async def test_a_role_wiped_in_redis_is_rung_again_once_with_retries_in_their_ti
     assert bench.redis.xlen(bench.keys.role_part("p", "normal")) == 2
 
 
-async def test_a_role_without_workers_does_not_grow(bench: Bench, maintenance: Maintenance) -> None:
+async def test_a_role_without_workers_does_not_grow_in_a_day_nor_after_it_was_wiped(
+    bench: Bench, maintenance: Maintenance
+) -> None:
+    """
+    A day of looks at both groups, one every quarter of an hour: the next one would add what the one before has.
+    """
     bench.queued("g", [str(n) for n in range(250)])
     bench.queued("h", ["a", "b"])
-    for _ in range(5):
-        for gid in ("g", "h"):
-            make_due(bench, gid)
-        await maintenance.run_once()
-    assert bench.redis.xlen(bench.keys.role_part("p", "normal")) == 252
+
+    async def a_day_passes() -> None:
+        for _ in range(24 * 4):
+            for gid in ("g", "h"):
+                make_due(bench, gid)
+            await maintenance.run_once()
+
+    def size() -> tuple[int, int, int]:
+        outboxes = sum(bench.redis.zcard(bench.keys.group_part(gid, "outbox")) for gid in ("g", "h"))
+        return bench.redis.xlen(bench.keys.role_part("p", "normal")), outboxes, bench.redis.dbsize()
+
+    before = size()
+    assert before[:2] == (252, 0)
+    await a_day_passes()
+    assert size()[:2] == before[:2]
+    keys = bench.redis.dbsize()
+
+    wipe(bench)
+    await a_day_passes()
+    assert size() == (252, 0, keys)
+    assert sorted(queued_tasks(bench)) == sorted([*map(str, range(250)), "a", "b"])
 
 
 async def test_a_running_task_whose_worker_lives_and_has_it_is_left_to_it(
@@ -440,6 +461,27 @@ async def test_what_a_vanished_worker_ran_is_rung_after_a_lease_and_in_a_closed_
                 make_due(bench, gid)
             await maintenance.run_once()
     assert bench.counters("closed") == {"total": 1, "cancelled": 1}
+
+
+# ---- the index -------------------------------------------------------------------------------------------------------
+async def test_groups_that_the_index_has_lost_come_back_within_the_hour_and_those_that_are_gone_do_not(
+    bench: Bench, maintenance: Maintenance, said: list[str]
+) -> None:
+    for gid in ("lost", "known", "gone"):
+        bench.queued(gid)
+    bench.redis.delete(*bench.keys.group("gone"))
+    await maintenance.run_once()
+    for gid in ("lost", "gone"):
+        bench.redis.zrem(bench.keys.index_of(gid), gid)
+
+    await Maintenance(maintenance._connection, bench.keys).run_once()
+    assert next_look_ms(bench, "lost") is None  # somebody has looked within the hour
+    bench.redis.delete(bench.keys.restored)
+    await Maintenance(maintenance._connection, bench.keys).run_once()
+
+    assert next_look_ms(bench, "lost") == pytest.approx(STILL_MS, abs=5000)
+    assert next_look_ms(bench, "gone") is None
+    assert said == ["The index of groups had lost some; entered again: 1\n"]
 
 
 # ---- consumers -------------------------------------------------------------------------------------------------------

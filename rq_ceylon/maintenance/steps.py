@@ -20,6 +20,7 @@ from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.keys import INDEX_SHARDS, Keys
 from rq_ceylon.store.scripts import Call, command
+from rq_ceylon.store.trouble import warn_once
 
 GROUPS_PER_STEP = 100
 AFTER_ERROR_S = 5.0
@@ -33,8 +34,13 @@ STAGING_MS = 3_600_000
 SILENT_MS = 90_000
 """A rolling group without a new part for so long is sealed: its client seals after 60 s by itself."""
 
+RESTORE_EVERY_MS = 3_600_000
+"""The index can lose groups that are there, as when its node of a cluster fails: then nobody looks after them."""
+
 CONSUMER_IDLE_MS = 3_600_000
-CONSUMERS_EVERY_MS = 600_000
+
+RARELY_MS = 600_000
+"""Between two looks at what goes wrong rarely."""
 
 
 class Maintenance:
@@ -45,7 +51,7 @@ class Maintenance:
     def __init__(self, connection: Connection, keys: Keys) -> None:
         self._connection, self._keys = connection, keys
         self._reissue = Reissue(connection, keys)
-        self._consumers_at = 0
+        self._rarely_at = 0
 
     async def run_once(self) -> float:
         """
@@ -55,6 +61,10 @@ class Maintenance:
             ConnectionLostError: Redis does not answer; whatever was begun is safe to begin again.
         """
         now_ms = await queries.server_ms(self._connection, self._keys)
+        if now_ms >= self._rarely_at:
+            self._rarely_at = now_ms + RARELY_MS
+            await restore_index(self._connection, self._keys, now_ms)
+            await remove_left_consumers(self._connection, self._keys)
         next_looks: dict[str, int] = {}
         for gid in await queries.due_groups(self._connection, self._keys, now_ms, GROUPS_PER_STEP):
             try:
@@ -69,9 +79,6 @@ class Maintenance:
         calls = [transitions.look_again(self._keys, gid, at_ms) for gid, at_ms in next_looks.items()]
         if calls:
             await self._connection.run(calls)
-        if now_ms >= self._consumers_at:
-            self._consumers_at = now_ms + CONSUMERS_EVERY_MS
-            await remove_left_consumers(self._connection, self._keys)
         return await self._pause_s()
 
     async def _look(self, gid: str, now_ms: int) -> int | None:
@@ -141,6 +148,24 @@ async def maintain(url: str, keys: Keys, on_error: Callable[[CeylonError], None]
             await asyncio.sleep(pause_s)
     finally:
         await connection.close()
+
+
+async def restore_index(connection: Connection, keys: Keys, now_ms: int) -> None:
+    """
+    Enter again the groups that the index has lost: once an hour, by whoever comes first.
+    """
+    (mine,) = await connection.run([transitions.take_restoring(keys, now_ms, RESTORE_EVERY_MS)])
+    if not mine:
+        return
+    try:
+        async for gids in queries.stored_groups(connection, keys):
+            lost = await connection.run([transitions.restore(keys, gid) for gid in gids])
+            if any(lost):
+                logger.warning("The index of groups had lost some; entered again: {}", sum(lost))
+    except ConnectionLostError:
+        raise
+    except CeylonError as error:
+        warn_once(f"Groups that the index loses will not be found: {error}")
 
 
 async def meet(connection: Connection, keys: Keys, gid: str) -> str | None:

@@ -106,6 +106,17 @@ class Connection:
         with _classifying(self.url, f"BLPOP {keys[0]}"):
             return await self._servers.pop(keys, timeout_s)
 
+    async def keys(self, pattern: str, count: int) -> AsyncIterator[list[str]]:
+        """
+        All keys of this pattern, on every node, some of them perhaps twice; about `count` keys are looked at each time.
+        """
+        with _classifying(self.url, "SCAN"):
+            for node in await self._servers.nodes():
+                cursor = None
+                while cursor != 0:
+                    cursor, found = await node.command("SCAN", cursor or 0, "MATCH", pattern, "COUNT", count)
+                    yield found
+
     async def check(self) -> None:
         """
         Refuse a server that cannot do this work; wait for one that is still loading its data, and say so.
@@ -116,12 +127,12 @@ class Connection:
         place, where = place_of(self.url), masked(self.url)
         try:
             with _classifying(self.url, "INFO"):
-                infos = await self._servers.infos()
+                infos = await self._infos()
                 if any(info.get("loading") for info in infos):
                     logger.info("Redis at {} is loading its data; waiting for it", where)
                 while any(info.get("loading") for info in infos):
                     await asyncio.sleep(LOADING_S)
-                    infos = await self._servers.infos()
+                    infos = await self._infos()
         except ConnectionLostError as error:
             raise ConnectionLostError(f"{error}.\n{REMEDIES}") from error
         for info in infos:
@@ -132,6 +143,9 @@ class Connection:
                     f"Redis at {where} writes no append-only file: a restart loses tasks, or all of them; "
                     "set it with: redis-cli CONFIG SET appendonly yes (and in its configuration file)"
                 )
+
+    async def _infos(self) -> list[dict[str, Any]]:
+        return [await node.command("INFO") for node in await self._servers.nodes()]
 
     async def close(self) -> None:
         await self._servers.close()

@@ -161,9 +161,9 @@ class Servers(Protocol):
         Wait for a token in any of these lists; False when none came in time. Raises what redis-py raises.
         """
 
-    async def infos(self) -> list[dict[str, Any]]:
+    async def nodes(self) -> list[Node]:
         """
-        INFO of each that takes writes. Raises what redis-py raises.
+        All that take writes. Raises what redis-py raises.
         """
 
     async def close(self) -> None: ...
@@ -250,8 +250,8 @@ class Primary:
             await self._forget_demoted(node, [error])
             raise
 
-    async def infos(self) -> list[dict[str, Any]]:
-        return [await (await self._reached()).command("INFO")]
+    async def nodes(self) -> list[Node]:
+        return [await self._reached()]
 
     async def _reached(self) -> Node:
         async with self._looking_up:
@@ -413,9 +413,9 @@ class Cluster:
                 self._doubtful.add(address)
             raise
 
-    async def infos(self) -> list[dict[str, Any]]:
+    async def nodes(self) -> list[Node]:
         await self._know_owners([])
-        return [await self._node(address).command("INFO") for address in sorted(set(self._owners.values()))]
+        return [self._node(address) for address in sorted(set(self._owners.values()))]
 
     async def close(self) -> None:
         for task in self._waiting.values():

@@ -86,6 +86,15 @@ async def group_ids(connection: Connection, keys: Keys) -> list[str]:
     return [gid for shard in replies for gid in shard]
 
 
+async def stored_groups(connection: Connection, keys: Keys) -> AsyncIterator[list[str]]:
+    """
+    All groups that are there, known to the index or not: a look at every key of every node, for once in a while.
+    """
+    before, after = f"{keys.prefix}{{g:", "}:meta"
+    async for found in connection.keys(f"{before}*{after}", SCAN):
+        yield [key.removeprefix(before).removesuffix(after) for key in found]
+
+
 async def depends_on(connection: Connection, keys: Keys, gid: str) -> list[str]:
     """
     The groups for which this one still waits.

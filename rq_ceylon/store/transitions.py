@@ -455,6 +455,20 @@ def look_again(keys: Keys, gid: str, at_ms: int) -> Call:
     return insist("ZADD", keys.index_of(gid), "XX", at_ms, gid)
 
 
+def take_restoring(keys: Keys, now_ms: int, ttl_ms: int) -> Call:
+    """
+    Take the turn to restore the index; refused with None to all others until `ttl_ms` have passed.
+    """
+    return insist("SET", keys.restored, now_ms, "NX", "PX", ttl_ms)
+
+
+def restore(keys: Keys, gid: str) -> Call:
+    """
+    Enter a group that the index has lost, due at once. Answers 1, or 0 if it was there.
+    """
+    return insist("ZADD", keys.index_of(gid), "NX", 0, gid)
+
+
 def drop_from_index(keys: Keys, gid: str) -> Call:
     return command("ZREM", keys.index_of(gid), gid)
 

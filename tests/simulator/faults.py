@@ -48,7 +48,7 @@ _TIMES: list[tuple[Any, str, float]] = [
     (steps, "STILL_MS", 300),
     (steps, "SILENT_MS", 400),
     (steps, "CONSUMER_IDLE_MS", 300),
-    (steps, "CONSUMERS_EVERY_MS", 150),
+    (steps, "RARELY_MS", 150),
 ]
 
 _SIZES: list[tuple[Any, str, int]] = [
