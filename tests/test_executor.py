@@ -887,7 +887,8 @@ async def test_a_coroutine_that_does_not_end_when_cancelled_is_abandoned_and_nam
                 continue
 
     executor = executor_of(stubborn, cleanup_s=0.05, on_freed=freed.set)
-    running = asyncio.create_task(executor.run(assigned(timeout=0.05 if how == "timeout" else 60)))
+    assignment, ended = assigned(timeout=0.05 if how == "timeout" else 60), asyncio.Future[Outcome]()
+    running = asyncio.create_task(executor.run(assignment, abandoned=ended.set_result))
     await started.wait()
 
     try:
@@ -895,11 +896,10 @@ async def test_a_coroutine_that_does_not_end_when_cancelled_is_abandoned_and_nam
             await asyncio.wait_for(executor.close(), 5)
         elif how == "cancel":
             executor.cancel("r", 7, "cancelled")
-        await asyncio.wait([running], timeout=5)
 
-        assert running.done()
-        assert (await running).kind == kind
+        assert (await asyncio.wait_for(ended, 5)).kind == kind
         assert executor.abandoned == 1
+        assert not running.done()
         assert any(line.startswith("ERROR Task g/t goes on although it was cancelled") for line in logged)
     finally:
         give_up.set()

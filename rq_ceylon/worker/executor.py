@@ -33,7 +33,7 @@ CLEANUP_S = 5.0
 
 class _Raised(NamedTuple):
     """
-    An exception of a handler, as a value: no future takes a StopIteration, and a SystemExit would end the event loop.
+    An exception of a handler, as a value: a SystemExit that left its task would end the event loop.
     """
 
     error: BaseException
@@ -41,20 +41,21 @@ class _Raised(NamedTuple):
 
 class _Run:
     """
-    An attempt under way. `settled` is done when it is over: its runner has ended, or was abandoned.
+    An attempt under way, in the task that called `Executor.run`: `is_over` once its handler has ended or was abandoned,
+    from when on nothing may cancel that task.
     """
 
-    def __init__(self, attempt: Attempt, begun: Callable[[TaskContext], None], work: Callable[[_Run], Any]) -> None:
-        self.attempt, self.begun = attempt, begun
+    def __init__(
+        self, attempt: Attempt, begun: Callable[[TaskContext], None], abandoned: Callable[[Outcome], None]
+    ) -> None:
+        self.attempt, self.begun, self.abandoned = attempt, begun, abandoned
         self.loop = asyncio.get_running_loop()
-        self.settled: asyncio.Future[None] = self.loop.create_future()
+        runner = asyncio.current_task()
+        assert runner is not None
+        self.runner: asyncio.Task[Any] = runner
+        self.is_over = False
+        self.cancels = 0
         self.timer: asyncio.TimerHandle | None = None
-        self.runner: asyncio.Task[Any] = self.loop.create_task(work(self))
-        self.runner.add_done_callback(self.settle)
-
-    def settle(self, _: object = None) -> None:
-        if not self.settled.done():
-            self.settled.set_result(None)
 
     def after(self, delay_s: float | None, then: Callable[[], None] = lambda: None) -> None:
         """
@@ -64,13 +65,9 @@ class _Run:
             self.timer.cancel()
         self.timer = None if delay_s is None else self.loop.call_later(delay_s, then)
 
-    def end(self) -> Any:
-        """
-        What the handler returned, or what ended it.
-        """
-        if not self.runner.done() or self.runner.cancelled():
-            return _Raised(asyncio.CancelledError())
-        return self.runner.result()
+    def cancel(self) -> None:
+        self.cancels += 1
+        self.runner.cancel()
 
 
 class Executor:
@@ -103,13 +100,23 @@ class Executor:
         self._threads = asyncio.Semaphore(threads)
         self._children = Children()
         self._running: dict[tuple[str, int], _Run] = {}
+        self._settled = asyncio.Event()
+        self._telling: set[asyncio.Task[None]] = set()
 
-    async def run(self, assignment: Assignment, *, begun: Callable[[TaskContext], None] = lambda _: None) -> Outcome:
+    async def run(
+        self,
+        assignment: Assignment,
+        *,
+        begun: Callable[[TaskContext], None] = lambda _: None,
+        abandoned: Callable[[Outcome], None] = lambda _: None,
+    ) -> Outcome:
         """
-        Run one attempt. Whatever users' code does becomes an outcome.
+        Run one attempt in the present task. Whatever users' code does becomes an outcome.
 
         Args:
             begun: called when the handler is about to be called, from when on `deadline` of its context is known.
+            abandoned: told the outcome of a coroutine that goes on although it was cancelled; what `run` returns
+                whenever that ends is of no interest any more.
         """
         try:
             attempt = Attempt(self.registry, assignment)
@@ -131,18 +138,18 @@ class Executor:
             return attempt.failed("invalid", error)
         except Exception as error:  # of a user's validator
             return await self._told(attempt, error, attempt.raised(error))
-        run = _Run(attempt, begun, lambda run: self._call(run, arguments))
+        run = _Run(attempt, begun, abandoned)
         key = (assignment.role, assignment.fence)
         self._running[key] = run
-        try:
-            await run.settled
-        except asyncio.CancelledError:  # the worker itself goes down
-            self._stop(run, "shutdown")
-            raise
-        finally:
-            run.after(None)
-            del self._running[key]
-        return await self._outcome(run)
+        end = await self._call(run, arguments)
+        if run.is_over:
+            self._freed()
+        self._settle(run)
+        for _ in range(run.cancels):
+            run.runner.uncancel()
+        if run.runner.cancelling():
+            raise asyncio.CancelledError  # the worker itself goes down
+        return await self._outcome(run, end)
 
     def cancel(self, role: str, fence: int, why: StopReason) -> None:
         """
@@ -164,11 +171,11 @@ class Executor:
         Give back what still runs, and end the processes. What does not end is left behind: threads are daemons, they do
         not keep the process.
         """
-        runs = list(self._running.values())
-        for run in runs:
+        for run in list(self._running.values()):
             self._stop(run, "shutdown")
-        if runs:
-            await asyncio.wait([run.settled for run in runs])
+        while self._running:
+            self._settled.clear()
+            await self._settled.wait()
         await self._children.close()
 
     # ---- how it runs -------------------------------------------------------------------------------------------------
@@ -230,30 +237,44 @@ class Executor:
         Cancel an attempt; only once, since a second time would cut short what it does about the first.
         """
         context = run.attempt.context
-        if context.stopped is None and not run.runner.done():
+        if context.stopped is None and not run.is_over:
             context.stopped = why
             run.after(self._cleanup_s, lambda: self._abandon(run))
-            run.runner.cancel()
+            run.cancel()
 
     def _abandon(self, run: _Run) -> None:
-        if run.runner.done():
-            return
+        context = run.attempt.context
         logger.error(
             "Task {} goes on although it was cancelled ({}); it is left behind, and takes a slot until it ends",
-            run.attempt.context.id,
-            run.attempt.context.stopped,
+            context.id,
+            context.stopped,
         )
         self.abandoned += 1
-        run.runner.add_done_callback(self._freed)
-        run.runner.cancel()
-        run.settle()
+        self._settle(run)
+        run.cancel()
 
-    def _freed(self, _: object = None) -> None:
+        async def tell() -> None:
+            run.abandoned(await self._outcome(run, _Raised(asyncio.CancelledError())))
+
+        telling = run.loop.create_task(tell())
+        self._telling.add(telling)
+        telling.add_done_callback(self._telling.discard)
+
+    def _settle(self, run: _Run) -> None:
+        """
+        From here on nothing more of the handler counts.
+        """
+        run.is_over = True
+        run.after(None)
+        self._running.pop((run.attempt.context.role, run.attempt.context.fence), None)
+        self._settled.set()
+
+    def _freed(self) -> None:
         self.abandoned -= 1
         self.on_freed()
 
-    async def _outcome(self, run: _Run) -> Outcome:
-        attempt, context, end = run.attempt, run.attempt.context, run.end()
+    async def _outcome(self, run: _Run, end: Any) -> Outcome:
+        attempt, context = run.attempt, run.attempt.context
         if isinstance(end, _Raised):
             if context.stopped is None and isinstance(end.error, AttemptStoppedError):
                 context.stopped = "timeout"  # the handler saw it before the loop did

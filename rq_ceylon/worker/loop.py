@@ -212,7 +212,7 @@ class Worker:
         self._wake.set()
 
     async def _run_one(self, grant: Granted) -> None:
-        delivery, claimed = grant.held.delivery, grant.claimed
+        delivery = grant.held.delivery
         try:
             if grant.stop:
                 outcome = Outcome(kind="stopped")
@@ -225,17 +225,27 @@ class Worker:
                     # Before the handler began: nothing of it ran, so it is given back.
                     logger.warning("{}/{} cannot start now: {}", delivery.gid, delivery.tid, error)
                     outcome = Outcome(kind="release", delay_ms=1000)
-            if outcome.kind == "lost":
-                self.turns.forget(grant.held)
-                return
-            self.completed += outcome.kind == "completed"
-            kind, reason, delay_ms, run_ms = outcome.kind, outcome.reason, outcome.delay_ms, outcome.run_ms
-            end = Committed(delivery.tid, delivery.fence, kind, reason, delay_ms, run_ms, outcome.blob)
-            self.turns.finish(grant.held, end)
-            _log_end(delivery.gid, delivery.tid, claimed.attempt, outcome)
+            self._end(grant, outcome)
         finally:
             self._running.pop((delivery.role, delivery.fence), None)
             self._wake.set()
+
+    def _end(self, grant: Granted, outcome: Outcome) -> None:
+        """
+        Note how an attempt ended, the first time: what becomes of one that was abandoned is of no interest any more.
+        """
+        delivery = grant.held.delivery
+        if self._running.pop((delivery.role, delivery.fence), None) is None:
+            return
+        self._wake.set()
+        if outcome.kind == "lost":
+            self.turns.forget(grant.held)
+            return
+        self.completed += outcome.kind == "completed"
+        kind, reason, delay_ms, run_ms = outcome.kind, outcome.reason, outcome.delay_ms, outcome.run_ms
+        end = Committed(delivery.tid, delivery.fence, kind, reason, delay_ms, run_ms, outcome.blob)
+        self.turns.finish(grant.held, end)
+        _log_end(delivery.gid, delivery.tid, grant.claimed.attempt, outcome)
 
     async def _execute(self, grant: Granted) -> Outcome:
         delivery, claimed = grant.held.delivery, grant.claimed
@@ -267,7 +277,11 @@ class Worker:
             self.leases.hold(delivery.role, delivery.entry, until + self.grace_s)
 
         hold(time.monotonic() + WAIT_S)
-        outcome = await self.executor.run(assignment, begun=lambda context: hold(context.deadline))
+        outcome = await self.executor.run(
+            assignment,
+            begun=lambda context: hold(context.deadline),
+            abandoned=lambda outcome: self._end(grant, outcome),
+        )
         if outcome.reason == UNKNOWN and await is_unroutable(self.connection, self.keys, delivery.role, body["uses"]):
             return Outcome(kind="failed", reason="unroutable", blob=outcome.blob)
         return outcome
