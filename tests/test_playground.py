@@ -38,7 +38,6 @@ from rq_ceylon.task import (
     TaskStatus,
     crew,
 )
-from rq_ceylon.task.crew import GROW_LOOKS, SHRINK_LOOKS, Scale
 from rq_ceylon.worker import Worker
 
 TUTORIAL, EXAMPLE = ROOT / "docs" / "tutorial.md", ROOT / "examples" / "tutorial.py"
@@ -686,6 +685,7 @@ async def test_a_scale_grows_with_the_load_and_shrinks_without_it(
     playground: TaskPlayGround, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(crew, "LOOK_S", 0.02)
+    monkeypatch.setattr(crew, "QUIET_S", 0.2)
     model = Gated("model")
     workers: list[TaskExecutionAgent] = [model]
     group = group_of(messages(20))
@@ -698,27 +698,6 @@ async def test_a_scale_grows_with_the_load_and_shrinks_without_it(
         await soon(lambda: len(playing.get_completed_tasks()) == 20, "all tasks are completed")
 
     assert len({task.assigned_to for task in group.subtasks}) == 4
-
-
-def test_a_scale_wants_the_same_several_times_before_it_acts() -> None:
-    scale = Scale(1, 8)
-
-    grown = [scale.look(2, 2, busy=4, waiting=9)[0] for _ in range(GROW_LOOKS)]
-    assert grown == [2] * (GROW_LOOKS - 1) + [4]
-    assert [scale.look(4, 2, busy=busy, waiting=1)[0] for busy in (8, 7) * 5] == [4] * 10  # not twice in a row
-    assert [scale.look(4, 2, busy=busy, waiting=0)[0] for busy in (5, 6) * 20] == [4] * 40  # nor here
-    shrunk = [scale.look(4, 2, busy=5, waiting=0) for _ in range(SHRINK_LOOKS)]
-    assert [agents for agents, _ in shrunk] == [4] * (SHRINK_LOOKS - 1) + [3]
-    assert shrunk[-1][1] == "5 of 8 slots busy, 0 tasks waiting"
-
-
-def test_a_scale_keeps_to_its_limits() -> None:
-    scale = Scale(2, 3)
-
-    assert scale.look(1, 2, busy=0, waiting=0) == (2, "2 are the least")
-    assert scale.look(5, 2, busy=9, waiting=9) == (3, "3 are the most")
-    assert max(scale.look(3, 2, busy=6, waiting=99)[0] for _ in range(10)) == 3
-    assert min(scale.look(2, 2, busy=0, waiting=0)[0] for _ in range(30)) == 2
 
 
 @pytest.mark.parametrize("scale", [(0, 2), (3, 2), (1.5, 2)])

@@ -15,6 +15,7 @@ from loguru import logger
 
 from rq_ceylon.client import Client
 from rq_ceylon.models import Task, TaskGroup
+from rq_ceylon.worker.scale import Scale
 from rq_ceylon.worker.supervisor import Supervisor
 
 pytestmark = pytest.mark.anyio
@@ -49,9 +50,9 @@ async def test_processes_grow_with_a_backlog_and_shrink_one_by_one_when_quiet(
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     command = [sys.executable, "-m", "rq_ceylon.cli", "worker", "-r", "r", "-c", "2", "--redis", redis_url]
-    supervisor = Supervisor(
-        [*command, "--lease", "1s"], processes=(1, 3), url=redis_url, namespace="ceylon", look_s=0.1, quiet_s=0.5
-    )
+    monkeypatch.setattr("rq_ceylon.worker.supervisor.LOOK_S", 0.1)
+    monkeypatch.setattr("rq_ceylon.worker.supervisor.QUIET_S", 0.5)
+    supervisor = Supervisor([*command, "--lease", "1s"], processes=(1, 3), url=redis_url, namespace="ceylon")
     running = asyncio.create_task(supervisor.run())
     try:
         await until_processes(client, 1)
@@ -79,7 +80,9 @@ async def test_a_backlog_that_idle_workers_leave_starts_no_process(
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     command = [sys.executable, "-m", "rq_ceylon.cli", "worker", "-r", "r", "--redis", redis_url]
-    supervisor = Supervisor(command, processes=(1, 3), url=redis_url, namespace="ceylon", look_s=0.05, quiet_s=0.1)
+    monkeypatch.setattr("rq_ceylon.worker.supervisor.LOOK_S", 0.05)
+    monkeypatch.setattr("rq_ceylon.worker.supervisor.QUIET_S", 0.1)
+    supervisor = Supervisor(command, processes=(1, 3), url=redis_url, namespace="ceylon")
     running = asyncio.create_task(supervisor.run())
     try:
         await until_processes(client, 1)
@@ -90,3 +93,29 @@ async def test_a_backlog_that_idle_workers_leave_starts_no_process(
 
     assert code == 0
     assert not [line for line in said if line.startswith(("Growing", "Shrinking"))]
+
+
+def test_a_scale_grows_at_once_to_what_the_backlog_needs_while_half_of_the_slots_are_busy() -> None:
+    scale = Scale(1, 8, quiet_s=10)
+
+    assert scale.look(2, 4, busy=4, queued=9, now=0) == 4
+    assert scale.look(2, 4, busy=3, queued=9, now=0) == 2  # whatever holds them back, more processes do not help
+    assert scale.look(2, 4, busy=8, queued=99, now=0) == 8
+
+
+def test_a_scale_lets_one_go_after_a_time_in_which_one_less_had_sufficed() -> None:
+    scale = Scale(1, 8, quiet_s=10)
+
+    assert [scale.look(4, 4, busy=9, queued=0, now=now) for now in (0, 9, 10, 19, 20)] == [4, 4, 3, 4, 3]
+    assert scale.look(4, 4, busy=10, queued=0, now=21) == 4  # three would be too few, so the time begins anew
+    assert [scale.look(4, 4, busy=9, queued=0, now=now) for now in (22, 31)] == [4, 4]
+    assert scale.look(4, 4, busy=9, queued=1, now=32) == 4  # and so it does with a backlog
+    assert [scale.look(4, 4, busy=9, queued=0, now=now) for now in (33, 42, 43)] == [4, 4, 3]
+
+
+def test_a_scale_keeps_to_its_limits() -> None:
+    scale = Scale(2, 3, quiet_s=0)
+
+    assert scale.look(0, 4, busy=0, queued=0, now=0) == 2
+    assert scale.look(5, 4, busy=20, queued=9, now=0) == 3
+    assert [scale.look(2, 4, busy=0, queued=0, now=now) for now in range(5)] == [2] * 5

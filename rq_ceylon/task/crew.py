@@ -5,9 +5,9 @@ The agents of a playground at work: whoever stands in a list works, and a scale 
 from __future__ import annotations
 
 import asyncio
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from loguru import logger
 
@@ -18,52 +18,13 @@ from rq_ceylon.models import DEFAULT_TIMEOUT_S, counted
 from rq_ceylon.task.agent import TaskExecutionAgent
 from rq_ceylon.task.data import slug
 from rq_ceylon.worker import Worker
+from rq_ceylon.worker.scale import Scale
 
 LOOK_S = 0.2
 """Between two looks at the list and at the load."""
 
-GROW_LOOKS, SHRINK_LOOKS = 2, 10
-"""So many looks in a row must say the same; fewer to grow, since a waiting task costs more than an idle agent."""
-
-
-@dataclass
-class Scale:
-    """
-    Decides how many agents of one role should work. It grows when all slots are busy and tasks wait, at most twofold at
-    a time; it lets one go when nothing waits and the others would keep a slot free.
-    """
-
-    least: int
-    most: int
-    _crowded: int = field(init=False, default=0)
-    _idle: int = field(init=False, default=0)
-
-    def __post_init__(self) -> None:
-        whole = isinstance(self.least, int) and isinstance(self.most, int)
-        if not whole or not 1 <= self.least <= self.most:
-            raise InvalidInputError(
-                f"scale: {(self.least, self.most)!r} is not usable; give the least and the most agents, such as (2, 10)"
-            )
-
-    def look(self, agents: int, slots_each: int, busy: int, waiting: int) -> tuple[int, str]:
-        """
-        How many agents there should be now, and why.
-        """
-        slots = agents * slots_each
-        self._crowded = self._crowded + 1 if waiting and busy >= slots else 0
-        self._idle = self._idle + 1 if not waiting and busy < slots - slots_each else 0
-        if agents < self.least:
-            return self.least, f"{self.least} are the least"
-        if agents > self.most:
-            return self.most, f"{self.most} are the most"
-        load = f"{busy} of {slots} slots busy, {counted(waiting, 'task')} waiting"
-        if self._crowded >= GROW_LOOKS:
-            self._crowded = 0
-            return min(self.most, agents + min(agents, math.ceil(waiting / slots_each))), load
-        if self._idle >= SHRINK_LOOKS:
-            self._idle = 0
-            return max(self.least, agents - 1), load
-        return agents, load
+QUIET_S = 2.0
+"""For so long an agent less must have sufficed before one is let go."""
 
 
 @dataclass
@@ -90,10 +51,11 @@ class Crew:
         scale: tuple[int, int] | None,
     ) -> None:
         self._agents, self._client, self._registry = agents, client, registry
-        if scale is not None and not agents:
-            raise InvalidInputError("scale: there is no agent to make more of; give `workers` at least one")
-        # One agent per role stays in mind, should the list be emptied.
-        self._scales = {} if scale is None else {agent.worker_role: (Scale(*scale), agent) for agent in agents}
+        self._scales: dict[str, tuple[Scale, TaskExecutionAgent]] = {}
+        if scale is not None:
+            _check_scale(scale, agents)
+            # One agent per role stays in mind, should the list be emptied.
+            self._scales = {agent.worker_role: (Scale(*scale, QUIET_S), agent) for agent in agents}
         self._posts: dict[int, _Post] = {}
         self._tending: asyncio.Task[None] | None = None
         self._named = len(agents)
@@ -186,9 +148,11 @@ class Crew:
             team = [agent for agent in self._agents if agent.worker_role == role]
             busy = sum(len(agent.active_tasks) for agent in team)
             slots_each = max(1, sum(agent.max_concurrent_tasks for agent in team) // max(1, len(team)))
-            wanted, why = scale.look(len(team), slots_each, busy, waiting.get(role, 0))
+            queued = waiting.get(role, 0)
+            wanted = scale.look(len(team), slots_each, busy, queued, time.monotonic())
             if wanted != len(team):
-                logger.info("Scaling {} from {} to {} agents: {}", role, len(team), wanted, why)
+                load = f"{busy} of {len(team) * slots_each} slots busy, {counted(queued, 'task')} waiting"
+                logger.info("Scaling {} from {} to {} agents: {}", role, len(team), wanted, load)
             for _ in range(wanted - len(team)):
                 self._named += 1
                 self._agents.append(model.another(f"{role}-{self._named}"))
@@ -200,3 +164,11 @@ class Crew:
 def _dismiss(post: _Post, how: Callable[[Worker], None]) -> None:
     logger.debug("Agent {} leaves", post.agent.name)
     how(post.worker)
+
+
+def _check_scale(scale: tuple[int, int], agents: Sequence[TaskExecutionAgent]) -> None:
+    least, most = scale
+    if not (isinstance(least, int) and isinstance(most, int) and 1 <= least <= most):
+        raise InvalidInputError(f"scale: {scale!r} is not usable; give the least and the most agents, such as (2, 10)")
+    if not agents:
+        raise InvalidInputError("scale: there is no agent to make more of; give `workers` at least one")

@@ -23,12 +23,16 @@ from rq_ceylon.store import queries
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.keys import Keys
 from rq_ceylon.worker.neighbours import Neighbours
+from rq_ceylon.worker.scale import Scale
 
 SUPERVISED = "CEYLON_SUPERVISED"
 """Set for a child: its standard input is a pipe that closes when its supervisor is gone."""
 
 PAUSE_S, PAUSE_MAX_S, STEADY_S = 0.5, 30.0, 60.0
 """A child that ends at once is restarted after a growing pause; one that lived this long begins anew."""
+
+LOOK_S, QUIET_S = 2.0, 60.0
+"""How often the load is looked at, and how long a child less must have sufficed before one is stopped."""
 
 
 class Supervisor:
@@ -40,8 +44,6 @@ class Supervisor:
         processes: the fewest and the most children.
         url, namespace: where the load is seen, and what a dead child held is given back.
         burst: children that end by themselves with 0 are not restarted.
-        look_s: how often the load is looked at.
-        quiet_s: for so long a child less must have sufficed before one is stopped.
     """
 
     def __init__(
@@ -52,11 +54,8 @@ class Supervisor:
         url: str,
         namespace: str,
         burst: bool = False,
-        look_s: float = 2.0,
-        quiet_s: float = 60.0,
     ) -> None:
-        self.command, self.burst, self.look_s, self.quiet_s = list(command), burst, look_s, quiet_s
-        self.fewest, self.most = processes
+        self.command, self.burst, self._scale = list(command), burst, Scale(*processes, QUIET_S)
         self.url, self.keys = url, Keys(namespace)
         self.exit_code = 0
         self._kept = 0
@@ -76,12 +75,13 @@ class Supervisor:
         """
         Until all children have ended; returns the exit code.
         """
-        bounds = f"{self.fewest}" if self.fewest == self.most else f"{self.fewest} to {self.most}"
+        fewest, most = self._scale.least, self._scale.most
+        bounds = f"{fewest}" if fewest == most else f"{fewest} to {most}"
         logger.info("Supervisor {} runs {} worker processes", os.getpid(), bounds)
         try:
             async with asyncio.TaskGroup() as keepers:
-                self._grow(keepers, self.fewest)
-                if self.fewest < self.most:
+                self._grow(keepers, fewest)
+                if fewest < most:
                     await self._follow_load(keepers)
         finally:
             for child in self._children.values():
@@ -90,34 +90,26 @@ class Supervisor:
 
     # ---- how many ----------------------------------------------------------------------------------------------------
     async def _follow_load(self, keepers: asyncio.TaskGroup) -> None:
-        """
-        Grow at once to what the backlog needs; shrink by one only after a quiet time.
-        """
-        connection, quiet_since = Connection(self.url), time.monotonic()
+        connection = Connection(self.url)
         try:
-            while not await self._stops_within(self.look_s):
+            while not await self._stops_within(LOOK_S):
                 try:
                     mine, queued = await self._load(connection)
                 except CeylonError as error:
                     logger.debug("The load is not known now: {}", error)
                     continue
-                busy, slots = sum(len(view.tasks) for view in mine), sum(view.slots for view in mine)
                 if not mine:
                     continue
-                each = slots // len(mine)
-                now, running = time.monotonic(), self._kept - len(self._retired)
-                stand = f"{counted(queued, 'task')} queued, {busy} of {slots} slots busy"
-                # A backlog beside idle slots is not ours to cure: the role is paused, say.
-                wanted = min(self.most, -(-(busy + queued) // each)) if queued and 2 * busy >= slots else 0
-                if wanted > running:
-                    logger.info("Growing from {} to {} worker processes: {}", running, wanted, stand)
-                    self._grow(keepers, wanted - running)
-                if queued or running <= self.fewest or busy > 0.75 * each * (running - 1):
-                    quiet_since = now
-                elif now - quiet_since >= self.quiet_s:
-                    logger.info("Shrinking from {} to {} worker processes: {}", running, running - 1, stand)
+                busy, slots = sum(len(view.tasks) for view in mine), sum(view.slots for view in mine)
+                running = self._kept - len(self._retired)
+                wanted = self._scale.look(running, slots // len(mine), busy, queued, time.monotonic())
+                if wanted != running:
+                    how = "Growing" if wanted > running else "Shrinking"
+                    stand = f"{counted(queued, 'task')} queued, {busy} of {slots} slots busy"
+                    logger.info("{} from {} to {} worker processes: {}", how, running, wanted, stand)
+                self._grow(keepers, wanted - running)
+                if wanted < running:
                     self._retire(min(mine, key=lambda view: len(view.tasks)).pid)
-                    quiet_since = now
         finally:
             await connection.close()
 
