@@ -11,12 +11,8 @@ from dataclasses import dataclass, field
 @dataclass
 class Scale:
     """
-    Grows at once to what busy slots and backlog need, since a waiting task costs more than an idle worker; lets one go
-    after a quiet time in which one less would have sufficed.
-
-    Attributes:
-        least, most: never fewer, never more.
-        quiet_s: so long is that time.
+    Between two bounds it grows at once to what busy slots and backlog need, since a waiting task costs more than an
+    idle worker, and lets one go when for `quiet_s` one less would have sufficed.
     """
 
     least: int
@@ -26,14 +22,8 @@ class Scale:
 
     def look(self, workers: int, each: int, busy: int, queued: int, now: float) -> int:
         """
-        How many workers there should be.
-
-        Args:
-            workers: how many there are, also those that have only begun to start.
-            each: slots of one.
-            busy: slots of all that run a task.
-            queued: tasks that wait for a slot.
-            now: monotonic time in seconds.
+        How many there should be, given how many there are (also those just started), the slots of each, how many of
+        all slots are busy, the tasks that wait for one, and the monotonic time.
         """
         wanted = workers
         # A backlog beside idle slots is not to be cured so: the role is paused, say.

@@ -103,10 +103,11 @@ class Supervisor:
                 busy, slots = sum(len(view.tasks) for view in mine), sum(view.slots for view in mine)
                 running = self._kept - len(self._retired)
                 wanted = self._scale.look(running, slots // len(mine), busy, queued, time.monotonic())
-                if wanted != running:
-                    how = "Growing" if wanted > running else "Shrinking"
-                    stand = f"{counted(queued, 'task')} queued, {busy} of {slots} slots busy"
-                    logger.info("{} from {} to {} worker processes: {}", how, running, wanted, stand)
+                if wanted == running:
+                    continue
+                how = "Growing" if wanted > running else "Shrinking"
+                stand = f"{counted(queued, 'task')} queued, {busy} of {slots} slots busy"
+                logger.info("{} from {} to {} worker processes: {}", how, running, wanted, stand)
                 self._grow(keepers, wanted - running)
                 if wanted < running:
                     self._retire(min(mine, key=lambda view: len(view.tasks)).pid)
