@@ -23,6 +23,7 @@ from pydantic_core import from_json
 
 from rq_ceylon.attempt import Backoff, FailTask, RetryTask, StopReason, TaskContext
 from rq_ceylon.handlers import Handler, Registry
+from rq_ceylon.store.transitions import Claimed, Delivery
 from rq_ceylon.worker.children import Children
 from rq_ceylon.worker.executor import Executor
 from rq_ceylon.worker.outcome import BUSY, UNKNOWN, Assignment, Outcome
@@ -57,17 +58,8 @@ def executor_of(function: Callable[..., Any], **options: Any) -> Executor:
 
 
 def assigned(*, attempt: int = 1, releases: int = 0, role: str = "r", fence: int = 7, **body: Any) -> Assignment:
-    return Assignment(
-        group_id="g",
-        task_id="t",
-        role=role,
-        worker="w",
-        attempt=attempt,
-        crashes=0,
-        releases=releases,
-        fence=fence,
-        body={"uses": "job", **body},
-    )
+    delivery = Delivery(role, "2:1-0", "g", "t", "1", "2:1-0", fence)
+    return Assignment("w", delivery, Claimed("GRANTED", attempt, 0, releases), {"uses": "job", **body}, {})
 
 
 @pytest.fixture
@@ -684,6 +676,7 @@ SCRIPT = """
 import asyncio, os, sys, time
 from rq_ceylon.handlers import Handler, Registry
 from rq_ceylon.worker.executor import Executor
+from rq_ceylon.store.transitions import Claimed, Delivery
 from rq_ceylon.worker.outcome import Assignment
 
 class OwnError(Exception):
@@ -703,8 +696,8 @@ async def main(*numbers):
     executor = Executor(registry)
     for number in numbers:
         body = {"uses": "work", "arguments": {"number": number}}
-        outcome = await executor.run(Assignment(group_id="g", task_id="t", role="r", worker="w", attempt=1, crashes=0,
-                                                releases=0, fence=1, body=body))
+        delivery = Delivery("r", "2:1-0", "g", "t", "1", "2:1-0", 1)
+        outcome = await executor.run(Assignment("w", delivery, Claimed("GRANTED"), body, {}))
         print(outcome.kind, outcome.blob.decode()[:5], flush=True)
     await executor.close()
 

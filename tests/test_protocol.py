@@ -2,6 +2,8 @@
 The protocol row by row: states, verdicts of claim and commit, what each script does when it is repeated.
 """
 
+from collections import Counter
+
 import pytest
 import redis
 from bench import LEASE_MS, Bench
@@ -17,7 +19,7 @@ pytestmark = pytest.mark.every_engine
 
 
 def turns_of(bench: Bench, roles: list[str], *, slots: int, lease_ms: int = LEASE_MS) -> Turns:
-    leases = Leases(url="", keys=bench.keys, worker="w", on_lost=lambda role, entry: None)
+    leases = Leases(url="", keys=bench.keys, worker="w")
     return Turns(
         keys=bench.keys,
         worker="w",
@@ -479,7 +481,7 @@ def test_an_entry_that_was_deleted_while_pending_is_acknowledged_when_it_is_reco
 def test_acknowledgements_sent_twice_count_once(bench: Bench) -> None:
     bench.queued("g")
     delivery = bench.started("w", "g")
-    acks = {"completed": Acks([delivery.entry], {"run_ms": 5})}
+    acks = {"completed": Acks([delivery.entry], Counter(run_ms=5))}
     for _ in range(2):
         bench.run(transitions.fetch(bench.keys, "p", "w", budget=0, lease_ms=LEASE_MS, acks=acks))
     assert bench.redis.hmget(bench.keys.role_part("p", "meta"), "total:completed", "run_ms") == ["1", "5"]

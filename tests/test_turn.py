@@ -27,7 +27,7 @@ class Hand:
 
     def __init__(self, bench: Bench, name: str) -> None:
         self.bench, self.name = bench, name
-        leases = Leases(url="", keys=bench.keys, worker=name, on_lost=lambda role, entry: None)
+        leases = Leases(url="", keys=bench.keys, worker=name)
         self.turns = Turns(
             keys=bench.keys,
             worker=name,

@@ -7,6 +7,7 @@ in the head of its Lua file.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -325,7 +326,7 @@ class Acks:
     """
 
     entries: list[str] = field(default_factory=list)
-    histogram: dict[str, int] = field(default_factory=dict)
+    histogram: Counter[str] = field(default_factory=Counter)
 
 
 def fetch(

@@ -121,14 +121,9 @@ class Executor:
         try:
             attempt = Attempt(self.registry, assignment)
         except UnknownTaskError as error:
-            outcome = unknown(assignment.releases, error)
-            logger.warning(
-                "Task {}/{} is given back for {:g} s: {}",
-                assignment.group_id,
-                assignment.task_id,
-                outcome.delay_ms / 1000,
-                error,
-            )
+            outcome, delivery = unknown(assignment.claimed.releases, error), assignment.delivery
+            words = "Task {}/{} is given back for {:g} s: {}"
+            logger.warning(words, delivery.gid, delivery.tid, outcome.delay_ms / 1000, error)
             return outcome
         except InvalidInputError as error:
             return invalid(error)
@@ -139,7 +134,7 @@ class Executor:
         except Exception as error:  # of a user's validator
             return await self._told(attempt, error, attempt.raised(error))
         run = _Run(attempt, begun, abandoned)
-        key = (assignment.role, assignment.fence)
+        key = (assignment.delivery.role, assignment.delivery.fence)
         self._running[key] = run
         end = await self._call(run, arguments)
         if run.is_over:
@@ -282,7 +277,7 @@ class Executor:
                 case None:
                     return await self._told(attempt, end.error, attempt.raised(end.error))
                 case "timeout" if attempt.began is None:
-                    return Outcome(kind="release", reason=BUSY)
+                    return Outcome("release", reason=BUSY)
                 case "timeout":
                     return await self._told(attempt, *attempt.timed_out())
                 case why:

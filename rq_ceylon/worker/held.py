@@ -70,8 +70,8 @@ class Settled:
             wait_ms = max(0, delivery.fence // 1000 - int(delivery.lineage[2:].partition("-")[0]))
             for name, value in (("run", run_ms), ("wait", wait_ms)):
                 bucket, total = f"{name}:{value.bit_length()}", f"{name}_ms"
-                acks.histogram[bucket] = acks.histogram.get(bucket, 0) + 1
-                acks.histogram[total] = acks.histogram.get(total, 0) + value
+                acks.histogram[bucket] += 1
+                acks.histogram[total] += value
 
     def take(self) -> dict[str, Acks]:
         acks, self._acks = self._acks, {}
@@ -84,8 +84,7 @@ class Settled:
         for outcome, some in acks.items():
             mine = self._acks.setdefault(outcome, Acks())
             mine.entries += some.entries
-            for name, count in some.histogram.items():
-                mine.histogram[name] = mine.histogram.get(name, 0) + count
+            mine.histogram.update(some.histogram)
 
 
 class Step(NamedTuple):

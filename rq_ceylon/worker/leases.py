@@ -20,13 +20,11 @@ class Leases:
     """
     The entries that this worker holds, and until when each may be renewed: a frozen event loop must not keep a task for
     ever, so renewing stops at the limit of the attempt plus the grace.
-
-    Args:
-        on_lost: called in the lease thread with role and entry, when an entry belongs to another worker by now.
     """
 
-    def __init__(self, *, url: str, keys: Keys, worker: str, on_lost: Callable[[str, str], None]) -> None:
-        self._url, self._keys, self._worker, self._on_lost = url, keys, worker, on_lost
+    def __init__(self, *, url: str, keys: Keys, worker: str) -> None:
+        self._url, self._keys, self._worker = url, keys, worker
+        self._on_lost: Callable[[str, str], object] = lambda role, entry: None
         self._until: dict[tuple[str, str], float] = {}
         self._guard = threading.Lock()
         self._closed = False
@@ -53,7 +51,12 @@ class Leases:
             self.lease_s = lease_s
             self._wake.set()
 
-    def start(self) -> None:
+    def start(self, on_lost: Callable[[str, str], object]) -> None:
+        """
+        Args:
+            on_lost: called in the lease thread with role and entry, when an entry belongs to another worker by now.
+        """
+        self._on_lost = on_lost
         self._thread = threading.Thread(target=self._run, name="ceylon-leases", daemon=True)
         self._thread.start()
 

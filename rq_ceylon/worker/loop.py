@@ -72,7 +72,7 @@ class Worker:
         self.slots, self.grace_s, self.burst = slots, grace_s, burst
         self.connection = Connection(url)
         self.lanes = Lanes(self.connection, on_answer=self._start_granted)
-        self.leases = Leases(url=url, keys=self.keys, worker=self.name, on_lost=self._lost_in_thread)
+        self.leases = Leases(url=url, keys=self.keys, worker=self.name)
         self.turns = Turns(
             keys=self.keys,
             worker=self.name,
@@ -100,7 +100,6 @@ class Worker:
         )
         self._running: dict[tuple[str, int], tuple[Held, asyncio.Task[None]]] = {}
         self._defaults: dict[str, Mapping[str, Any]] = {"": {}}
-        self._loop: asyncio.AbstractEventLoop | None = None
 
     # ---- from outside ------------------------------------------------------------------------------------------------
     def stop(self) -> None:
@@ -124,12 +123,12 @@ class Worker:
         Raises:
             RedisError: Redis is not reachable at the start, or not fit for this.
         """
-        self._loop = asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
         try:
             await self.connection.check()
             await _call_all(self.registry.on_start)
             await self.connection.run([*self.lookout.heartbeat(), *self.presence.advertise()])
-            self.leases.start()
+            self.leases.start(lambda role, entry: loop.call_soon_threadsafe(self._lost, role, entry))
             self.neighbours.enter(self.name, self.roles)
             roles, names = ", ".join(self.roles), ", ".join(self.registry.names())
             slots = counted(self.slots, "slot")
@@ -215,16 +214,16 @@ class Worker:
         delivery = grant.held.delivery
         try:
             if grant.stop:
-                outcome = Outcome(kind="stopped")
+                outcome = Outcome("stopped")
             elif self.turns.stopping:
-                outcome = Outcome(kind="release")
+                outcome = Outcome("release")
             else:
                 try:
                     outcome = await self._execute(grant)
                 except CeylonError as error:
                     # Before the handler began: nothing of it ran, so it is given back.
                     logger.warning("{}/{} cannot start now: {}", delivery.gid, delivery.tid, error)
-                    outcome = Outcome(kind="release", delay_ms=1000)
+                    outcome = Outcome("release", delay_ms=1000)
             self._end(grant, outcome)
         finally:
             self._running.pop((delivery.role, delivery.fence), None)
@@ -242,9 +241,7 @@ class Worker:
             self.turns.forget(grant.held)
             return
         self.completed += outcome.kind == "completed"
-        kind, reason, delay_ms, run_ms = outcome.kind, outcome.reason, outcome.delay_ms, outcome.run_ms
-        end = Committed(delivery.tid, delivery.fence, kind, reason, delay_ms, run_ms, outcome.blob)
-        self.turns.finish(grant.held, end)
+        self.turns.finish(grant.held, Committed(delivery.tid, delivery.fence, *outcome))
         _log_end(delivery.gid, delivery.tid, grant.claimed.attempt, outcome)
 
     async def _execute(self, grant: Granted) -> Outcome:
@@ -260,40 +257,24 @@ class Worker:
         if body.get("needs"):
             found = await queries.results(self.connection, self.keys, delivery.gid, body["needs"])
             needs = {tid: result.value for tid, result in found.items()}
-        assignment = Assignment(
-            group_id=delivery.gid,
-            task_id=delivery.tid,
-            role=delivery.role,
-            worker=self.name,
-            attempt=claimed.attempt,
-            crashes=claimed.crashes,
-            releases=claimed.releases,
-            fence=delivery.fence,
-            body=body,
-            needs=needs,
-        )
 
         def hold(until: float) -> None:
             self.leases.hold(delivery.role, delivery.entry, until + self.grace_s)
 
         hold(time.monotonic() + WAIT_S)
         outcome = await self.executor.run(
-            assignment,
+            Assignment(self.name, delivery, claimed, body, needs),
             begun=lambda context: hold(context.deadline),
             abandoned=lambda outcome: self._end(grant, outcome),
         )
         if outcome.reason == UNKNOWN and await is_unroutable(self.connection, self.keys, delivery.role, body["uses"]):
-            return Outcome(kind="failed", reason="unroutable", blob=outcome.blob)
+            return Outcome("failed", reason="unroutable", blob=outcome.blob)
         return outcome
 
-    def _lost_in_thread(self, role: str, entry: str) -> None:
-        """
-        Called by the lease thread: this entry is another worker's now.
-        """
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._lost, role, entry)
-
     def _lost(self, role: str, entry: str) -> None:
+        """
+        This entry is another worker's now.
+        """
         held = self.turns.held.get((role, entry))
         if held is None:
             return

@@ -7,8 +7,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic_core import from_json, to_json
 
@@ -16,6 +15,7 @@ from rq_ceylon.attempt import FailTask, RetryTask, StopReason, TaskContext, chec
 from rq_ceylon.errors import InvalidInputError
 from rq_ceylon.handlers import DEFAULT_HANDLER, Handler, Registry
 from rq_ceylon.models import DEFAULT_MAX_ATTEMPTS, DEFAULT_TIMEOUT_S, seconds
+from rq_ceylon.store.transitions import Claimed, Delivery
 
 TRACEBACK_MAX = 8192
 
@@ -29,8 +29,7 @@ BUSY = "busy"
 """The reason of a release because no thread or process became free in time: other workers may have one."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Assignment:
+class Assignment(NamedTuple):
     """
     A granted task.
 
@@ -39,35 +38,29 @@ class Assignment:
         needs: results of the tasks it needed, by id.
     """
 
-    group_id: str
-    task_id: str
-    role: str
     worker: str
-    attempt: int
-    crashes: int
-    releases: int
-    fence: int
+    delivery: Delivery
+    claimed: Claimed
     body: Mapping[str, Any]
-    needs: Mapping[str, Any] = field(default_factory=dict)
+    needs: Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class Outcome(NamedTuple):
     """
     How an attempt ended.
 
     Attributes:
         kind: completed; failed; retry; release (given back, spends no attempt); stopped (cancelled from outside); lost
             (another worker has the task: nothing is to be recorded).
-        blob: JSON: the result, or `{"type", "message", "traceback"}` of what went wrong.
         run_ms: by the monotonic clock, from when the handler began.
+        blob: JSON: the result, or `{"type", "message", "traceback"}` of what went wrong.
     """
 
     kind: Literal["completed", "failed", "retry", "release", "stopped", "lost"]
     reason: str = ""
     delay_ms: int = 0
-    blob: bytes = b""
     run_ms: int = 0
+    blob: bytes = b""
 
     @property
     def summary(self) -> str:
@@ -85,14 +78,14 @@ def unknown(releases: int, error: BaseException) -> Outcome:
     The outcome of a task that nothing here can run, after so many releases.
     """
     delay = min(UNKNOWN_CAP_MS, UNKNOWN_FIRST_MS * 2 ** min(releases, 10))
-    return Outcome(kind="release", reason=UNKNOWN, delay_ms=delay, blob=to_json(error_of(error)))
+    return Outcome("release", reason=UNKNOWN, delay_ms=delay, blob=to_json(error_of(error)))
 
 
 def invalid(error: InvalidInputError) -> Outcome:
     """
     The outcome of a task whose body cannot be used.
     """
-    return Outcome(kind="failed", reason="invalid", blob=to_json(error_of(error)))
+    return Outcome("failed", reason="invalid", blob=to_json(error_of(error)))
 
 
 class RemoteError(Exception):
@@ -127,7 +120,7 @@ class Attempt:
     """
 
     def __init__(self, registry: Registry, assignment: Assignment) -> None:
-        body = assignment.body
+        worker, delivery, claimed, body, needs = assignment
         uses = body.get("uses") or DEFAULT_HANDLER
         if not isinstance(uses, str):
             raise InvalidInputError(f"uses: {uses!r} is not usable; give the name of a task")
@@ -136,21 +129,21 @@ class Attempt:
             seconds(body.get("timeout") or 0, f"task {uses!r}: timeout") or self.handler.timeout_s or DEFAULT_TIMEOUT_S
         )
         self.context = TaskContext(
-            group_id=assignment.group_id,
-            task_id=assignment.task_id,
+            group_id=delivery.gid,
+            task_id=delivery.tid,
             uses=uses,
-            role=assignment.role,
-            worker=assignment.worker,
-            attempt=assignment.attempt,
+            role=delivery.role,
+            worker=worker,
+            attempt=claimed.attempt,
             max_attempts=check_max_attempts(
                 body.get("max_attempts") or self.handler.max_attempts or DEFAULT_MAX_ATTEMPTS,
                 f"task {uses!r}: max_attempts",
             ),
-            crashes=assignment.crashes,
-            fence=assignment.fence,
+            crashes=claimed.crashes,
+            fence=delivery.fence,
             duration=seconds(body.get("duration") or 0, f"task {uses!r}: duration"),
             metadata=_object(body, uses, "metadata"),
-            needs=assignment.needs,
+            needs=needs,
         )
         self.raw = _object(body, uses, "arguments")
         self.began: float | None = None
@@ -163,16 +156,14 @@ class Attempt:
         self.context.deadline = self.began + self.timeout_s
 
     def completed(self, blob: bytes) -> Outcome:
-        return Outcome(kind="completed", blob=blob, run_ms=self._run_ms())
+        return Outcome("completed", blob=blob, run_ms=self._run_ms())
 
     def failed(self, reason: str, error: BaseException) -> Outcome:
-        return Outcome(kind="failed", reason=reason, blob=_blob_of(error), run_ms=self._run_ms())
+        return Outcome("failed", reason=reason, blob=_blob_of(error), run_ms=self._run_ms())
 
     def stopped(self, why: StopReason) -> Outcome:
-        kind: Literal["stopped", "lost", "release"] = (
-            "release" if why == "shutdown" else "lost" if why == "lost" else "stopped"
-        )
-        return Outcome(kind=kind, run_ms=self._run_ms())
+        kinds: dict[StopReason, Literal["release", "lost"]] = {"shutdown": "release", "lost": "lost"}
+        return Outcome(kinds.get(why, "stopped"), run_ms=self._run_ms())
 
     def timed_out(self) -> tuple[TimeoutError, Outcome]:
         error = TimeoutError(f"no result within {self.timeout_s:g} s")
@@ -201,13 +192,7 @@ class Attempt:
             return self.failed(reason, error)
         if delay_s is None and backoff is not None:
             delay_s = backoff.delay_s(self.context.attempt)
-        return Outcome(
-            kind="retry",
-            reason=reason,
-            delay_ms=round((delay_s or 0) * 1000),
-            blob=_blob_of(error),
-            run_ms=self._run_ms(),
-        )
+        return Outcome("retry", reason, round((delay_s or 0) * 1000), self._run_ms(), _blob_of(error))
 
     def _run_ms(self) -> int:
         return 0 if self.began is None else round((time.monotonic() - self.began) * 1000)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from loguru import logger
@@ -198,7 +199,7 @@ class Turns:
             for batch in _batches(self._outcomes.pop(gid, [])):
                 call = transitions.commit(self.keys, gid, self.worker, [o for _, o in batch], acks)
                 acks = []
-                yield Step(call, lambda reply, gid=gid, batch=batch: self._committed(gid, batch, reply))  # type: ignore[misc]
+                yield Step(call, partial(self._committed, gid, batch))
 
     def _claims(self, free: int) -> Iterable[Step]:
         if self.stopping:
@@ -210,11 +211,8 @@ class Turns:
             if free <= 0:
                 break
             gid = held.delivery.gid
-            if (
-                held.stage is Stage.FETCHED
-                and (suspect or not held.later)
-                and (gid in by_group or self._is_open(gid=gid))
-            ):
+            may_ask = held.stage is Stage.FETCHED and (suspect or not held.later)
+            if may_ask and (gid in by_group or self._is_open(gid=gid)):
                 free -= 1
                 held.stage = Stage.CLAIMING
                 by_group[gid].append(held)
@@ -223,7 +221,7 @@ class Turns:
                 batch = helds[first : first + transitions.CLAIM_TASKS_MAX]
                 asked = [held.delivery for held in batch]
                 call = transitions.claim(self.keys, gid, self.worker, asked, suspect=suspect)
-                yield Step(call, lambda reply, batch=batch, suspect=suspect: self._claimed(batch, suspect, reply))  # type: ignore[misc]
+                yield Step(call, partial(self._claimed, batch, suspect))
                 self._asks_for_suspect |= suspect
                 suspect = False  # one claim at a time may start one
 
@@ -237,12 +235,11 @@ class Turns:
                 for held in self.held.values()
                 if held.delivery.role == role and held.stage is Stage.FETCHED and held.since <= limit
             ]
-            if not stale:
-                continue
             for held in stale:
                 held.stage = Stage.RELEASING
-            call = transitions.release(self.keys, role, self.worker, [held.delivery.entry for held in stale])
-            yield Step(call, lambda reply, stale=stale: self._released(stale, reply))  # type: ignore[misc]
+            if stale:
+                call = transitions.release(self.keys, role, self.worker, [held.delivery.entry for held in stale])
+                yield Step(call, partial(self._released, stale))
 
     def _fetches(self, free: int) -> Iterable[Step]:
         now = time.monotonic()
@@ -262,9 +259,7 @@ class Turns:
             self._empty.discard(role)
             self._next_due_s.pop(role, None)
             acks = self._settled[role].take()
-            recover = None
-            if role in self._recovering:
-                recover = [entry for of, entry in self.held if of == role]
+            recover = [entry for of, entry in self.held if of == role] if role in self._recovering else None
             call = transitions.fetch(
                 self.keys,
                 role,
@@ -275,29 +270,25 @@ class Turns:
                 acks=acks,
                 recover=recover,
             )
-            yield Step(
-                call,
-                lambda reply, role=role: self._fetched(role, budget, reply),  # type: ignore[misc]
-                lambda role=role, acks=acks: self._fetch_lost(role, acks),  # type: ignore[misc]
-            )
+            yield Step(call, partial(self._fetched, role, budget), partial(self._fetch_lost, role, acks))
 
     def _enqueues(self) -> Iterable[Step]:
         for role in [role for role in self._to_enqueue if self._is_open(role=role)]:
             some = self._to_enqueue.pop(role)
             call = transitions.enqueue(self.keys, role, some)
-            yield Step(call, lambda reply, some=some: self._enqueued(some, reply))  # type: ignore[misc]
+            yield Step(call, partial(self._enqueued, some))
 
     def _deliveries(self) -> Iterable[Step]:
         for gid in [gid for gid in self._messages if self._is_open(gid=gid)]:
             for page in self._messages.pop(gid):
                 call = transitions.deliver(self.keys, page)
-                yield Step(call, lambda reply, gid=gid, page=page: self._delivered(gid, page, reply))  # type: ignore[misc]
+                yield Step(call, partial(self._delivered, gid, page))
 
     def _relays(self) -> Iterable[Step]:
         for gid in [gid for gid in self._to_relay if self._is_open(gid=gid)]:
             self._to_relay.discard(gid)
             call = transitions.outbox(self.keys, gid, wanted=50)
-            yield Step(call, lambda reply, gid=gid: self._relayed(gid, reply))  # type: ignore[misc]
+            yield Step(call, partial(self._relayed, gid))
 
     # ---- absorb ------------------------------------------------------------------------------------------------------
     def _committed(self, gid: str, batch: Sequence[tuple[Held, Committed]], reply: Any) -> None:
@@ -347,12 +338,8 @@ class Turns:
         answer = transitions.fetch_reply(role, reply)
         self._recovering.discard(role)
         if answer.lease_ms != self._lease_ms[role]:
-            logger.warning(
-                "Role {} has leases of {} s; adopted instead of {} s",
-                role,
-                answer.lease_ms / 1000,
-                self._lease_ms[role] / 1000,
-            )
+            words = "Role {} has leases of {} s; adopted instead of {} s"
+            logger.warning(words, role, answer.lease_ms / 1000, self._lease_ms[role] / 1000)
             self._lease_ms[role] = answer.lease_ms
         self.leases.adopt(self.lease_ms / 1000)
         if answer.next_due_ms is not None:
