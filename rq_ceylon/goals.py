@@ -9,14 +9,15 @@ of programs is in Lua, inside the scripts that change the counters.
     operand    = a counter | a whole number | N%                 N% is of total, with up to 4 decimals
 
 A program is the expression in reverse Polish, tokens joined by commas: whole numbers, counters, comparisons, `and`,
-`or`, `not`, `*`. Shares are scaled to whole numbers: `completed >= 95%` is `completed,100,*,total,95,*,>=`.
+`or`, `*`; no `not`, since what stands under it is compiled as its opposite. Shares are scaled to whole numbers:
+`completed >= 95%` is `completed,100,*,total,95,*,>=`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Any, NamedTuple, NoReturn, get_args
 
@@ -112,15 +113,6 @@ class _Comparison:
 
 
 @dataclass(frozen=True, slots=True)
-class _Not:
-    part: _Node
-
-    def tokens(self) -> Iterator[str]:
-        yield from self.part.tokens()
-        yield "not"
-
-
-@dataclass(frozen=True, slots=True)
 class _Joined:
     word: str
     parts: tuple[_Node, ...]
@@ -132,43 +124,22 @@ class _Joined:
                 yield self.word
 
 
-_Node = _Comparison | _Not | _Joined
-
-
-def _without_not(node: _Node, *, negated: bool = False) -> _Comparison | _Joined:
-    """
-    The same condition without `not`, for words: `not (a >= 1 and b < 2)` is `a < 1 or b >= 2`.
-    """
-    match node:
-        case _Comparison(counter, sign, other):
-            return _Comparison(counter, _OPPOSITE[sign], other) if negated else node
-        case _Not(part):
-            return _without_not(part, negated=not negated)
-        case _Joined(word, parts):
-            word = {"and": "or", "or": "and"}[word] if negated else word
-            return _Joined(word, tuple(_without_not(part, negated=negated) for part in parts))
+_Node = _Comparison | _Joined
 
 
 def _comparisons(node: _Node) -> Iterator[_Comparison]:
-    match node:
-        case _Comparison():
-            yield node
-        case _Not(part):
+    if isinstance(node, _Comparison):
+        yield node
+    else:
+        for part in node.parts:
             yield from _comparisons(part)
-        case _Joined(_, parts):
-            for part in parts:
-                yield from _comparisons(part)
 
 
 def _say(node: _Node, counters: Counters, *, inside: bool = False) -> str:
-    match node:
-        case _Joined(word, parts):
-            text = f"; {word} ".join(_say(part, counters, inside=True) for part in parts)
-            return f"({text})" if inside else text
-        case _Comparison():
-            return node.words(counters)
-        case _Not():
-            raise AssertionError("words are made from conditions without not")
+    if isinstance(node, _Comparison):
+        return node.words(counters)
+    text = f"; {node.word} ".join(_say(part, counters, inside=True) for part in node.parts)
+    return f"({text})" if inside else text
 
 
 def _counted(count: int, counter: str) -> str:
@@ -184,25 +155,23 @@ class Expression:
     Attributes:
         text: as written, in single spaces.
         program: for the evaluator.
-        counters: the counters it reads.
     """
 
     text: str
     program: str
-    counters: frozenset[str]
-    _plain: _Comparison | _Joined = field(repr=False, compare=False)
+    _node: _Node = field(repr=False, compare=False)
 
     def words(self, counters: Counters) -> str:
         """
         How far it is, for people: `12 of 190 completed; and 2 failed, fewer than 10 allowed`.
         """
-        return _say(self._plain, counters)
+        return _say(self._node, counters)
 
     def mark(self, total: int) -> int | None:
         """
         How many of `total` tasks must complete until the first `completed >=` or `>` holds; None if there is none.
         """
-        for comparison in _comparisons(self._plain):
+        for comparison in _comparisons(self._node):
             if comparison.counter == "completed" and comparison.is_reach:
                 return comparison.edge(total)
         return None
@@ -225,20 +194,16 @@ def parse(text: str, name: str) -> Expression:
         raise InvalidInputError(f"{name}: the expression has {len(text)} characters; write at most {MAX_CHARACTERS}")
     if not text.strip():
         raise InvalidInputError(f"{name}: the expression is empty; write one such as completed >= 5")
-    node = _Parser(text, name).read()
+    parser = _Parser(text, name)
+    node = parser.read()
     tokens = list(node.tokens())
-    operations = sum(token in (*_SIGNS, *_WORDS, "*") for token in tokens)
+    operations = parser.negations + sum(token in (*_SIGNS, "and", "or", "*") for token in tokens)
     if operations > MAX_OPERATIONS:
         raise InvalidInputError(
             f"{name}: the expression has {operations} operations, at most {MAX_OPERATIONS} are run; shorten it "
             f"(each comparison, and, or, not counts one, each percentage two more)"
         )
-    return Expression(
-        text=" ".join(text.split()),
-        program=",".join(tokens),
-        counters=frozenset(GOAL_COUNTERS).intersection(tokens),
-        _plain=_without_not(node),
-    )
+    return Expression(" ".join(text.split()), ",".join(tokens), node)
 
 
 # From text to nodes.
@@ -262,17 +227,18 @@ _TOKEN = re.compile(
 
 class _Parser:
     """
-    Recursive descent; one method per rule of the grammar. All refusals give column and remedy.
+    Recursive descent; one method per rule of the grammar. All refusals give column and remedy. What stands under a
+    `not` becomes its opposite: `not (a >= 1 and b < 2)` is `a < 1 or b >= 2`.
     """
 
     def __init__(self, text: str, name: str) -> None:
         self.text, self.name = text, name
         self.tokens = [self._token(found) for found in _TOKEN.finditer(text)]
         self.tokens.append(_Token("end", "", len(text.rstrip())))
-        self.next = 0
+        self.next = self.negations = 0
 
     def read(self) -> _Node:
-        node = self._condition(0)
+        node = self._condition(0, negated=False)
         token = self.tokens[self.next]
         if token.text == ")":
             self._refuse(token, "this bracket closes nothing", "remove it, or add the opening one")
@@ -280,27 +246,29 @@ class _Parser:
             self._refuse(token, f"{token.text} is not expected here", "join conditions with and, or")
         return node
 
-    def _condition(self, depth: int) -> _Node:
-        parts = [self._all(depth)]
+    def _condition(self, depth: int, *, negated: bool) -> _Node:
+        parts = [self._all(depth, negated=negated)]
         while self._take("or"):
-            parts.append(self._all(depth))
-        return parts[0] if len(parts) == 1 else _Joined("or", tuple(parts))
+            parts.append(self._all(depth, negated=negated))
+        return parts[0] if len(parts) == 1 else _Joined("and" if negated else "or", tuple(parts))
 
-    def _all(self, depth: int) -> _Node:
-        parts = [self._negation(depth)]
+    def _all(self, depth: int, *, negated: bool) -> _Node:
+        parts = [self._negation(depth, negated=negated)]
         while self._take("and"):
-            parts.append(self._negation(depth))
-        return parts[0] if len(parts) == 1 else _Joined("and", tuple(parts))
+            parts.append(self._negation(depth, negated=negated))
+        return parts[0] if len(parts) == 1 else _Joined("or" if negated else "and", tuple(parts))
 
-    def _negation(self, depth: int) -> _Node:
+    def _negation(self, depth: int, *, negated: bool) -> _Node:
         token = self.tokens[self.next]
         if token.text in ("not", "(") and depth >= MAX_DEPTH:
             self._refuse(token, f"brackets and not are nested more than {MAX_DEPTH} deep", "write it flatter")
         if self._take("not"):
-            return _Not(self._negation(depth + 1))
+            self.negations += 1
+            return self._negation(depth + 1, negated=not negated)
         if not self._take("("):
-            return self._comparison()
-        node = self._condition(depth + 1)
+            comparison = self._comparison()
+            return replace(comparison, sign=_OPPOSITE[comparison.sign]) if negated else comparison
+        node = self._condition(depth + 1, negated=negated)
         if not self._take(")"):
             here = self.tokens[self.next]
             self._refuse(here, f"the bracket opened at column {token.at + 1} is not closed here", "write )")
@@ -309,7 +277,7 @@ class _Parser:
             self._refuse(here, "a condition cannot be compared", "compare a counter with a number or N%")
         return node
 
-    def _comparison(self) -> _Node:
+    def _comparison(self) -> _Comparison:
         left = self._operand()
         sign = self.tokens[self.next]
         if sign.kind != "sign":
@@ -508,7 +476,7 @@ def impossible_words(goal: CompiledGoal, counters: Counters) -> str:
     """
     label, tasks = f'goal "{goal.name}"', _counted(counters.total, "total")
     expression = parse(goal.when or "", label)
-    for comparison in _comparisons(expression._plain):
+    for comparison in _comparisons(expression._node):
         is_bounded = comparison.is_reach and comparison.counter not in ("attempts", "crashes")
         if is_bounded and comparison.edge(counters.total) > counters.total:
             remedy = "lower the share" if isinstance(comparison.other, _Share) else "lower the number or add tasks"
