@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import Any
@@ -28,6 +28,11 @@ NO_WORKER_S = 10.0
 
 REMIND_TASKS_MAX = 1000
 RESULTS_PER_READ = 500
+
+FEW = 100
+"""So many results are asked for at every look: cheaper than the events that say which of them there are."""
+
+CLOSED = (GroupStatus.CLOSING, GroupStatus.FINISHED)
 RECONNECT_S = 0.2
 
 Warn = Callable[[Iterable[str]], Awaitable[None]]
@@ -182,33 +187,57 @@ class Follower:
 
     async def _look(self, *, fresh: bool) -> None:
         """
-        Read on from the last event, and ask for what ended and what is newly waited for; on a fresh look, for all.
+        Ask for what is newly waited for, and for what has ended by the events since the last look; for everything, if
+        that is little, or the look is a fresh one.
         """
-        view = await self._view()
         new, self._new = self._new, set()
-        is_closed = view.status in (GroupStatus.CLOSING, GroupStatus.FINISHED)
-        if fresh or is_closed or view.events < self._seq:
-            asked: Iterable[str] = list(self._results)
+        doubtful = fresh or bool(new)
+        asks_for_all = fresh or len(self._results) <= FEW
+        view = await self._ask(list(self._results if asks_for_all else new), doubtful=doubtful)
+        if asks_for_all:
             self._seq = view.events
-        else:
-            asked = new | await self._ended(view.events)
-        await self._ask([tid for tid in asked if tid in self._results], closed=is_closed, doubtful=fresh or bool(new))
+        elif view.status in CLOSED or view.events < self._seq:
+            self._seq = view.events
+            await self._ask(list(self._results))
+        elif ended := await self._ended(view.events) & self._results.keys():
+            await self._ask(list(ended))
         for future, seen in list(self._changes.items()):
             if view != seen and not future.done():
                 future.set_result(view)
 
-    async def _view(self) -> GroupView:
+    async def _ask(self, tids: Sequence[str], *, doubtful: bool = False) -> GroupView:
+        """
+        Tell those who wait for these tasks what has become of them. Returns the group as it was before.
+        """
+        view = None
+        for first in range(0, len(tids) or 1, RESULTS_PER_READ):
+            some = tids[first : first + RESULTS_PER_READ]
+            seen, found, missing = await self._seen(some, doubtful=doubtful)
+            view = view or seen
+            for tid, result in found.items():
+                self._tell(tid, result)
+            for tid in missing:
+                self._tell(tid, NotFoundError(f"group {self._gid!r} has no task {tid!r}, or no longer"))
+            left = [tid for tid in some if tid not in found]
+            if seen.status in CLOSED and left:
+                for task in await queries.some_tasks(self._connection, self._keys, self._gid, left):
+                    if task.status is TaskStatus.CANCELLED and task.result is None:
+                        self._tell(task.id, TaskResult(task.id, TaskStatus.CANCELLED, task.reason, task.role))
+        assert view is not None
+        return view
+
+    async def _seen(self, tids: Sequence[str], *, doubtful: bool) -> tuple[GroupView, dict[str, TaskResult], set[str]]:
         try:
-            view = await queries.group(self._connection, self._keys, self._gid)
+            seen = await queries.look(self._connection, self._keys, self._gid, tids, doubtful=doubtful)
         except NotFoundError:
             if self._created_ms is None:
                 raise
             raise self._lost() from None
         # A key gives the same id again, so the group may be there anew: another one, whose events begin at 1.
-        if self._created_ms not in (None, view.created_ms):
+        if self._created_ms not in (None, seen[0].created_ms):
             raise self._lost()
-        self._created_ms = view.created_ms
-        return view
+        self._created_ms = seen[0].created_ms
+        return seen
 
     def _lost(self) -> NotFoundError:
         return NotFoundError(
@@ -228,22 +257,6 @@ class Follower:
             ended.update(task.tid for event in batch for task in event.tasks)
             self._seq = batch[-1].seq
         return ended
-
-    async def _ask(self, tids: list[str], *, closed: bool, doubtful: bool) -> None:
-        connection, keys, gid = self._connection, self._keys, self._gid
-        for first in range(0, len(tids), RESULTS_PER_READ):
-            some = tids[first : first + RESULTS_PER_READ]
-            found = await queries.results(connection, keys, gid, some)
-            for tid, result in found.items():
-                self._tell(tid, result)
-            left = [tid for tid in some if tid not in found]
-            if closed:
-                for task in await queries.some_tasks(connection, keys, gid, left):
-                    if task.status is TaskStatus.CANCELLED and task.result is None:
-                        self._tell(task.id, TaskResult(task.id, TaskStatus.CANCELLED, task.reason, task.role))
-            if doubtful:
-                for tid in await queries.missing(connection, keys, gid, left):
-                    self._tell(tid, NotFoundError(f"group {gid!r} has no task {tid!r}, or no longer"))
 
     async def _remind(self, waited: set[str]) -> None:
         """

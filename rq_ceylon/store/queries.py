@@ -49,25 +49,48 @@ async def group(connection: Connection, keys: Keys, gid: str) -> GroupView:
     Raises:
         NotFoundError: there is none; it may have been pruned.
     """
-    (found,) = await views(connection, keys, [gid])
-    if found is None:
+    view, _, _ = await look(connection, keys, gid, ())
+    return view
+
+
+async def look(
+    connection: Connection, keys: Keys, gid: str, tids: Sequence[str], *, doubtful: bool = False
+) -> tuple[GroupView, dict[str, TaskResult], set[str]]:
+    """
+    In one round trip: a group as it stands, the results of those of these tasks that have one, and if it is `doubtful`
+    that all of them are there, those that are not, neither open nor ended.
+
+    Raises:
+        NotFoundError: there is no such group; it may have been pruned.
+    """
+    calls = _view_calls(keys, gid)
+    if tids:
+        # In this order: a task that ends in between has a result by then. No payload travels.
+        calls += [command("HEXISTS", keys.group_part(gid, "tasks"), tid) for tid in (tids if doubtful else ())]
+        calls.append(command("HMGET", keys.group_part(gid, "results"), *tids))
+    meta, events, *rest = await connection.run(calls)
+    view = _view(gid, _fields(meta), int(events))
+    if view is None:
         raise NotFoundError(
             f"group {gid!r} is not known in namespace {keys.namespace!r}; "
             "it was never submitted, or it was pruned after its retention"
         )
-    return found
+    *are_open, texts = rest or [()]
+    found = {tid: result_of(tid, text) for tid, text in zip(tids, texts, strict=True) if text}
+    missing = {tid for tid, is_open in zip(tids, are_open, strict=False) if not is_open and tid not in found}
+    return view, found, missing
 
 
 async def views(connection: Connection, keys: Keys, gids: Sequence[str]) -> list[GroupView | None]:
     """
     Groups in the given order; None for those that are gone.
     """
-    calls = []
-    for gid in gids:
-        calls.append(command("HGETALL", keys.group_part(gid, "meta")))
-        calls.append(command("LLEN", keys.group_part(gid, "events")))
-    replies = await connection.run(calls)
+    replies = await connection.run([call for gid in gids for call in _view_calls(keys, gid)])
     return [_view(gid, _fields(replies[2 * i]), int(replies[2 * i + 1])) for i, gid in enumerate(gids)]
+
+
+def _view_calls(keys: Keys, gid: str) -> list[Call]:
+    return [command("HGETALL", keys.group_part(gid, "meta")), command("LLEN", keys.group_part(gid, "events"))]
 
 
 async def groups(connection: Connection, keys: Keys) -> list[GroupView]:
@@ -301,18 +324,6 @@ async def results(connection: Connection, keys: Keys, gid: str, tids: Sequence[s
         return {}
     (texts,) = await connection.run([command("HMGET", keys.group_part(gid, "results"), *tids)])
     return {tid: result_of(tid, text) for tid, text in zip(tids, texts, strict=True) if text}
-
-
-async def missing(connection: Connection, keys: Keys, gid: str, tids: Sequence[str]) -> set[str]:
-    """
-    Those of these tasks that the group does not have, neither open nor ended.
-    """
-    if not tids:
-        return set()
-    # In this order: a task that ends in between is in the results by then. No payload travels.
-    parts = [keys.group_part(gid, part) for part in ("tasks", "results")]
-    replies = await connection.run([command("HEXISTS", part, tid) for part in parts for tid in tids])
-    return {tid for tid, *found in zip(tids, replies, replies[len(tids) :], strict=False) if not any(found)}
 
 
 async def needs(connection: Connection, keys: Keys, gid: str, tids: Sequence[str]) -> dict[str, list[str]]:
