@@ -388,6 +388,13 @@ def _is_context(hint: Any) -> bool:
     return hint is TaskContext or TaskContext in get_args(hint)
 
 
+async def awaited(answer: Any) -> Any:
+    """
+    What a user's function returned, whether it is async or not.
+    """
+    return await answer if inspect.isawaitable(answer) else answer
+
+
 async def _sleep(context: TaskContext) -> None:
     await asyncio.sleep(context.duration)
 

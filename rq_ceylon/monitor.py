@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from dataclasses import dataclass, field
 
 from loguru import logger
 
 from rq_ceylon.errors import CeylonError, ConnectionLostError
-from rq_ceylon.handlers import GoalCheck, Registry
+from rq_ceylon.handlers import GoalCheck, Registry, awaited
 from rq_ceylon.maintenance import maintain
 from rq_ceylon.models import GoalStatus, GoalView, GroupStatus, GroupView
 from rq_ceylon.presence import BEAT_S, Presence
-from rq_ceylon.store import queries, statistics, transitions
+from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.codec import encode
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.events import LOOK_S, EventHub, Watch
@@ -33,8 +32,6 @@ COALESCE_S = 0.02
 
 BACKOFF_S = 1.0
 """Longest pause between two attempts to reach Redis."""
-
-SettledHook = Callable[[GroupView, GoalView], Awaitable[None] | None]
 
 
 @dataclass
@@ -62,7 +59,6 @@ class Monitor:
 
     Args:
         registry: callables for goals with `call: <name>`.
-        on_settled: told once of each goal that settles while this monitor watches.
     """
 
     def __init__(
@@ -72,12 +68,10 @@ class Monitor:
         namespace: str = "ceylon",
         registry: Registry | None = None,
         name: str | None = None,
-        on_settled: SettledHook | None = None,
     ) -> None:
         self.url, self.keys, self.registry = url, Keys(namespace), registry or Registry()
         self.presence = Presence(self.keys, "monitor", name, task_names=list(self.registry.goal_checks))
         self.name = self.presence.name
-        self._on_settled = on_settled
         self._groups: dict[str, _Watched] = {}
         self._deadlines: dict[str, int] = {}
         self._said: set[tuple[str, ...]] = set()
@@ -206,7 +200,7 @@ class Monitor:
         for goal in view.goals:
             if goal.settled and goal.name not in watched.announced:
                 watched.announced.add(goal.name)
-                await self._announce(view, goal)
+                self._announce(view, goal)
         self._deadlines.pop(view.id, None)
         if deadlines := [goal.deadline_ms for goal in view.goals if goal.deadline_ms and not goal.settled]:
             self._deadlines[view.id] = min(deadlines)
@@ -216,19 +210,11 @@ class Monitor:
         else:
             self._start_checks(connection, watch, view, watched)
 
-    async def _announce(self, view: GroupView, goal: GoalView) -> None:
+    def _announce(self, view: GroupView, goal: GoalView) -> None:
         achieved = goal.status is GoalStatus.ACHIEVED
         level, message = ("INFO", goal.success_message) if achieved else ("WARNING", goal.failure_message)
         words = f'Goal {goal.status}: {goal.name} of "{view.name}" ({_how_it_stood(goal)}).'
         logger.log(level, "{}{}", words, f" {message}" if message else "")
-        if self._on_settled is None:
-            return
-        try:
-            told = self._on_settled(view, goal)
-            if inspect.isawaitable(told):
-                await told
-        except Exception:
-            logger.exception('Goal {} of "{}": what is to be told of it failed', goal.name, view.name)
 
     # ---- deadlines and callables -------------------------------------------------------------------------------------
     async def _judge_due(self, connection: Connection, watch: Watch) -> float:
@@ -282,8 +268,7 @@ class Monitor:
         raises has said nothing, and is asked again.
         """
         try:
-            answer = await asyncio.to_thread(check, view)  # only begins one that is async
-            achieved = bool(await answer if inspect.isawaitable(answer) else answer)
+            achieved = bool(await awaited(await asyncio.to_thread(check, view)))  # the thread only begins an async one
         except Exception as error:
             if self._once(view.id, goal, repr(error)):
                 logger.exception('Goal {} of "{}": its callable failed, which counts as not yet', goal, view.name)
@@ -323,14 +308,11 @@ class Monitor:
         if minute == self._minute:
             return
         for role in await queries.roles(connection, self.keys):
-            found = statistics.of_role(await queries.role_meta(connection, self.keys, role.name))
-            numbers = ("queued", "delivered", "delayed", "slots", "busy")
+            meta = await queries.role_meta(connection, self.keys, role.name)
             facts = {
-                **{name: getattr(role, name) for name in numbers},
-                "totals": dict(role.totals),
-                "run_ms": found.run.total_ms,
-                "wait_ms": found.wait.total_ms,
+                name: getattr(role, name) for name in ("queued", "delivered", "delayed", "slots", "busy", "totals")
             }
+            facts |= {name: int(meta.get(name, 0)) for name in ("run_ms", "wait_ms")}
             calls = transitions.sample(self.keys, role.name, minute, encode(facts), previous=self._minute)
             await connection.run(calls)
         self._minute = minute

@@ -1,11 +1,11 @@
 """
-Statistics of a group, exactly from its events, and of a role, from its meta hash; both with log-2 histograms.
+Statistics of a group, from its events, with log-2 histograms.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from rq_ceylon.models import GroupView
@@ -48,7 +48,7 @@ class Histogram:
         for bucket in sorted(self.buckets):
             count = self.buckets[bucket]
             if seen + count >= rank:
-                low = _low_ms(bucket)
+                low = 1 << bucket >> 1
                 high = min(2.0**bucket, max(low, self.max_ms))
                 return low + (high - low) * (rank - seen) / count
             seen += count
@@ -57,10 +57,6 @@ class Histogram:
     def __str__(self) -> str:
         p50, p95, p99 = (self.percentile_ms(share) for share in (0.5, 0.95, 0.99))
         return f"mean {self.mean_ms:.0f} ms, p50 {p50:.0f}, p95 {p95:.0f}, p99 {p99:.0f}"
-
-
-def _low_ms(bucket: int) -> int:
-    return 1 << bucket >> 1
 
 
 @dataclass
@@ -138,23 +134,3 @@ def summary(view: GroupView, found: GroupStatistics) -> str:
         if role.run.count:
             lines.append(f"  {name}: run {role.run}; wait {role.wait}")
     return "\n".join(lines)
-
-
-def of_role(meta: Mapping[str, str]) -> RoleStatistics:
-    """
-    What a role's meta hash holds: totals by outcome since the role exists, and its histograms.
-    """
-    found = RoleStatistics()
-    for name, value in meta.items():
-        kind, _, part = name.partition(":")
-        if kind == "total":
-            found.outcomes[part] = int(value)
-        elif kind in ("run", "wait") and part:
-            (found.run if kind == "run" else found.wait).buckets[int(part)] = int(value)
-    found.retries = found.outcomes.pop("retry", 0)
-    for histogram, total in ((found.run, "run_ms"), (found.wait, "wait_ms")):
-        histogram.total_ms = int(meta.get(total, 0))
-        # The maximum is not kept: but it is no longer than the sum less the least that all others can be.
-        lows = [_low_ms(bucket) * count for bucket, count in histogram.buckets.items()]
-        histogram.max_ms = histogram.total_ms - sum(lows) + _low_ms(max(histogram.buckets, default=0))
-    return found

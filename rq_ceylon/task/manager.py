@@ -5,7 +5,6 @@ The groups of a playground: submitted, followed event by event, their goals judg
 from __future__ import annotations
 
 import asyncio
-import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Literal
@@ -14,6 +13,7 @@ from loguru import logger
 
 from rq_ceylon.client import Client, GroupHandle
 from rq_ceylon.errors import CeylonError, ConnectionLostError, InvalidInputError
+from rq_ceylon.handlers import awaited
 from rq_ceylon.models import GoalStatus, GroupStatus, GroupView, Priority, TaskResult, TaskStatus, counted
 from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.events import Event
@@ -179,8 +179,7 @@ class TaskManager:
 
     async def _holds(self, goal: TaskGroupGoal) -> bool:
         try:
-            answer = goal.check_condition(self.task_groups, self.completed_tasks)
-            return bool(await answer if inspect.isawaitable(answer) else answer)
+            return bool(await awaited(goal.check_condition(self.task_groups, self.completed_tasks)))
         except Exception as error:
             goal.error = f"{type(error).__name__}: {error}"
             logger.exception('The condition of goal "{}" failed, which counts as not yet', goal.name)

@@ -5,8 +5,7 @@ The playground of the tutorial: groups are assigned to it, and it plays until th
 from __future__ import annotations
 
 import asyncio
-import inspect
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Self
 
@@ -15,6 +14,7 @@ from loguru import logger
 from rq_ceylon.app import Ceylon
 from rq_ceylon.client import Client
 from rq_ceylon.errors import CeylonError, RedisError
+from rq_ceylon.handlers import awaited
 from rq_ceylon.models import counted
 from rq_ceylon.settings import resolve
 from rq_ceylon.task.agent import TaskExecutionAgent
@@ -66,7 +66,8 @@ class TaskPlayGround:
             crew = self._crew = Crew(agents, client, self._app.registry, scale)
             self.task_manager.open(client)
             try:
-                await _call_all(self._app.registry.on_start)
+                for hook in self._app.registry.on_start:
+                    await awaited(hook())
                 await crew.start()
                 hands = counted(len(agents), "agent")
                 logger.info("Playground {} plays in namespace {} with {}", self.name, namespace, hands)
@@ -78,7 +79,8 @@ class TaskPlayGround:
             finally:
                 await crew.stop()
                 await self.task_manager.close()
-                await _call_all(self._app.registry.on_stop)
+                for hook in self._app.registry.on_stop:
+                    await awaited(hook())
                 self._crew = None
         completed = counted(len(self.task_manager.completed_tasks), "completed task")
         logger.info("Playground {} finished with {}", self.name, completed)
@@ -160,10 +162,3 @@ class TaskPlayGround:
         Print also how each group, its goal and each worker did.
         """
         print("\n".join(self.task_manager.all_statistics()))
-
-
-async def _call_all(hooks: Sequence[Callable[[], Any]]) -> None:
-    for hook in hooks:
-        done = hook()
-        if inspect.isawaitable(done):
-            await done

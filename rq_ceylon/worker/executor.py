@@ -5,7 +5,6 @@ Turns one assignment into an outcome. Runs users' code, and never touches Redis.
 from __future__ import annotations
 
 import asyncio
-import inspect
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -18,7 +17,7 @@ from loguru import logger
 
 from rq_ceylon.attempt import AttemptStoppedError, StopReason, TaskContext
 from rq_ceylon.errors import InvalidInputError, PayloadTooLargeError, UnknownTaskError
-from rq_ceylon.handlers import Registry
+from rq_ceylon.handlers import Registry, awaited
 from rq_ceylon.worker.children import Children
 from rq_ceylon.worker.outcome import BUSY, Assignment, Attempt, Outcome, invalid, unknown
 
@@ -299,9 +298,7 @@ class Executor:
     async def _told(self, attempt: Attempt, error: BaseException, outcome: Outcome) -> Outcome:
         for hook in self.registry.on_error:
             try:
-                told = hook(attempt.context, error)
-                if inspect.isawaitable(told):
-                    await told
+                await awaited(hook(attempt.context, error))
             except Exception:
                 logger.exception("on_error of task {} failed", attempt.context.id)
         return outcome

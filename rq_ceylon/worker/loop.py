@@ -5,15 +5,14 @@ The worker as it runs: turns, and handlers in between.
 from __future__ import annotations
 
 import asyncio
-import inspect
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loguru import logger
 
 from rq_ceylon.errors import CeylonError
-from rq_ceylon.handlers import Registry
+from rq_ceylon.handlers import Registry, awaited
 from rq_ceylon.models import check_id, counted
 from rq_ceylon.presence import Presence, is_unroutable
 from rq_ceylon.store import queries, transitions
@@ -126,7 +125,8 @@ class Worker:
         loop = asyncio.get_running_loop()
         try:
             await self.connection.check()
-            await _call_all(self.registry.on_start)
+            for hook in self.registry.on_start:
+                await awaited(hook())
             await self.connection.run([*self.lookout.heartbeat(), *self.presence.advertise()])
             self.leases.start(lambda role, entry: loop.call_soon_threadsafe(self._lost, role, entry))
             self.neighbours.enter(self.name, self.roles)
@@ -144,7 +144,8 @@ class Worker:
             self.leases.stop()
             self.neighbours.leave(with_farewell=False)
             await self.executor.close()
-            await _call_all(self.registry.on_stop)
+            for hook in self.registry.on_stop:
+                await awaited(hook())
             await self.connection.close()
 
     # ---- turns -------------------------------------------------------------------------------------------------------
@@ -338,10 +339,3 @@ def _log_end(gid: str, tid: str, attempt: int, outcome: Outcome) -> None:
         logger.error("{}/{} failed ({}): {}", gid, tid, outcome.reason, outcome.summary)
     else:
         logger.info("{}/{} {} {}", gid, tid, outcome.kind, outcome.reason)
-
-
-async def _call_all(hooks: Sequence[Callable[[], Any]]) -> None:
-    for hook in hooks:
-        result = hook()
-        if inspect.isawaitable(result):
-            await result
