@@ -16,8 +16,8 @@ A program is the expression in reverse Polish, tokens joined by commas: whole nu
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any, NamedTuple, NoReturn, get_args
 
@@ -388,13 +388,9 @@ class CompiledGoal:
 
     def to_json(self) -> dict[str, Any]:
         """
-        Everything that is set, for `from_json`.
+        Everything that is set.
         """
         return {key: value for key, value in asdict(self).items() if value not in (None, "", 0)}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> CompiledGoal:
-        return cls(**{item.name: data[item.name] for item in fields(cls) if item.name in data})
 
 
 def compile_goals(goal: Goal | str | Sequence[Goal | str]) -> list[CompiledGoal]:

@@ -402,15 +402,15 @@ class WorkerView:
     """
 
     name: str
-    kind: str
-    host: str
-    pid: int
-    version: str
-    roles: Sequence[str]
-    slots: int
-    task_names: Sequence[str]
-    tasks: Mapping[str, int]
-    started_ms: int
+    kind: str = "worker"
+    host: str = "?"
+    pid: int = 0
+    version: str = "?"
+    roles: Sequence[str] = ()
+    slots: int = 0
+    task_names: Sequence[str] = ()
+    tasks: Mapping[str, int] = field(default_factory=dict)
+    started_ms: int = 0
     stopping: bool = False
 
 

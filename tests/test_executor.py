@@ -39,6 +39,11 @@ MADE: list[Executor] = []
 
 
 @pytest.fixture(autouse=True)
+def _small_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rq_ceylon.worker.executor.RESULT_BYTES_MAX", 1000)
+
+
+@pytest.fixture(autouse=True)
 async def _close_executors() -> AsyncIterator[None]:
     yield
     while MADE:
@@ -49,10 +54,10 @@ def executor_of(function: Callable[..., Any], **options: Any) -> Executor:
     """
     An executor that knows one handler, `job`; its backoff is 1 s, 2 s, 4 s, ... It is closed after the test.
     """
-    own = {name: options.pop(name) for name in ("threads", "wait_s", "cleanup_s", "on_freed") if name in options}
+    own = {name: options.pop(name) for name in ("threads", "on_freed") if name in options}
     registry = Registry()
     registry.add(Handler("job", function, **{"backoff": STEADY, **options}))
-    executor = Executor(registry, result_bytes_max=1000, **own)
+    executor = Executor(registry, **own)
     MADE.append(executor)
     return executor
 
@@ -501,13 +506,16 @@ async def test_an_abandoned_thread_keeps_its_place_until_it_ends() -> None:
     assert (ran, executor.abandoned) == ([1, 2], 0)
 
 
-async def test_a_task_whose_turn_does_not_come_is_given_back_and_spends_no_attempt() -> None:
+async def test_a_task_whose_turn_does_not_come_is_given_back_and_spends_no_attempt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("rq_ceylon.worker.executor.WAIT_S", 0.05)
     may_end = threading.Event()
 
     def block() -> None:
         may_end.wait(10)
 
-    executor = executor_of(block, threads=1, wait_s=0.05)
+    executor = executor_of(block, threads=1)
     first = asyncio.create_task(executor.run(assigned(fence=1)))
     await asyncio.sleep(0)
 
@@ -867,8 +875,9 @@ async def test_a_second_cancellation_does_not_cut_short_the_cleaning_up() -> Non
     ("how", "kind"), [("cancel", "stopped"), ("timeout", "retry"), ("close", "release")], ids=lambda value: value
 )
 async def test_a_coroutine_that_does_not_end_when_cancelled_is_abandoned_and_named(
-    how: str, kind: str, logged: list[str]
+    how: str, kind: str, logged: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("rq_ceylon.worker.executor.CLEANUP_S", 0.05)
     started, give_up, freed = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     async def stubborn() -> None:
@@ -879,7 +888,7 @@ async def test_a_coroutine_that_does_not_end_when_cancelled_is_abandoned_and_nam
             except asyncio.CancelledError:
                 continue
 
-    executor = executor_of(stubborn, cleanup_s=0.05, on_freed=freed.set)
+    executor = executor_of(stubborn, on_freed=freed.set)
     assignment, ended = assigned(timeout=0.05 if how == "timeout" else 60), asyncio.Future[Outcome]()
     running = asyncio.create_task(executor.run(assignment, abandoned=ended.set_result))
     await started.wait()

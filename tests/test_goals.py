@@ -411,7 +411,7 @@ def test_a_callable_goal_has_the_program_call_and_may_have_an_expression_that_fa
 def test_a_compiled_goal_goes_through_json_unchanged(goal: Goal) -> None:
     [compiled] = compile_goals(goal)
 
-    assert CompiledGoal.from_json(json.loads(json.dumps(compiled.to_json()))) == compiled
+    assert CompiledGoal(**json.loads(json.dumps(compiled.to_json()))) == compiled
     assert None not in compiled.to_json().values()
 
 

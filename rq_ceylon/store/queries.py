@@ -6,11 +6,10 @@ from __future__ import annotations
 
 import collections
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from rq_ceylon.errors import NotFoundError
-from rq_ceylon.goals import CompiledGoal
 from rq_ceylon.models import (
     GoalStatus,
     GoalView,
@@ -144,27 +143,16 @@ def _fields(reply: Any) -> dict[str, str]:
 def _view(gid: str, meta: Mapping[str, str], events: int) -> GroupView | None:
     if "status" not in meta:
         return None
-    specs = [CompiledGoal.from_json(spec) for spec in decode(meta.get("specs", "[]"))]
     undecided = {line.split("|")[0]: int(line.split("|")[3]) for line in meta.get("goals", "").split(";") if line}
     goals = []
-    for spec in specs:
-        settled = None
+    for spec in decode(meta.get("specs", "[]")):  # see `CompiledGoal.to_json`
+        name, settled = spec["name"], None
         status = GoalStatus.NOT_STARTED if meta["status"] == GroupStatus.STAGING else GoalStatus.IN_PROGRESS
-        if text := meta.get(f"goal:{spec.name}"):
+        if text := meta.get(f"goal:{name}"):
             status, settled = settled_of(text)
-        goals.append(
-            GoalView(
-                name=spec.name,
-                when=spec.when or f"call: {spec.call}",
-                status=status,
-                deadline_ms=undecided.get(spec.name) or None,
-                settled=settled,
-                success_message=spec.success_message,
-                failure_message=spec.failure_message,
-                fail_when=spec.fail_when,
-                call=spec.call,
-            )
-        )
+        when = spec.get("when") or f"call: {spec['call']}"
+        shown = {key: spec.get(key) for key in ("call", "fail_when", "success_message", "failure_message")}
+        goals.append(GoalView(name, when, status, undecided.get(name) or None, settled, **shown))
     finished = meta.get("finished")
     return GroupView(
         id=gid,
@@ -376,19 +364,7 @@ def _worker(name: str, text: str | None) -> WorkerView | None:
         return None
     # Another version's may lack fields: an unknown value is better than no list at all.
     facts = decode(text)
-    return WorkerView(
-        name=name,
-        kind=facts.get("kind", "worker"),
-        host=facts.get("host", "?"),
-        pid=facts.get("pid", 0),
-        version=facts.get("version", "?"),
-        roles=facts.get("roles", ()),
-        slots=facts.get("slots", 0),
-        task_names=facts.get("task_names", ()),
-        tasks=facts.get("tasks", {}),
-        started_ms=facts.get("started_ms", 0),
-        stopping=facts.get("stopping", False),
-    )
+    return WorkerView(name, **{one.name: facts[one.name] for one in fields(WorkerView) if one.name in facts})
 
 
 async def known_tasks(connection: Connection, keys: Keys, role: str) -> set[str]:

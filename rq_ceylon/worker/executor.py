@@ -80,22 +80,11 @@ class Executor:
     Args:
         threads: how many plain functions at once; others wait, and so do `cpu=True` ones, of which as many run as there
             are processors. Waiting is not part of the attempt: its time begins with its handler.
-        cleanup_s: see CLEANUP_S.
     """
 
-    def __init__(
-        self,
-        registry: Registry,
-        *,
-        threads: int = 16,
-        result_bytes_max: int = RESULT_BYTES_MAX,
-        wait_s: float = WAIT_S,
-        cleanup_s: float = CLEANUP_S,
-        on_freed: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.registry, self.result_bytes_max, self.on_freed = registry, result_bytes_max, on_freed
+    def __init__(self, registry: Registry, *, threads: int = 16, on_freed: Callable[[], None] = lambda: None) -> None:
+        self.registry, self.on_freed = registry, on_freed
         self.abandoned = 0
-        self._wait_s, self._cleanup_s = wait_s, cleanup_s
         self._threads = asyncio.Semaphore(threads)
         self._children = Children()
         self._running: dict[tuple[str, int], _Run] = {}
@@ -179,7 +168,7 @@ class Executor:
             if handler.kind == "async":
                 self._begin(run)
                 return await handler.function(**arguments)
-            run.after(self._wait_s, lambda: self._stop(run, "timeout"))
+            run.after(WAIT_S, lambda: self._stop(run, "timeout"))
             if handler.kind == "process":
                 return await self._children.call(handler, run.attempt.raw, lambda: self._begin(run))
             return await self._in_thread(run, partial(handler.function, **arguments))
@@ -233,7 +222,7 @@ class Executor:
         context = run.attempt.context
         if context.stopped is None and not run.is_over:
             context.stopped = why
-            run.after(self._cleanup_s, lambda: self._abandon(run))
+            run.after(CLEANUP_S, lambda: self._abandon(run))
             run.cancel()
 
     def _abandon(self, run: _Run) -> None:
@@ -287,9 +276,9 @@ class Executor:
             return attempt.failed("invalid", error)
         except Exception as error:  # of a user's serializer
             return await self._told(attempt, error, attempt.raised(error))
-        if len(blob) > self.result_bytes_max:
+        if len(blob) > RESULT_BYTES_MAX:
             too_large = PayloadTooLargeError(
-                f"the result of task {context.uses!r} has {len(blob):,} bytes, {self.result_bytes_max:,} are allowed; "
+                f"the result of task {context.uses!r} has {len(blob):,} bytes, {RESULT_BYTES_MAX:,} are allowed; "
                 "store it elsewhere and return a reference"
             )
             return attempt.failed("invalid", too_large)
