@@ -40,12 +40,10 @@ class _Watched:
     What the monitor knows of one group, which `created_ms` tells from an earlier one of the same id.
 
     Attributes:
-        seq: events read so far.
         checks: callables that run now, by goal; `again`: something happened meanwhile.
     """
 
     created_ms: int | None
-    seq: int = 0
     statistics: GroupStatistics = field(default_factory=GroupStatistics)
     announced: set[str] = field(default_factory=set)
     finished: bool = False
@@ -134,7 +132,7 @@ class Monitor:
     # ---- watching ----------------------------------------------------------------------------------------------------
     async def _watch(self, connection: Connection, hub: EventHub) -> None:
         lost, pause_s, look_all_at = False, 0.05, 0.0
-        async with hub.watch_all() as watch:
+        async with hub.watch() as watch:
             gids: set[str | None] = {None}
             while True:
                 look_all = None in gids or time.monotonic() >= look_all_at
@@ -186,17 +184,12 @@ class Monitor:
         if watched is None or watched.created_ms != view.created_ms:
             self._forget(view.id)
             watched = self._groups[view.id] = _Watched(view.created_ms)
-        elif view.events < watched.seq:  # Redis lost the newest of them.
-            watched.seq, watched.statistics, watched.finished = 0, GroupStatistics(), False
+        elif view.events < watched.statistics.seq:  # Redis lost the newest of them.
+            watched.statistics, watched.finished = GroupStatistics(), False
             watched.announced &= {goal.name for goal in view.goals if goal.settled}
         if watched.finished:
             return
-        while watched.seq < view.events:
-            batch = await queries.events(connection, self.keys, view.id, watched.seq + 1)
-            if not batch:
-                break
-            watched.statistics.add(batch)
-            watched.seq = batch[-1].seq
+        await watched.statistics.read_on(connection, self.keys, view.id, view.events)
         for goal in view.goals:
             if goal.settled and goal.name not in watched.announced:
                 watched.announced.add(goal.name)
@@ -206,7 +199,8 @@ class Monitor:
             self._deadlines[view.id] = min(deadlines)
         if view.is_finished:
             logger.info("{}", summary(view, watched.statistics))
-            watched.finished, watched.statistics = True, GroupStatistics()
+            watched.finished = True
+            watched.statistics.roles.clear()
         else:
             self._start_checks(connection, watch, view, watched)
 

@@ -105,30 +105,11 @@ class EventHub:
         self._ready = asyncio.Event()
 
     @contextlib.asynccontextmanager
-    async def watch(self, gid: str) -> AsyncIterator[Watch]:
+    async def watch(self, gid: str = "*") -> AsyncIterator[Watch]:
         """
-        Watch one group. What happens after this has been entered is not missed.
+        Watch one group, or all of the namespace. What happens after this has been entered is not missed.
         """
-        async with self._watching(self._keys.events_channel(gid)) as watch:
-            yield watch
-
-    @contextlib.asynccontextmanager
-    async def watch_all(self) -> AsyncIterator[Watch]:
-        """
-        Watch all groups of the namespace.
-        """
-        async with self._watching(self._keys.events_channel("*")) as watch:
-            yield watch
-
-    async def close(self) -> None:
-        if self._listener is not None:
-            self._listener.cancel()
-            await asyncio.gather(self._listener, return_exceptions=True)
-            self._listener = None
-
-    @contextlib.asynccontextmanager
-    async def _watching(self, channel: str) -> AsyncIterator[Watch]:
-        watch = Watch()
+        watch, channel = Watch(), self._keys.events_channel(gid)
         first = channel not in self._watches
         self._watches.setdefault(channel, set()).add(watch)
         if self._listener is None:
@@ -148,6 +129,12 @@ class EventHub:
                 del self._watches[channel]
                 if self._pubsub is not None:
                     await self._send("unsubscribe", channel)
+
+    async def close(self) -> None:
+        if self._listener is not None:
+            self._listener.cancel()
+            await asyncio.gather(self._listener, return_exceptions=True)
+            self._listener = None
 
     async def _send(self, action: str, channel: str) -> None:
         kind = f"p{action}" if channel.endswith("*") else action

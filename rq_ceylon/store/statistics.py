@@ -4,6 +4,7 @@ Statistics of a group, from its events, with log-2 histograms.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -74,17 +75,26 @@ class RoleStatistics:
 @dataclass
 class GroupStatistics:
     """
-    Statistics per role of one group, growing with its events.
+    Statistics per role of one group, growing with its events; `seq` is the last of them. What closing the group
+    cancelled at once has no events: it is in the group's counters alone.
     """
 
     roles: dict[str, RoleStatistics] = field(default_factory=dict)
     first_ms: int | None = None
     last_ms: int = 0
+    seq: int = 0
+
+    async def read_on(self, connection: Connection, keys: Keys, gid: str, last: float = math.inf) -> None:
+        """
+        Read the events of the group that are new, up to that number at least.
+        """
+        while self.seq < last and (batch := await queries.events(connection, keys, gid, self.seq + 1)):
+            self.add(batch)
 
     def add(self, events: Iterable[Event]) -> None:
         for event in events:
             self.first_ms = event.at_ms if self.first_ms is None else self.first_ms
-            self.last_ms = event.at_ms
+            self.last_ms, self.seq = event.at_ms, event.seq
             for task in event.tasks:
                 role = self.roles.setdefault(task.role, RoleStatistics())
                 if task.outcome == "retry":
@@ -110,13 +120,10 @@ class GroupStatistics:
 
 async def of_group(connection: Connection, keys: Keys, gid: str) -> GroupStatistics:
     """
-    Statistics of a group from all its events so far. What closing the group cancelled at once has no events: it is in
-    the group's counters alone.
+    Statistics of a group from all its events so far.
     """
-    found, seq = GroupStatistics(), 0
-    while batch := await queries.events(connection, keys, gid, seq + 1):
-        found.add(batch)
-        seq = batch[-1].seq
+    found = GroupStatistics()
+    await found.read_on(connection, keys, gid)
     return found
 
 
