@@ -1,6 +1,6 @@
 """
-Writes docs/commands.md and docs/python.md from the code: `python -m docs.generate`. With `--check` it writes nothing,
-and ends with 1 if one of them is not what the code says.
+Writes the reference pages in docs from the code: `python -m docs.generate`. With `--check` it writes nothing, and ends
+with 1 if one of them is not what the code says.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import inspect
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,8 @@ import click
 
 import rq_ceylon
 from rq_ceylon import cli
+from rq_ceylon.groupfile import json_schema, reader
+from rq_ceylon.groupfile.shape import KINDS
 
 HERE = Path(__file__).parent
 MADE = "<!-- Made by `python -m docs.generate` from the code. Change it there. -->\n"
@@ -217,7 +219,83 @@ def _prose(doc: str | None) -> Iterator[str]:
     yield "\n".join(lines) + "\n"
 
 
-PAGES = {"commands.md": commands, "python.md": python}
+# ---- group files -----------------------------------------------------------------------------------------------------
+def group_file() -> str:
+    whole = json_schema.make()
+    parts = whole["$defs"]
+    few = [f"`{key}`" for key in parts["listed"]["properties"] if key not in parts["defaults"]["properties"]]
+    text = [
+        f"{MADE}\n# Group file reference\n",
+        _filled(
+            "What each key of a [group file](group-file.md) takes, and what holds if it is left out. A key with "
+            "nothing behind it counts as left out; any other key is refused."
+        ),
+        "## A group\n",
+        _keys(whole),
+        "## A task\n",
+        _filled(
+            f"`defaults` takes all of these but {', '.join(few)}. In a task with a matrix all but `id` and `matrix` "
+            "may hold [look-ups](#look-up)."
+        ),
+        _keys(parts["listed"]),
+        "## A goal\n",
+        _keys(parts["goal"]),
+        "## What keys take\n",
+    ]
+    for name in KINDS:
+        text += [f"### {name}\n", _filled(parts[name]["description"])]
+    text += [
+        "## A file\n",
+        _filled(
+            f"At most {reader.MAX_BYTES // 2**20} MiB, {reader.MAX_VALUES:,} values, {reader.MAX_DOCUMENTS} groups, "
+            f"{reader.MAX_DEPTH} levels."
+        ),
+    ]
+    return "\n".join(text)
+
+
+def _keys(part: dict[str, Any]) -> str:
+    rows = ["| key | takes | if left out | meaning |", "|---|---|---|---|"]
+    for key, about in part["properties"].items():
+        options = [one for one in about.get("anyOf", [about]) if one not in (json_schema.NULL, json_schema.LOOK_UP)]
+        default = "needed" if key in part.get("required", ()) else _left_out(about.get("default"), options)
+        meaning = about["description"].rstrip(".").replace("|", "\\|")
+        rows.append(f"| `{key}` | {', or '.join(map(_takes, options))} | {default} | {meaning} |")
+    return "\n".join(rows) + "\n"
+
+
+def _left_out(default: Any, options: Sequence[Any]) -> str:
+    if default is None:
+        return ""
+    is_hours = options[0].get("$ref") == "#/$defs/duration"
+    return f"`{default / 3600:g}h`" if is_hours else f"`{default}`"
+
+
+def _takes(option: dict[str, Any]) -> str:
+    match option:
+        case {"$ref": str(place)}:
+            name = place.rpartition("/")[2]
+            link = {"defaults": "some of [a task](#a-task)", "goal": "[a goal](#a-goal)"}.get(
+                name, f"[{name}](#{name})"
+            )
+            return link + (", more than 0" if option.get("exclusiveMinimum") == 0 else "")
+        case {"enum": values}:
+            return ", ".join(f"`{one}`" for one in values)
+        case {"type": "array"}:
+            return f"a list of up to {option['maxItems']}" if "maxItems" in option else "a list"
+        case {"type": "object"}:
+            return "a mapping"
+        case {"type": "integer", "minimum": least}:
+            return f"a whole number from {least}"
+        case {"type": "string"}:
+            least, most = option.get("minLength", 0), option.get("maxLength")
+            if most:
+                return f"text of {least} to {most:,} characters" if least else f"text of up to {most:,} characters"
+            return "text, not empty" if least else "text"
+    raise SystemExit(f"no words for {option}")
+
+
+PAGES = {"commands.md": commands, "python.md": python, "group-file-reference.md": group_file}
 
 
 def main() -> int:

@@ -160,15 +160,15 @@ class Task:
     then by the package.
 
     Attributes:
-        uses: registered name of the handler; None runs the worker's default handler, which sleeps `duration`.
+        uses: registered name of the handler; without one the worker's default handler runs, which sleeps `duration`.
         arguments: keyword arguments for the handler; JSON values.
-        id: unique in its group; None: a short position is given.
-        role: which workers run it.
+        id: unique in its group; without one it gets a short number.
+        role: which workers run it; without one the handler's, where that is known, else `default`.
         needs: ids of tasks of the same group that must complete first.
         duration: expected run time; the default handler sleeps that long.
-        timeout: limit of one attempt.
-        max_attempts: attempts in all, the first included.
-        priority: high, normal or low.
+        timeout: limit of one attempt; without one the handler's, else 1 h.
+        max_attempts: attempts in all, the first included; without it the handler's, else 3.
+        priority: which tasks of a role run first; without one the group's.
         delay: earliest start, counted from the submission.
         expires: latest start, counted from the submission; a task not started by then is cancelled (expired).
         metadata: anything JSON; handed to the handler and shown, never interpreted.
@@ -225,15 +225,16 @@ class TaskGroup:
     Attributes:
         name: for people; need not be unique.
         tasks: any iterable; a generator is submitted in parts, in constant memory.
-        goal: none, one, or several; text is short for `Goal(text)`.
+        goal: none, one, or several; an expression is short for a goal with that `when`.
         key: makes the submission repeatable: the same key with the same content is the same group.
-        defaults: fields for tasks that leave them None.
+        defaults: fields for tasks that leave them out.
         priority: for tasks that name none.
-        retention: how long the group is kept after it finished; default 24 h.
+        retention: how long the group is kept after it finished.
         description: for people.
         depends_on: ids of groups that must complete before this one starts; should one of them end otherwise, this one
             is cancelled.
-        on_need_failed: what becomes of a task that needs one that did not complete; default skip.
+        on_need_failed: what becomes of a task that needs one that did not complete: it is cancelled (`skip`),
+            fails (`fail`), or runs all the same (`continue`).
     """
 
     name: str

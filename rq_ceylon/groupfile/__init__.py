@@ -4,9 +4,9 @@ Reads group files, YAML or JSON with one group per document, or says everything 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.resources import files
 from typing import Any
 
 from rq_ceylon import goals
@@ -43,7 +43,9 @@ def schema() -> str:
     JSON Schema (draft 2020-12) of one document, for editors. It cannot tell all that `load` can, such as a need that
     nothing meets, and refuses nothing that `load` takes.
     """
-    return files(__package__).joinpath("group.schema.json").read_text()
+    from rq_ceylon.groupfile.json_schema import make
+
+    return json.dumps(make(), indent=2) + "\n"
 
 
 def resolved(group: TaskGroup, submitted: Sequence[tuple[TaskGroup, str]]) -> list[str]:

@@ -1,6 +1,7 @@
 """
-What each mapping of a group file may hold, and the words for what it may not. `group.schema.json` is the same for
-editors.
+What each mapping of a group file may hold, and the words for what it may not. `json_schema` says the same for editors.
+
+A field is described where users of Python read of it, in `models`; here only where a file takes something else.
 """
 
 from __future__ import annotations
@@ -8,15 +9,24 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from difflib import get_close_matches
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SkipValidation, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    SkipValidation,
+    ValidationError,
+    WithJsonSchema,
+)
 from pydantic_core import ErrorDetails
 
 from rq_ceylon import goals, graph, models
 from rq_ceylon.errors import InvalidInputError
+from rq_ceylon.groupfile.matrix import AXIS, MAX_AXES, MAX_COMBINATIONS
 from rq_ceylon.groupfile.reader import Document, Path
-from rq_ceylon.models import GoalPolicy, Priority
+from rq_ceylon.models import Priority
 
 # Checks say "it: " before what is wrong; the report gives the path instead.
 
@@ -32,21 +42,120 @@ def _listed(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
 
 
-Name = Annotated[str, AfterValidator(lambda text: models.check_id(text, "it"))]
-TaskId = Annotated[Name, BeforeValidator(lambda value: str(value) if type(value) is int else value)]  # as keys are
-Needs = Annotated[list[TaskId], BeforeValidator(_listed)]
-Groups = Annotated[list[str], BeforeValidator(_listed)]
-Expression = Annotated[str, AfterValidator(lambda text: goals.parse(text, "it").text)]
-Seconds = Annotated[float, BeforeValidator(_seconds)]
-Level = Annotated[Priority, Field(strict=False)]
+KINDS: dict[str, dict[str, Any]] = {
+    "name": {
+        "description": "1 to 64 letters, digits and `. _ : -`.",
+        "type": "string",
+        "pattern": f"^{models.ID_PATTERN.pattern}$",
+    },
+    "id": {
+        "description": "As a name; a whole number counts as its text.",
+        "type": ["string", "integer"],
+        "pattern": f"^{models.ID_PATTERN.pattern}$",
+    },
+    "duration": {
+        "description": "Seconds, or text such as `250ms`, `30s`, `5m`, `1h30m`, `2d`; at most 10 years.",
+        "type": ["number", "string"],
+        "minimum": 0,
+        "maximum": 10 * 365 * 86400,
+        "pattern": r"^\s*([0-9]+(\.[0-9]+)?|([0-9]+(\.[0-9]+)?(ms|s|m|h|d))+)\s*$",
+    },
+    "expression": {
+        "description": "A condition on the group's counters, such as `completed >= 95% and failed < 10`.",
+        "type": "string",
+        "minLength": 1,
+        "maxLength": goals.MAX_CHARACTERS,
+    },
+    "priority": {
+        "description": "`high`, `normal` or `low`: which tasks of a role run first.",
+        "enum": [level.value for level in Priority],
+    },
+    "policy": {
+        "description": "What happens to the rest of the group: `continue`, it goes on; `drain`, what runs is finished "
+        "and the rest cancelled; `cancel`, what runs is stopped too.",
+        "enum": list(get_args(models.GoalPolicy)),
+    },
+    "matrix": {
+        "description": "One axis per key, each a list of values or `{range: [first, end, step]}`, whose end is not "
+        f"included. At most {MAX_AXES} axes, and {MAX_COMBINATIONS:,} tasks in a group. Axes are named by letters, "
+        "digits, `_` and `-`, and begin with no digit and no `-`.",
+        "type": "object",
+        "minProperties": 1,
+        "maxProperties": MAX_AXES,
+        "propertyNames": {"pattern": f"^{AXIS}$"},
+        "additionalProperties": {
+            "anyOf": [
+                {"type": "array", "minItems": 1},
+                {
+                    "type": "object",
+                    "additionalProperties": False,
+                    "required": ["range"],
+                    "properties": {
+                        "range": {"type": "array", "minItems": 2, "maxItems": 3, "items": {"type": "integer"}}
+                    },
+                },
+            ]
+        },
+    },
+    "look-up": {
+        "description": "`${{ matrix.NAME }}`, also inside a longer text: the value of an axis of the task's matrix.",
+        "type": "string",
+        "pattern": r"\$\{\{",
+    },
+}
+"""What several fields take, as JSON Schema."""
+
+REF = "$kind"
+"""Stands for `$ref` to one of KINDS until `json_schema` puts it in: pydantic knows only its own definitions."""
+
+
+def _kind(name: str, **more: Any) -> WithJsonSchema:
+    return WithJsonSchema({REF: name, **more})
+
+
+def _listing(kind: str, most: int) -> WithJsonSchema:
+    one = {REF: kind} if kind in KINDS else {"type": kind}
+    return WithJsonSchema({"anyOf": [one, {"type": "array", "maxItems": most, "items": one}]})
+
+
+Name = Annotated[str, AfterValidator(lambda text: models.check_id(text, "it")), _kind("name")]
+TaskId = Annotated[  # a number is an id as a number is a key
+    str,
+    AfterValidator(lambda text: models.check_id(text, "it")),
+    BeforeValidator(lambda value: str(value) if type(value) is int else value),
+    _kind("id"),
+]
+Needs = Annotated[
+    list[TaskId], BeforeValidator(_listed), Field(max_length=graph.MAX_NEEDS), _listing("id", graph.MAX_NEEDS)
+]
+Groups = Annotated[
+    list[str],
+    BeforeValidator(_listed),
+    Field(max_length=models.DEPENDS_ON_MAX),
+    _listing("string", models.DEPENDS_ON_MAX),
+]
+Expression = Annotated[str, AfterValidator(lambda text: goals.parse(text, "it").text), _kind("expression")]
+Seconds = Annotated[float, BeforeValidator(_seconds), _kind("duration")]
+SomeSeconds = Annotated[Seconds, Field(gt=0), _kind("duration", exclusiveMinimum=0)]
+Level = Annotated[Priority, Field(strict=False), _kind("priority")]
+Policy = Annotated[models.GoalPolicy, _kind("policy")]
+Message = Annotated[str, WithJsonSchema({"type": "string", "maxLength": goals.MAX_MESSAGE})]
+Matrix = SkipValidation[Annotated[dict[str, Any], _kind("matrix")] | None]
+
+
+def _else(default: Any) -> Any:
+    """
+    A field that may be left out, and what the package does then, if neither the group nor the handler says.
+    """
+    return Field(None, json_schema_extra={"default": default})
 
 
 class DefaultFields(BaseModel, extra="forbid", strict=True):
     uses: Name | None = None
-    role: Name | None = None
+    role: Name | None = _else(models.DEFAULT_ROLE)
     duration: Seconds | None = None
-    timeout: Seconds | None = None
-    max_attempts: Annotated[int, Field(ge=1)] | None = None
+    timeout: Seconds | None = _else(models.DEFAULT_TIMEOUT_S)
+    max_attempts: Annotated[int, Field(ge=1)] | None = _else(models.DEFAULT_MAX_ATTEMPTS)
     priority: Level | None = None
     delay: Seconds | None = None
     expires: Seconds | None = None
@@ -55,36 +164,52 @@ class DefaultFields(BaseModel, extra="forbid", strict=True):
 
 class TaskFields(DefaultFields):
     arguments: dict[str, Any] = Field({}, alias="with")
-    needs: Annotated[Needs, Field(max_length=graph.MAX_NEEDS)] = []
-    matrix: SkipValidation[dict[str, Any] | None] = None
+    needs: Needs = Field(
+        [], description="Tasks of this group that must complete first; one with a matrix stands for all it makes."
+    )
+    matrix: Matrix = Field(None, description="Makes one task for each combination of some values.")
 
 
 class ListedTask(TaskFields):
-    id: TaskId | None = None
+    id: TaskId | None = Field(
+        None, description="Unique in its group; without one it gets a number. Only where tasks are a list."
+    )
 
 
 class GoalFields(BaseModel, extra="forbid", strict=True):
     when: Expression | None = None
     call: Name | None = None
     name: Name | None = None
-    deadline: Annotated[Seconds, Field(gt=0)] | None = None
+    deadline: SomeSeconds | None = None
     fail_when: Expression | None = None
-    on_achieved: GoalPolicy = "continue"
-    on_failed: GoalPolicy = "continue"
-    success_message: str | None = None
-    failure_message: str | None = None
+    on_achieved: Policy = "continue"
+    on_failed: Policy = "continue"
+    success_message: Message | None = None
+    failure_message: Message | None = None
 
 
 class GroupFields(BaseModel, extra="forbid", strict=True):
     name: Annotated[str, Field(min_length=1, max_length=200)]
     description: str = ""
     key: Annotated[str, Field(min_length=1)] | None = None
-    priority: Level | None = None
+    priority: Level | None = _else(Priority.NORMAL)
     retention: Seconds = models.DEFAULT_RETENTION_S
     defaults: SkipValidation[DefaultFields | None] = None
-    tasks: SkipValidation[dict[str, TaskFields | None] | list[ListedTask | None]]
-    goal: SkipValidation[str | GoalFields | list[str | GoalFields] | None] = None
-    depends_on: Annotated[Groups, Field(max_length=models.DEPENDS_ON_MAX)] = []
+    tasks: SkipValidation[
+        Annotated[
+            dict[str, TaskFields | None],
+            Field(min_length=1, json_schema_extra={"propertyNames": {REF: "name"}}),
+        ]
+        | Annotated[list[ListedTask | None], Field(min_length=1)]
+    ] = Field(description="One task per key, which is its id, or a list of tasks.")
+    goal: SkipValidation[
+        Expression | GoalFields | Annotated[list[Expression | GoalFields], Field(max_length=goals.MAX_GOALS)] | None
+    ] = None
+    depends_on: Groups = Field(
+        [],
+        description="Groups that must complete before this one starts: keys or names of groups further up in the file, "
+        "or ids. Should one of them end otherwise, this one is cancelled.",
+    )
     on_need_failed: models.NeedPolicy = "skip"
 
 
