@@ -5,6 +5,7 @@ Where Redis is, and what all commands share. It reads the environment and looks 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import re
 import stat
@@ -136,6 +137,18 @@ def is_private(folder: Path) -> bool:
         return False
     status = folder.lstat()
     return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077
+
+
+def require_unix(what: str) -> None:
+    """
+    Raises:
+        InvalidInputError: this system has no file locks, process groups and signals as Unix has.
+    """
+    if importlib.util.find_spec("fcntl") is None:
+        raise InvalidInputError(
+            f"{what} needs Linux or macOS; "
+            "on Windows run it in WSL or in a container (clients and ceylon-monitor run here)"
+        )
 
 
 def _running_server(environ: Mapping[str, str]) -> str | None:

@@ -18,7 +18,7 @@ from fcntl import ioctl
 from pathlib import Path
 
 import pytest
-from commands import EXAMPLE, Commands, commands_on, until
+from commands import Commands, commands_on, until
 
 from rq_ceylon.app import Ceylon
 from rq_ceylon.client import SyncClient
@@ -188,33 +188,3 @@ def test_ctrl_c_leaves_the_group_and_says_how_to_come_back(
     if times == 1:
         assert said.endswith(f"Stopped watching; the group goes on.\nCome back with: ceylon watch {gid}\n")
     assert client.group(gid).view().status == "active"
-
-
-def test_clients_need_no_unix_and_a_worker_says_that_it_does(tmp_path: Path) -> None:
-    """
-    Stands in for Windows: what is missing there is hidden.
-    """
-    script = """
-import os, sys
-for name in ("fcntl", "pwd", "grp", "resource", "termios"):
-    sys.modules[name] = None
-del os.fork, os.register_at_fork, os.getuid, os.uname
-from rq_ceylon import cli, app, client, monitor
-from rq_ceylon.cli import live
-command, *arguments = sys.argv[1:]
-getattr(cli, command)(arguments)
-"""
-
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-c", script, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
-        )
-
-    submit, worker, server = run("submit", str(EXAMPLE), "--dry-run"), run("worker", "-r", "r"), run("ceylon", "server")
-
-    assert (submit.returncode, submit.stderr) == (0, "")
-    for refused, who in ((worker, "a worker"), (server, "ceylon server")):
-        assert refused.returncode == 1
-        assert refused.stderr == (
-            f"Error: {who} needs Linux, macOS, or WSL on Windows; submitting and watching work here too\n"
-        )

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
+import importlib
 import logging
 import os
 import pkgutil
@@ -215,15 +215,6 @@ def on_signals(stop: Callable[[int], None]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         with contextlib.suppress(NotImplementedError):  # Windows: there Ctrl-C cancels
             asyncio.get_running_loop().add_signal_handler(number, stop, number)
-
-
-def require_unix(what: str) -> None:
-    """
-    Raises:
-        CeylonError: this system has no file locks, forks and signals as Unix has.
-    """
-    if importlib.util.find_spec("fcntl") is None:
-        raise CeylonError(f"{what} needs Linux, macOS, or WSL on Windows; submitting and watching work here too")
 
 
 def load_app(path: str) -> Ceylon:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from rq_ceylon.cli.audit import audit
-from rq_ceylon.cli.common import CONTEXT, EXIT_CODES, logs, reported, require_unix, with_client
+from rq_ceylon.cli.common import CONTEXT, EXIT_CODES, logs, reported, with_client
 from rq_ceylon.cli.facts import group_facts, result_facts, task_facts, to_json
 from rq_ceylon.cli.files import graph, schema, validate
 
@@ -304,7 +304,6 @@ def demo() -> None:
     """
     The main job on a throw-away server: two worker processes, a monitor, ten tasks, a goal at five.
     """
-    require_unix("ceylon demo")
     from rq_ceylon.cli.processes import run_demo
 
     sys.exit(run_demo())
@@ -317,7 +316,6 @@ def server(port: int | None) -> None:
     """
     Run a local Redis-compatible server with a kept folder, for development; other commands of this user find it.
     """
-    require_unix("ceylon server")
     from rq_ceylon.cli.processes import run_server
 
     sys.exit(run_server(port))
@@ -332,7 +330,6 @@ def up(app: str, concurrency: int | None) -> None:
     """
     Server, worker and monitor for one application together, for development. Ctrl-C ends all.
     """
-    require_unix("ceylon up")
     from rq_ceylon.cli.processes import run_up
 
     sys.exit(run_up(app, concurrency))

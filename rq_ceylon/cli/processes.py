@@ -16,7 +16,7 @@ from pathlib import Path
 
 import click
 
-from rq_ceylon.settings import server_folder
+from rq_ceylon.settings import require_unix, server_folder
 from rq_ceylon.store.server import EmbeddedServer
 from rq_ceylon.worker.supervisor import SUPERVISED
 
@@ -48,6 +48,7 @@ def run_demo() -> int:
     """
     Run the main job with the commands a user would run, each said before it runs.
     """
+    require_unix("ceylon demo")
     example = Path(__file__).parents[2] / "examples" / "data_processing.yaml"
     with tempfile.TemporaryDirectory() as folder:
         file = example if example.exists() else Path(folder) / "data_processing.yaml"
@@ -70,6 +71,7 @@ def run_server(port: int | None) -> int:
     """
     A server in the foreground, with a kept folder.
     """
+    require_unix("ceylon server")
     folder = server_folder()
     with EmbeddedServer.start(folder=folder, appendonly=True, port=port) as server:
         click.echo(f"Server at {server.url}, data in {folder}; Ctrl-C ends it", err=True)
@@ -81,6 +83,7 @@ def run_up(app: str, concurrency: int | None) -> int:
     """
     Server, worker and monitor until a signal.
     """
+    require_unix("ceylon up")
     slots = ["-c", str(concurrency)] if concurrency else []
     with EmbeddedServer.start(folder=server_folder(), appendonly=True) as server, contextlib.ExitStack() as stack:
         environ = {**os.environ, "CEYLON_REDIS_URL": server.url}

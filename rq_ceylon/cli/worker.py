@@ -8,7 +8,7 @@ import sys
 
 import click
 
-from rq_ceylon.cli.common import RedisOptions, command, load_app, logs, on_signals, require_unix, run_async, where
+from rq_ceylon.cli.common import RedisOptions, command, load_app, logs, on_signals, run_async, where
 
 PROCESSES_MAX = 256
 
@@ -71,12 +71,13 @@ def worker(
     to those of the application's tasks. A first SIGTERM or Ctrl-C lets running tasks finish within --grace, a second
     one gives them back at once.
     """
-    require_unix("a worker")
     from rq_ceylon.errors import InvalidInputError
     from rq_ceylon.handlers import Registry
     from rq_ceylon.models import seconds
+    from rq_ceylon.settings import require_unix
     from rq_ceylon.worker.supervisor import Supervisor, stop_with_supervisor
 
+    require_unix("ceylon-worker")
     loaded = load_app(app) if app else None
     registry = loaded.registry if loaded else Registry()
     found = options.settings(loaded)

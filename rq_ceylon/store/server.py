@@ -27,7 +27,7 @@ from typing import BinaryIO, Self
 from urllib.parse import urlsplit
 
 from rq_ceylon.errors import RedisError
-from rq_ceylon.settings import fits_socket, is_private, socket_path, socket_url
+from rq_ceylon.settings import fits_socket, is_private, require_unix, socket_path, socket_url
 
 POLL_S = 0.002
 START_S = 10.0
@@ -85,8 +85,10 @@ class EmbeddedServer:
             port: listen on 127.0.0.1 at this port as well.
 
         Raises:
+            InvalidInputError: on Windows there is none.
             RedisError: no server is installed, it ended at once, or one already runs in this folder.
         """
+        require_unix("a server of this process (embedded://)")
         binary = find_binary()
         if folder is None:
             home = _throw_away_folder()

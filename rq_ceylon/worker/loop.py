@@ -15,6 +15,7 @@ from rq_ceylon.errors import CeylonError
 from rq_ceylon.handlers import Registry, awaited
 from rq_ceylon.models import check_id, counted
 from rq_ceylon.presence import Presence, is_unroutable
+from rq_ceylon.settings import require_unix
 from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.codec import decode, task_parts
 from rq_ceylon.store.connection import Connection
@@ -48,6 +49,9 @@ class Worker:
         lease_s: how long a silent worker keeps its tasks. The lease is the role's: a running role's is adopted.
         grace_s: how long running tasks may go on after `stop`.
         burst: end when there is nothing left to do.
+
+    Raises:
+        InvalidInputError: a bad name or role; or this is Windows, where no worker runs.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class Worker:
         grace_s: float = 25.0,
         burst: bool = False,
     ) -> None:
+        require_unix("a worker")
         self.url, self.registry, self.roles = url, registry, [check_id(role, "role") for role in dict.fromkeys(roles)]
         self.keys = Keys(namespace)
         self.presence = Presence(self.keys, "worker", name, task_names=registry.names(), roles=self.roles, slots=slots)

@@ -8,7 +8,6 @@ lock ends with the process, however that ends, so a file whose lock is free belo
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -46,6 +45,8 @@ class Neighbours:
         """
         Hold this worker's lock from now on.
         """
+        import fcntl  # not on Windows, where applications import this module too
+
         try:
             self._folder.parent.mkdir(mode=0o700, exist_ok=True)
             if not is_private(self._folder.parent):
@@ -79,6 +80,8 @@ class Neighbours:
         Raises:
             CeylonError: Redis does not answer, or refuses; the next look tries again.
         """
+        import fcntl
+
         for path in self._others():
             with contextlib.suppress(OSError), path.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
