@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import re
 import socket
 import subprocess
 import threading
@@ -110,6 +111,39 @@ def until(condition: Callable[[], bool], what: str) -> None:
     while not condition():
         assert time.monotonic() - started < LIMIT_S, f"not within {LIMIT_S:g} s: {what}"
         time.sleep(0.02)
+
+
+# ---- TLS and users ---------------------------------------------------------------------------------------------------
+def make_certificates(folder: Path) -> Path:
+    """
+    A CA, and certificates that it signed for 127.0.0.1 (`server`) and for a client.
+    """
+
+    def openssl(*arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
+
+    new = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+    openssl("req", "-x509", *new, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=ca", "-days", "2")
+    for name in ("server", "client"):
+        openssl("req", *new, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
+        (folder / "names").write_text("subjectAltName=IP:127.0.0.1")
+        signed = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2", "-extfile", "names")
+        openssl("x509", "-req", "-in", f"{name}.csr", "-out", f"{name}.pem", *signed)
+    return folder
+
+
+def tls_lines(certificates: Path, *, clients: str) -> list[str]:
+    files = {"ca-cert": "ca.pem", "cert": "server.pem", "key": "server.key"}
+    paths = [f"tls-{name}-file {certificates / file}" for name, file in files.items()]
+    return [*paths, f"tls-auth-clients {clients}"]
+
+
+def documented_users() -> dict[str, str]:
+    """
+    The users of docs/deployment.md, each with its rules, as one copies them.
+    """
+    text = (Path(__file__).parent.parent / "docs" / "deployment.md").read_text()
+    return dict(re.findall(r"^ +ACL SETUSER (ceylon-\w+) (.*)$", text, re.M))
 
 
 # ---- Sentinel --------------------------------------------------------------------------------------------------------

@@ -23,7 +23,18 @@ import redis.asyncio
 from commands import commands_on, is_alive
 from loguru import logger
 from redis.crc import key_slot
-from servers import Fleet, Running, fleet_of, pretended, start_cluster, start_watched, until
+from servers import (
+    Fleet,
+    Running,
+    documented_users,
+    fleet_of,
+    make_certificates,
+    pretended,
+    start_cluster,
+    start_watched,
+    tls_lines,
+    until,
+)
 
 from rq_ceylon import Ceylon, Goal, RetryTask, Task, TaskGroup
 from rq_ceylon.attempt import TaskContext
@@ -482,28 +493,7 @@ async def test_database_and_user_of_a_url_are_used_on_a_socket_and_on_a_port(
 # ---- TLS -------------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """
-    A CA, and certificates that it signed for 127.0.0.1 (`server`) and for a client.
-    """
-    folder = tmp_path_factory.mktemp("certificates")
-
-    def openssl(*arguments: str) -> None:
-        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
-
-    new = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-    openssl("req", "-x509", *new, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=ca", "-days", "2")
-    for name in ("server", "client"):
-        openssl("req", *new, "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
-        (folder / "names").write_text("subjectAltName=IP:127.0.0.1")
-        signed = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2", "-extfile", "names")
-        openssl("x509", "-req", "-in", f"{name}.csr", "-out", f"{name}.pem", *signed)
-    return folder
-
-
-def tls_lines(certificates: Path, *, clients: str) -> list[str]:
-    files = {"ca-cert": "ca.pem", "cert": "server.pem", "key": "server.key"}
-    paths = [f"tls-{name}-file {certificates / file}" for name, file in files.items()]
-    return [*paths, f"tls-auth-clients {clients}"]
+    return make_certificates(tmp_path_factory.mktemp("certificates"))
 
 
 @pytest.mark.parametrize("engine", ["redis"], indirect=True)
@@ -528,11 +518,6 @@ async def test_tls_checks_the_server_and_shows_the_clients_certificate(fleet: Fl
 
 
 # ---- ACL -------------------------------------------------------------------------------------------------------------
-def documented_users() -> dict[str, str]:
-    text = (ROOT / "docs" / "deployment.md").read_text()
-    return dict(re.findall(r"^ +ACL SETUSER (ceylon-\w+) (.*)$", text, re.M))
-
-
 @pytest.mark.every_engine
 async def test_the_documented_users_can_do_all_that_they_need_and_no_more(fleet: Fleet, warned: list[str]) -> None:
     running = fleet.start("appendonly yes")

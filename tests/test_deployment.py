@@ -1,6 +1,6 @@
 """
 What stands around the package: workflows, hooks, and the files to deploy with. Each is valid, and says what the code
-says.
+says. And the main job where Redis is guarded as the page on deployment says.
 """
 
 from __future__ import annotations
@@ -13,12 +13,17 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
+import redis
 import yaml
-from commands import ROOT
+from commands import EXAMPLE, ROOT, commands_on, until
+from servers import documented_users, fleet_of, make_certificates, tls_lines
+from test_main_job import assert_finished, shown
 
 from rq_ceylon import cli
+from rq_ceylon.app import Ceylon
 
 DEPLOY = ROOT / "examples" / "deploy"
 GRACE_S = 25
@@ -122,3 +127,47 @@ def test_pods_have_no_more_rights_than_they_need() -> None:
             "readOnlyRootFilesystem": True,
             "capabilities": {"drop": ["ALL"]},
         }
+
+
+# ---- Redis, as the page says -----------------------------------------------------------------------------------------
+SECRET = "s/e@c#r?t"
+"""All that the page says is written as %… in a URL."""
+
+
+@pytest.mark.parametrize("engine", ["redis"], indirect=True)
+@pytest.mark.parametrize("way", ["TLS", "socket"])
+def test_the_main_job_runs_over_tls_and_on_a_socket_as_the_users_of_the_page(
+    way: str, binary: str, short_tmp_path: Path, tmp_path: Path
+) -> None:
+    users = documented_users()
+    lines = [f"user {name} {rules.replace('SECRET', SECRET)}" for name, rules in users.items()]
+    lines += ["user default off", f"user operator on >{SECRET} ~* &* +@all", "appendonly yes"]
+    at = short_tmp_path / "redis.sock"
+    with fleet_of(binary, short_tmp_path) as fleet:
+        if way == "TLS":
+            certificates = make_certificates(tmp_path)
+            server = fleet.start(*lines, *tls_lines(certificates, clients="no"), tls=True)
+            form = f"rediss://{{}}@127.0.0.1:{server.port}/0?ssl_ca_certs={certificates}/ca.pem"
+        else:
+            fleet.start(*lines, f"unixsocket {at}")
+            form = f"unix://{{}}@{at}?db=0"
+        urls = {name: form.format(f"{name}:{quote(SECRET, safe='')}") for name in [*users, "operator"]}
+
+        with commands_on(urls["ceylon-client"], tmp_path) as commands:
+            for name in ("worker", "worker", "monitor"):
+                more = ["--role", "processor", "-c", "2"] if name == "worker" else []
+                commands.start(name, *more, environ={"CEYLON_REDIS_URL": urls[f"ceylon-{name}"]})
+            with Ceylon(urls["ceylon-client"]).sync_client() as client:
+                until(lambda: len(client.workers()) == 3, "two workers and a monitor are registered")
+
+                ended = commands.run("submit", str(EXAMPLE), "--wait=all")
+
+                assert ended.returncode == 0, ended.stderr
+                assert_finished(shown(commands, client))
+                until(lambda: "Goal achieved: partial-processing-complete" in commands.log(2).read_text(), "it is told")
+            logs = [commands.log(number).read_text() for number in range(3)]
+
+        with redis.Redis.from_url(urls["operator"], decode_responses=True) as operator:
+            refused = [one for one in operator.acl_log() if "client|setinfo" not in str(one).lower()]
+    assert refused == []
+    assert not [line for log in [*logs, ended.stderr] for line in log.splitlines() if SECRET in line or "docs/" in line]
