@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import click
 
 from rq_ceylon.cli.common import RedisOptions, command, load_app, logs, on_signals, run_async, where
@@ -27,6 +29,10 @@ def monitor(app: str | None, name: str | None, options: RedisOptions) -> None:
     """
     loaded = load_app(app) if app else None
     found = options.settings(loaded)
+    if sys.platform != "win32":  # there nobody starts it for a demo
+        from rq_ceylon.worker.supervisor import stop_with_supervisor
+
+        stop_with_supervisor()
 
     async def watch() -> None:
         from rq_ceylon.monitor import Monitor
