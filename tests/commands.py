@@ -6,13 +6,18 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fcntl import ioctl
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +119,43 @@ def commands_on(url: str, folder: Path) -> Iterator[Commands]:
         yield commands
     finally:
         commands.end()
+
+
+def on_a_terminal(
+    commands: Commands, *arguments: str, once_shown: Callable[[], object], columns: int = 80, **environ: str
+) -> tuple[int, str]:
+    """
+    Run a command to its end on a terminal of that width, and call `once_shown` when it has drawn something; returns its
+    exit code and all it drew.
+    """
+    master, slave = pty.openpty()
+    ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    own = commands.environ({"TERM": "xterm-256color", **environ})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rq_ceylon.cli", *arguments],
+        cwd=commands.folder,
+        env={name: value for name, value in own.items() if name not in ("COLUMNS", "LINES")},
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        start_new_session=True,
+    )
+    os.close(slave)
+    drawn = b""
+    try:
+        while piece := os.read(master, 65536):
+            if b" completed" not in drawn and b" completed" in drawn + piece:
+                once_shown()
+            drawn += piece
+    except OSError:  # its last user has closed the terminal
+        pass
+    finally:
+        os.close(master)
+    return process.wait(30), drawn.decode()
+
+
+def plain(drawn: str) -> list[str]:
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", drawn).replace("\r", "\n").split("\n")
 
 
 def is_alive(pid: int) -> bool:
