@@ -28,6 +28,7 @@ PAGES = [
 NETWORK = "needs the network; tests/test_packaging.py installs the package"
 NOT_RUN = {
     ("README.md", "./scripts/demo"): "CI runs it as it is, .ci/run",
+    ("README.md", "./scripts/demo --chaos"): "tests/test_chaos.py runs it, shorter",
     ("README.md", "./scripts/test"): "this very run",
     ("README.md", "python3 -m venv .venv && . .venv/bin/activate"): NETWORK,
     ("README.md", "pip install '.[embedded]'"): NETWORK,

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, TextIO
 
 import click
@@ -46,7 +47,7 @@ async def follow(
     """
     current = asyncio.current_task()
     assert current is not None
-    display = _Display(client, file)
+    display = Display(client, file)
     view = await handle.view()
     try:
         async with asyncio.timeout(limit_s):
@@ -64,7 +65,7 @@ async def follow(
     return view, 0 if succeeded(view) else 1
 
 
-async def _show(handle: GroupHandle, view: GroupView, display: _Display, until: Literal["goal", "all"]) -> GroupView:
+async def _show(handle: GroupHandle, view: GroupView, display: Display, until: Literal["goal", "all"]) -> GroupView:
     """
     Show every change until what is waited for is there; on a terminal, also that time goes by.
     """
@@ -87,7 +88,7 @@ async def _show(handle: GroupHandle, view: GroupView, display: _Display, until: 
     return view
 
 
-class _Display:
+class Display:
     """
     Reads the group's events once, as they come, for rates and numbers per role.
     """
@@ -109,10 +110,16 @@ class _Display:
     def __exit__(self, *_: object) -> None:
         self._live.stop()
 
-    def say(self, words: str) -> None:
+    def say(self, words: str | Text) -> None:
         self._console.print(words)
 
-    async def show(self, view: GroupView) -> None:
+    async def show(self, view: GroupView, below: Sequence[Text] = ()) -> None:
+        """
+        Bring it up to date.
+
+        Args:
+            below: what a terminal shows below the bar; by default numbers per role, and what runs.
+        """
         connection, keys = self._client.connection, self._client.keys
         while self._seq < view.events:
             batch = await queries.events(connection, keys, view.id, self._seq + 1)
@@ -124,13 +131,13 @@ class _Display:
         self._ended.append((now, view.counters.ended))
         while now - self._ended[0][0] > RATE_S:
             self._ended.popleft()
-        running = await queries.running(connection, keys, view.id) if self.is_live else []
         for goal in view.goals:
             if goal.settled and goal.name not in self._told:
                 self._told.add(goal.name)
                 self.say(settled_words(goal))
         if self.is_live:
-            self._live.update(self._drawn(view, running), refresh=True)
+            below = below or self._below(await queries.running(connection, keys, view.id))
+            self._live.update(self._drawn(view, below), refresh=True)
             return
         step = f"{view.status} {100 * view.counters.ended // max(view.counters.total, 1)}"
         if step != self._step:  # a line per task that ends, or per hundredth of a large group
@@ -142,7 +149,7 @@ class _Display:
         (began, before), (now, ended) = self._ended[0], self._ended[-1]
         return (ended - before) / (now - began) if now > began else 0.0
 
-    def _drawn(self, view: GroupView, running: list[TaskView]) -> RenderableType:
+    def _drawn(self, view: GroupView, below: Sequence[Text]) -> RenderableType:
         width = self._console.width - 3  # room for the ^C that a terminal shows, or it would add a line
         counters = view.counters
         head = f"{view.name}: {view.status}, {_numbers(view)}"
@@ -154,7 +161,13 @@ class _Display:
         ]:
             if self._rate and left:
                 pace.append(f"{what} in {_span(left / self._rate)}")
-        lines = [Text(head), self._bar(view, width, set(marks.values())), Text(", ".join(pace))]
+        lines = [Text(head), self._bar(view, width, set(marks.values())), Text(", ".join(pace)), *below]
+        for line in lines:
+            line.truncate(width, overflow="ellipsis")
+        return Group(*lines)
+
+    def _below(self, running: Sequence[TaskView]) -> list[Text]:
+        lines = []
         for name, role in sorted(self._statistics.roles.items()):
             words = [f"{number} {outcome}" for outcome, number in sorted(role.outcomes.items())]
             words += [counted(role.retries, "retry", "retries")] if role.retries else []
@@ -162,9 +175,7 @@ class _Display:
             lines.append(Text(f"{name}: {', '.join(words)}"))
         if running:
             lines.append(Text("running: " + ", ".join(_running_words(task) for task in running)))
-        for line in lines:
-            line.truncate(width, overflow="ellipsis")
-        return Group(*lines)
+        return lines
 
     def _bar(self, view: GroupView, width: int, targets: set[int]) -> Text:
         """

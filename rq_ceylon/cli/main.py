@@ -31,7 +31,7 @@ def ceylon() -> None:
 
     \b
     Examples:
-      ceylon demo              see it work, on a throw-away server
+      ceylon demo              see it work, on a throw-away server; --chaos kills workers
       ceylon status            what is queued, running and done
       ceylon watch GROUP       follow one group live
       ceylon show GROUP        one group: goals, counters, tasks
@@ -299,11 +299,20 @@ def _neither_or_both(command: str) -> click.UsageError:
 
 
 @ceylon.command()
+@click.option("--chaos", metavar="[=DURATION]", flag_value="60s", is_flag=False, default=None,
+              help="Instead: kill workers at random for a minute, or so long, and recount.")  # fmt: skip
 @reported
-def demo() -> None:
+def demo(chaos: str | None) -> None:
     """
     The main job on a throw-away server: two worker processes, a monitor, ten tasks, a goal at five.
+
+    With --chaos four workers and a monitor are killed at random, and replaced, while they run a larger group. At the
+    end it is audited: exit code 0 if every task counted once and the goal settled once, else 1.
     """
+    if chaos is not None:
+        from rq_ceylon.cli.chaos import run_chaos
+
+        sys.exit(run_chaos(chaos))
     from rq_ceylon.cli.processes import run_demo
 
     sys.exit(run_demo())

@@ -57,7 +57,7 @@ def run_demo() -> int:
         shown = os.path.relpath(file)
         with EmbeddedServer.start() as server:
             click.echo("A throw-away server runs; it ends with this demo.", err=True)
-            environ = {**os.environ, "CEYLON_REDIS_URL": server.url}
+            environ = environ_of(server)
             with contextlib.ExitStack() as stack:
                 for _ in range(2):
                     stack.enter_context(_running("worker", ["--role", "processor", "-c", "2"], environ))
@@ -94,31 +94,54 @@ def run_up(app: str, concurrency: int | None) -> int:
     return ended
 
 
+def environ_of(server: EmbeddedServer) -> dict[str, str]:
+    """
+    For the commands of a demo: its server, and none of this user's own settings, which are meant for other work.
+    """
+    return {name: value for name, value in os.environ.items() if not name.startswith("CEYLON_")} | {
+        "CEYLON_REDIS_URL": server.url
+    }
+
+
+def start(name: str, arguments: Sequence[str], environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """
+    Start a command in the background. It has its own session, so that Ctrl-C reaches it through us alone, and it ends
+    when we do, whatever ends us.
+    """
+    return subprocess.Popen(
+        _command(name, arguments),
+        env={**environ, SUPERVISED: "1"},
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """
+    SIGTERM to all, SIGKILL to those that do not heed it.
+    """
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    for process in processes:
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
 def _command(name: str, arguments: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "rq_ceylon.cli", name, *arguments]
 
 
 @contextlib.contextmanager
 def _running(name: str, arguments: Sequence[str], environ: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """
-    A command in the background, ended with SIGTERM. Its own session, so that Ctrl-C reaches it through us alone.
-    """
     click.echo(f"$ ceylon-{name} {' '.join(arguments)} &", err=True)
-    process = subprocess.Popen(
-        _command(name, arguments),
-        env={**environ, SUPERVISED: "1"},
-        stdin=subprocess.PIPE,
-        start_new_session=True,
-    )
+    process = start(name, arguments, environ)
     try:
         yield process
     finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        end([process])
 
 
 def _foreground(name: str, arguments: Sequence[str], environ: Mapping[str, str]) -> int:
