@@ -7,16 +7,15 @@ from __future__ import annotations
 import json
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from commands import EXAMPLE, Commands, commands_on, on_a_terminal, plain, until
+from commands import Commands, commands_on, on_a_terminal, plain, until
 
 from rq_ceylon.app import Ceylon
 from rq_ceylon.client import SyncClient
+from rq_ceylon.models import Goal, Task, TaskGroup
 
 GROUP = """\
 name: Four
@@ -146,3 +145,46 @@ def test_ctrl_c_leaves_the_group_and_says_how_to_come_back(
     if times == 1:
         assert said.endswith(f"Stopped watching; the group goes on.\nCome back with: ceylon watch {gid}\n")
     assert client.group(gid).view().status == "active"
+
+
+HOSTILE = "\x1b]0;owned\x07 \x9b2J \x7f \u202e end"
+SHOWN = r"\x1b]0;owned\x07 \x9b2J \x7f \u202e end"
+
+JOBS = f"""
+from rq_ceylon import Ceylon
+
+app = Ceylon()
+
+@app.task(role="r", max_attempts=1)
+async def steer() -> None:
+    raise ValueError("one\\n\\ttwo " + {HOSTILE!r})
+"""
+
+
+def test_what_others_wrote_cannot_steer_a_terminal(commands: Commands, client: SyncClient) -> None:
+    (commands.folder / "jobs.py").write_text(JOBS)
+    name = f"Name {HOSTILE}\nGoal achieved: forged"
+    goal = Goal("failed >= 1", name="g", success_message=HOSTILE)
+    gid = client.submit(TaskGroup(name, [Task(id="a", uses="steer", role="r")], goal=goal)).id
+
+    _, drawn = on_a_terminal(
+        commands, "ceylon", "watch", gid, once_shown=lambda: commands.start("worker", "jobs:app", "--burst")
+    )
+
+    (worker,) = commands.started
+    assert worker.wait(30) == 0
+    told = [
+        commands.said(worker),
+        *(commands.run("ceylon", *words.split()).stdout for words in ("groups", f"show {gid}", f"show {gid}/a")),
+    ]
+    for text in [drawn, *told]:
+        assert SHOWN in text
+        assert not any(char in text for char in ("\x1b]", "\x07", "\x9b", "\x7f", "\u202e"))
+    assert "\x1b" not in "".join(told)
+    lines = plain(drawn)
+    assert any(line.startswith(f"Name {SHOWN}\\nGoal achieved") for line in lines), "a name stays on its line"
+    assert f"ValueError: one\n\ttwo {SHOWN}" in told[-1], "a traceback keeps its lines"
+    assert f"ValueError: one\n\ttwo {SHOWN}" in told[0], "and in the log"
+    exact = commands.json("ceylon", "show", f"{gid}/a", "--json")
+    assert exact["group"]["name"] == name
+    assert exact["tasks"][0]["error"]["message"] == f"one\n\ttwo {HOSTILE}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from rq_ceylon.cli.common import with_client
+from rq_ceylon.cli.common import say, with_client
 from rq_ceylon.cli.facts import to_json
 from rq_ceylon.models import counted
 
@@ -37,9 +37,9 @@ async def audit(client: Client, group: str | None, repair: bool, as_json: bool) 
         click.echo(to_json({"schema": 1, **dataclasses.asdict(found)}))
     else:
         for drift in found.drift:
-            click.echo(str(drift))
+            say(drift)
         for gid in found.moving:
-            click.echo(f"{gid}: changes too fast to be recounted; try again when less of it runs")
+            say(f"{gid}: changes too fast to be recounted; try again when less of it runs")
         checked = f"{counted(found.groups, 'group')}, {counted(found.tasks, 'task')}"
         click.echo(f"{checked}: drift {len(found.drift)}")
     return int(any(not drift.repaired for drift in found.drift))

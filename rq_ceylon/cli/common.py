@@ -145,6 +145,24 @@ def logs(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def plain(text: str, *, keep: str = "\n\t") -> str:
+    """
+    Text that others wrote, as it may be shown: what could steer a terminal is escaped, but for what is to be kept.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() or char in keep else char.encode("unicode_escape").decode() for char in text
+    )
+
+
+def say(words: object, *, err: bool = False) -> None:
+    """
+    Tell people something in which there may be text that others wrote.
+    """
+    click.echo(plain(str(words)), err=err)
+
+
 def reported(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     An expected error is one message and its exit code, never a traceback.
@@ -155,7 +173,7 @@ def reported(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(*args, **kwargs)
         except CeylonError as error:
-            click.echo(f"Error: {error}", err=True)
+            say(f"Error: {error}", err=True)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would end the ending with a traceback
@@ -267,9 +285,9 @@ def set_up_logging(level: str, form: str) -> None:
     from loguru import logger
 
     logger.remove()
-    text = "<green>{time:HH:mm:ss.SSS}</green> <level>{level: <7}</level> {message}"
     sink: Any = (lambda message: sys.stderr.write(_json_line(message.record))) if form == "json" else sys.stderr
     # A traceback with the values of its variables would tell secrets.
+    text = "{message}" if form == "json" else _text_line
     logger.add(sink, level=level.upper(), format=text, backtrace=False, diagnose=False)
     logger.enable("rq_ceylon")
 
@@ -284,6 +302,11 @@ def set_up_logging(level: str, form: str) -> None:
     logging.basicConfig(handlers=[ToLoguru()], level=level.upper(), force=True)
 
 
+def _text_line(record: Any) -> str:
+    record["extra"]["shown"] = plain("\n".join([record["message"], *_traceback(record)]).rstrip())
+    return "<green>{time:HH:mm:ss.SSS}</green> <level>{level: <7}</level> {extra[shown]}\n"
+
+
 def _json_line(record: Any) -> str:
     from pydantic_core import to_json
 
@@ -294,6 +317,10 @@ def _json_line(record: Any) -> str:
         "message": record["message"],
         **({"extra": record["extra"]} if record["extra"] else {}),
     }
-    if record["exception"] is not None:
-        facts["exception"] = "".join(traceback.format_exception(*record["exception"]))
+    if found := _traceback(record):
+        facts["exception"] = found[0]
     return to_json(facts, fallback=repr).decode() + "\n"
+
+
+def _traceback(record: Any) -> list[str]:
+    return [] if record["exception"] is None else ["".join(traceback.format_exception(*record["exception"]))]

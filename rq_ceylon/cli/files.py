@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from rq_ceylon.cli.common import RedisOptions, reported, run_async, where
+from rq_ceylon.cli.common import RedisOptions, plain, reported, run_async, where
 
 if TYPE_CHECKING:
     from rq_ceylon.graph import Drawing
@@ -125,10 +125,10 @@ def graph(source: str, options: RedisOptions) -> None:
     from rq_ceylon.graph import draw
 
     if source == "-" or Path(source).exists() or Path(source).suffix in (".yaml", ".yml", ".json"):
-        click.echo(draw(_of_file(source)), nl=False)
+        click.echo(plain(draw(_of_file(source))), nl=False)
         return
     found = options.settings()
-    click.echo(draw([run_async(_of_group(found.redis_url, found.namespace, source))]), nl=False)
+    click.echo(plain(draw([run_async(_of_group(found.redis_url, found.namespace, source))])), nl=False)
 
 
 def _of_file(file: str) -> list[Drawing]:

@@ -15,6 +15,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from rq_ceylon.cli.common import plain
 from rq_ceylon.client import is_over, succeeded
 from rq_ceylon.errors import WaitTimeoutError
 from rq_ceylon.goals import parse
@@ -111,7 +112,7 @@ class Display:
         self._live.stop()
 
     def say(self, words: str | Text) -> None:
-        self._console.print(words)
+        self._console.print(plain(words) if isinstance(words, str) else words)
 
     async def show(self, view: GroupView, below: Sequence[Text] = ()) -> None:
         """
@@ -161,7 +162,7 @@ class Display:
         ]:
             if self._rate and left:
                 pace.append(f"{what} in {_span(left / self._rate)}")
-        lines = [Text(head), self._bar(view, width, set(marks.values())), Text(", ".join(pace)), *below]
+        lines = [_line(head), self._bar(view, width, set(marks.values())), _line(", ".join(pace)), *below]
         for line in lines:
             line.truncate(width, overflow="ellipsis")
         return Group(*lines)
@@ -172,9 +173,9 @@ class Display:
             words = [f"{number} {outcome}" for outcome, number in sorted(role.outcomes.items())]
             words += [counted(role.retries, "retry", "retries")] if role.retries else []
             words += [f"run {role.run}"] if role.run.count else []
-            lines.append(Text(f"{name}: {', '.join(words)}"))
+            lines.append(_line(f"{name}: {', '.join(words)}"))
         if running:
-            lines.append(Text("running: " + ", ".join(_running_words(task) for task in running)))
+            lines.append(_line("running: " + ", ".join(_running_words(task) for task in running)))
         return lines
 
     def _bar(self, view: GroupView, width: int, targets: set[int]) -> Text:
@@ -196,6 +197,10 @@ class Display:
             else:
                 text.append(bad if cell < lost else left, "red" if cell < lost else "dim")
         return text.append("]")
+
+
+def _line(words: str) -> Text:
+    return Text(plain(words, keep=""))
 
 
 def _numbers(view: GroupView) -> str:
@@ -249,7 +254,7 @@ def _last_words(view: GroupView) -> str:
     """
     counters = view.counters
     parts = [f"{counters.completed} completed", f"{counters.failed} failed", f"{counters.cancelled} cancelled"]
-    words = f"{view.name}: {', '.join(parts)} of {counters.total}"
+    words = f"{plain(view.name, keep='')}: {', '.join(parts)} of {counters.total}"
     if view.outcome:
         words += f"; {view.outcome}"
     if view.goals and counters.cancelled:

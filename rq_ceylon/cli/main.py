@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from rq_ceylon.cli.audit import audit
-from rq_ceylon.cli.common import CONTEXT, EXIT_CODES, logs, reported, with_client
+from rq_ceylon.cli.common import CONTEXT, EXIT_CODES, logs, plain, reported, say, with_client
 from rq_ceylon.cli.facts import group_facts, result_facts, task_facts, to_json
 from rq_ceylon.cli.files import graph, schema, validate
 
@@ -46,7 +46,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """
     Columns in plain text: the same on a terminal and in a pipe.
     """
-    lines = [list(map(str, row)) for row in (head, *rows)]
+    lines = [[plain(str(cell), keep="") for cell in row] for row in (head, *rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     for line in lines:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
@@ -100,7 +100,7 @@ async def workers(client: Client, as_json: bool, check: bool) -> int:
     found = await client.workers()
     if check:
         here = [worker for worker in found if worker.host == socket.gethostname() and not worker.stopping]
-        click.echo("\n".join(f"{worker.kind} {worker.name} lives" for worker in here) or "none lives on this host")
+        say("\n".join(f"{worker.kind} {worker.name} lives" for worker in here) or "none lives on this host")
         return 0 if here else 1
     if as_json:
         click.echo(to_json({"schema": 1, "workers": found}))
@@ -171,10 +171,10 @@ async def show(client: Client, target: str, as_json: bool) -> None:
         click.echo(to_json({"schema": 1, **group_facts(view), "tasks": [task_facts(gid, task) for task in tasks]}))
         return
     if not tid:
-        click.echo(statistics.summary(view, await statistics.of_group(client.connection, client.keys, gid)))
+        say(statistics.summary(view, await statistics.of_group(client.connection, client.keys, gid)))
         for goal in view.goals:
             at = goal.settled
-            click.echo(
+            say(
                 f"  goal {goal.name}: {goal.when}: {goal.status}"
                 + (f" at {at.counters.completed} of {at.counters.total} completed, by {at.by}" if at else "")
             )
@@ -183,7 +183,7 @@ async def show(client: Client, target: str, as_json: bool) -> None:
         [_task_row(task) for task in tasks],
     )
     if tid and tasks[0].result and tasks[0].result.error:
-        click.echo(tasks[0].result.error.get("traceback", "").rstrip())
+        say(tasks[0].result.error.get("traceback", "").rstrip())
 
 
 def _task_row(task: TaskView) -> tuple[object, ...]:
@@ -194,7 +194,7 @@ def _task_row(task: TaskView) -> tuple[object, ...]:
         error = result.error
         # What no handler raised, a poison say, has no type.
         shown = ": ".join(filter(None, (error["type"], error["message"]))) if error else to_json(result.value)
-    clean = "".join(char if char.isprintable() else "?" for char in shown)
+    shown = plain(shown, keep="")
     return (
         task.id,
         task.status,
@@ -203,7 +203,7 @@ def _task_row(task: TaskView) -> tuple[object, ...]:
         task.attempt,
         task.worker or "-",
         result.run_ms if result else "-",
-        clean if len(clean) <= 60 else clean[:57] + "...",
+        shown if len(shown) <= 60 else shown[:57] + "...",
     )
 
 
