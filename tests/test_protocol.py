@@ -563,10 +563,21 @@ def test_a_malformed_entry_is_put_aside_and_holds_nobody_up(bench: Bench) -> Non
     stream = bench.keys.role_part("p", "normal")
     bench.redis.xadd(stream, {"task": "no issue here"})
     bench.redis.xadd(stream, {"foreign": "x", "fields": "y"})
+    for forged in (
+        "g a 1 ",
+        "g a 1  ",
+        "g a 1 5",
+        "g a 1 -:",
+        "g a 1 - ",
+        "g a 12:1-1",
+        "g a 1 4:1-1",
+        "g a 1 2:1-1 x",
+    ):
+        bench.redis.xadd(stream, {"task": forged})
     bench.queued("g")
-    (delivery,) = bench.fetch("w")
+    (delivery,) = bench.fetch("w", 20)
     assert delivery.tid == "a"
-    assert bench.redis.xlen(bench.keys.role_part("p", "quarantine")) == 2
+    assert bench.redis.xlen(bench.keys.role_part("p", "quarantine")) == 10
     assert bench.redis.xlen(stream) == 1
 
 
