@@ -409,6 +409,18 @@ async def test_a_role_without_workers_does_not_grow_in_a_day_nor_after_it_was_wi
     assert sorted(queued_tasks(bench)) == sorted([*map(str, range(250)), "a", "b"])
 
 
+async def test_the_entry_of_a_task_that_has_ended_hides_no_lost_one(bench: Bench, maintenance: Maintenance) -> None:
+    bench.submit("g", ["ended"], part=1, last=False, digest="1", delay_ms=HOUR_MS)
+    bench.submit("g", ["lost"], part=2, digest="2")
+    bench.relay("g")
+    bench.run(transitions.cancel_tasks(bench.keys, "g", ["ended"]))
+    bench.redis.delete(bench.keys.role_part("p", "normal"))
+
+    await maintenance.run_once()
+
+    assert queued_tasks(bench) == ["lost"]
+
+
 async def test_a_running_task_whose_worker_lives_and_has_it_is_left_to_it(
     bench: Bench, maintenance: Maintenance
 ) -> None:

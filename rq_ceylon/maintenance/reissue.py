@@ -59,9 +59,12 @@ class Reissue:
         calls = [transitions.probe(self._keys, role, gid, horizon) for role, horizon in seen.horizons.items()]
         replies = await self._connection.run(calls)
         clear = {role: tids for role, (word, *tids) in zip(seen.horizons, replies, strict=True) if word == "CLEAR"}
-        if len(clear) == len(seen.horizons) and sum(len(set(tids)) for tids in clear.values()) >= seen.open:
-            return {}
-        return clear
+        shown = {tid for tids in clear.values() for tid in tids}
+        if len(clear) < len(seen.horizons) or len(shown) < seen.open:
+            return clear
+        # Entries of tasks that have ended may be among them, and hide no other.
+        still = await queries.count_open(self._connection, self._keys, gid, shown)
+        return clear if still < seen.open else {}
 
     async def _ring(self, gid: str, role: str, pages: int, shown: list[str]) -> int:
         rung, cursor = 0, "0"

@@ -314,6 +314,14 @@ async def results(connection: Connection, keys: Keys, gid: str, tids: Sequence[s
     return {tid: result_of(tid, text) for tid, text in zip(tids, texts, strict=True) if text}
 
 
+async def count_open(connection: Connection, keys: Keys, gid: str, tids: Iterable[str]) -> int:
+    """
+    How many of these tasks have not ended.
+    """
+    tasks = keys.group_part(gid, "tasks")
+    return sum(await connection.run([command("HEXISTS", tasks, tid) for tid in tids]))
+
+
 async def needs(connection: Connection, keys: Keys, gid: str, tids: Sequence[str]) -> dict[str, list[str]]:
     """
     What those of these tasks need that have not ended; of the others it is no longer known.
