@@ -421,6 +421,23 @@ async def test_the_entry_of_a_task_that_has_ended_hides_no_lost_one(bench: Bench
     assert queued_tasks(bench) == ["lost"]
 
 
+async def test_what_is_delayed_holds_up_nothing_that_its_role_has_lost_and_is_due(
+    bench: Bench, maintenance: Maintenance
+) -> None:
+    bench.submit("g", [str(n) for n in range(150)], part=1, last=False, digest="1", delay_ms=HOUR_MS)
+    bench.submit("g", ["lost"], part=2, digest="2")
+    bench.relay("g")
+    bench.redis.delete(bench.keys.role_part("p", "normal"))
+
+    for _ in range(2):
+        make_due(bench, "g")
+        await maintenance.run_once()
+
+    assert queued_tasks(bench) == ["lost"]
+    assert bench.redis.zcard(bench.keys.role_part("p", "delayed")) == 150
+    assert int(bench.meta("g")["pages"]) == 4
+
+
 async def test_a_running_task_whose_worker_lives_and_has_it_is_left_to_it(
     bench: Bench, maintenance: Maintenance
 ) -> None:

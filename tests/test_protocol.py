@@ -986,9 +986,9 @@ def test_a_scan_rings_what_the_role_does_not_show_and_lists_what_runs(bench: Ben
     assert (look.status, look.in_outbox, look.open, list(look.horizons)) == ("active", 0, 3, ["p"])
     shown = bench.run(transitions.probe(bench.keys, "p", "g", look.horizons["p"]))
     assert shown == ["CLEAR", "a", "b", "c"]
-    reply = bench.run(transitions.scan(bench.keys, "g", "p", look.pages, "0", ["b"]))
+    reply = bench.run(transitions.scan(bench.keys, "g", "p", look.pages, "0", ["CLEAR", "b"]))
     assert reply == ["OK", "active", "0", ["a", str(running.fence), "w"], "1"]
-    assert bench.run(transitions.scan(bench.keys, "g", "p", look.pages, "0", ["b"]))[0] == "MOVED"
+    assert bench.run(transitions.scan(bench.keys, "g", "p", look.pages, "0", ["CLEAR", "b"]))[0] == "MOVED"
 
 
 @pytest.mark.parametrize("delivered", [True, False])
@@ -1001,7 +1001,7 @@ def test_a_scan_is_refused_if_a_page_was_written_since_the_look(bench: Bench, de
     if delivered:
         bench.ring(pages)
     pages_then = look.pages if delivered else look.pages + 1
-    assert bench.run(transitions.scan(bench.keys, "g", "p", pages_then, "0", []))[0] == "MOVED"
+    assert bench.run(transitions.scan(bench.keys, "g", "p", pages_then, "0", ["CLEAR"]))[0] == "MOVED"
 
 
 def test_a_probe_says_busy_while_more_is_left_up_to_the_horizon_than_it_looks_at(bench: Bench) -> None:
@@ -1015,6 +1015,9 @@ def test_a_probe_counts_what_is_delayed_and_a_late_acknowledgement_moves_no_hori
     reply = bench.submit("g", [str(n) for n in range(150)], delay_ms=60_000)
     bench.ring(reply.pages)
     horizon = bench.meta("g")["horizon:p"]
+    assert bench.run(transitions.probe(bench.keys, "p", "g", horizon))[0] == "DUE"
+    delayed = bench.keys.role_part("p", "delayed")
+    bench.redis.zadd(delayed, dict.fromkeys(bench.redis.zrange(delayed, 0, -1), 1))
     assert bench.run(transitions.probe(bench.keys, "p", "g", horizon)) == ["BUSY"]
     bench.run(transitions.outbox(bench.keys, "g", acks=[PageAck(reply.pages[0], "1")]))
     assert bench.meta("g")["horizon:p"] == horizon

@@ -35,12 +35,12 @@ class Reissue:
         if seen is None or seen.status not in OPEN or seen.open == 0 or seen.in_outbox:
             return 0
         # A closed group rings nothing, whatever its roles show: what a vanished worker ran is cancelled.
-        shown: dict[str, list[str]] = {role: [] for role in seen.horizons}
+        answers = {role: ["CLEAR"] for role in seen.horizons}
         if seen.status == "active":
-            shown = await self._probe(gid, seen)
+            answers = await self._probe(gid, seen)
         rung = 0
-        for role, tids in shown.items():
-            rung += await self._ring(gid, role, seen.pages, tids)
+        for role, answer in answers.items():
+            rung += await self._ring(gid, role, seen.pages, answer)
             await relay(self._connection, self._keys, gid)
             # The next role waits until the pages of this one have arrived.
             seen = await self._look(gid)
@@ -54,22 +54,22 @@ class Reissue:
 
     async def _probe(self, gid: str, seen: transitions.Look) -> dict[str, list[str]]:
         """
-        The roles that are clear up to the group's horizon, with its tasks that they show; none if all are shown.
+        The roles that are clear up to the group's horizon, and what they answered; none if all its tasks are shown.
         """
         calls = [transitions.probe(self._keys, role, gid, horizon) for role, horizon in seen.horizons.items()]
         replies = await self._connection.run(calls)
-        clear = {role: tids for role, (word, *tids) in zip(seen.horizons, replies, strict=True) if word == "CLEAR"}
-        shown = {tid for tids in clear.values() for tid in tids}
+        clear = {role: reply for role, reply in zip(seen.horizons, replies, strict=True) if reply[0] != "BUSY"}
+        shown = {tid for _, *tids in clear.values() for tid in tids}
         if len(clear) < len(seen.horizons) or len(shown) < seen.open:
             return clear
         # Entries of tasks that have ended may be among them, and hide no other.
         still = await queries.count_open(self._connection, self._keys, gid, shown)
         return clear if still < seen.open else {}
 
-    async def _ring(self, gid: str, role: str, pages: int, shown: list[str]) -> int:
+    async def _ring(self, gid: str, role: str, pages: int, answer: list[str]) -> int:
         rung, cursor = 0, "0"
         while True:
-            call = transitions.scan(self._keys, gid, role, pages, cursor, shown)
+            call = transitions.scan(self._keys, gid, role, pages, cursor, answer)
             (reply,) = await self._connection.run([call])
             if reply[0] != "OK":
                 return rung
@@ -78,8 +78,8 @@ class Reissue:
             claims = list(zip(running[::3], running[1::3], running[2::3], strict=True))
             lost = await self._lost(gid, role, claims)
             if lost:
-                (answer,) = await self._connection.run([transitions.orphans(self._keys, gid, lost)])
-                rung += int(answer[2]) if answer[0] == "OK" else 0
+                (ended,) = await self._connection.run([transitions.orphans(self._keys, gid, lost)])
+                rung += int(ended[2]) if ended[0] == "OK" else 0
             if cursor == "0":
                 return rung
 

@@ -516,13 +516,17 @@ def look_reply(reply: list[Any]) -> Look | None:
 
 def probe(keys: Keys, role: str, gid: str, horizon: str) -> Call:
     """
-    Answers BUSY, or CLEAR and the group's tasks that the role shows.
+    Answers BUSY, or CLEAR and the group's tasks that the role shows; DUE and these if it says nothing of those to come.
     """
     return Call("probe", keys.role(role), [gid, horizon, PROBE_ENTRIES])
 
 
-def scan(keys: Keys, gid: str, role: str, pages: int, cursor: str, shown: Iterable[str]) -> Call:
-    return Call("reissue", keys.group(gid), ["scan", role, pages, cursor, SCAN_TASKS, *shown])
+def scan(keys: Keys, gid: str, role: str, pages: int, cursor: str, answer: Iterable[str]) -> Call:
+    """
+    Args:
+        answer: what `probe` answered, not BUSY.
+    """
+    return Call("reissue", keys.group(gid), ["scan", role, pages, cursor, SCAN_TASKS, *answer])
 
 
 def orphans(keys: Keys, gid: str, lost: Iterable[tuple[str, str]]) -> Call:

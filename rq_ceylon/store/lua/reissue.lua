@@ -1,8 +1,9 @@
 -- reissue: find and put back what Redis itself lost of this group in a role. docs/protocol.md states the rule.
 -- KEYS: the group's.
 -- ARGV: look
---       scan role pages cursor count tid...   open tasks of the role that it does not show (tid...): pending ones become
---                                             pages, those in progress are listed
+--       scan role pages cursor count CLEAR|DUE tid...
+--                                             open tasks of the role that it does not show (tid...): pending ones become
+--                                             pages (DUE: if they are due), those in progress are listed
 --       orphans (tid fence)...                in progress under this fence, and lost: a page that ends that lease; in a
 --                                             closed group they are cancelled
 -- Reply: GONE | OK status ...: look: pages-in-outbox page-number open-tasks, then role horizon role horizon ...
@@ -29,7 +30,7 @@ if mode == 'scan' then
   local role, number, cursor, count = ARGV[2], tonumber(ARGV[3]), ARGV[4], tonumber(ARGV[5])
   if cursor == '0' and (number ~= group.pages or call('ZCARD', OUTBOX) > 0) then return {'MOVED', group.status} end
   local shown = {}
-  for i = 6, #ARGV do shown[ARGV[i]] = true end
+  for i = 7, #ARGV do shown[ARGV[i]] = true end
   local found = call('HSCAN', TASKS, cursor, 'COUNT', count)
   local running_here, entries = {}, 0
   for i = 1, #found[2], 2 do
@@ -45,8 +46,11 @@ if mode == 'scan' then
       elseif not closed() and call('HEXISTS', NEEDS, tid) == 0 then
         local _, _, not_before = head_of(found[2][i + 1])
         local due = claim and tonumber(claim.due) or not claim and not_before
-        enqueue_later(tid, role, priority, issue_of(claim), due and due > now and due)
-        entries = entries + 1
+        local is_due = not due or due <= now
+        if is_due or ARGV[6] == 'CLEAR' then
+          enqueue_later(tid, role, priority, issue_of(claim), not is_due and due)
+          entries = entries + 1
+        end
       end
     end
   end
