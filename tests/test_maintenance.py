@@ -505,6 +505,7 @@ async def test_groups_that_the_index_has_lost_come_back_within_the_hour_and_thos
 
     await Maintenance(maintenance._connection, bench.keys).run_once()
     assert next_look_ms(bench, "lost") is None  # somebody has looked within the hour
+    assert 0 < bench.redis.pttl(bench.keys.restored) <= HOUR_MS
     bench.redis.delete(bench.keys.restored)
     await Maintenance(maintenance._connection, bench.keys).run_once()
 

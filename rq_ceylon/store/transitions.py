@@ -460,7 +460,8 @@ def take_restoring(keys: Keys, now_ms: int, ttl_ms: int) -> Call:
     """
     Take the turn to restore the index; refused with None to all others until `ttl_ms` have passed.
     """
-    return insist("SET", keys.restored, now_ms, "NX", "PX", ttl_ms)
+    # `insist` would take the TTL from it where it is refused.
+    return command("SET", keys.restored, now_ms, "NX", "PX", ttl_ms)
 
 
 def restore(keys: Keys, gid: str) -> Call:
