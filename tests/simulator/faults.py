@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Sequence
 from enum import StrEnum
 from typing import Any
 from unittest import mock
@@ -18,7 +18,7 @@ from rq_ceylon.maintenance import steps
 from rq_ceylon.maintenance.reissue import Reissue
 from rq_ceylon.store import scripts, transitions
 from rq_ceylon.store.connection import Connection
-from rq_ceylon.store.scripts import Call
+from rq_ceylon.store.scripts import Call, command
 from rq_ceylon.worker import lanes, loop, turn
 
 LEASE_MS = 90
@@ -49,6 +49,7 @@ _TIMES: list[tuple[Any, str, float]] = [
     (steps, "SILENT_MS", 400),
     (steps, "CONSUMER_IDLE_MS", 300),
     (steps, "RARELY_MS", 150),
+    (steps, "RESTORE_EVERY_MS", 100),
 ]
 
 _SIZES: list[tuple[Any, str, int]] = [
@@ -184,6 +185,9 @@ class Line(Connection):
             except ConnectionLostError as error:
                 return [*replies, *[error] * (len(calls) - position)]
         return replies
+
+    async def keys(self, pattern: str, count: int) -> AsyncIterator[list[str]]:
+        yield self.one(command("KEYS", pattern))
 
     async def run_until_answered(
         self,
