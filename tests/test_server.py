@@ -69,7 +69,7 @@ def test_it_is_private_and_fit_for_a_queue(start_server: StartServer, client_of:
     assert is_private(socket_of(server).parent)
     assert stat.S_IMODE(socket_of(server).stat().st_mode) == 0o700
     wanted = {"port": "0", "maxmemory-policy": "noeviction", "appendonly": "no", "save": ""}
-    assert client.config_get(*wanted) == wanted
+    assert {name: client.config_get(name)[name] for name in wanted} == wanted
 
 
 def test_stop_removes_everything_and_may_be_called_again(start_server: StartServer) -> None:
@@ -123,10 +123,10 @@ def test_a_kept_folder_may_have_any_name(
 
     assert client_of(server).ping()
     assert client_of(server).config_get("dir") == {"dir": str(folder)}
-    assert (folder / "appendonlydir").is_dir()
+    assert list(folder.glob("appendonly*"))
     assert resolve() == Settings(server.url)
     server.stop()
-    assert (folder / "appendonlydir").is_dir()
+    assert list(folder.glob("appendonly*"))
     assert not socket_of(server).exists()
     with pytest.raises(RedisError, match="No Redis is configured"):
         resolve()
