@@ -40,8 +40,8 @@ SECTIONS = {
     "Workers and monitors": "worker.Worker monitor.Monitor",
     "Errors": "errors.CeylonError errors.InvalidInputError errors.PayloadTooLargeError errors.GoalImpossibleError "
     "errors.GroupExistsError errors.NotFoundError errors.GroupFileError errors.UnknownTaskError errors.RedisError "
-    "errors.ConnectionLostError errors.QueueFullError errors.AppImportError errors.WaitTimeoutError "
-    "errors.NoWorkerError errors.TaskFailedError errors.TaskCancelledError",
+    "errors.ConnectionLostError errors.QueueFullError errors.DurabilityError errors.AppImportError "
+    "errors.WaitTimeoutError errors.NoWorkerError errors.TaskFailedError errors.TaskCancelledError",
     "The tutorial's words": "task.playground.TaskPlayGround task.agent.TaskExecutionAgent task.manager.TaskManager "
     "task.data.TaskMessage task.data.TaskGroupGoal task.data.TaskGroup*",
 }

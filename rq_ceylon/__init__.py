@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         AppImportError,
         CeylonError,
         ConnectionLostError,
+        DurabilityError,
         GoalImpossibleError,
         GroupExistsError,
         GroupFileError,
@@ -56,9 +57,9 @@ if TYPE_CHECKING:
 _HOME = {
     "app": "AppTask Ceylon",
     "client": "Client GroupHandle SyncClient SyncGroupHandle SyncTaskHandle TaskHandle",
-    "errors": "AppImportError CeylonError ConnectionLostError GoalImpossibleError GroupExistsError GroupFileError "
-    "InvalidInputError NotFoundError NoWorkerError PayloadTooLargeError QueueFullError RedisError TaskCancelledError "
-    "TaskFailedError UnknownTaskError WaitTimeoutError",
+    "errors": "AppImportError CeylonError ConnectionLostError DurabilityError GoalImpossibleError GroupExistsError "
+    "GroupFileError InvalidInputError NotFoundError NoWorkerError PayloadTooLargeError QueueFullError RedisError "
+    "TaskCancelledError TaskFailedError UnknownTaskError WaitTimeoutError",
     "attempt": "Backoff FailTask RetryTask TaskContext",
     "models": "Counters Goal GoalStatus GroupStatus GroupView Priority Task TaskGroup TaskResult TaskStatus TaskView",
     "monitor": "Monitor",
@@ -73,9 +74,9 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names.
 __all__ = [  # noqa: RUF022, in the order of the table above
     "AppTask", "Ceylon",
     "Client", "GroupHandle", "SyncClient", "SyncGroupHandle", "SyncTaskHandle", "TaskHandle",
-    "AppImportError", "CeylonError", "ConnectionLostError", "GoalImpossibleError", "GroupExistsError", "GroupFileError",
-    "InvalidInputError", "NotFoundError", "NoWorkerError", "PayloadTooLargeError", "QueueFullError", "RedisError",
-    "TaskCancelledError", "TaskFailedError", "UnknownTaskError", "WaitTimeoutError",
+    "AppImportError", "CeylonError", "ConnectionLostError", "DurabilityError", "GoalImpossibleError",
+    "GroupExistsError", "GroupFileError", "InvalidInputError", "NotFoundError", "NoWorkerError", "PayloadTooLargeError",
+    "QueueFullError", "RedisError", "TaskCancelledError", "TaskFailedError", "UnknownTaskError", "WaitTimeoutError",
     "Backoff", "FailTask", "RetryTask", "TaskContext",
     "Counters", "Goal", "GoalStatus", "GroupStatus", "GroupView", "Priority", "Task", "TaskGroup", "TaskResult",
     "TaskStatus", "TaskView",

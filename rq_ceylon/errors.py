@@ -78,6 +78,17 @@ class QueueFullError(RedisError):
     """
 
 
+class DurabilityError(RedisError):
+    """
+    A submission is not as durable as it was to be. If `id` is empty, the server cannot make it so, and nothing was
+    written. Else the group or task of that id was accepted and runs, but a crash of Redis may still lose it.
+    """
+
+    def __init__(self, message: str, id: str = "") -> None:
+        super().__init__(message)
+        self.id = id
+
+
 class AppImportError(CeylonError):
     """
     The application named on the command line cannot be imported, or is not one.

@@ -23,6 +23,9 @@ Duration = int | float | str | timedelta
 NeedPolicy = Literal["skip", "fail", "continue"]
 """What becomes of a task that needs one that did not complete: cancelled, failed, or it runs all the same."""
 
+Durability = Literal["none", "replica", "fsync"]
+"""What a submission waits for beside Redis' answer: nothing; that a replica has it; that it is on the disk."""
+
 GoalPolicy = Literal["continue", "drain", "cancel"]
 """What happens to the rest of a group when a goal settles: go on; finish what runs and cancel the rest; stop it all."""
 

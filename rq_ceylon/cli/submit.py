@@ -17,7 +17,7 @@ from rq_ceylon.cli.files import in_words, read_groups
 
 if TYPE_CHECKING:
     from rq_ceylon.client import Client, GroupHandle
-    from rq_ceylon.models import TaskGroup
+    from rq_ceylon.models import Durability, TaskGroup
 
 
 @command("ceylon-submit")
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, a line for each group.")
 @click.option("--require-workers", is_flag=True, help="Refuse if a role has no live worker.")
 @click.option("--key", metavar="KEY", help="Submitting the same content again under a key changes nothing.")
+@click.option("--durability", type=click.Choice(["none", "replica", "fsync"]), default="none", show_default=True,
+              help="Wait until a replica has it, or until it is on the disk.")  # fmt: skip
 @where
 def submit(
     file: str,
@@ -38,6 +40,7 @@ def submit(
     as_json: bool,
     require_workers: bool,
     key: str | None,
+    durability: Durability,
     options: RedisOptions,
 ) -> None:
     """
@@ -78,7 +81,9 @@ def submit(
         from rq_ceylon.client import Client
 
         async with Client(found.redis_url, namespace=found.namespace) as client:
-            handles = await _submit(client, groups, require=require_workers, talk=not as_json, print_ids=wait is None)
+            handles = await _submit(
+                client, groups, durability, require=require_workers, talk=not as_json, print_ids=wait is None
+            )
             code, began = 0, time.monotonic()
             for handle in handles:
                 view = await handle.view()
@@ -97,7 +102,7 @@ def submit(
 
 
 async def _submit(
-    client: Client, groups: Sequence[TaskGroup], *, require: bool, talk: bool, print_ids: bool
+    client: Client, groups: Sequence[TaskGroup], durability: Durability, *, require: bool, talk: bool, print_ids: bool
 ) -> list[GroupHandle]:
     """
     Submit them in their order, since later ones may depend on earlier ones, and say which of their roles nobody serves.
@@ -108,7 +113,7 @@ async def _submit(
     handles: list[GroupHandle] = []
     for group in groups:
         group.depends_on = resolved(group, [(one, handle.id) for one, handle in zip(groups, handles, strict=False)])
-        handle = await client.submit(group, require_workers=require)
+        handle = await client.submit(group, require_workers=require, durability=durability)
         handles.append(handle)
         if not talk:
             continue

@@ -14,8 +14,9 @@ from rq_ceylon.client.staging import stage
 from rq_ceylon.client.submission import Submission
 from rq_ceylon.errors import InvalidInputError
 from rq_ceylon.handlers import Registry
-from rq_ceylon.models import GroupView, RoleView, Task, TaskGroup, WorkerView, check_id
+from rq_ceylon.models import Durability, GroupView, RoleView, Task, TaskGroup, WorkerView, check_id
 from rq_ceylon.store import queries, transitions
+from rq_ceylon.store.durability import check_durability
 
 LONG_DELAY_MS = 600_000
 """Tasks due later than this go to a rolling group of their own, so that they do not pin the results of others."""
@@ -47,7 +48,7 @@ class Client(Session):
     def __init__(self, url: str, *, namespace: str = "ceylon", registry: Registry | None = None) -> None:
         super().__init__(url, namespace, registry)
         self.until_enqueued = False
-        self._soon, self._late = Rolling(self), Rolling(self)
+        self._rolling: dict[tuple[bool, Durability], Rolling] = {}
 
     async def open(self) -> Self:
         """
@@ -63,7 +64,7 @@ class Client(Session):
         """
         Send what is on its way and disconnect. Submitted work goes on; who still waits for it here gets an error.
         """
-        for rolling in (self._soon, self._late):
+        for rolling in self._rolling.values():
             await rolling.close()
         await self.disconnect()
 
@@ -76,16 +77,25 @@ class Client(Session):
         await self.close()
 
     @overload
-    async def submit(self, work: Task, *, require_workers: bool = False) -> TaskHandle[Any]: ...
+    async def submit(
+        self, work: Task, *, require_workers: bool = False, durability: Durability = "none"
+    ) -> TaskHandle[Any]: ...
     @overload
-    async def submit(self, work: TaskGroup, *, require_workers: bool = False) -> GroupHandle: ...
+    async def submit(
+        self, work: TaskGroup, *, require_workers: bool = False, durability: Durability = "none"
+    ) -> GroupHandle: ...
 
-    async def submit(self, work: Task | TaskGroup, *, require_workers: bool = False) -> TaskHandle[Any] | GroupHandle:
+    async def submit(
+        self, work: Task | TaskGroup, *, require_workers: bool = False, durability: Durability = "none"
+    ) -> TaskHandle[Any] | GroupHandle:
         """
         Hand over a task or a group; returns once Redis has it.
 
         Args:
             require_workers: refuse if a role has no live worker.
+            durability: `replica` returns once a replica of its server has it too, `fsync` once it is in the append-only
+                file on the disk (Redis or Valkey 7.2); both wait for up to 5 s. Single tasks that are submitted
+                meanwhile share the next wait. Entries of roles are not waited for: they are put back from the group.
 
         Raises:
             InvalidInputError: something in it cannot be used; nothing was written.
@@ -93,11 +103,13 @@ class Client(Session):
             GroupExistsError: its key was used for other content.
             NoWorkerError: see `require_workers`; nothing was written.
             QueueFullError: Redis is at its memory limit.
+            DurabilityError: see `durability`; nothing was written if its `id` is empty.
             ConnectionLostError: no answer for 5 s. Submitting again is safe for a group with a key.
         """
         self.check_owner()
+        check_durability(durability)
         if isinstance(work, TaskGroup):
-            submission = Submission(self, work)
+            submission = Submission(self, work, durability)
             is_new = await submission.run(require_workers=require_workers)
             return GroupHandle(self, submission.gid, name=work.name, repeated=not is_new)
         if work.needs or work.id is not None:
@@ -108,7 +120,10 @@ class Client(Session):
         ready = stage(work, self.registry)
         if require_workers:
             await self.require_workers([ready.role])
-        rolling = self._late if (ready.delay_ms or 0) > LONG_DELAY_MS else self._soon
+        kind = (ready.delay_ms or 0) > LONG_DELAY_MS, durability
+        if kind not in self._rolling:
+            self._rolling[kind] = Rolling(self, durability)
+        rolling = self._rolling[kind]
         gid, tid = await rolling.submit(ready, enqueued=self.until_enqueued)
         handler = self.registry.find(work.uses) if self.registry and work.uses else None
         return TaskHandle(self, gid, tid, handler)

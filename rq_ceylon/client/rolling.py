@@ -15,8 +15,10 @@ from loguru import logger
 
 from rq_ceylon.client.session import Session
 from rq_ceylon.client.staging import ReadyTask, chain, new_id
-from rq_ceylon.errors import CeylonError
+from rq_ceylon.errors import CeylonError, DurabilityError
+from rq_ceylon.models import Durability
 from rq_ceylon.store import transitions
+from rq_ceylon.store.durability import confirming
 from rq_ceylon.store.scripts import Call
 from rq_ceylon.store.transitions import GroupFacts, Page, PageAck, StagedTask
 
@@ -53,8 +55,8 @@ class Rolling:
     The single tasks of one client on their way.
     """
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    def __init__(self, session: Session, durability: Durability = "none") -> None:
+        self._session, self._durability = session, durability
         self._waiting: deque[_Waiting] = deque()
         self._group = _Group()
         # What the next turn carries beside tasks: pages to enqueue, their acknowledgements, groups to seal.
@@ -101,8 +103,7 @@ class Rolling:
                 await self._turn(batch)
             except Exception as error:  # whatever it is, it must not leave anybody waiting
                 for waiting in batch:
-                    if not waiting.ids.done():
-                        waiting.ids.set_exception(error)
+                    _refuse(waiting, error)
                 if not batch:
                     logger.warning("Maintenance enqueues what was submitted: {}", error)
                 self._pages, self._acks, self._to_seal = [], [], []
@@ -127,6 +128,8 @@ class Rolling:
         Enqueue what the last part returned, acknowledge what the turn before enqueued, and send the next part.
         """
         keys, group = self._session.keys, self._group
+        if batch:
+            await self._session.require_durable(self._durability, group.gid)
         by_role: dict[str, list[Page]] = {}
         for page in self._pages:
             by_role.setdefault(page.role, []).append(page)
@@ -142,6 +145,7 @@ class Rolling:
         digest, last = chain(group.digest, tasks), group.count + len(batch) >= ROLLING_TASKS_MAX
         if batch and not group.part:
             calls += transitions.announce(keys, group.gid, {waiting.task.role for waiting in batch})
+        at = len(calls)
         if batch:
             submit = transitions.submit(
                 keys,
@@ -154,13 +158,15 @@ class Rolling:
                 rolling=True,
                 acks=own_acks,
             )
-            calls.append(submit)
-        replies = await self._session.call(calls)
+            calls.append(confirming(submit, self._durability))
+            if not group.part:
+                calls.append(confirming(transitions.announce_again(keys, group.gid), self._durability))
+        replies, unconfirmed = await self._session.call_confirmed(calls)
         for pages, horizon in zip(by_role.values(), replies, strict=False):
             self._acks += [PageAck(page, horizon) for page in pages]
         if not batch:
             return
-        reply = transitions.submit_reply(group.gid, replies[-1])
+        reply = transitions.submit_reply(group.gid, replies[at])
         if reply.word not in ("OK", "REPEAT"):
             # Sealed meanwhile, or Redis lost earlier parts: the same tasks open a new group.
             self._waiting.extendleft(reversed(batch))
@@ -169,7 +175,9 @@ class Rolling:
         group.part, group.count, group.digest = group.part + 1, group.count + len(batch), digest
         self._pages = list(reply.pages)
         for task, waiting in zip(tasks, batch, strict=True):
-            if waiting.enqueued and self._pages:
+            if unconfirmed:
+                _refuse(waiting, self._unconfirmed(unconfirmed, f"{group.gid}/{task.tid}"))
+            elif waiting.enqueued and self._pages:
                 self._told_next.append((waiting, (group.gid, task.tid)))
             else:
                 _tell(waiting, (group.gid, task.tid))
@@ -177,6 +185,13 @@ class Rolling:
             self._renew()
         elif group is self._group and self._ageing is None:
             self._ageing = asyncio.get_running_loop().call_later(ROLLING_S, self._retire)
+
+    def _unconfirmed(self, why: str, task_id: str) -> DurabilityError:
+        return DurabilityError(
+            f"durability: {self._durability!r} is not confirmed ({why}): the task was accepted as {task_id} and runs, "
+            "but a crash of Redis may lose it; see what becomes of it before you submit it again",
+            task_id,
+        )
 
     def _retire(self) -> None:
         """
@@ -197,6 +212,11 @@ class Rolling:
 
     def _seal(self, gid: str) -> Call:
         return transitions.seal(self._session.keys, gid, untouched_ms=0)
+
+
+def _refuse(waiting: _Waiting, error: Exception) -> None:
+    if not waiting.ids.done():
+        waiting.ids.set_exception(error)
 
 
 def _tell(waiting: _Waiting, ids: tuple[str, str]) -> None:

@@ -15,11 +15,13 @@ from typing import Any
 from loguru import logger
 
 from rq_ceylon.client.following import Follower, Following
-from rq_ceylon.errors import CeylonError, NoWorkerError
+from rq_ceylon.errors import CeylonError, DurabilityError, NoWorkerError
 from rq_ceylon.handlers import Registry
-from rq_ceylon.models import check_id
+from rq_ceylon.models import Durability, check_id
+from rq_ceylon.settings import masked
 from rq_ceylon.store import queries
 from rq_ceylon.store.connection import Connection
+from rq_ceylon.store.durability import unable
 from rq_ceylon.store.events import EventHub
 from rq_ceylon.store.keys import Keys
 from rq_ceylon.store.scripts import Call
@@ -39,6 +41,8 @@ class Session:
     def __init__(self, url: str, namespace: str, registry: Registry | None) -> None:
         self.url, self.keys, self.registry = url, Keys(check_id(namespace, "namespace")), registry
         self._connection = Connection(url)
+        # Redis answers nothing else on a connection that waits for a replica or the disk.
+        self._confirming = Connection(url)
         self.hub = EventHub(url, self.keys)
         self._following = Following(self._connection, self.keys, self.hub, self._warn_of_missing)
         self._warned_at: dict[str, float] = {}
@@ -68,6 +72,7 @@ class Session:
         self._owner = None
         await self._following.close()
         await self.hub.close()
+        await self._confirming.close()
         await self._connection.close()
 
     def check_owner(self) -> None:
@@ -81,6 +86,34 @@ class Session:
         Send calls that are safe to repeat, for up to 5 s.
         """
         return await self.connection.run_until_answered(calls, give_up_after=ANSWER_S)
+
+    async def call_confirmed(self, calls: Sequence[Call]) -> tuple[list[Any], str]:
+        """
+        As `call`; the second says why those that are to be confirmed were not: '' if they were, or there are none.
+        """
+        if not any(call.confirm for call in calls):
+            return await self.call(calls), ""
+        self.check_owner()
+        found = await self._confirming.run_until_answered(calls, give_up_after=ANSWER_S)
+        pairs = [reply if call.confirm else (reply, "") for call, reply in zip(calls, found, strict=True)]
+        return [reply for reply, _ in pairs], next((why for _, why in pairs if why), "")
+
+    async def require_durable(self, durability: Durability, gid: str) -> None:
+        """
+        Raises:
+            DurabilityError: the server of this group, or of its entry in the index, cannot confirm.
+        """
+        if durability == "none":
+            return
+        wanted = (self.keys.group_part(gid, "meta"), self.keys.index_of(gid))
+        keys = {self.connection.node_of(key): key for key in wanted}
+        infos = await self.call([Call("", (key,), ("INFO",)) for key in keys.values()])
+        for info in infos:
+            if problem := unable(info, durability):
+                raise DurabilityError(
+                    f"durability: {durability!r} is not possible: Redis at {masked(self.url)} {problem}; "
+                    "nothing was written"
+                )
 
     def follow(self, gid: str) -> AbstractContextManager[Follower]:
         """

@@ -13,6 +13,7 @@ from rq_ceylon.client.session import Session
 from rq_ceylon.client.staging import StagedGroup, chain, keyed_id, new_id
 from rq_ceylon.errors import (
     CeylonError,
+    DurabilityError,
     GoalImpossibleError,
     GroupExistsError,
     InvalidInputError,
@@ -21,8 +22,10 @@ from rq_ceylon.errors import (
 )
 from rq_ceylon.goals import impossible_words
 from rq_ceylon.maintenance import hand_over, meet, relay
-from rq_ceylon.models import Counters, GroupStatus, TaskGroup
+from rq_ceylon.models import Counters, Durability, GroupStatus, TaskGroup
 from rq_ceylon.store import queries, transitions
+from rq_ceylon.store.durability import confirming
+from rq_ceylon.store.scripts import Call
 from rq_ceylon.store.transitions import StagedTask, SubmitReply
 
 
@@ -31,12 +34,13 @@ class Submission:
     One group on its way.
     """
 
-    def __init__(self, session: Session, group: TaskGroup) -> None:
-        self._session, self._key = session, group.key
+    def __init__(self, session: Session, group: TaskGroup, durability: Durability = "none") -> None:
+        self._session, self._key, self._durability = session, group.key, durability
         gid = keyed_id(session.keys.namespace, group.key) if group.key else new_id()
         self._staged = StagedGroup(group, session.registry, gid=gid)
         self._digest = self._staged.digest()
         self._part = 0
+        self._unconfirmed = ""
 
     @property
     def gid(self) -> str:
@@ -44,8 +48,9 @@ class Submission:
 
     async def run(self, *, require_workers: bool) -> bool:
         """
-        Send all; False if the same was submitted before, and nothing was written.
+        Send all; False if the same was submitted before, and nothing is changed.
         """
+        await self._session.require_durable(self._durability, self.gid)
         others = self._staged.facts.depends_on
         if others and not self._key:
             await self._check_known(others)
@@ -59,14 +64,21 @@ class Submission:
                 await asyncio.gather(asyncio.create_task(self._drop()), return_exceptions=True)
             raise
         # Without a key nobody else writes this group: its answer was lost, and it was sent again.
-        if reply.word == "REPEAT" and self._key:
-            return False
-        if others:
+        is_new = reply.word != "REPEAT" or not self._key
+        if is_new and others:
             # So that they tell it at once; should this process end here, maintenance asks them.
             with suppress(CeylonError):
                 await meet(self._session.connection, self._session.keys, self.gid)
-        await self._enqueue(reply)
-        return True
+        if is_new:
+            await self._enqueue(reply)
+        if self._unconfirmed:
+            again = f"key {self._key!r}: that waits anew" if self._key else "a key: without one it is another group"
+            raise DurabilityError(
+                f"durability: {self._durability!r} is not confirmed ({self._unconfirmed}): {self._staged.what} was "
+                f"accepted as {self.gid} and runs, but a crash of Redis may lose it; submit it again with {again}",
+                self.gid,
+            )
+        return is_new
 
     async def _check_known(self, gids: Sequence[str]) -> None:
         found = await queries.views(self._session.connection, self._session.keys, gids)
@@ -96,10 +108,13 @@ class Submission:
             keys, self.gid, staged.facts, tasks, part=self._part, last=last, digest=self._digest.hex()[:32]
         )
         announce = transitions.announce(keys, self.gid, staged.roles)
-        # Once more behind the last part: maintenance may just be dropping an older group of this key from the index.
-        again = transitions.announce(keys, self.gid, ()) if last else []
-        answer = (await self._session.call([*announce, submit, *again]))[len(announce)]
-        reply = transitions.submit_reply(self.gid, answer)
+        ending: list[Call] = [submit]
+        if last:
+            # Maintenance may just be dropping an older group of this key from the index.
+            ending.append(transitions.announce_again(keys, self.gid))
+            ending = [confirming(call, self._durability) for call in ending]
+        replies, self._unconfirmed = await self._session.call_confirmed([*announce, *ending])
+        reply = transitions.submit_reply(self.gid, replies[len(announce)])
         if reply.word not in ("OK", "REPEAT"):
             await self._refuse(reply)
         return reply

@@ -14,7 +14,17 @@ from typing import Any, Generic, Literal, Self, TypeVar, cast, overload
 from rq_ceylon.client.client import Client
 from rq_ceylon.client.handles import GroupHandle, TaskHandle
 from rq_ceylon.errors import CeylonError
-from rq_ceylon.models import GroupView, RoleView, Task, TaskGroup, TaskResult, TaskStatus, TaskView, WorkerView
+from rq_ceylon.models import (
+    Durability,
+    GroupView,
+    RoleView,
+    Task,
+    TaskGroup,
+    TaskResult,
+    TaskStatus,
+    TaskView,
+    WorkerView,
+)
 from rq_ceylon.store.events import Event
 
 R = TypeVar("R")
@@ -117,17 +127,25 @@ class SyncClient:
             yield item
 
     @overload
-    def submit(self, work: Task, *, require_workers: bool = False) -> SyncTaskHandle[Any]: ...
+    def submit(
+        self, work: Task, *, require_workers: bool = False, durability: Durability = "none"
+    ) -> SyncTaskHandle[Any]: ...
     @overload
-    def submit(self, work: TaskGroup, *, require_workers: bool = False) -> SyncGroupHandle: ...
+    def submit(
+        self, work: TaskGroup, *, require_workers: bool = False, durability: Durability = "none"
+    ) -> SyncGroupHandle: ...
 
-    def submit(self, work: Task | TaskGroup, *, require_workers: bool = False) -> SyncTaskHandle[Any] | SyncGroupHandle:
+    def submit(
+        self, work: Task | TaskGroup, *, require_workers: bool = False, durability: Durability = "none"
+    ) -> SyncTaskHandle[Any] | SyncGroupHandle:
         """
         As `Client.submit`.
         """
+        submit = self.inner.submit
         if isinstance(work, TaskGroup):
-            return SyncGroupHandle(self, self.call(self.inner.submit(work, require_workers=require_workers)))
-        return SyncTaskHandle(self, self.call(self.inner.submit(work, require_workers=require_workers)))
+            group = self.call(submit(work, require_workers=require_workers, durability=durability))
+            return SyncGroupHandle(self, group)
+        return SyncTaskHandle(self, self.call(submit(work, require_workers=require_workers, durability=durability)))
 
     def task(self, task_id: str) -> SyncTaskHandle[Any]:
         return SyncTaskHandle(self, self.inner.task(task_id))

@@ -26,7 +26,7 @@ from redis.crc import key_slot
 
 from rq_ceylon.errors import ConnectionLostError, RedisError
 from rq_ceylon.settings import Address, Place, masked, place_of, shown_address
-from rq_ceylon.store import scripts, server
+from rq_ceylon.store import durability, scripts, server
 from rq_ceylon.store.scripts import Call
 from rq_ceylon.store.trouble import LOST, is_demotion, text_of
 
@@ -140,8 +140,18 @@ class Node:
             if asking:
                 pipeline.execute_command("ASKING")
             pipeline.execute_command(*scripts.words(call))
+        # On the connection that wrote, for it tells of its own writes only.
+        confirm = next((call.confirm for call in calls if call.confirm), ())
+        if confirm:
+            pipeline.execute_command(*confirm)
         replies: list[Any] = await pipeline.execute(raise_on_error=False)
-        return replies[1::2] if asking else replies
+        answer = replies.pop() if confirm else None
+        if asking:
+            replies = replies[1::2]
+        return [
+            durability.confirmed(reply, answer) if call.confirm else reply
+            for call, reply in zip(calls, replies, strict=True)
+        ]
 
     async def command(self, *words: Any) -> Any:
         """

@@ -23,11 +23,14 @@ class Call:
     Attributes:
         keys: what the call touches; all in one slot.
         args: ARGV of the script; the whole command with its keys where it is plain.
+        confirm: WAIT or WAITAOF, asked once behind all calls of a pipeline. The reply is a pair then: the call's, and
+            why it was not confirmed ('': it was).
     """
 
     script: str
     keys: Sequence[str]
     args: Sequence[Any]
+    confirm: Sequence[Any] = ()
 
 
 def command(*words: Any) -> Call:

@@ -7,6 +7,7 @@ in the head of its Lua file.
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -214,6 +215,14 @@ def announce(keys: Keys, gid: str, roles: Iterable[str]) -> list[Call]:
     if roles:
         calls.append(command("SADD", keys.roles, *roles))
     return calls
+
+
+def announce_again(keys: Keys, gid: str) -> Call:
+    """
+    Enter a group that was just written in the index, due at once, even at the memory limit: it is there, so maintenance
+    must find it. A write each time, as its time is another one: a confirmation waits for nothing else.
+    """
+    return insist("ZADD", keys.index_of(gid), f"{random.random():.9f}", gid)
 
 
 # ---- claim, commit ---------------------------------------------------------------------------------------------------

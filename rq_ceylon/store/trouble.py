@@ -161,12 +161,20 @@ def _tls_problem(text: str) -> str:
     return ""
 
 
+def engine_of(info: Mapping[str, Any]) -> tuple[str, str, tuple[int, ...]]:
+    """
+    Name of the engine with this INFO, its version, and the first two numbers of that.
+    """
+    engine = "valkey" if "valkey_version" in info else "redis"
+    version = str(info.get("valkey_version") or info.get("redis_version") or "0.0")
+    return engine, version, tuple(int(part) for part in version.split(".")[:2])
+
+
 def unfit(info: Mapping[str, Any], place: Place) -> str:
     """
     Why a server with this INFO cannot do this work, and the remedy; '' if it can.
     """
-    engine = "valkey" if "valkey_version" in info else "redis"
-    version = str(info.get("valkey_version") or info.get("redis_version") or "0.0")
+    engine, version, numbers = engine_of(info)
     address = shown_address(place.addresses[0]) if place.addresses else "host:port"
     s = "s" if place.tls else ""
     mode = info.get("redis_mode") or info.get("server_mode")
@@ -178,7 +186,7 @@ def unfit(info: Mapping[str, Any], place: Place) -> str:
         )
     if mode == "cluster" and place.kind != "cluster":
         return f"is a node of a cluster; use redis{s}+cluster://{address}"
-    if tuple(int(part) for part in version.split(".")[:2]) < FLOOR[engine]:
+    if numbers < FLOOR[engine]:
         floor = ".".join(map(str, FLOOR[engine]))
         return f"is {engine} {version}; at least {engine} {floor} is needed: upgrade it"
     policy = info.get("maxmemory_policy", "noeviction")

@@ -5,7 +5,7 @@
 --       acknowledge_pages), n, n meta fields and values, goals (see goal_of; deadlines relative), groups that it
 --       depends on ('' or 'a b c'; with the last part),
 --       then per task: tid, text (role|priority|delay ms|expires ms|crash limit|JSON), tids it needs ('' or 'a b c').
--- Reply: OK status pages | REPEAT status (known: nothing written, enqueue nothing) | GAP (parts before it are unknown, or
+-- Reply: OK status pages | REPEAT status (known: nothing changed, enqueue nothing) | GAP (parts before it are unknown, or
 --        the number is known with another digest) | CLOSED (sealed meanwhile) | EXISTS (the key is taken by other content)
 --        | REFUSED what name (nothing is kept of the group).
 -- Repeatable by part number and digest. The only script that is refused at maxmemory: its first write may allocate.
@@ -18,17 +18,23 @@ local goals_at = meta_first + 1 + meta_count
 local depends_on = ARGV[goals_at + 1]
 local first_task = goals_at + 2
 
+-- WAIT and WAITAOF tell of writes on their connection only: a repetition, perhaps by another one, is a write too.
+local function repeated()
+  drain(); call('HSET', META, 'v', LAYOUT)
+  return {'REPEAT', group.status}
+end
+
 local known = load()
 if known then
   local stored = call('HMGET', META, 'parts', 'digest')
   local parts = tonumber(stored[1])
   if rolling then
-    if part == parts and digest == stored[2] then acknowledge_pages(acknowledgements); return {'REPEAT', group.status} end
+    if part == parts and digest == stored[2] then acknowledge_pages(acknowledgements); return repeated() end
     if part ~= parts + 1 then return {'GAP'} end
     if closed() or group.open == '0' then return {'CLOSED'} end
   else
-    if part < parts and not last then return {'REPEAT', group.status} end
-    if part == parts and digest == stored[2] and last == (group.status ~= 'staging') then return {'REPEAT', group.status} end
+    if part < parts and not last then return repeated() end
+    if part == parts and digest == stored[2] and last == (group.status ~= 'staging') then return repeated() end
     if part <= parts or group.status ~= 'staging' then return {'EXISTS'} end
     if part > parts + 1 then return {'GAP'} end
   end
