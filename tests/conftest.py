@@ -17,6 +17,8 @@ import pytest
 import redis
 from bench import Bench
 from servers import BINARIES
+from simulator.runner import table
+from simulator.simulation import Coverage
 
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.server import EmbeddedServer
@@ -32,6 +34,20 @@ REMEDIES = {
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if metafunc.definition.get_closest_marker("every_engine"):
         metafunc.parametrize("engine", ENGINES, indirect=True, scope="session")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """
+    How often each fault struck each script, in all runs of the simulator.
+    """
+    properties = [dict(report.user_properties) for report in terminalreporter.getreports("passed")]
+    struck = [cell for found in properties for cell in found.get("struck", ())]
+    if struck:
+        covered = Coverage()
+        for script, fault, count in struck:
+            covered[script, fault] += count
+        terminalreporter.write_sep("=", "faults of the simulator")
+        terminalreporter.write_line(table(covered))
 
 
 @pytest.fixture(scope="session")

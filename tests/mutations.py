@@ -85,14 +85,14 @@ class Tree:
         """
         The test or seed that fails, None if all pass.
         """
-        code, output = self._run("pytest", "-x", "-q", "-p", "no:cacheprovider", *TESTS)
+        code, output = self._run("-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *TESTS)
         if code:
             found = re.search(r"^(?:FAILED|ERROR) \S+?::(\S+)", output, re.MULTILINE)
             if code != 1 or not found or UNREADABLE.search(output):
                 raise SyntaxError(output[-2000:])
             return found[1]
         for seeds, flags in ((SEEDS, []), (LOSSY_SEEDS, ["--loss"])):
-            code, output = self._run("tests.simulator", "--first", "--seeds", seeds, *flags)
+            code, output = self._run("tests/simulate.py", "--first", "--seeds", seeds, *flags)
             if UNREADABLE.search(output):
                 raise SyntaxError(output[-2000:])
             if code:
@@ -104,11 +104,11 @@ class Tree:
                 )
         return None
 
-    def _run(self, module: str, *words: str) -> tuple[int, str]:
+    def _run(self, *words: str) -> tuple[int, str]:
         environ = {**os.environ, "PYTHONPATH": str(self.folder), "PYTHONDONTWRITEBYTECODE": "1"}
         environ["PATH"] = os.devnull  # no second engine: the rules are the same
         done = subprocess.run(
-            [sys.executable, "-m", module, *words],
+            [sys.executable, *words],
             cwd=self.folder,
             env=environ,
             stdout=subprocess.PIPE,

@@ -251,6 +251,9 @@ class Nodes:
                 return next(one for one in self.nodes if one.port == port)
         raise AssertionError(f"nobody owns slot {slot}")
 
+    def other_than(self, node: Running) -> Running:
+        return next(one for one in self.nodes if one is not node)
+
     def move(self, slot: int, to: Running) -> int:
         """
         Move a slot as an operator's tool does, key by key; returns how many keys moved.
@@ -285,6 +288,22 @@ def start_cluster(fleet: Fleet, count: int = 3) -> Nodes:
 def _cluster_is_ok(node: Running) -> bool:
     facts: str = node.ask("CLUSTER", "INFO")
     return "cluster_state:ok" in facts
+
+
+@contextlib.contextmanager
+def running_at(name: str, folder: Path) -> Iterator[tuple[str, Callable[[int], object] | None]]:
+    """
+    The URL of a server of an engine, or of a `cluster` of the first one, with what moves a slot of it.
+    """
+    binary = BINARIES[next(iter(BINARIES)) if name == "cluster" else name]()
+    if binary is None:
+        raise LookupError(f"the engine {name} is not installed")
+    with fleet_of(binary, folder) as fleet:
+        if name == "cluster":
+            cluster = start_cluster(fleet)
+            yield cluster.url, lambda slot: cluster.move(slot, cluster.other_than(cluster.owner(slot)))
+        else:
+            yield fleet.start().url, None
 
 
 # ---- pretended -------------------------------------------------------------------------------------------------------

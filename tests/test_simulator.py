@@ -1,57 +1,86 @@
 """
 The protocol under fire, and proof that the judge of it sees what is wrong.
 
-It runs where CEYLON_SEEDS says how many seeds: `valkey=120 redis=40`, half of them with loss of data.
+CEYLON_SEEDS says how many seeds run where: `valkey=120 redis=40 cluster=10`.
 """
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import redis
+from conftest import ENGINES
 from mutations import Tree, mutations
-from simulator.__main__ import empty_cells, run, table
+from servers import running_at
 from simulator.checker import violations
 from simulator.faults import SCRIPTS
 from simulator.ledger import Acknowledged, Cancelled, Committed, Delivered, Granted, Ledger, Lost, Outage, Started
+from simulator.runner import empty_cells, run, simulated, table
 from simulator.simulation import Coverage, Simulation
 
 from rq_ceylon.store.keys import Keys
 
-SEEDS = {"valkey": 0, "redis": 0} | {
-    engine: int(count)
-    for engine, _, count in (word.partition("=") for word in os.environ.get("CEYLON_SEEDS", "").split())
+SEEDS = {
+    place: int(count)
+    for place, _, count in (word.partition("=") for word in os.environ.get("CEYLON_SEEDS", "valkey=20").split())
 }
-SLICES = 4
+SLICE = 10
 
-pytestmark = pytest.mark.skipif("CEYLON_SEEDS" not in os.environ, reason="minutes of two CPUs; set CEYLON_SEEDS")
+
+class Slice(NamedTuple):
+    """
+    Seeds to be run one after the other, at an engine or a cluster of the first one.
+    """
+
+    place: str
+    seeds: range
+    loss: bool
+
+    def __str__(self) -> str:
+        return f"{self.place} {self.seeds[0]} to {self.seeds[-1]}{' with loss' if self.loss else ''}"
+
+
+def slices() -> Iterator[Slice]:
+    """
+    Every other one with loss of data.
+    """
+    first = 1
+    for place, count in SEEDS.items():
+        parts = 2 * max(1, round(count / SLICE / 2))
+        bounds = [first + count * part // parts for part in range(parts + 1)]
+        some = [Slice(place, range(*bounds[i : i + 2]), loss=i % 2 == 1) for i in range(parts)]
+        yield from (part for part in some if part.seeds)
+        first += count
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.every_engine
-@pytest.mark.parametrize("part", range(SLICES))
-def test_nothing_is_lost_or_counted_twice_whatever_fails(redis_url: str, engine: str, part: int) -> None:
+@pytest.mark.parametrize(
+    ("engine", "part"),
+    [pytest.param(ENGINES[0] if part.place == "cluster" else part.place, part, id=str(part)) for part in slices()],
+    indirect=["engine"],
+)
+def test_nothing_is_lost_or_counted_twice_whatever_fails(
+    engine: str, part: Slice, short_tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     """
-    Odd slices lose data too. A failing seed: `python -m tests.simulator --replay SEED [--loss]`.
+    A failing seed: `python tests/simulate.py --replay SEED --engine PLACE`.
     """
-    seeds = range(1 + 1000 * part, 1 + 1000 * part + SEEDS[engine] // SLICES)
-    if not seeds:
-        pytest.skip("no seeds for this engine; set CEYLON_SEEDS")
     covered = Coverage()
-    loss = part % 2 == 1
-    failed = run(redis_url, seeds, loss=loss, covered=covered)
-    # A busy machine strikes less often: seeds in which all scripts run fill what is empty.
-    more = iter(range(1000 * part + 500, 1000 * part + 548, 4))
-    while not failed and empty_cells(covered) and (seed := next(more, None)) is not None:
-        failed = run(redis_url, [seed], loss=loss, covered=covered)
+    with running_at(part.place, short_tmp_path) as (url, move):
+        failed = run(url, part.seeds, loss=part.loss, covered=covered, move=move)
+        # A busy machine strikes less often: seeds in which all scripts run fill what is empty.
+        more = iter(range(10_000 + part.seeds[0] // 4 * 4, 10_100 + part.seeds[0], 4))
+        while not failed and empty_cells(covered) and (seed := next(more, None)) is not None:
+            failed = run(url, [seed], loss=part.loss, covered=covered, move=move)
     assert not failed, "\n".join(f"seed {seed}: {words}" for seed, found in failed.items() for words in found[:5])
-    print(table(covered))
     assert not empty_cells(covered), "never struck"
+    # conftest.py prints the sum of all
+    record_property("struck", [[script, str(fault), count] for (script, fault), count in covered.items()])
 
 
 # ---- the judge -------------------------------------------------------------------------------------------------------
@@ -70,8 +99,8 @@ def finished(server: Any) -> Finished:
     """
     A run in which nothing was wrong.
     """
-    simulation = Simulation(server.url, 7)
-    assert simulation.run() == []
+    simulation = simulated(server.url, 7)
+    assert simulation.found == []
     plain: Any = redis.Redis.from_url(server.url)
     return Finished(server.url, simulation, {key: (plain.dump(key), plain.pttl(key)) for key in plain.keys("*")})
 
@@ -310,12 +339,13 @@ def test_a_cell_that_was_never_struck_is_named() -> None:
     assert "fetch " in table(covered)
 
 
-def test_a_replay_makes_the_same_choices(finished: Finished) -> None:
+def test_a_replay_makes_the_same_choices_and_faults(finished: Finished) -> None:
     url, simulation, _ = finished
-    again = Simulation(url, simulation.seed, replay=simulation.journal[:400])
+    again = Simulation(url, simulation.seed, scale=simulation.scale, replay=simulation.journal[:400])
     again.run()
     same = [choice for choice in again.journal[:300] if choice in set(simulation.journal)]
     assert len(same) > 200
+    assert any(choice.struck != "-" for choice in same)
 
 
 def test_every_mutation_applies_to_the_code_as_it_is(tmp_path: Path) -> None:

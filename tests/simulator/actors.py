@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator
 from typing import TYPE_CHECKING, Any
 
 from rq_ceylon.client.rolling import Rolling, _Waiting
@@ -22,7 +22,7 @@ from rq_ceylon.models import Goal, Task, TaskGroup
 from rq_ceylon.store import transitions
 from rq_ceylon.store.codec import decode, task_parts
 from rq_ceylon.store.transitions import Committed
-from rq_ceylon.worker.held import Granted, Step
+from rq_ceylon.worker.held import Granted
 from rq_ceylon.worker.loop import Worker
 from rq_ceylon.worker.neighbours import bury
 
@@ -40,8 +40,11 @@ ATTEMPTS = 3
 
 class Actor:
     """
-    One line of doing. `coroutine` gives way at every gate; the actor sleeps until `wake_ms`.
+    One line of doing. `coroutine` gives way at every gate; the actor sleeps until `wake_ms`. It lives and dies with its
+    `owner`.
     """
+
+    owner: Actor | None = None
 
     def __init__(self, simulation: Simulation, name: str) -> None:
         self.simulation, self.name = simulation, name
@@ -74,6 +77,22 @@ class Actor:
         self.coroutine = self.live()
 
 
+class Side(Actor):
+    """
+    What shipped code does beside another actor, in the same process: a task of its event loop.
+    """
+
+    def __init__(self, owner: Actor, coroutine: Coroutine[Any, Any, None], name: str) -> None:
+        self.owner, self._work = owner, coroutine
+        super().__init__(owner.simulation, f"{owner.name}, {name}")
+
+    def live(self) -> Coroutine[Any, Any, None]:
+        return self._work
+
+    def done(self) -> bool:
+        return inspect.getcoroutinestate(self.coroutine) == inspect.CORO_CLOSED
+
+
 # ---- workers ---------------------------------------------------------------------------------------------------------
 class Process(Worker):
     """
@@ -93,15 +112,9 @@ class Process(Worker):
         self.body = body
         self.connection = self.lanes._connection = body.line
 
-    async def take_turn(self) -> None:
-        steps: Sequence[Step] = self.turns.plan(self._free())
-        while steps:
-            steps = await self.lanes._try("", steps)
-        self._start_granted()
-
     def _start_granted(self) -> None:
         granted, self.turns.granted = self.turns.granted, []
-        for grant in granted:
+        for grant in granted if not self.body.line.is_dead else ():
             self.body.start(grant)
 
 
@@ -120,19 +133,25 @@ class WorkerActor(Actor):
         self._shut_down_begun = False
 
     async def live(self) -> None:
-        process, turns = self.process, self.process.turns
+        process, turns, lanes = self.process, self.process.turns, self.process.lanes
         while True:
+            lanes.check()
             if self.simulation.now_ms() - self._beat_ms > self.simulation.lease_ms / 3:
                 self._beat_ms = self.simulation.now_ms()
                 await self.line.run(process.lookout.heartbeat())
             if not turns.stopping and self.random.random() < 0.003 and not self.simulation.is_draining:
                 self._shut_down()
-            await process.take_turn()
             self._end_jobs()
-            if turns.stopping and turns.is_idle() and not self.jobs:
+            if turns.is_due(process._free()):  # on other nodes turns may be in flight
+                lanes.send(turns.plan(process._free()))
+            if turns.stopping and turns.is_idle() and not self.jobs and not lanes.in_flight:
                 await process._leave()
                 return
-            await self.rest(0 if turns.is_due(process._free()) else self.random.uniform(1, 4))
+            if turns.is_due(process._free()):
+                await gate()
+            else:
+                await self.rest(self.random.uniform(1, 4))
+                turns.ring()
 
     def _shut_down(self) -> None:
         self.process.turns.stopping = True
@@ -185,11 +204,6 @@ class WorkerActor(Actor):
         del self.jobs[key]
         self.process._running.pop(key, None)
 
-    def end(self) -> None:
-        super().end()
-        self.leases.line.is_dead = True
-        self.leases.end()
-
     def crash(self) -> None:
         self.simulation.worker_died(self)
 
@@ -200,7 +214,7 @@ class LeaseActor(Actor):
     """
 
     def __init__(self, worker: WorkerActor) -> None:
-        self.worker = worker
+        self.owner = self.worker = worker
         super().__init__(worker.simulation, f"{worker.name} leases")
         worker.process.leases._on_lost = self._lost
 
@@ -217,9 +231,6 @@ class LeaseActor(Actor):
             except ConnectionLostError:
                 continue
             await self.rest(self.simulation.lease_ms / 3)
-
-    def crash(self) -> None:
-        self.worker.crash()
 
 
 class Neighbour(Actor):
@@ -249,6 +260,7 @@ class Maintainer(Actor):
         while True:
             with contextlib.suppress(ConnectionLostError):
                 await maintenance.run_once()
+            self.simulation.looked_through()
             await self.rest(8)
 
 
@@ -347,9 +359,9 @@ class LoneClient(Actor):
 
     async def live(self) -> None:
         rolling = _Rolling(self)
+        self.simulation.enter(Timer(self, rolling))
         while self.left > 0:
             rolling.submit_some()
-            await rolling._run()
             await self.rest(self.random.choice((0, 1, 20)))
         await rolling.close()
 
@@ -361,24 +373,35 @@ class LoneClient(Actor):
         return _Waiting(ready, self.random.random() < 0.5, _Accepted())  # type: ignore[arg-type]
 
 
-class _Rolling(Rolling):
+class Timer(Actor):
     """
-    More is submitted while a turn is in flight.
+    The age of a client's rolling group, which may be over at any moment.
     """
 
+    def __init__(self, client: LoneClient, rolling: Rolling) -> None:
+        self.owner, self._rolling = client, rolling
+        super().__init__(client.simulation, f"timer of {client.name}")
+
+    async def live(self) -> None:
+        while True:
+            await self.rest(self.random.uniform(10, 200))
+            if self._rolling._ageing is not None:
+                self._rolling._retire()
+
+
+class _Rolling(Rolling):
     def __init__(self, client: LoneClient) -> None:
         super().__init__(_Session(client))
         self._client = client
 
     def submit_some(self) -> None:
         self._waiting.extend(self._client.task() for _ in range(self._client.random.choice((1, 1, 2, 5))))
+        self._wake()
 
     async def _turn(self, batch: list[_Waiting]) -> None:
         group = self._group
         self._client.simulation.expect(group.gid, group.count, [waiting.task.role for waiting in batch])
         await super()._turn(batch)
-        if self._client.left > 0 and self._client.random.random() < 0.7:
-            self.submit_some()
 
 
 class _Session(Session):

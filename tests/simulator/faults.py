@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator, Sequence
 from enum import StrEnum
 from typing import Any
 from unittest import mock
+
+from redis.crc import key_slot
 
 from rq_ceylon import presence
 from rq_ceylon.client import rolling, staging
@@ -20,6 +22,8 @@ from rq_ceylon.store import scripts, transitions
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.scripts import Call, command
 from rq_ceylon.worker import lanes, loop, turn
+
+Spawn = Callable[[Coroutine[Any, Any, None], str], Any]
 
 LEASE_MS = 90
 
@@ -70,13 +74,14 @@ _LIMITS = {
 
 
 @contextlib.contextmanager
-def short_times(scale: float, *, reissue: bool) -> Iterator[None]:
+def short_times(scale: float, *, reissue: bool, spawn: Spawn) -> Iterator[None]:
     """
     The shipped code, with times and limits so small that a run of seconds meets them all.
 
     Args:
         scale: all times are so much longer, for a slow machine.
         reissue: off, nothing may be lost that it would have to put back.
+        spawn: takes what shipped code wants done beside itself.
     """
     shipped, digest_of = scripts.source, scripts.digest.__wrapped__
 
@@ -100,7 +105,7 @@ def short_times(scale: float, *, reissue: bool) -> Iterator[None]:
         stack.enter_context(mock.patch.object(scripts, "source", source))
         stack.enter_context(mock.patch.object(scripts, "digest", digest))
         for user in (lanes, loop, rolling):
-            stack.enter_context(mock.patch.object(user, "asyncio", _Asyncio()))
+            stack.enter_context(mock.patch.object(user, "asyncio", _Asyncio(spawn)))
         if not reissue:
             stack.enter_context(mock.patch.object(Reissue, "run", _nothing_lost))
         yield
@@ -115,10 +120,21 @@ class _Asyncio:
     The part of asyncio that workers and clients need, without an event loop. No timer ever ends.
     """
 
+    def __init__(self, spawn: Spawn) -> None:
+        self._spawn = spawn
+
     def __getattr__(self, name: str) -> Any:
         import asyncio
 
         return getattr(asyncio, name)
+
+    def create_task(self, coroutine: Coroutine[Any, Any, None], *, name: str) -> Any:
+        return self._spawn(coroutine, name)
+
+    @staticmethod
+    async def gather(*tasks: Any, return_exceptions: bool) -> None:
+        while not all(task.done() for task in tasks):
+            await gate()
 
     @staticmethod
     async def sleep(_: float) -> None:
@@ -165,15 +181,16 @@ Strike = Callable[[str], Fault]
 class Line(Connection):
     """
     The connection of one actor, driven by hand: before each script call all others may go on, and a fault may strike.
+    The slots lie on so many nodes, even where one server plays them all.
     """
 
-    def __init__(self, owner: str, send: Send, strike: Strike, stray: Callable[[Call, str], bool]) -> None:
-        self.url, self.owner = "", owner
+    def __init__(self, owner: str, nodes: int, send: Send, strike: Strike, stray: Callable[[Call, str], bool]) -> None:
+        self.url, self.owner, self._nodes = "", owner, nodes
         self._deliver, self._strike, self._stray = send, strike, stray
         self.is_dead = False
 
     def node_of(self, key: str) -> str:
-        return ""
+        return f"node {key_slot(key.encode()) * self._nodes // 16384}"
 
     async def run_each(self, calls: Sequence[Call]) -> list[Any]:
         replies: list[Any] = []

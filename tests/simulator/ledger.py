@@ -142,6 +142,7 @@ class Ledger:
     """
     Attributes:
         accepted: per group that was answered OK, its tasks.
+        ended: tasks of which somebody was told that they are over.
         goals: per group, name → (expression, fail_when, has a deadline, is a callable).
         lossy: Redis may lose data in this run, so leases and orders across losses prove nothing.
         rings: reissue may ring what is merely late, so delays prove nothing.
@@ -155,6 +156,7 @@ class Ledger:
     policies: dict[str, str] = field(default_factory=dict)
     goals: dict[str, dict[str, tuple[str, str, bool, bool]]] = field(default_factory=dict)
     plans: dict[str, Mapping[str, Plan]] = field(default_factory=dict)
+    ended: set[tuple[str, str]] = field(default_factory=set)
     _staged: dict[str, list[str]] = field(default_factory=dict)
     _entries: dict[tuple[str, int], str] = field(default_factory=dict)
 
@@ -210,6 +212,7 @@ class Ledger:
                 self.records.append(Granted(gid, tid, role, entry, worker, int(fence), after))
             elif claimed.verdict in ("DONE", "CLOSED"):
                 self.records.append(Over(gid, tid))
+                self.ended.add((gid, tid))
             elif claimed.verdict == "PARKED":
                 self.records.append(Parked(gid, tid))
 
@@ -222,9 +225,12 @@ class Ledger:
             if kind != "stopping":
                 due = before + int(delay) if kind in ("retry", "release") and int(delay) else 0.0
                 self.records.append(Committed(gid, tid, worker, int(fence), kind, verdict, due))
+                if verdict == "OK" and kind not in ("retry", "release"):
+                    self.ended.add((gid, tid))
 
     def _saw_control(self, gid: str, args: list[Any], reply: Any, *_: Any) -> None:
         if args[0] == "cancel_tasks" and reply[0] == "OK":
             for tid, word in zip(args[1:], reply[2:], strict=True):
                 if word == "cancelled":
+                    self.ended.add((gid, tid))
                     self.records.append(Cancelled(gid, tid))

@@ -6,12 +6,15 @@ from __future__ import annotations
 
 import collections
 import random
+import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, NamedTuple
 
 import redis
+from redis.cluster import ClusterNode
+from redis.crc import key_slot
 
 from rq_ceylon.client.staging import keyed_id
 from rq_ceylon.goals import compile_goals
@@ -22,7 +25,7 @@ from rq_ceylon.store.scripts import Call
 from rq_ceylon.store.trouble import classified
 
 from . import actors
-from .actors import ROLES, Actor, Judge, LeaseActor, LoneClient, Maintainer, Neighbour, Producer, User, WorkerActor
+from .actors import ROLES, Actor, Judge, LoneClient, Maintainer, Neighbour, Producer, Side, User, WorkerActor
 from .checker import history, records
 from .faults import CRASH, LEASE_MS, LOSE, RARE, SCRIPTS, Crashed, Fault, Line, short_times
 from .ledger import Died, Ledger, Lost, Outage, Plan, Record
@@ -33,27 +36,46 @@ POLICIES: list[NeedPolicy] = ["skip", "skip", "fail", "continue"]
 LOSS_MS, FIRE_MS = 1300.0, 2000.0
 """So long Redis may lose data, and anything else may strike. What was struck must then come to its end."""
 
-PATIENCE_MS = 12_000.0
-"""A run that has not ended by then is stuck. Counted in steps of at most 5 ms: a stalled machine is no fault."""
+STILL_MS, STARVED_MS = 4000.0, 3000.0
+"""
+A run in which nothing has ended for so long is stuck. The first is a fault. It counts only while every role is fetched
+from in time, as nothing may be reclaimed where it is not, and a pass of maintenance as 50 ms at most. By the second, in
+steps of at most 5 ms, the machine was too slow, unless most of it counts; such a run is made again with longer times.
+"""
+
+SCALE_MAX = 64.0
 
 Coverage = collections.Counter[tuple[str, str]]
 
 
+def client_of(url: str, *, decode_responses: bool = False) -> Any:
+    """
+    A plain client.
+    """
+    if not url.startswith("redis+cluster://"):
+        return redis.Redis.from_url(url, decode_responses=decode_responses, protocol=2)
+    nodes = [address.rsplit(":", 1) for address in url.partition("://")[2].split(",")]
+    startup = [ClusterNode(host, int(port)) for host, port in nodes]  # type: ignore[no-untyped-call]
+    return redis.RedisCluster(startup_nodes=startup, decode_responses=decode_responses, protocol=2)
+
+
 class Choice(NamedTuple):
     """
-    One step of the schedule: when, whose turn, and the dice for faults and sleep.
+    One step of the schedule: when, whose turn, the dice for faults and sleep, and what struck in the end.
     """
 
     at_ms: float
     actor: str
     fault: float
     nap: float
+    struck: str = Fault.NONE
 
 
 class Simulation:
     """
     Args:
         scale: all times are so much longer, for a slow machine.
+        move: moves a slot of the cluster at the URL to another node.
         covered: script × fault, over all runs so far; what was never struck is struck more often.
         replay: the choices of an earlier run, to be made again at the same times.
     """
@@ -65,38 +87,41 @@ class Simulation:
         *,
         loss: bool = False,
         scale: float = 1.0,
+        move: Callable[[int], object] | None = None,
         covered: Coverage | None = None,
         replay: Sequence[Choice] = (),
     ) -> None:
         self.seed, self.loss, self.scale, self.lease_ms = seed, loss, scale, LEASE_MS * scale
         self.keys = Keys("sim")
-        self.raw: Any = redis.Redis.from_url(url, decode_responses=True, protocol=2)
-        self.bytes: Any = redis.Redis.from_url(url, protocol=2)
+        self.raw, self.bytes = client_of(url, decode_responses=True), client_of(url)
         self.schedule, self.random = random.Random(f"{seed} schedule"), random.Random(f"{seed} world")
         self.ledger = Ledger(self.lease_ms, lossy=loss, rings=loss or seed % 4 == 0)
         self.covered = Coverage() if covered is None else covered
         self.journal: list[Choice] = []
-        self._replay = list(replay)
+        self._replay, self._move = list(replay), move
+        # A worker has a turn in flight for each node.
+        self._nodes = 3 if move or seed % 2 else 1
         self.found: list[str] = []
         self.calls = self.naps = self.deaths = 0
         self.losses: collections.Counter[str] = collections.Counter()
-        self.is_draining = self.was_starved = False
-        self.fetches = self._slow_fetches = 0
+        self.is_draining = self.was_starved = self._gave_up = False
         self._fetched: dict[str, float] = {}
-        self._limit_ms = PATIENCE_MS * scale
         self.groups: dict[str, TaskGroup] = {}
         self._cast: dict[str, Actor] = {}
         self._workers = 0
         self._strays: list[tuple[float, Call, str]] = []
         self._snapshots: dict[str, list[tuple[str, bytes | None, int]]] = {}
         self._rolled_back: set[str] = set()
+        self._acting: Actor | None = None
         self._dice = Choice(0, "", 1, 1)
         self._began = time.monotonic()
-        self._patience_ms = 0.0
+        self._ran_ms = self._moved_at_ms = self._still_ms = self._looked_ms = 0.0
+        self._moved = 0
+        self._mover: threading.Thread | None = None
 
     @property
     def is_calm(self) -> bool:
-        return self.is_draining or self._patience_ms > FIRE_MS * self.scale
+        return self.is_draining or self._ran_ms > FIRE_MS * self.scale
 
     # ---- what actors use ---------------------------------------------------------------------------------------------
     def now_ms(self) -> float:
@@ -106,7 +131,27 @@ class Simulation:
         self.ledger.records.append(record)
 
     def line(self, owner: str) -> Line:
-        return Line(owner, self._send, self._strike, self._stray)
+        return Line(owner, self._nodes, self._send, self._strike, self._stray)
+
+    def spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> Side:
+        """
+        What the acting process wants done beside what it does.
+        """
+        assert self._acting is not None
+        side = Side(self._acting.owner or self._acting, coroutine, name)
+        self.enter(side)
+        return side
+
+    def enter(self, actor: Actor) -> None:
+        self._cast[actor.name] = actor
+
+    def looked_through(self) -> None:
+        """
+        Maintenance has gone through all.
+        """
+        now = self.now_ms()
+        self._still_ms += min(now - self._looked_ms, 50 * self.scale)
+        self._looked_ms = now
 
     def expect(self, gid: str, count: int, roles: Sequence[str]) -> None:
         """
@@ -119,10 +164,10 @@ class Simulation:
 
     def worker_died(self, worker: WorkerActor) -> None:
         self.deaths += 1
+        self._cast.pop(worker.name)
         self.note(Died(worker.process.name))
-        self._dismiss(worker)
         if self.random.random() < 0.6 and not self.is_draining:
-            self._enter(Neighbour(self, worker))
+            self.enter(Neighbour(self, worker))
         self._hire()
 
     # ---- calls -------------------------------------------------------------------------------------------------------
@@ -132,18 +177,16 @@ class Simulation:
         try:
             reply = self.raw.execute_command(*words)
         except redis.exceptions.NoScriptError:
-            self.raw.script_load(scripts.source(call.script))
-            reply = self.raw.execute_command(*words)
+            reply = self.raw.execute_command("EVAL", scripts.source(call.script), *words[2:])
         except redis.ResponseError as error:
             if call.script in SCRIPTS:
                 self.found.append(f"{call.script} was refused: {error}")
             return classified(error, "redis://none")
         if call.script in SCRIPTS:
             self.calls += 1
-            if call.script == "fetch" and self.is_calm:
-                self.fetches += 1
-                self._slow_fetches += before - self._fetched.get(call.keys[0], before) > self.lease_ms / 2.2
             if call.script == "fetch":
+                if before - self._fetched.get(call.keys[0], before) > self.lease_ms / 2.2:
+                    self._still_ms = 0
                 self._fetched[call.keys[0]] = before
             self.ledger.saw(call, reply, owner, before, self.now_ms())
         return reply
@@ -152,14 +195,17 @@ class Simulation:
         """
         The fault of this step, at its first script call.
         """
-        dice, self._dice = self._dice, self._dice._replace(fault=1)
-        if self.is_calm:
+        dice, self._dice = self._dice, self._dice._replace(fault=1, struck=Fault.NONE)
+        if dice.struck != Fault.NONE:
+            return Fault(dice.struck)
+        if self.is_calm or self._replay:
             return Fault.NONE
         low = 0.0
         for fault, chance in ((Fault.BEFORE, CRASH), (Fault.AFTER, CRASH), (Fault.LOST, LOSE)):
             low += chance * RARE.get(script, 1) * (1 if self.covered[script, fault] else 25)
             if dice.fault < low:
                 self.covered[script, fault] += 1
+                self.journal[-1] = dice._replace(struck=fault)
                 return fault
         return Fault.NONE
 
@@ -176,21 +222,22 @@ class Simulation:
         return True
 
     # ---- the cast ----------------------------------------------------------------------------------------------------
-    def _enter(self, actor: Actor) -> None:
-        self._cast[actor.name] = actor
-
     def _hire(self) -> None:
         self._workers += 1
         all_roles = self._workers <= 2 or self.is_draining or self.random.random() < 0.5
         roles = ROLES if all_roles else (self.random.choice(ROLES),)
         worker = WorkerActor(self, self._workers, roles)
-        self._enter(worker)
-        self._enter(worker.leases)
+        self.enter(worker)
+        self.enter(worker.leases)
 
-    def _dismiss(self, worker: WorkerActor) -> None:
-        self._cast.pop(worker.name, None)
-        self._cast.pop(worker.leases.name, None)
-        worker.end()
+    def _end_sides(self, process: Actor) -> None:
+        """
+        A process has ended, and all that lived in it ends.
+        """
+        process.line.is_dead = True
+        for side in [actor for actor in self._cast.values() if actor.owner is process]:
+            del self._cast[side.name]
+            side.end()
 
     def _assemble(self) -> None:
         rnd = random.Random(f"{self.seed} plan")
@@ -218,13 +265,13 @@ class Simulation:
                 for goal in compile_goals(goals)
             }
             producers[gid] = Producer(self, number, group)
-            self._enter(producers[gid])
+            self.enter(producers[gid])
         for number in range(LONE_CLIENTS):
-            self._enter(LoneClient(self, number, 40))
-        self._enter(User(self))
+            self.enter(LoneClient(self, number, 40))
+        self.enter(User(self))
         for number in range(2):
-            self._enter(Maintainer(self, f"m{number}"))
-            self._enter(Judge(self, f"j{number}"))
+            self.enter(Maintainer(self, f"m{number}"))
+            self.enter(Judge(self, f"j{number}"))
         for _ in range(WORKERS):
             self._hire()
 
@@ -234,16 +281,17 @@ class Simulation:
         Returns what was violated.
         """
         self.raw.flushall()
-        with short_times(self.scale, reissue=self.ledger.rings):
+        with short_times(self.scale, reissue=self.ledger.rings, spawn=self.spawn):
             self._assemble()
             self._loop()
             for actor in self._cast.values():
+                actor.line.is_dead = True
+            for actor in self._cast.values():
                 actor.end()
+        if self._mover is not None:
+            self._mover.join()
         self.found += history(self.ledger)
-        # Where a role is fetched from too seldom, nothing may be reclaimed: rightly stuck.
-        self.was_starved = (
-            not self.found and self._slow_fetches > self.fetches / 20 and self._patience_ms > self._limit_ms
-        )
+        self.was_starved = self._gave_up and not self.found
         self.found += records(self.raw, self.keys, self.ledger)
         self.raw.close()
         self.bytes.close()
@@ -257,9 +305,9 @@ class Simulation:
         while True:
             steps += 1
             now = self.now_ms()
-            self._patience_ms += min(now - last, 5.0 * self.scale)
+            self._ran_ms += min(now - last, 5.0 * self.scale)
             last, age = now, (now - self._began * 1000) / self.scale
-            if self._patience_ms > self._limit_ms:
+            if self.found or self._is_stuck():
                 return
             for stray in [stray for stray in self._strays if stray[0] <= now]:
                 self._strays.remove(stray)
@@ -273,6 +321,11 @@ class Simulation:
             if self.loss and loss < age < LOSS_MS:
                 loss = age + self.random.uniform(40, 200)
                 self._disaster()
+            if self._move and self._mover is None and age > step / 2 and self.ledger.accepted:
+                gid = self.random.choice(list(self.ledger.accepted))
+                key = self.random.choice((self.keys.group_part(gid, ""), self.keys.role_part("cpu", "")))
+                self._mover = threading.Thread(target=self._move, args=[key_slot(key.encode())])
+                self._mover.start()
             self._turn(now, age)
             if steps % 50 == 0:
                 self._sums()
@@ -282,24 +335,35 @@ class Simulation:
             if steps % 100 == 0 and (not self.loss or age > LOSS_MS + 500) and self._is_over():
                 return
 
+    def _is_stuck(self) -> bool:
+        moved = len(self.ledger.ended) + sum(map(len, self.ledger.accepted.values()))
+        if moved != self._moved or not self.is_calm:
+            self._moved, self._moved_at_ms, self._still_ms = moved, self._ran_ms, 0.0
+        waited_ms = self._ran_ms - self._moved_at_ms
+        self._gave_up = waited_ms > STARVED_MS * self.scale and self._still_ms < waited_ms / 2
+        return self._gave_up or self._still_ms > STILL_MS * self.scale
+
     def _turn(self, now: float, age: float) -> None:
         choice = self._choose(now, age)
         if choice is None:
             time.sleep(0.0002)
             return
         self.journal.append(choice)
-        actor = self._cast[choice.actor]
+        actor = self._acting = self._cast[choice.actor]
         self._dice = choice
         try:
             actor.coroutine.send(None)
         except StopIteration:
-            self._cast.pop(actor.name, None)
+            del self._cast[actor.name]
+            if actor.owner is None:
+                self._end_sides(actor)
             if isinstance(actor, WorkerActor):
                 self.note(Died(actor.process.name))
-                self._dismiss(actor)
                 self._hire()
         except Crashed:
-            actor.crash()
+            process = actor.owner or actor
+            self._end_sides(process)
+            process.crash()
         except Exception as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
             self.found.append(f"{actor.name} ended with {error!r} at {place.filename}:{place.lineno}")
@@ -308,9 +372,9 @@ class Simulation:
             # A frozen process, or only its loop while its lease thread goes on.
             self.naps += 1
             until = now + self.lease_ms * (1.1 + 400 * choice.nap)
-            actor.wake_ms = until
-            if choice.nap < 0.002:
-                actor.leases.wake_ms = until
+            for one in self._cast.values():
+                if one is actor or (one.owner is actor and (one is not actor.leases or choice.nap < 0.002)):
+                    one.wake_ms = until
 
     def _choose(self, now: float, age: float) -> Choice | None:
         if self._replay:
@@ -327,7 +391,7 @@ class Simulation:
     def _outage(self, now: float) -> None:
         until = now + self.lease_ms * self.random.uniform(1.3, 2)
         for actor in self._cast.values():
-            if isinstance(actor, (WorkerActor, LeaseActor)):
+            if isinstance(actor.owner or actor, WorkerActor):
                 actor.wake_ms = max(actor.wake_ms, until)
         # Nor does a late fetch come meanwhile.
         self._strays = [(max(at, until), call, owner) for at, call, owner in self._strays]
@@ -410,6 +474,7 @@ class Simulation:
                 self.bytes.restore(key, max(ttl_ms, 0), dump)
         if gid:
             self._rolled_back.add(gid)
+            self.ledger.ended = {task for task in self.ledger.ended if task[0] != gid}
         else:  # its user sees that it is paused, and resumes it again
             self.raw.hdel(keys[4], "paused")
         self._lost(f"{name.partition(' ')[0]} rolled back", gid)
