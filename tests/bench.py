@@ -15,7 +15,7 @@ from rq_ceylon.store import scripts, transitions
 from rq_ceylon.store.codec import task_text
 from rq_ceylon.store.keys import Keys
 from rq_ceylon.store.scripts import Call
-from rq_ceylon.store.transitions import Acks, Committed, Delivery, GroupFacts, Page, PageAck, StagedTask
+from rq_ceylon.store.transitions import Ack, Committed, Delivery, GroupFacts, Page, PageAck, StagedTask
 
 LEASE_MS = 400
 
@@ -101,7 +101,7 @@ class Bench:
             worker,
             budget=budget,
             lease_ms=LEASE_MS,
-            acks={"completed": Acks(list(acks))} if acks else None,
+            acks=[Ack(entry, "completed") for entry in acks],
             recover=recover,
             first=first,
         )

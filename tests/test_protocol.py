@@ -2,8 +2,6 @@
 The protocol row by row: states, verdicts of claim and commit, what each script does when it is repeated.
 """
 
-from collections import Counter
-
 import pytest
 import redis
 from bench import LEASE_MS, Bench
@@ -11,7 +9,7 @@ from bench import LEASE_MS, Bench
 from rq_ceylon.models import Goal
 from rq_ceylon.store import transitions
 from rq_ceylon.store.codec import task_text
-from rq_ceylon.store.transitions import Acks, Committed, Delivery, GroupFacts, PageAck, StagedTask
+from rq_ceylon.store.transitions import Ack, Committed, Delivery, GroupFacts, PageAck, StagedTask
 from rq_ceylon.worker.leases import Leases
 from rq_ceylon.worker.turn import Turns
 
@@ -481,7 +479,7 @@ def test_an_entry_that_was_deleted_while_pending_is_acknowledged_when_it_is_reco
 def test_acknowledgements_sent_twice_count_once(bench: Bench) -> None:
     bench.queued("g")
     delivery = bench.started("w", "g")
-    acks = {"completed": Acks([delivery.entry], Counter(run_ms=5))}
+    acks = [Ack(delivery.entry, "completed", run_ms=5)]
     for _ in range(2):
         bench.run(transitions.fetch(bench.keys, "p", "w", budget=0, lease_ms=LEASE_MS, acks=acks))
     assert bench.redis.hmget(bench.keys.role_part("p", "meta"), "total:completed", "run_ms") == ["1", "5"]

@@ -30,7 +30,7 @@ from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.events import TaskEvent
 from rq_ceylon.store.keys import Keys
 from rq_ceylon.store.scripts import command
-from rq_ceylon.store.transitions import Acks, Committed, Delivery, GroupFacts, StagedTask
+from rq_ceylon.store.transitions import Ack, Committed, Delivery, GroupFacts, StagedTask
 
 pytestmark = [pytest.mark.anyio, pytest.mark.every_engine]
 
@@ -53,7 +53,7 @@ class Bench:
         if pages:
             await self.connection.run([transitions.enqueue(self.keys, "p", pages)])
 
-    async def fetch(self, budget: int, acks: dict[str, Acks] | None = None) -> Sequence[Delivery]:
+    async def fetch(self, budget: int, acks: Sequence[Ack] = ()) -> Sequence[Delivery]:
         call = transitions.fetch(self.keys, "p", "w", budget=budget, lease_ms=30_000, acks=acks)
         (raw,) = await self.connection.run([call])
         return transitions.fetch_reply("p", raw).deliveries
@@ -296,7 +296,7 @@ FACTS: dict[str, Any] = {
 async def test_a_role_counts_what_waits_what_is_out_and_who_serves_it(bench: Bench) -> None:
     started = await bench.start("g", [staged("a"), staged("b"), staged("late", delay_ms=60_000)])
     await bench.commit("g", started["a"], "completed")
-    await bench.fetch(0, {"completed": Acks([started["a"].entry])})
+    await bench.fetch(0, [Ack(started["a"].entry, "completed")])
     await bench.submit("h", [staged("c"), staged("d"), staged("e")])
     for name, facts in {"w1": FACTS, "w2": FACTS | {"roles": ["q"]}, "m": FACTS | {"kind": "monitor"}}.items():
         await bench.connection.run(transitions.heartbeat(bench.keys, name, facts, ttl_ms=60_000))

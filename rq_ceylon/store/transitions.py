@@ -8,7 +8,7 @@ in the head of its Lua file.
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -328,14 +328,15 @@ def commit_reply(gid: str, reply: list[Any], asked: int) -> CommitReply:
 
 
 # ---- fetch, renew, release -------------------------------------------------------------------------------------------
-@dataclass(slots=True)
-class Acks:
+class Ack(NamedTuple):
     """
-    Entries of one outcome to acknowledge, and the histogram fields they add to.
+    An entry that is done with: how, and for statistics how long its task ran and had waited.
     """
 
-    entries: list[str] = field(default_factory=list)
-    histogram: Counter[str] = field(default_factory=Counter)
+    entry: str
+    outcome: str
+    run_ms: int = 0
+    wait_ms: int = 0
 
 
 def fetch(
@@ -346,22 +347,28 @@ def fetch(
     budget: int,
     lease_ms: int,
     first: int = 1,
-    acks: Mapping[str, Acks] | None = None,
+    acks: Iterable[Ack] = (),
     recover: Sequence[str] | None = None,
 ) -> Call:
     """
     Args:
         budget: entries wanted; 0 to acknowledge and keep the role's clock only.
         first: number of the stream to read first.
-        acks: by outcome.
         recover: entries that this worker holds; given after a `fetch` that was not answered, None otherwise.
     """
     args: list[Any] = [worker, budget, lease_ms, "read" if recover is None else "recover", first]
     args += (len(recover or ()), *(recover or ()))
-    for outcome, group in (acks or {}).items():
-        args += (outcome, len(group.entries), *group.entries, len(group.histogram))
-        for name, count in group.histogram.items():
-            args += (name, count)
+    by_outcome: dict[str, list[Ack]] = defaultdict(list)
+    for ack in acks:
+        by_outcome[ack.outcome].append(ack)
+    for outcome, some in by_outcome.items():
+        histograms: Counter[str] = Counter()
+        for ack in some if outcome in ("completed", "failed") else ():
+            for name, ms in (("run", ack.run_ms), ("wait", ack.wait_ms)):
+                histograms[f"{name}:{ms.bit_length()}"] += 1
+                histograms[f"{name}_ms"] += ms
+        args += (outcome, len(some), *(ack.entry for ack in some))
+        args += (len(histograms), *(word for pair in histograms.items() for word in pair))
     return Call("fetch", keys.role(role), args)
 
 

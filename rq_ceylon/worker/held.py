@@ -1,5 +1,5 @@
 """
-What a worker holds, what it is done with, and the steps of a turn about it.
+What a worker holds, and the steps of a turn about it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from enum import Enum, auto
 from typing import Any, NamedTuple
 
 from rq_ceylon.store.scripts import Call
-from rq_ceylon.store.transitions import Acks, Claimed, Delivery
+from rq_ceylon.store.transitions import Claimed, Delivery
 
 
 class Stage(Enum):
@@ -52,39 +52,6 @@ class Granted(NamedTuple):
     claimed: Claimed
     defaults: str
     stop: bool
-
-
-class Settled:
-    """
-    The entries of one role that are done with, by outcome, until a fetch acknowledges them.
-    """
-
-    def __init__(self) -> None:
-        self._acks: dict[str, Acks] = {}
-
-    def note(self, delivery: Delivery, outcome: str, run_ms: int) -> None:
-        acks = self._acks.setdefault(outcome, Acks())
-        acks.entries.append(delivery.entry)
-        if outcome in ("completed", "failed"):
-            # By the server's clock: a fence is its time of delivery in µs, an entry id its time of arrival in ms.
-            wait_ms = max(0, delivery.fence // 1000 - int(delivery.lineage[2:].partition("-")[0]))
-            for name, value in (("run", run_ms), ("wait", wait_ms)):
-                bucket, total = f"{name}:{value.bit_length()}", f"{name}_ms"
-                acks.histogram[bucket] += 1
-                acks.histogram[total] += value
-
-    def take(self) -> dict[str, Acks]:
-        acks, self._acks = self._acks, {}
-        return acks
-
-    def put_back(self, acks: dict[str, Acks]) -> None:
-        """
-        What was taken, and may not have been acknowledged.
-        """
-        for outcome, some in acks.items():
-            mine = self._acks.setdefault(outcome, Acks())
-            mine.entries += some.entries
-            mine.histogram.update(some.histogram)
 
 
 class Step(NamedTuple):

@@ -20,8 +20,8 @@ from loguru import logger
 from rq_ceylon.errors import CeylonError
 from rq_ceylon.store import transitions
 from rq_ceylon.store.keys import Keys
-from rq_ceylon.store.transitions import Acks, Committed, Page, PageAck
-from rq_ceylon.worker.held import Granted, Held, Settled, Stage, Step
+from rq_ceylon.store.transitions import Ack, Committed, Page, PageAck
+from rq_ceylon.worker.held import Granted, Held, Stage, Step
 from rq_ceylon.worker.leases import Leases
 
 UNCLAIMED_S = 2.0
@@ -58,7 +58,7 @@ class Turns:
         self.granted: list[Granted] = []
         self.stopping = False
         self._outcomes: dict[str, list[tuple[Held, Committed]]] = collections.defaultdict(list)
-        self._settled = {role: Settled() for role in self.roles}
+        self._acks: dict[str, list[Ack]] = {role: [] for role in self.roles}
         self._page_acks: dict[str, list[PageAck]] = collections.defaultdict(list)
         self._to_enqueue: dict[str, list[Page]] = collections.defaultdict(list)
         self._to_relay: set[str] = set()
@@ -258,7 +258,7 @@ class Turns:
             self._to_fetch.discard(role)
             self._empty.discard(role)
             self._next_due_s.pop(role, None)
-            acks = self._settled[role].take()
+            acks, self._acks[role] = self._acks[role], []
             recover = [entry for of, entry in self.held if of == role] if role in self._recovering else None
             call = transitions.fetch(
                 self.keys,
@@ -356,11 +356,11 @@ class Turns:
             self.held[role, delivery.entry] = Held(delivery, now)
             self.leases.hold(role, delivery.entry, now + UNCLAIMED_S + 2 * answer.lease_ms / 1000)
 
-    def _fetch_lost(self, role: str, acks: dict[str, Acks]) -> None:
+    def _fetch_lost(self, role: str, acks: list[Ack]) -> None:
         self._fetching.discard(role)
         self._recovering.add(role)
         self._to_fetch.add(role)
-        self._settled[role].put_back(acks)
+        self._acks[role] += acks
 
     def _released(self, stale: Sequence[Held], reply: Any) -> None:
         if isinstance(reply, CeylonError):
@@ -401,8 +401,11 @@ class Turns:
                 self._to_enqueue[page.role].append(page)
 
     def _acknowledge(self, held: Held, outcome: str, run_ms: int) -> None:
-        self._settled[held.delivery.role].note(held.delivery, outcome, run_ms)
-        self._to_fetch.add(held.delivery.role)
+        delivery = held.delivery
+        # By the server's clock: a fence is its time of delivery in µs, an entry id its time of arrival in ms.
+        wait_ms = max(0, delivery.fence // 1000 - int(delivery.lineage[2:].partition("-")[0]))
+        self._acks[delivery.role].append(Ack(delivery.entry, outcome, run_ms, wait_ms))
+        self._to_fetch.add(delivery.role)
         self.forget(held)
 
 
