@@ -139,17 +139,14 @@ async def _meta(connection: Connection, keys: Keys, gid: str) -> dict[str, str]:
 
 
 async def _read(connection: Connection, keys: Keys, gid: str, meta: Mapping[str, str]) -> _Records:
-    async def part(name: str, separator: str) -> dict[str, str]:
+    async def part(name: str) -> dict[str, str]:
         """
-        A hash, read in steps; of its texts what stands before the separator.
+        Of each text of a hash what stands before the first bar.
         """
-        key, cursor = keys.group_part(gid, name), "0"
         found: dict[str, str] = {}
-        while True:
-            ((cursor, some),) = await connection.run([command("HSCAN", key, cursor, "COUNT", STEP)])
-            found |= {tid: text.partition(separator)[0] for tid, text in some.items()}
-            if str(cursor) == "0":
-                return found
+        async for some in queries.scan(connection, keys.group_part(gid, name)):
+            found |= {tid: text.partition("|")[0] for tid, text in some.items()}
+        return found
 
     ends: dict[str, list[str]] = collections.defaultdict(list)
     seq = 0
@@ -162,11 +159,11 @@ async def _read(connection: Connection, keys: Keys, gid: str, meta: Mapping[str,
     (pages,) = await connection.run([command("ZRANGE", keys.group_part(gid, "outbox"), 0, -1)])
     return _Records(
         meta=meta,
-        tasks=frozenset(await part("tasks", "|")),
-        results=await part("results", "|"),
-        claims=await part("claims", "|"),
-        needs=await part("needs", "|"),
-        children=await part("children", "|"),
+        tasks=frozenset(await part("tasks")),
+        results=await part("results"),
+        claims=await part("claims"),
+        needs=await part("needs"),
+        children=await part("children"),
         has_internal_pages=any("|#" in page for page in pages),
         ends=ends,
     )

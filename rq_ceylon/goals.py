@@ -443,10 +443,9 @@ def _compile(goal: Goal | str, position: int) -> CompiledGoal:
 
 
 def _policy(value: object, name: str) -> str:
-    for known in get_args(GoalPolicy):
-        if value == known:
-            return str(known)
-    raise InvalidInputError(f"{name}: {value!r} is not a policy; use {_listed(get_args(GoalPolicy))}")
+    if value not in get_args(GoalPolicy):
+        raise InvalidInputError(f"{name}: {value!r} is not a policy; use {_listed(get_args(GoalPolicy))}")
+    return str(value)
 
 
 def _deadline_ms(goal: Goal, name: str) -> int:

@@ -109,9 +109,7 @@ def seconds(value: Duration, name: str) -> float:
     """
     remedy = "give seconds (30) or text such as 30s, 5m, 1h30m, 250ms, 2d"
     match value:
-        case bool():
-            raise InvalidInputError(f"{name}: {value!r} is not a duration; {remedy}")
-        case int() | float():
+        case int() | float() if not isinstance(value, bool):
             result = float(value)
         case timedelta():
             result = value.total_seconds()

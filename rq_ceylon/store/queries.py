@@ -201,18 +201,21 @@ async def tasks(connection: Connection, keys: Keys, gid: str) -> AsyncIterator[T
     """
     seen: set[str] = set()
     for part in ("tasks", "results"):
-        async for tids in _scan(connection, keys.group_part(gid, part)):
-            fresh = [tid for tid in tids if tid not in seen]
+        async for texts in scan(connection, keys.group_part(gid, part)):
+            fresh = [tid for tid in texts if tid not in seen]
             seen.update(fresh)
             for view in await some_tasks(connection, keys, gid, fresh):
                 yield view
 
 
-async def _scan(connection: Connection, key: str) -> AsyncIterator[list[str]]:
+async def scan(connection: Connection, key: str) -> AsyncIterator[dict[str, str]]:
+    """
+    A hash in steps, in bounded memory. What changes meanwhile may be missed, or come twice.
+    """
     cursor = "0"
     while True:
         ((cursor, found),) = await connection.run([command("HSCAN", key, cursor, "COUNT", SCAN)])
-        yield list(_fields(found))
+        yield _fields(found)
         if str(cursor) == "0":
             return
 

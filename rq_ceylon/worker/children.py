@@ -62,7 +62,8 @@ class Children:
         function = handler.function
         request = to_json([handler.name, function.__module__, function.__qualname__, *_main(), raw])
         async with self._places:
-            child = self._pop_idle() or await self._start()
+            self._idle = [one for one in self._idle if one.is_alive]
+            child = self._idle.pop() if self._idle else await self._start()
             try:
                 begin()
                 reply = await child.ask(request)
@@ -84,13 +85,6 @@ class Children:
         for child in list(self._living):
             child.kill()
             await child.gone()
-
-    def _pop_idle(self) -> _Child | None:
-        while self._idle:
-            child = self._idle.pop()
-            if child.is_alive:
-                return child
-        return None
 
     async def _start(self) -> _Child:
         ours, theirs = socket.socketpair()

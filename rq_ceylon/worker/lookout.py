@@ -64,7 +64,7 @@ class Lookout:
             ("looks", self._every(self._beat_s, self._look)),
             ("control", self._listen_to_control()),
             ("neighbours", self._every(lambda: LOOK_S, self._look_at_neighbours)),
-            ("maintenance", maintain(self._url, self._keys, _log_maintenance)),
+            ("maintenance", maintain(self._url, self._keys, _say)),
         ):
             self._tasks.append(asyncio.create_task(body, name=name))
 
@@ -130,7 +130,7 @@ class Lookout:
             try:
                 await body()
             except ConnectionLostError as error:
-                logger.debug("Not for now: {}", error)  # the turns go on, and say what they meet
+                _say(error)
             await asyncio.sleep(pause_s())
 
     def _beat_s(self) -> float:
@@ -158,5 +158,5 @@ class Lookout:
             await self._neighbours.bury_dead(self._connection)
 
 
-def _log_maintenance(error: CeylonError) -> None:
-    logger.debug("No maintenance for now: {}", error)  # the turns go on, and say what they meet
+def _say(error: CeylonError) -> None:
+    logger.debug("Not for now: {}", error)  # the turns go on, and say what they meet
