@@ -259,7 +259,6 @@ async def test_events_tell_tasks_goals_and_status_and_go_on_where_a_reader_stopp
         TaskEvent("b", "completed", "p", 0, 7),
     ]
     assert await queries.events(bench.connection, bench.keys, "g", 3) == events[2:]
-    assert await queries.events(bench.connection, bench.keys, "g", 1, count=2) == events[:2]
     assert await queries.events(bench.connection, bench.keys, "g", 4) == []
 
 

@@ -171,12 +171,12 @@ def _view(gid: str, meta: Mapping[str, str], events: int) -> GroupView | None:
     )
 
 
-async def events(connection: Connection, keys: Keys, gid: str, start: int, count: int = SCAN) -> list[Event]:
+async def events(connection: Connection, keys: Keys, gid: str, start: int) -> list[Event]:
     """
-    Events of a group from the given number (the first is 1) on.
+    Events of a group from the given number (the first is 1) on; not all of many.
     """
     first = max(start, 1) - 1
-    (lines,) = await connection.run([command("LRANGE", keys.group_part(gid, "events"), first, first + count - 1)])
+    (lines,) = await connection.run([command("LRANGE", keys.group_part(gid, "events"), first, first + SCAN - 1)])
     return [event_of(first + 1 + i, line) for i, line in enumerate(lines)]
 
 
