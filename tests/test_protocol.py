@@ -570,12 +570,13 @@ def test_a_malformed_entry_is_put_aside_and_holds_nobody_up(bench: Bench) -> Non
         "g a 12:1-1",
         "g a 1 4:1-1",
         "g a 1 2:1-1 x",
+        f"g a 1 2:{'9' * 5000}-1",
     ):
         bench.redis.xadd(stream, {"task": forged})
     bench.queued("g")
     (delivery,) = bench.fetch("w", 20)
     assert delivery.tid == "a"
-    assert bench.redis.xlen(bench.keys.role_part("p", "quarantine")) == 10
+    assert bench.redis.xlen(bench.keys.role_part("p", "quarantine")) == 11
     assert bench.redis.xlen(stream) == 1
 
 

@@ -74,7 +74,8 @@ local delivered, left = {}, budget
 
 -- One that nobody here wrote would be refused at its claim, with all that are claimed beside it, again and again.
 local function is_well_formed(fields)
-  local rest = fields[1] == 'task' and #fields == 2 and string.match(fields[2], '^[%w._:-]+ [%w._:-]+ %d+(.*)$')
+  if #fields ~= 2 or fields[1] ~= 'task' or #fields[2] > ENTRY_MAX then return false end
+  local rest = string.match(fields[2], '^[%w._:-]+ [%w._:-]+ %d+(.*)$')
   local lineage = rest and (string.match(rest, '^ (%S+)$') or string.match(rest, '^ (%S+) %d+$'))
   return rest == '' or lineage == '-' or lineage and string.match(lineage, '^[123]:%d+%-%d+$')
 end

@@ -7,6 +7,7 @@ local DELAYED, META, BELL, QUARANTINE = KEYS[4], KEYS[5], KEYS[6], KEYS[7]
 local GROUP = 'workers'
 local BELL_MAX = 64          -- tokens; more idle workers than that wake within their blocking wait
 local QUARANTINE_MAX = 1000
+local ENTRY_MAX = 256   -- bytes; two ids of 64, and numbers
 local UNPACK_MAX = 1000      -- Lua's stack ends at 8,000
 
 -- See group.lua: every writing script must be able to run at maxmemory.
