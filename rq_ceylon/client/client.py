@@ -38,16 +38,10 @@ class Client(Session):
         namespace: keeps applications on one Redis apart.
         registry: handlers known here: the arguments of their tasks are checked before anything is sent, and their
             results come back as the annotated type.
-
-    Attributes:
-        until_enqueued: a single task's `submit` returns one round trip later, once its role has it too. For a process
-            that may end at any moment without `close`: what it submitted just before would else wait for maintenance,
-            10 to 70 s.
     """
 
     def __init__(self, url: str, *, namespace: str = "ceylon", registry: Registry | None = None) -> None:
         super().__init__(url, namespace, registry)
-        self.until_enqueued = False
         self._rolling: dict[tuple[bool, Durability], Rolling] = {}
 
     async def open(self) -> Self:
@@ -124,7 +118,7 @@ class Client(Session):
         if kind not in self._rolling:
             self._rolling[kind] = Rolling(self, durability)
         rolling = self._rolling[kind]
-        gid, tid = await rolling.submit(ready, enqueued=self.until_enqueued)
+        gid, tid = await rolling.submit(ready)
         handler = self.registry.find(work.uses) if self.registry and work.uses else None
         return TaskHandle(self, gid, tid, handler)
 

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from loguru import logger
 
 from rq_ceylon.client.session import Session
 from rq_ceylon.client.staging import ReadyTask, chain, new_id
 from rq_ceylon.errors import CeylonError, DurabilityError
+from rq_ceylon.maintenance import hand_over
 from rq_ceylon.models import Durability
 from rq_ceylon.store import transitions
 from rq_ceylon.store.durability import confirming
@@ -25,16 +27,18 @@ from rq_ceylon.store.transitions import GroupFacts, Page, PageAck, StagedTask
 ROLLING_TASKS_MAX, ROLLING_S = 1000, 60.0
 """A group takes no more tasks once it has so many, or is so old."""
 
+ACKNOWLEDGED_S = 1.0
+"""So long the acknowledgement of what was enqueued waits for a submission to go with: far less than a relay waits."""
+
 FACTS = GroupFacts(name="single tasks", retention_ms=3_600_000)
 
 
 class _Waiting(NamedTuple):
     """
-    A task to be sent, and who hears its ids; `enqueued`: not before its role has it.
+    A task to be sent, and who hears its ids.
     """
 
     task: ReadyTask
-    enqueued: bool
     ids: asyncio.Future[tuple[str, str]]
 
 
@@ -59,24 +63,19 @@ class Rolling:
         self._session, self._durability = session, durability
         self._waiting: deque[_Waiting] = deque()
         self._group = _Group()
-        # What the next turn carries beside tasks: pages to enqueue, their acknowledgements, groups to seal.
-        self._pages: list[Page] = []
+        # What the next turn carries beside tasks: acknowledgements of what was enqueued, groups to seal.
         self._acks: list[PageAck] = []
         self._to_seal: list[str] = []
-        self._told_next: list[tuple[_Waiting, tuple[str, str]]] = []
         self._pump: asyncio.Task[None] | None = None
+        self._tidying: asyncio.TimerHandle | None = None
         self._ageing: asyncio.TimerHandle | None = None
 
-    async def submit(self, task: ReadyTask, *, enqueued: bool) -> tuple[str, str]:
+    async def submit(self, task: ReadyTask) -> tuple[str, str]:
         """
-        Returns the ids of its group and of the task once Redis has it.
-
-        Args:
-            enqueued: only once its role has it too, one round trip later: should this process end before, it would wait
-                for maintenance.
+        Returns the ids of its group and of the task once Redis has it, and its role too.
         """
         ids: asyncio.Future[tuple[str, str]] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Waiting(task, enqueued, ids))
+        self._waiting.append(_Waiting(task, ids))
         self._wake()
         return await ids
 
@@ -86,32 +85,39 @@ class Rolling:
         """
         if self._pump is not None:
             await asyncio.gather(self._pump, return_exceptions=True)
+        if self._tidying is not None:
+            self._tidying.cancel()
         group = self._renew()
         if group.part:
-            with suppress(CeylonError):
-                await self._session.connection.run([self._seal(group.gid)])
+            self._to_seal.append(group.gid)
+        with suppress(CeylonError):
+            await self._session.connection.run(self._loose_ends(self._take_acks()))
 
     def _wake(self) -> None:
+        if self._tidying is not None:
+            self._tidying.cancel()
+            self._tidying = None
         if self._pump is None or self._pump.done():
             self._pump = asyncio.create_task(self._run(), name="submit")
 
     async def _run(self) -> None:
-        while self._waiting or self._pages or self._acks or self._to_seal:
+        while True:
             batch = self._next_batch()
-            told, self._told_next = self._told_next, []
             try:
                 await self._turn(batch)
             except Exception as error:  # whatever it is, it must not leave anybody waiting
                 for waiting in batch:
                     _refuse(waiting, error)
                 if not batch:
-                    logger.warning("Maintenance enqueues what was submitted: {}", error)
-                self._pages, self._acks, self._to_seal = [], [], []
+                    logger.warning("Left to maintenance: {}", error)
+                self._acks, self._to_seal = [], []
                 self._renew()
-            for waiting, ids in told:
-                _tell(waiting, ids)
             # Who was answered just now and submits again at once shares the next round trip.
             await asyncio.sleep(0)
+            if not self._waiting and not self._to_seal:
+                break
+        if self._acks:
+            self._tidying = asyncio.get_running_loop().call_later(ACKNOWLEDGED_S, self._wake)
 
     def _next_batch(self) -> list[_Waiting]:
         batch: list[_Waiting] = []
@@ -125,47 +131,38 @@ class Rolling:
 
     async def _turn(self, batch: list[_Waiting]) -> None:
         """
-        Enqueue what the last part returned, acknowledge what the turn before enqueued, and send the next part.
+        Acknowledge what the turns before enqueued, and send the next part, with its entries right behind it.
         """
         keys, group = self._session.keys, self._group
-        if batch:
-            await self._session.require_durable(self._durability, group.gid)
-        by_role: dict[str, list[Page]] = {}
-        for page in self._pages:
-            by_role.setdefault(page.role, []).append(page)
-        acks: dict[str, list[PageAck]] = {}
-        for ack in self._acks:
-            acks.setdefault(ack.page.gid, []).append(ack)
+        acks = self._take_acks()
         own_acks = acks.pop(group.gid, []) if batch else []
-        calls: list[Call] = [transitions.enqueue(keys, role, pages) for role, pages in by_role.items()]
-        calls += [transitions.outbox(keys, gid, acks=some) for gid, some in acks.items()]
-        calls += [self._seal(gid) for gid in self._to_seal]
-        self._pages, self._acks, self._to_seal = [], [], []
+        calls = self._loose_ends(acks)
+        if not batch:
+            await self._session.call(calls)
+            return
+        await self._session.require_durable(self._durability, group.gid)
         tasks = [StagedTask(str(group.count + n), waiting.task.text) for n, waiting in enumerate(batch, 1)]
         digest, last = chain(group.digest, tasks), group.count + len(batch) >= ROLLING_TASKS_MAX
-        if batch and not group.part:
+        if not group.part:
             calls += transitions.announce(keys, group.gid, {waiting.task.role for waiting in batch})
+        submit = transitions.submit(
+            keys,
+            group.gid,
+            FACTS,
+            tasks,
+            part=group.part + 1,
+            last=last,
+            digest=digest.hex()[:32],
+            rolling=True,
+            acks=own_acks,
+        )
         at = len(calls)
-        if batch:
-            submit = transitions.submit(
-                keys,
-                group.gid,
-                FACTS,
-                tasks,
-                part=group.part + 1,
-                last=last,
-                digest=digest.hex()[:32],
-                rolling=True,
-                acks=own_acks,
-            )
-            calls.append(confirming(submit, self._durability))
-            if not group.part:
-                calls.append(confirming(transitions.announce_again(keys, group.gid), self._durability))
-        replies, unconfirmed = await self._session.call_confirmed(calls)
-        for pages, horizon in zip(by_role.values(), replies, strict=False):
-            self._acks += [PageAck(page, horizon) for page in pages]
-        if not batch:
-            return
+        calls.append(confirming(submit, self._durability))
+        if not group.part:
+            calls.append(confirming(transitions.announce_again(keys, group.gid), self._durability))
+        expected = self._expected(group.gid, tasks, batch)
+        calls += [transitions.enqueue(keys, page.role, [page], insist=False) for page in expected]
+        replies, unconfirmed = await self._session.call_confirmed(calls, optional=len(expected))
         reply = transitions.submit_reply(group.gid, replies[at])
         if reply.word not in ("OK", "REPEAT"):
             # Sealed meanwhile, or Redis lost earlier parts: the same tasks open a new group.
@@ -173,18 +170,58 @@ class Rolling:
             self._renew()
             return
         group.part, group.count, group.digest = group.part + 1, group.count + len(batch), digest
-        self._pages = list(reply.pages)
+        horizons = {page.role: horizon for page, horizon in zip(reversed(expected), reversed(replies), strict=False)}
+        await self._enqueue(reply.pages, horizons)
         for task, waiting in zip(tasks, batch, strict=True):
             if unconfirmed:
                 _refuse(waiting, self._unconfirmed(unconfirmed, f"{group.gid}/{task.tid}"))
-            elif waiting.enqueued and self._pages:
-                self._told_next.append((waiting, (group.gid, task.tid)))
             else:
                 _tell(waiting, (group.gid, task.tid))
         if last:
             self._renew()
         elif group is self._group and self._ageing is None:
             self._ageing = asyncio.get_running_loop().call_later(ROLLING_S, self._retire)
+
+    def _take_acks(self) -> dict[str, list[PageAck]]:
+        by_group: dict[str, list[PageAck]] = {}
+        for ack in self._acks:
+            by_group.setdefault(ack.page.gid, []).append(ack)
+        self._acks = []
+        return by_group
+
+    def _loose_ends(self, acks: Mapping[str, Sequence[PageAck]]) -> list[Call]:
+        seals, self._to_seal = [self._seal(gid) for gid in self._to_seal], []
+        return [transitions.outbox(self._session.keys, gid, acks=some) for gid, some in acks.items()] + seals
+
+    def _expected(self, gid: str, tasks: Sequence[StagedTask], batch: Sequence[_Waiting]) -> list[Page]:
+        """
+        What the group will answer with for what is due now, of each role on its own node: that is enqueued without
+        waiting for the answer, as the node runs one after the other. If the part is refused, the claim finds no task.
+        """
+        connection, keys = self._session.connection, self._session.keys
+        node = connection.node_of(keys.group_part(gid, "meta"))
+        items: dict[str, list[str]] = {}
+        for task, (ready, _) in zip(tasks, batch, strict=True):
+            if not ready.delay_ms and connection.node_of(keys.role_part(ready.role, "meta")) == node:
+                items.setdefault(ready.role, []).append(f"{ready.stream},{task.tid},1")
+        return [Page(gid, f"|{role}||{' '.join(some)}") for role, some in items.items()]
+
+    async def _enqueue(self, pages: Sequence[Page], horizons: Mapping[str, Any]) -> None:
+        """
+        Note the pages that arrived as expected, and enqueue the others. Should this fail, a relay hands them over.
+        """
+        left: list[Page] = []
+        for page in pages:
+            horizon = horizons.get(page.role)
+            if page.due or not isinstance(horizon, str):
+                left.append(page)
+            else:
+                self._acks.append(PageAck(page, horizon))
+        if left:
+            try:
+                self._acks += await hand_over(self._session.connection, self._session.keys, left)
+            except CeylonError as error:
+                logger.warning("Maintenance enqueues what was submitted: {}", error)
 
     def _unconfirmed(self, why: str, task_id: str) -> DurabilityError:
         return DurabilityError(

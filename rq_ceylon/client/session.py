@@ -87,14 +87,16 @@ class Session:
         """
         return await self.connection.run_until_answered(calls, give_up_after=ANSWER_S)
 
-    async def call_confirmed(self, calls: Sequence[Call]) -> tuple[list[Any], str]:
+    async def call_confirmed(self, calls: Sequence[Call], *, optional: int = 0) -> tuple[list[Any], str]:
         """
         As `call`; the second says why those that are to be confirmed were not: '' if they were, or there are none.
+
+        Args:
+            optional: so many of the last may be refused; their errors are among the replies.
         """
-        if not any(call.confirm for call in calls):
-            return await self.call(calls), ""
         self.check_owner()
-        found = await self._confirming.run_until_answered(calls, give_up_after=ANSWER_S)
+        connection = self._confirming if any(call.confirm for call in calls) else self._connection
+        found = await connection.run_until_answered(calls, give_up_after=ANSWER_S, optional=optional)
         pairs = [reply if call.confirm else (reply, "") for call, reply in zip(calls, found, strict=True)]
         return [reply for reply, _ in pairs], next((why for _, why in pairs if why), "")
 

@@ -125,11 +125,12 @@ class StagedGroup:
 
 class ReadyTask(NamedTuple):
     """
-    A task as it is sent, but for its id.
+    A task as it is sent, but for its id. `stream`: the number of its priority.
     """
 
     text: bytes
     role: str
+    stream: int
     needs: Sequence[str]
     delay_ms: int | None
 
@@ -177,7 +178,7 @@ def stage(
     delay_ms = _ms(defaults.delay if task.delay is None else task.delay, f"{where}: delay")
     expires_ms = _ms(defaults.expires if task.expires is None else task.expires, f"{where}: expires")
     text = task_text(role, STREAMS[rank], delay_ms, expires_ms, None, blob)
-    return ReadyTask(text, role, list(dict.fromkeys(task.needs)), delay_ms)
+    return ReadyTask(text, role, STREAMS[rank], list(dict.fromkeys(task.needs)), delay_ms)
 
 
 def _shared(task: Task, where: str) -> dict[str, Any]:

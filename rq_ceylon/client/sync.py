@@ -62,9 +62,7 @@ class SyncClient:
         self._thread.start()
 
         async def connect() -> Client:
-            client = self._make()
-            client.until_enqueued = True  # a script or a forked child often ends right after its last call
-            return await client.open()
+            return await self._make().open()
 
         try:
             self._inner = self.call(connect())

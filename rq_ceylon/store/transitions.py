@@ -45,6 +45,10 @@ class Page:
         return self.text.split("|", 2)[1]
 
     @property
+    def due(self) -> str:
+        return self.text.split("|", 3)[2]
+
+    @property
     def is_message(self) -> bool:
         return self.role == "@"
 
@@ -73,8 +77,11 @@ def _acks(acks: Sequence[PageAck]) -> list[Any]:
     return args
 
 
-def enqueue(keys: Keys, role: str, pages: Sequence[Page]) -> Call:
-    args: list[Any] = []
+def enqueue(keys: Keys, role: str, pages: Sequence[Page], *, insist: bool = True) -> Call:
+    """
+    Hand pages to their role; at `maxmemory` too, unless told not to insist.
+    """
+    args: list[Any] = [int(insist)]
     for page in pages:
         _, _, due, items = page.text.split("|", 3)
         args += (page.gid, due, items)

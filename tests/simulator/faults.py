@@ -212,10 +212,11 @@ class Line(Connection):
         *,
         give_up_after: float | None,
         on_lost: Callable[[CeylonError], None] | None = None,
+        optional: int = 0,
     ) -> list[Any]:
         while True:
             with contextlib.suppress(ConnectionLostError):
-                return await self.run(calls)
+                return await self.run(calls, optional=optional)
 
     def one(self, call: Call, following: Sequence[Call] = ()) -> Any:
         """

@@ -1,11 +1,12 @@
 -- enqueue: hand outbox pages to a role.
 -- KEYS: the role's.
--- ARGV: per page: gid, due ms ('' now), items 'priority,tid,issue[,fence it supersedes] ...'.
+-- ARGV: insist (1, or 0: may be refused at maxmemory), then per page: gid, due ms ('' now),
+--       items 'priority,tid,issue[,fence it supersedes] ...'.
 -- Reply: the horizon, the largest entry ms or due ms that any of them got.
 -- Repeatable: it only doubles entries, and the claim decides.
-drain()
+if ARGV[1] == '1' then drain() end
 local horizon, added = 0, 0
-for i = 1, #ARGV, 3 do
+for i = 2, #ARGV, 3 do
   local gid, due = ARGV[i], tonumber(ARGV[i + 1]) or 0
   for priority, tid, issue, supersedes in string.gmatch(ARGV[i + 2], '([123]),([^, ]+),(%d+),?(%d*)') do
     local task = gid .. ' ' .. tid .. ' ' .. issue .. (supersedes ~= '' and ' - ' .. supersedes or '')
