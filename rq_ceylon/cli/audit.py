@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 @click.option(
     "--repair", is_flag=True, help="Put right what is certain: counters, leftovers of ended tasks, the index."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--json", is_flag=True, help="Print JSON.")
 @with_client
-async def audit(client: Client, group: str | None, repair: bool, as_json: bool) -> int:
+async def audit(client: Client, group: str | None, repair: bool, json: bool) -> int:
     """
     Recount all groups, or one, from their records, against their counters and events.
 
@@ -33,7 +33,7 @@ async def audit(client: Client, group: str | None, repair: bool, as_json: bool) 
     from rq_ceylon.audit import audit as recount
 
     found = await recount(client.connection, client.keys, [group] if group else [], repair=repair)
-    if as_json:
+    if json:
         click.echo(to_json({"schema": 1, **dataclasses.asdict(found)}))
     else:
         for drift in found.drift:

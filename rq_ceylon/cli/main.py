@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rq_ceylon.client import Client
     from rq_ceylon.models import TaskView
 
-JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+JSON = click.option("--json", is_flag=True, help="Print JSON.")
 
 
 @click.group(context_settings={**CONTEXT, "auto_envvar_prefix": "CEYLON"}, epilog=EXIT_CODES)
@@ -55,7 +55,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 @ceylon.command()
 @JSON
 @with_client
-async def status(client: Client, as_json: bool) -> None:
+async def status(client: Client, json: bool) -> None:
     """
     Roles with their backlog, workers and totals; groups by status.
 
@@ -66,7 +66,7 @@ async def status(client: Client, as_json: bool) -> None:
     for group in groups:
         counts[group.status] = counts.get(group.status, 0) + 1
     monitors = sum(worker.kind == "monitor" for worker in workers)
-    if as_json:
+    if json:
         click.echo(to_json({"schema": 1, "roles": roles, "groups": counts, "monitors": monitors}))
         return
     _table(
@@ -93,7 +93,7 @@ async def status(client: Client, as_json: bool) -> None:
 @JSON
 @click.option("--check", is_flag=True, help="For health checks: end with 0 if one lives on this host, else with 1.")
 @with_client
-async def workers(client: Client, as_json: bool, check: bool) -> int:
+async def workers(client: Client, json: bool, check: bool) -> int:
     """
     Live workers and monitors.
     """
@@ -102,7 +102,7 @@ async def workers(client: Client, as_json: bool, check: bool) -> int:
         here = [worker for worker in found if worker.host == socket.gethostname() and not worker.stopping]
         say("\n".join(f"{worker.kind} {worker.name} lives" for worker in here) or "none lives on this host")
         return 0 if here else 1
-    if as_json:
+    if json:
         click.echo(to_json({"schema": 1, "workers": found}))
         return 0
     _table(
@@ -127,12 +127,12 @@ async def workers(client: Client, as_json: bool, check: bool) -> int:
 @ceylon.command()
 @JSON
 @with_client
-async def groups(client: Client, as_json: bool) -> None:
+async def groups(client: Client, json: bool) -> None:
     """
     All groups, oldest first.
     """
     found = await client.groups()
-    if as_json:
+    if json:
         facts = [group_facts(view) for view in found]
         click.echo(to_json({"schema": 1, "groups": facts}))
         return
@@ -158,7 +158,7 @@ async def groups(client: Client, as_json: bool) -> None:
 @click.argument("target", metavar="GROUP[/TASK]")
 @JSON
 @with_client
-async def show(client: Client, target: str, as_json: bool) -> None:
+async def show(client: Client, target: str, json: bool) -> None:
     """
     One group with its goals and tasks, or one task.
     """
@@ -167,7 +167,7 @@ async def show(client: Client, target: str, as_json: bool) -> None:
     gid, _, tid = target.partition("/")
     view = await client.group(gid).view()
     tasks = [await client.task(target).view()] if tid else [task async for task in client.group(gid).tasks()]
-    if as_json:
+    if json:
         click.echo(to_json({"schema": 1, **group_facts(view), "tasks": [task_facts(gid, task) for task in tasks]}))
         return
     if not tid:
