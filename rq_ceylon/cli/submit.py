@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.option("--wait", "wait", flag_value="auto", is_flag=False, default=None, metavar="[=goal|all]",
               help="Wait: bare, for the goals, or without goals for all tasks.")  # fmt: skip
 @click.option("--timeout", metavar="DURATION", help="Give up waiting after this; the group goes on.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, a line for each group.")
+@click.option("--json", is_flag=True, help="Print JSON, a line for each group.")
 @click.option("--require-workers", is_flag=True, help="Refuse if a role has no live worker.")
 @click.option("--key", metavar="KEY", help="Submitting the same content again under a key changes nothing.")
 @click.option("--durability", type=click.Choice(["none", "replica", "fsync"]), default="none", show_default=True,
@@ -37,7 +37,7 @@ def submit(
     dry_run: bool,
     wait: str | None,
     timeout: str | None,
-    as_json: bool,
+    json: bool,
     require_workers: bool,
     key: str | None,
     durability: Durability,
@@ -82,7 +82,7 @@ def submit(
 
         async with Client(found.redis_url, namespace=found.namespace) as client:
             handles = await _submit(
-                client, groups, durability, require=require_workers, talk=not as_json, print_ids=wait is None
+                client, groups, durability, require=require_workers, talk=not json, print_ids=wait is None
             )
             code, began = 0, time.monotonic()
             for handle in handles:
@@ -94,7 +94,7 @@ def submit(
                     left = None if limit is None else max(0.0, round(limit - (time.monotonic() - began), 1))
                     view, one_code = await follow(client, handle, until, left, sys.stderr)
                     code = code or one_code
-                if as_json:
+                if json:
                     click.echo(to_json({"schema": 1, **group_facts(view)}))
             return code
 
