@@ -96,11 +96,10 @@ def run_up(app: str, concurrency: int | None) -> int:
 
 def environ_of(server: EmbeddedServer) -> dict[str, str]:
     """
-    For the commands of a demo: its server, and none of this user's own settings, which are meant for other work.
+    For the commands of a demo: its server, and of this user's own settings, which are meant for other work, the log's.
     """
-    return {name: value for name, value in os.environ.items() if not name.startswith("CEYLON_")} | {
-        "CEYLON_REDIS_URL": server.url
-    }
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("CEYLON_") or "_LOG_" in name}
+    return {**kept, "CEYLON_REDIS_URL": server.url}
 
 
 def start(name: str, arguments: Sequence[str], environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
