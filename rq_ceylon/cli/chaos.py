@@ -136,15 +136,18 @@ class _Chaos:
 
     async def run(self) -> GroupView:
         """
-        Until the group has finished.
+        Until the group has finished and the last one killed is back.
         """
         told = 0.0
+        await self.handle.pause()  # until all are there, so that nothing ends before the first is killed
         view = await self.handle.view()
         try:
             with self.display:
-                while not view.is_finished:
+                while not view.is_finished or len(self._up) < len(self.places):
                     now = time.monotonic()
                     await self._look_after(now)
+                    if not view.is_finished:
+                        await self._kill_one(now)
                     view = await self.handle.view()
                     await self._count(view)
                     if self.display.is_live or now - told >= LINE_S or view.is_finished:
@@ -160,7 +163,7 @@ class _Chaos:
     # ---- killing -----------------------------------------------------------------------------------------------------
     async def _look_after(self, now: float) -> None:
         """
-        Start who is due, see who is up, and kill one of them if it is time.
+        Start who is due, see who is up, and begin once all are.
         """
         registered = {worker.pid for worker in await self.client.workers()}
         for place in self.places:
@@ -171,21 +174,22 @@ class _Chaos:
                 raise CeylonError(f"{place.name} ended by itself, with exit code {code}; nobody killed it")
             elif place.up_since is None and place.process.pid in registered:
                 place.up_since = now
-        up = [place for place in self.places if place.up_since is not None]
-        if self.began is None:
-            if len(up) < len(self.places):
-                return
+        if self.began is None and len(self._up) == len(self.places):
+            await self.handle.resume()
             self.began = now
-            self._plan(now)
-        if up and self.next_kill <= now < self.began + self.limit_s:
-            (victim,) = random.choices(up, [WEIGHTS[place.command] for place in up])
-            await self._count_running()
-            what = "" if victim.command == "monitor" else f", which ran {counted(victim.running, 'task')}"
-            victim.kill(now + random.uniform(*DEAD_S))
-            self._tell(f"{now - self.began:5.1f} s  killed {victim.name}{what}")
-            self._plan(now)
+            self.next_kill = now + random.uniform(*PAUSE_S)
 
-    def _plan(self, now: float) -> None:
+    async def _kill_one(self, now: float) -> None:
+        """
+        If it is time, and somebody lives.
+        """
+        if not self._up or self.began is None or not self.next_kill <= now < self.began + self.limit_s:
+            return
+        (victim,) = random.choices(self._up, [WEIGHTS[place.command] for place in self._up])
+        await self._count_running()
+        what = "" if victim.command == "monitor" else f", which ran {counted(victim.running, 'task')}"
+        victim.kill(now + random.uniform(*DEAD_S))
+        self._tell(f"{now - self.began:5.1f} s  killed {victim.name}{what}")
         self.next_kill = now + random.uniform(*PAUSE_S)
 
     def _tell(self, words: str) -> None:
@@ -195,6 +199,10 @@ class _Chaos:
             self.display.say(words)
 
     # ---- looking -----------------------------------------------------------------------------------------------------
+    @property
+    def _up(self) -> list[_Place]:
+        return [place for place in self.places if place.up_since is not None]
+
     async def _count_running(self) -> None:
         found = await queries.running(self.client.connection, self.client.keys, self.handle.id)
         for place in self.places:
