@@ -109,7 +109,7 @@ async def test_an_achieved_goal_is_said_with_its_message_and_a_finished_group_wi
 
     assert about(said, "Goal") == ['INFO: Goal achieved: partial of "g" (5 of 10 completed). Enough {of} them!\n']
     (line,) = about(said, "finished")
-    assert 'Group "g" finished completed: 10 completed, 0 failed, 0 cancelled in ' in line
+    assert 'Group "g" finished as completed: 10 completed, 0 failed, 0 cancelled in ' in line
     assert re.search(r"\n  p: run mean 5 ms, p50 4, p95 5, p99 5; wait mean \d+ ms, p50 ", line)
 
 
@@ -209,7 +209,7 @@ async def test_a_group_that_was_removed_and_submitted_again_between_two_looks_is
             bench.redis.delete(*bench.keys.group("g"))
             bench.queued("g", goal="completed >= 1")
             finish_all(bench)
-            await until(partial(said_times, said, "finished completed", number))
+            await until(partial(said_times, said, "finished as completed", number))
 
     assert len(about(said, "Goal achieved")) == 2
 

@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.text import Text
 
 from rq_ceylon.cli.common import plain
-from rq_ceylon.client import is_over, succeeded
+from rq_ceylon.client import is_over, not_over, succeeded
 from rq_ceylon.errors import WaitTimeoutError
 from rq_ceylon.goals import parse
 from rq_ceylon.models import GoalStatus, GoalView, GroupView, TaskView, counted
@@ -55,7 +55,7 @@ async def follow(
             view = await _show(handle, view, display, until)
     except TimeoutError:
         raise WaitTimeoutError(
-            f"group {handle.id} is not there within {limit_s:g} s; it goes on.\n"
+            f"{not_over(handle.id, view, until)} within the --timeout; it goes on.\n"
             f"Come back with: ceylon watch {handle.id}"
         ) from None
     except asyncio.CancelledError:  # Nobody else cancels this: it is how Ctrl-C is told of.

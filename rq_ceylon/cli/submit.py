@@ -118,8 +118,9 @@ async def _submit(
         if not talk:
             continue
         view = await handle.view()
-        known = " (already submitted)" if handle.repeated else ""
-        click.echo(f"Submitted {counted(view.counters.total, 'task')} as group {handle.id}{known}", err=True)
+        tasks = counted(view.counters.total, "task")
+        repeated = f"Group {handle.id} was already submitted, with {tasks}"
+        click.echo(repeated if handle.repeated else f"Submitted {tasks} as group {handle.id}", err=True)
         roles = {task.role async for task in handle.tasks()} if view.counters.total <= 10_000 else set()
         for words in await client.missing_roles(roles):
             click.echo(f"Note: {words}", err=True)

@@ -7,7 +7,7 @@ and `sync` the same without await.
 """
 
 from rq_ceylon.client.client import Client
-from rq_ceylon.client.handles import GroupHandle, TaskHandle, is_over, succeeded
+from rq_ceylon.client.handles import GroupHandle, TaskHandle, is_over, not_over, succeeded
 from rq_ceylon.client.staging import check_group
 from rq_ceylon.client.sync import SyncClient, SyncGroupHandle, SyncTaskHandle
 
@@ -20,5 +20,6 @@ __all__ = [
     "TaskHandle",
     "check_group",
     "is_over",
+    "not_over",
     "succeeded",
 ]

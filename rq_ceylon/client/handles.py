@@ -153,6 +153,7 @@ class GroupHandle:
             WaitTimeoutError: not within `timeout` seconds; the group goes on.
             NotFoundError: the group is not, or no longer, known.
         """
+        view: GroupView | None = None
         try:
             with self._session.follow(self.id) as follower:
                 async with asyncio.timeout(timeout):
@@ -160,7 +161,7 @@ class GroupHandle:
                     while not (view.is_finished or is_over(view, until)):
                         view = await follower.change(view)
         except TimeoutError:
-            raise WaitTimeoutError(f"group {self.id} is not there within {timeout} s; it goes on") from None
+            raise WaitTimeoutError(f"{not_over(self.id, view, until)} within {timeout} s; it goes on") from None
         return view
 
     async def progress(self) -> AsyncIterator[GroupView]:
@@ -257,6 +258,15 @@ def is_over(view: GroupView, until: Literal["goal", "all"]) -> bool:
     if until == "all" or not view.goals:
         return view.is_finished
     return all(goal.status.is_final for goal in view.goals)
+
+
+def not_over(gid: str, view: GroupView | None, until: Literal["goal", "all"]) -> str:
+    """
+    What was waited for in vain, in words.
+    """
+    if until == "goal" and view is not None and view.goals:
+        return f"the goals of group {gid} have not settled"
+    return f"group {gid} has not finished"
 
 
 def succeeded(view: GroupView) -> bool:

@@ -136,8 +136,9 @@ class Session:
         Raises:
             NoWorkerError: no live worker serves one of these roles.
         """
-        if missing := await self.missing_roles(roles):
-            raise NoWorkerError("; ".join(missing) + "; start one with: ceylon-worker --role ROLE")
+        if missing := await self._missing(roles):
+            start = " ".join(["ceylon-worker", *(f"--role {role}" for role in missing)])
+            raise NoWorkerError(f"{'; '.join(missing.values())}; start one with: {start}")
 
     async def _missing(self, roles: Iterable[str]) -> dict[str, str]:
         served = await queries.served_roles(self.connection, self.keys)

@@ -132,7 +132,7 @@ def summary(view: GroupView, found: GroupStatistics) -> str:
     How a group ended or stands, in words: counts, rate, and per role run and wait times.
     """
     counters = view.counters
-    how, so_far = (f"finished {view.outcome}", "") if view.is_finished else (f"is {view.status}", " so far")
+    how, so_far = (f"finished as {view.outcome}", "") if view.is_finished else (f"is {view.status}", " so far")
     lines = [
         f'Group "{view.name}" {how}: {counters.completed} completed, {counters.failed} failed, '
         f"{counters.cancelled} cancelled{so_far} in {found.seconds:.1f} s ({found.rate:.1f}/s)"
