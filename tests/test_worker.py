@@ -5,6 +5,7 @@ A worker in this process, against a real server: what it runs, in which order, a
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -20,6 +21,7 @@ from rq_ceylon.errors import TaskCancelledError, TaskFailedError
 from rq_ceylon.models import Task, TaskGroup, TaskStatus
 from rq_ceylon.store import transitions
 from rq_ceylon.store.connection import ThreadConnection
+from rq_ceylon.store.scripts import command
 from rq_ceylon.worker import Worker
 
 pytestmark = pytest.mark.anyio
@@ -237,6 +239,22 @@ async def test_a_task_unknown_here_is_left_to_a_worker_that_knows_it(app: Ceylon
 
 
 # ---- cancelling ------------------------------------------------------------------------------------------------------
+async def test_a_task_whose_data_no_client_of_ours_wrote_fails_and_holds_up_nothing(
+    app: Ceylon, client: Client
+) -> None:
+    async with running(worker_of(app, slots=1)):
+        run = await client.submit(TaskGroup("foreign", tasks(2, delay="1h")))
+        text = "r|2||||" + json.dumps({"needs": 5})
+        keys = client.keys
+        await client.connection.run([command("HSET", keys.group_part(run.id, "tasks"), "t0", text)])
+        entry = f"{run.id} t0 1"
+        await client.connection.run([command("XADD", keys.role_part("r", "normal"), "*", "task", entry)])
+        with pytest.raises(TaskFailedError, match="invalid"):
+            await run.task("t0").result(timeout=LIMIT_S)
+        await run.cancel()
+        assert (await run.wait("all", timeout=LIMIT_S)).counters.failed == 1
+
+
 async def test_cancelling_stops_a_running_task_and_a_running_group(app: Ceylon, client: Client) -> None:
     started: set[str] = set()
     ended: set[str] = set()

@@ -14,13 +14,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from loguru import logger
-from pydantic_core import to_json
 
 from rq_ceylon.attempt import AttemptStoppedError, StopReason, TaskContext
 from rq_ceylon.errors import InvalidInputError, PayloadTooLargeError, UnknownTaskError
 from rq_ceylon.handlers import Registry, awaited
 from rq_ceylon.worker.children import Children
-from rq_ceylon.worker.outcome import BUSY, Assignment, Attempt, Outcome, error_of, unknown
+from rq_ceylon.worker.outcome import BUSY, Assignment, Attempt, Outcome, invalid, unknown
 
 RESULT_BYTES_MAX = 1024 * 1024
 
@@ -115,7 +114,7 @@ class Executor:
             logger.warning(words, delivery.gid, delivery.tid, outcome.delay_ms / 1000, error)
             return outcome
         except InvalidInputError as error:
-            return Outcome("failed", "invalid", blob=to_json(error_of(error)))
+            return invalid(error)
         try:
             arguments = attempt.handler.call_arguments(attempt.raw, attempt.context)
         except InvalidInputError as error:

@@ -28,7 +28,7 @@ from rq_ceylon.worker.lanes import Lanes
 from rq_ceylon.worker.leases import Leases
 from rq_ceylon.worker.lookout import Lookout
 from rq_ceylon.worker.neighbours import Neighbours
-from rq_ceylon.worker.outcome import UNKNOWN, Assignment, Outcome
+from rq_ceylon.worker.outcome import UNKNOWN, Assignment, Outcome, invalid
 from rq_ceylon.worker.turn import Turns
 
 BURST_WAIT_S = 60.0
@@ -230,6 +230,9 @@ class Worker:
                     # Before the handler began: nothing of it ran, so it is given back.
                     logger.warning("{}/{} cannot start now: {}", delivery.gid, delivery.tid, error)
                     outcome = Outcome("release", delay_ms=1000)
+                except Exception as error:  # else its task would be in progress for ever
+                    logger.exception("{}/{} cannot be used", delivery.gid, delivery.tid)
+                    outcome = invalid(error)
             self._end(grant, outcome)
         finally:
             self._running.pop((delivery.role, delivery.fence), None)

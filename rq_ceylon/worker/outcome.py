@@ -81,6 +81,13 @@ def unknown(releases: int, error: BaseException) -> Outcome:
     return Outcome("release", reason=UNKNOWN, delay_ms=delay, blob=to_json(error_of(error)))
 
 
+def invalid(error: Exception) -> Outcome:
+    """
+    The outcome of a task whose body cannot be used.
+    """
+    return Outcome("failed", "invalid", blob=to_json(error_of(error)))
+
+
 class RemoteError(Exception):
     """
     An exception of a child process, as text.
