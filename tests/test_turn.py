@@ -193,6 +193,19 @@ async def test_a_relay_acknowledges_a_page_only_after_it_was_enqueued(bench: Ben
     assert transitions.outbox_reply("g", bench.run(transitions.outbox(bench.keys, "g"))).pages == []
 
 
+def test_what_follows_from_a_task_that_ended_at_its_claim_follows_at_once(bench: Bench) -> None:
+    bench.submit("g", ["expired"], part=1, last=False, digest="1", expires_ms=0, on_need_failed="continue")
+    bench.submit("g", ["next"], part=2, digest="2", needs={"next": ["expired"]})
+    bench.relay("g")
+    began = bench.redis.time()
+    while bench.redis.time() < (began[0], began[1] + 1000):  # until it has expired
+        pass
+    worker = Hand(bench, "w")
+    for _ in range(6):
+        worker.turn()
+    assert [held.delivery.tid for held in worker.turns.running()] == ["next"]
+
+
 def test_what_a_stopping_worker_has_not_started_is_given_back(bench: Bench) -> None:
     bench.queued("g", ["a"])
     worker = Hand(bench, "w")

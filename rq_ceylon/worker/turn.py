@@ -327,7 +327,9 @@ class Turns:
                     held.stage, held.later = Stage.FETCHED, True
                 case "LOST":
                     self.forget(held)
-                case _:
+                case verdict:
+                    if verdict == "DONE":  # perhaps just now: others may follow from that
+                        self._to_relay.add(held.delivery.gid)
                     self._acknowledge(held, "stale", 0)
 
     def _fetched(self, role: str, budget: int, reply: Any) -> None:
