@@ -449,12 +449,33 @@ def test_after_a_clock_step_back_present_owners_get_a_whole_lease(bench: Bench) 
     assert bench.run(transitions.renew(bench.keys, "p", "v", [delivery.entry])) == ["MINE"]
 
 
+def test_a_clock_step_back_is_made_good_for_however_many_are_delivered(bench: Bench) -> None:
+    for n in range(3):
+        bench.queued(f"g{n}", [str(n) for n in range(400)])
+    stream = bench.keys.role_part("p", "normal")
+    ids = [delivery.entry[2:] for delivery in bench.fetch("v", 1200)]
+    bench.redis.execute_command("XCLAIM", stream, "workers", "v", 0, *ids, "IDLE", 60_000, "JUSTID")
+    bench.redis.hset(bench.keys.role_part("p", "meta"), "last", 9_000_000_000_000)
+    bench.fetch("w", 0)
+    entries = bench.redis.xpending_range(stream, "workers", "-", "+", 2000)
+    assert len(entries) == 1200
+    assert max(entry["time_since_delivered"] for entry in entries) < 60_000
+
+
 def test_recovery_gives_a_worker_its_own_entries_that_it_does_not_hold(bench: Bench) -> None:
     bench.queued("g", ["a", "b"])
     first, second = bench.fetch("w", 2)
     (lost,) = bench.fetch("w", 0, recover=[first.entry])
     assert (lost.entry, lost.tid) == (second.entry, second.tid)
     assert lost.fence > second.fence
+
+
+def test_recovery_finds_what_was_lost_behind_any_number_of_held_ones(bench: Bench) -> None:
+    for n in range(3):
+        bench.queued(f"g{n}", [str(n) for n in range(400)])
+    *held, lost = bench.fetch("w", 1200)
+    (again,) = bench.fetch("w", 0, recover=[delivery.entry for delivery in held])
+    assert again.entry == lost.entry
 
 
 def test_a_dead_workers_entry_is_found_behind_any_number_of_renewed_ones(bench: Bench) -> None:

@@ -8,9 +8,19 @@
 -- Not repeatable, since it reads. After a lost reply call it in recover mode, which gives this worker its own pending
 -- entries that it does not hold. Acknowledgements are counted once: XACK says which were still pending.
 local PROMOTE_MAX = 50
-local REBASE_MAX = 1000
+local PENDING_STEP = 1000
 local worker, budget, asked, mode = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4]
 local first_stream = tonumber(ARGV[5])
+
+local function all_pending(stream, ...)
+  local found, from = {}, '-'
+  while from do
+    local some = pending(stream, from, '+', PENDING_STEP, ...)
+    for _, entry in ipairs(some) do found[#found + 1] = entry end
+    from = #some == PENDING_STEP and '(' .. some[#some][1]
+  end
+  return found
+end
 
 drain()
 local facts = call('HMGET', META, 'last', 'pause_until', 'fence', 'lease', 'v', 'paused')
@@ -33,7 +43,7 @@ end
 call('HSET', META, 'last', now_text)
 if stepped_back then
   for stream = 1, 3 do
-    for _, entry in ipairs(pending(KEYS[stream], '-', '+', REBASE_MAX)) do
+    for _, entry in ipairs(all_pending(KEYS[stream])) do
       call('XCLAIM', KEYS[stream], GROUP, entry[2], 0, entry[1], 'IDLE', 0, 'JUSTID')
     end
   end
@@ -101,7 +111,7 @@ local function deliver_again(stream, id)
 end
 
 local function recover(stream)
-  for _, entry in ipairs(pending(KEYS[stream], '-', '+', REBASE_MAX, worker)) do
+  for _, entry in ipairs(all_pending(KEYS[stream], worker)) do
     if not held[stream .. ':' .. entry[1]] then
       call('XCLAIM', KEYS[stream], GROUP, worker, 0, entry[1], 'JUSTID')
       deliver_again(stream, entry[1])
