@@ -492,6 +492,21 @@ async def test_what_a_vanished_worker_ran_is_rung_after_a_lease_and_in_a_closed_
     assert bench.counters("closed") == {"total": 1, "cancelled": 1}
 
 
+async def test_a_closed_group_finishes_though_its_only_page_was_never_acknowledged_and_its_worker_vanished(
+    bench: Bench, maintenance: Maintenance
+) -> None:
+    (page,) = bench.submit("g").pages
+    bench.run(transitions.enqueue(bench.keys, "p", [page]))
+    bench.started("w", "g")
+    bench.run(transitions.cancel_group(bench.keys, "g"))
+    async with asyncio.timeout(5):
+        while bench.meta("g")["status"] != "finished":
+            make_due(bench, "g")
+            await maintenance.run_once()
+            await asyncio.sleep(0.05)
+    assert bench.counters("g") == {"total": 1, "cancelled": 1}
+
+
 # ---- the index -------------------------------------------------------------------------------------------------------
 async def test_groups_that_the_index_has_lost_come_back_within_the_hour_and_those_that_are_gone_do_not(
     bench: Bench, maintenance: Maintenance, said: list[str]

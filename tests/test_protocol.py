@@ -1126,3 +1126,43 @@ def test_a_cancelled_task_that_runs_may_still_complete_but_is_not_retried(bench:
     assert bench.commit("w", first, "completed") == "OK"
     assert bench.commit("w", second, "retry") == "OK"
     assert bench.counters("g") == {"total": 2, "completed": 1, "cancelled": 1}
+
+
+def test_a_task_asked_to_stop_is_not_run_again_though_its_worker_is_stopping_too(bench: Bench) -> None:
+    bench.queued("g")
+    delivery = bench.started("w", "g")
+    bench.run(transitions.cancel_tasks(bench.keys, "g", ["a"]))
+    assert bench.commit("w", delivery, "stopping") == "OK"
+    assert bench.commit("w", delivery, "release") == "OK"
+    assert bench.counters("g") == {"total": 1, "cancelled": 1}
+
+
+def test_a_waiting_task_that_is_cancelled_leaves_nothing_but_its_result(bench: Bench) -> None:
+    bench.queued("g", ["a", "b", "c"], needs={"b": ["a"], "c": ["b"]}, on_need_failed="continue")
+    bench.run(transitions.cancel_tasks(bench.keys, "g", ["b"]))
+    assert bench.counters("g") == {"total": 3, "pending": 2, "cancelled": 1}
+    assert not bench.redis.exists(bench.keys.group_part("g", "needs"))
+    bench.relay("g")
+    assert bench.commit("w", bench.started("w", "g")) == "OK"
+    assert bench.counters("g") == {"total": 3, "pending": 1, "completed": 1, "cancelled": 1}
+
+
+def test_a_task_that_is_released_before_its_time_waits_for_it(bench: Bench) -> None:
+    bench.submit("g", ["a"], part=1, last=False, digest="1")
+    bench.submit("g", ["b"], part=2, digest="2", needs={"b": ["a"]}, delay_ms=60_000)
+    bench.relay("g")
+    assert bench.commit("w", bench.started("w", "g")) == "OK"
+    assert bench.fetch("w") == []
+    assert bench.redis.zcard(bench.keys.role_part("p", "delayed")) == 1
+
+
+def test_whoever_fills_its_budget_or_finds_due_entries_while_it_is_full_wakes_another(bench: Bench) -> None:
+    bell, delayed = bench.keys.role_part("p", "bell"), bench.keys.role_part("p", "delayed")
+    bench.queued("g", ["a", "b"])
+    bench.redis.delete(bell)
+    assert len(bench.fetch("w", 1)) == 1
+    assert bench.redis.llen(bell) == 1
+    bench.redis.delete(bell)
+    bench.redis.zadd(delayed, {"2 g a 1": 1, "2 g b 1": 1})
+    bench.fetch("w", 0)
+    assert bench.redis.llen(bell) == 2

@@ -193,6 +193,19 @@ async def test_a_relay_acknowledges_a_page_only_after_it_was_enqueued(bench: Ben
     assert transitions.outbox_reply("g", bench.run(transitions.outbox(bench.keys, "g"))).pages == []
 
 
+def test_a_grant_whose_lease_was_lost_on_its_way_does_not_run(bench: Bench) -> None:
+    bench.queued("g", ["a"])
+    worker = Hand(bench, "w")
+    worker.turn()
+    (held,) = worker.turns.held.values()
+    steps = worker.turns.plan(4)
+    worker.turns.forget(held)
+    for step in steps:
+        step.absorb(bench.run(step.call))
+    assert worker.turns.granted == []
+    assert worker.turns.running() == []
+
+
 def test_what_follows_from_a_task_that_ended_at_its_claim_follows_at_once(bench: Bench) -> None:
     bench.submit("g", ["expired"], part=1, last=False, digest="1", expires_ms=0, on_need_failed="continue")
     bench.submit("g", ["next"], part=2, digest="2", needs={"next": ["expired"]})
