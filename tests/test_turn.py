@@ -193,6 +193,17 @@ async def test_a_relay_acknowledges_a_page_only_after_it_was_enqueued(bench: Ben
     assert transitions.outbox_reply("g", bench.run(transitions.outbox(bench.keys, "g"))).pages == []
 
 
+def test_a_role_whose_slot_moves_while_it_is_fetched_is_not_fetched_twice_at_once(bench: Bench) -> None:
+    worker = Hand(bench, "w")
+    in_flight = worker.turns.plan(4)
+    worker.turns.ring()
+    assert [step.call.script for step in in_flight] == ["fetch"]
+    assert worker.turns.plan(4) == []
+    for step in in_flight:
+        step.absorb(bench.run(step.call))
+    assert [step.call.script for step in worker.turns.plan(4)] == ["fetch"]
+
+
 def test_a_grant_whose_lease_was_lost_on_its_way_does_not_run(bench: Bench) -> None:
     bench.queued("g", ["a"])
     worker = Hand(bench, "w")
