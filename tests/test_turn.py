@@ -193,6 +193,42 @@ async def test_a_relay_acknowledges_a_page_only_after_it_was_enqueued(bench: Ben
     assert transitions.outbox_reply("g", bench.run(transitions.outbox(bench.keys, "g"))).pages == []
 
 
+def test_more_dependents_than_one_commit_looks_at_follow_in_the_next_turns(bench: Bench) -> None:
+    bench.submit("g", ["a"], part=1, last=False, digest="1")
+    names = [str(n) for n in range(1200)]
+    for part in range(3):
+        some = names[400 * part : 400 * (part + 1)]
+        needs = {tid: ["a"] for tid in some}
+        bench.submit("g", some, part=2 + part, last=part == 2, digest=f"{2 + part}", needs=needs)
+    bench.relay("g")
+    worker = Hand(bench, "w")
+    worker.end(worker.started())
+    worker.turn()
+    assert bench.counters("g")["waiting"] == 200
+    worker.turn()
+    assert "waiting" not in bench.counters("g")
+
+
+def test_a_group_that_was_told_goes_on_in_the_next_turns(bench: Bench) -> None:
+    bench.queued("first")
+    bench.submit("second", depends_on=["first"])
+    bench.run(transitions.register(bench.keys, "first", "second"))
+    worker = Hand(bench, "w")
+    worker.end(worker.started())
+    for _ in range(5):
+        worker.turn()
+    assert [held.delivery.gid for held in worker.turns.held.values()] == ["second"]
+
+
+def test_of_the_claims_of_one_turn_only_one_may_start_a_suspect(bench: Bench) -> None:
+    for gid in ("g", "h"):
+        bench.queued(gid)
+    worker = Hand(bench, "w")
+    worker.turn()
+    worker.turn()
+    assert [call.args[1] for call in worker.calls if call.script == "claim"] == [1, 0]
+
+
 def test_a_role_whose_slot_moves_while_it_is_fetched_is_not_fetched_twice_at_once(bench: Bench) -> None:
     worker = Hand(bench, "w")
     in_flight = worker.turns.plan(4)
