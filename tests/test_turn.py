@@ -4,6 +4,7 @@ What a worker's turns say and leave unsaid, call by call, against a real server.
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -218,6 +219,22 @@ def test_a_group_that_was_told_goes_on_in_the_next_turns(bench: Bench) -> None:
     for _ in range(5):
         worker.turn()
     assert [held.delivery.gid for held in worker.turns.held.values()] == ["second"]
+
+
+def test_a_lease_is_renewed_until_its_limit_and_no_longer(bench: Bench) -> None:
+    bench.queued("g", ["over", "kept"])
+    over, kept = bench.fetch("w", 2)
+    leases = Leases(url="", keys=bench.keys, worker="w", on_lost=lambda role, entry: None)
+    leases.hold("p", over.entry, time.monotonic() - 1)
+    leases.hold("p", kept.entry, time.monotonic() + 60)
+    bench.age(60_000)
+
+    class Direct:
+        def run_each(self, calls: list[Call]) -> list[Any]:
+            return [bench.run(call) for call in calls]
+
+    leases.renew(Direct())  # type: ignore[arg-type]
+    assert [delivery.tid for delivery in bench.fetch("v")] == ["over"]
 
 
 def test_of_the_claims_of_one_turn_only_one_may_start_a_suspect(bench: Bench) -> None:
