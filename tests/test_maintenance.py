@@ -4,14 +4,16 @@ Maintenance: what was left lying is handed over, judged, sealed and removed, by 
 
 import asyncio
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from bench import Bench
 from loguru import logger
 
+from rq_ceylon.maintenance import reissue
 from rq_ceylon.maintenance.relay import PAGES_PER_CALL, relay
-from rq_ceylon.maintenance.steps import MOVING_MS, STILL_MS, Maintenance
+from rq_ceylon.maintenance.steps import MOVING_MS, STILL_MS, Maintenance, drop
 from rq_ceylon.models import Goal
 from rq_ceylon.store import transitions
 from rq_ceylon.store.connection import Connection
@@ -260,6 +262,18 @@ async def test_a_group_that_is_gone_leaves_the_index_but_not_before_its_client_h
     assert next_look_ms(bench, "g") is None
 
 
+async def test_a_group_that_was_submitted_again_while_it_was_dropped_stays_in_the_index(
+    bench: Bench, connection: Connection
+) -> None:
+    bench.queued("again")
+    bench.submit("gone")
+    bench.redis.delete(*bench.keys.group("gone"))
+    for gid in ("again", "gone"):
+        await drop(connection, bench.keys, gid)
+    assert next_look_ms(bench, "again") is not None
+    assert next_look_ms(bench, "gone") is None
+
+
 async def test_of_two_processes_that_look_at_once_neither_drops_a_group_that_is_about_to_be_written(
     bench: Bench, maintenance: Maintenance
 ) -> None:
@@ -490,6 +504,22 @@ async def test_what_a_vanished_worker_ran_is_rung_after_a_lease_and_in_a_closed_
                 make_due(bench, gid)
             await maintenance.run_once()
     assert bench.counters("closed") == {"total": 1, "cancelled": 1}
+
+
+async def test_a_worker_that_was_silent_and_came_back_has_a_whole_lease_again(
+    bench: Bench, maintenance: Maintenance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.queued("g")
+    delivery = bench.started("w", "g")
+    wipe(bench)
+    for now, lives in ((0.0, False), (10.0, True), (60.0, False)):
+        monkeypatch.setattr(reissue, "time", SimpleNamespace(monotonic=lambda now=now: now))
+        bench.redis.delete(bench.keys.worker("w"))
+        if lives:
+            live(bench, "w", delivery.fence)
+        make_due(bench, "g")
+        await maintenance.run_once()
+    assert queued_tasks(bench) == []
 
 
 async def test_a_closed_group_finishes_though_its_only_page_was_never_acknowledged_and_its_worker_vanished(
