@@ -224,7 +224,7 @@ def test_a_group_that_was_told_goes_on_in_the_next_turns(bench: Bench) -> None:
 def test_a_lease_is_renewed_until_its_limit_and_no_longer(bench: Bench) -> None:
     bench.queued("g", ["over", "kept"])
     over, kept = bench.fetch("w", 2)
-    leases = Leases(url="", keys=bench.keys, worker="w", on_lost=lambda role, entry: None)
+    leases = Leases(url="", keys=bench.keys, worker="w")
     leases.hold("p", over.entry, time.monotonic() - 1)
     leases.hold("p", kept.entry, time.monotonic() + 60)
     bench.age(60_000)

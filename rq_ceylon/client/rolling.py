@@ -20,7 +20,6 @@ from rq_ceylon.errors import CeylonError, DurabilityError
 from rq_ceylon.maintenance import hand_over
 from rq_ceylon.models import Durability
 from rq_ceylon.store import transitions
-from rq_ceylon.store.durability import confirming
 from rq_ceylon.store.scripts import Call
 from rq_ceylon.store.transitions import GroupFacts, Page, PageAck, StagedTask
 
@@ -143,9 +142,7 @@ class Rolling:
         await self._session.require_durable(self._durability, group.gid)
         tasks = [StagedTask(str(group.count + n), waiting.task.text) for n, waiting in enumerate(batch, 1)]
         digest, last = chain(group.digest, tasks), group.count + len(batch) >= ROLLING_TASKS_MAX
-        if not group.part:
-            calls += transitions.announce(keys, group.gid, {waiting.task.role for waiting in batch})
-        submit = transitions.submit(
+        part = transitions.submit(
             keys,
             group.gid,
             FACTS,
@@ -156,14 +153,13 @@ class Rolling:
             rolling=True,
             acks=own_acks,
         )
-        at = len(calls)
-        calls.append(confirming(submit, self._durability))
-        if not group.part:
-            calls.append(confirming(transitions.announce_again(keys, group.gid), self._durability))
+        roles = None if group.part else {waiting.task.role for waiting in batch}
         expected = self._expected(group.gid, tasks, batch)
-        calls += [transitions.enqueue(keys, page.role, [page], insist=False) for page in expected]
-        replies, unconfirmed = await self._session.call_confirmed(calls, optional=len(expected))
-        reply = transitions.submit_reply(group.gid, replies[at])
+        entries = [transitions.enqueue(keys, page.role, [page], insist=False) for page in expected]
+        replies, unconfirmed = await self._session.send_part(
+            group.gid, part, roles, before=calls, behind=entries, durability=self._durability
+        )
+        reply = transitions.submit_reply(group.gid, replies[len(calls)])
         if reply.word not in ("OK", "REPEAT"):
             # Sealed meanwhile, or Redis lost earlier parts: the same tasks open a new group.
             self._waiting.extendleft(reversed(batch))

@@ -8,20 +8,20 @@ import asyncio
 import difflib
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 from loguru import logger
 
 from rq_ceylon.client.following import Follower, Following
-from rq_ceylon.errors import CeylonError, DurabilityError, NoWorkerError
+from rq_ceylon.errors import CeylonError, DurabilityError, NoWorkerError, QueueFullError
 from rq_ceylon.handlers import Registry
 from rq_ceylon.models import Durability, check_id
 from rq_ceylon.settings import masked
-from rq_ceylon.store import queries
+from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.connection import Connection
-from rq_ceylon.store.durability import unable
+from rq_ceylon.store.durability import confirming, unable
 from rq_ceylon.store.events import EventHub
 from rq_ceylon.store.keys import Keys
 from rq_ceylon.store.scripts import Call
@@ -87,18 +87,46 @@ class Session:
         """
         return await self.connection.run_until_answered(calls, give_up_after=ANSWER_S)
 
-    async def call_confirmed(self, calls: Sequence[Call], *, optional: int = 0) -> tuple[list[Any], str]:
+    async def send_part(
+        self,
+        gid: str,
+        part: Call,
+        roles: Collection[str] | None,
+        *,
+        before: Sequence[Call] = (),
+        behind: Sequence[Call] = (),
+        again: bool = False,
+        durability: Durability = "none",
+    ) -> tuple[list[Any], str]:
         """
-        As `call`; the second says why those that are to be confirmed were not: '' if they were, or there are none.
+        Announce a group and send a part of it. Returns the replies of `before`, of the part and of `behind`, and why it
+        is not confirmed what the group has so far ('': it is).
 
         Args:
-            optional: so many of the last may be refused; their errors are among the replies.
+            roles: of the part; None: the group was announced, and its entry in the index confirmed.
+            before: calls that ride along.
+            behind: calls that follow the part, and may be refused; their errors are among the replies.
+            again: announce it behind the part too: maintenance may just be dropping an older group of its key.
         """
-        self.check_owner()
-        connection = self._confirming if any(call.confirm for call in calls) else self._connection
-        found = await connection.run_until_answered(calls, give_up_after=ANSWER_S, optional=optional)
-        pairs = [reply if call.confirm else (reply, "") for call, reply in zip(calls, found, strict=True)]
-        return [reply for reply, _ in pairs], next((why for _, why in pairs if why), "")
+        announce = [] if roles is None else transitions.announce(self.keys, gid, roles, durability=durability)
+        calls = [*announce, *before, confirming(part, durability)]
+        first, end = len(announce), len(calls)
+        calls += behind
+        if again:
+            calls += transitions.announce(self.keys, gid, ())
+        connection = self.connection if durability == "none" else self._confirming
+        found = await connection.run_until_answered(calls, give_up_after=ANSWER_S, refusals=True)
+        pairs = [reply if isinstance(reply, tuple) else (reply, "") for reply in found]
+        replies = [reply for reply, _ in pairs]
+        announced = replies[:first] + replies[end + len(behind) :]
+        for needed, some in ((True, replies[first:end]), (False, announced)):
+            for reply in some:
+                if isinstance(reply, CeylonError) and (needed or not isinstance(reply, QueueFullError)):
+                    raise reply
+        if any(isinstance(reply, CeylonError) for reply in announced):
+            # At the memory limit one call is refused and the next is not. What was accepted must be found.
+            await self.call(transitions.announce(self.keys, gid, roles or (), insisting=True))
+        return replies[first : end + len(behind)], next((why for _, why in pairs if why), "")
 
     async def require_durable(self, durability: Durability, gid: str) -> None:
         """

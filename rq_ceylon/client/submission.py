@@ -24,8 +24,6 @@ from rq_ceylon.goals import impossible_words
 from rq_ceylon.maintenance import hand_over, meet, relay
 from rq_ceylon.models import Counters, Durability, GroupStatus, TaskGroup
 from rq_ceylon.store import queries, transitions
-from rq_ceylon.store.durability import confirming
-from rq_ceylon.store.scripts import Call
 from rq_ceylon.store.transitions import StagedTask, SubmitReply
 
 
@@ -107,14 +105,10 @@ class Submission:
         submit = transitions.submit(
             keys, self.gid, staged.facts, tasks, part=self._part, last=last, digest=self._digest.hex()[:32]
         )
-        announce = transitions.announce(keys, self.gid, staged.roles)
-        ending: list[Call] = [submit]
-        if last:
-            # Maintenance may just be dropping an older group of this key from the index.
-            ending.append(transitions.announce_again(keys, self.gid))
-            ending = [confirming(call, self._durability) for call in ending]
-        replies, self._unconfirmed = await self._session.call_confirmed([*announce, *ending])
-        reply = transitions.submit_reply(self.gid, replies[len(announce)])
+        (answer,), self._unconfirmed = await self._session.send_part(
+            self.gid, submit, staged.roles, again=last, durability=self._durability if last else "none"
+        )
+        reply = transitions.submit_reply(self.gid, answer)
         if reply.word not in ("OK", "REPEAT"):
             await self._refuse(reply)
         return reply

@@ -41,13 +41,12 @@ class Connection:
         """
         return self._servers.node_of(key)
 
-    async def run(self, calls: Sequence[Call], *, refusals: bool = False, optional: int = 0) -> list[Any]:
+    async def run(self, calls: Sequence[Call], *, refusals: bool = False) -> list[Any]:
         """
         Send calls in one pipeline (of each node that they concern) and return their replies, in order.
 
         Args:
             refusals: put the error of a refused call in the place of its reply, instead of raising it.
-            optional: do so for so many of the last calls.
 
         Raises:
             ConnectionLostError: not all were answered; each may or may not have happened.
@@ -55,9 +54,8 @@ class Connection:
             RedisError: Redis refused a call for another reason.
         """
         replies = await self.run_each(calls)
-        needed = 0 if refusals else len(calls) - optional
-        for i, reply in enumerate(replies):
-            if isinstance(reply, ConnectionLostError) or (isinstance(reply, CeylonError) and i < needed):
+        for reply in replies:
+            if isinstance(reply, ConnectionLostError) or (isinstance(reply, CeylonError) and not refusals):
                 raise reply
         return replies
 
@@ -80,7 +78,7 @@ class Connection:
         *,
         give_up_after: float | None,
         on_lost: Callable[[CeylonError], None] | None = None,
-        optional: int = 0,
+        refusals: bool = False,
     ) -> list[Any]:
         """
         Like `run`, but send calls that are safe to repeat again, with a growing, jittered pause, until answered.
@@ -88,12 +86,12 @@ class Connection:
         Args:
             give_up_after: seconds after which the last error is raised; None never gives up.
             on_lost: told of the first failure.
-            optional: as for `run`.
+            refusals: as `run`.
         """
         started, pause = time.monotonic(), 0.02
         while True:
             try:
-                return await self.run(calls, optional=optional)
+                return await self.run(calls, refusals=refusals)
             except ConnectionLostError as error:
                 if give_up_after is not None and time.monotonic() - started + pause > give_up_after:
                     raise

@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from rq_ceylon.goals import CompiledGoal
+from rq_ceylon.models import Durability
 from rq_ceylon.store.codec import encode
+from rq_ceylon.store.durability import confirming
 from rq_ceylon.store.keys import Keys
 from rq_ceylon.store.scripts import Call, command, insist
 
@@ -212,24 +214,25 @@ def submit_reply(gid: str, reply: list[Any]) -> SubmitReply:
     raise ValueError(f"submit answered {reply!r}")
 
 
-def announce(keys: Keys, gid: str, roles: Iterable[str]) -> list[Call]:
+def announce(
+    keys: Keys, gid: str, roles: Iterable[str], *, durability: Durability = "none", insisting: bool = False
+) -> list[Call]:
     """
     Enter a group in the index, due at once, and its roles; to be sent before the group is written, so that
     maintenance finds whatever follows.
+
+    Args:
+        durability: of the entry in the index, which is then written whether or not it is there, since a confirmation
+            waits for a write.
+        insisting: at the memory limit too.
     """
-    calls = [command("ZADD", keys.index_of(gid), "NX", 0, gid)]
+    write = insist if insisting else command
+    due = ("NX", 0) if durability == "none" else (f"{random.random():.9f}",)
+    calls = [confirming(write("ZADD", keys.index_of(gid), *due, gid), durability)]
     roles = sorted(roles)
     if roles:
-        calls.append(command("SADD", keys.roles, *roles))
+        calls.append(write("SADD", keys.roles, *roles))
     return calls
-
-
-def announce_again(keys: Keys, gid: str) -> Call:
-    """
-    Enter a group that was just written in the index, due at once, even at the memory limit: it is there, so maintenance
-    must find it. A write each time, as its time is another one: a confirmation waits for nothing else.
-    """
-    return insist("ZADD", keys.index_of(gid), f"{random.random():.9f}", gid)
 
 
 # ---- claim, commit ---------------------------------------------------------------------------------------------------

@@ -212,11 +212,11 @@ class Line(Connection):
         *,
         give_up_after: float | None,
         on_lost: Callable[[CeylonError], None] | None = None,
-        optional: int = 0,
+        refusals: bool = False,
     ) -> list[Any]:
         while True:
             with contextlib.suppress(ConnectionLostError):
-                return await self.run(calls, optional=optional)
+                return await self.run(calls, refusals=refusals)
 
     def one(self, call: Call, following: Sequence[Call] = ()) -> Any:
         """
