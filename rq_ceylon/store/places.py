@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from functools import cache
 from typing import Any, Protocol
 
@@ -109,6 +109,7 @@ class Node:
         pool = self._client.connection_pool
         pool.connection_class = _packing(pool.connection_class)  # type: ignore[arg-type]
         self._one_at_a_time = asyncio.Lock()
+        self._is_closed = False
 
     async def send(self, calls: Sequence[Call], *, asking: bool = False) -> list[Any]:
         """
@@ -118,7 +119,7 @@ class Node:
             asking: the slot of these calls is on its way to this node.
         """
         with heeding_cancellation():
-            async with self._one_at_a_time:
+            async with self._turn():
                 try:
                     return await self._send_known(calls, asking)
                 except (*LOST, redis.RedisError) as error:
@@ -162,10 +163,21 @@ class Node:
         """
         execute: Any = self._client.execute_command
         with heeding_cancellation():
-            async with self._one_at_a_time:
+            async with self._turn():
                 return await execute(*words)
 
+    @contextlib.asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        async with self._one_at_a_time:
+            try:
+                yield
+            finally:
+                # redis-py connected again for who had waited behind the one that broke; nobody else knows of it.
+                if self._is_closed:
+                    await self._client.aclose()
+
     async def close(self) -> None:
+        self._is_closed = True
         await self._client.aclose()
 
 
