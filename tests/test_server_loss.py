@@ -5,7 +5,11 @@ nothing runs twice because of it.
 
 from __future__ import annotations
 
+import asyncio
 import collections
+import os
+import statistics
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,26 +17,49 @@ from typing import Any
 import pytest
 import redis
 from commands import Commands, commands_on, until
+from servers import Fleet, fleet_of
 
-from rq_ceylon import Ceylon, QueueFullError, SyncClient, Task, TaskGroup
+from rq_ceylon import (
+    Ceylon,
+    Client,
+    ConnectionLostError,
+    Goal,
+    NotFoundError,
+    QueueFullError,
+    SyncClient,
+    Task,
+    TaskGroup,
+)
+from rq_ceylon.models import Durability
+from rq_ceylon.store.events import event_of
 from rq_ceylon.store.keys import Keys
 from rq_ceylon.store.server import EmbeddedServer
 
 JOBS = """
-import os
+import asyncio, os
 from pathlib import Path
 
-from rq_ceylon import Ceylon, TaskContext
+from rq_ceylon import Backoff, Ceylon, TaskContext
 
 app = Ceylon()
 ran = os.open(Path(__file__).parent / "ran", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
 
-@app.task
+@app.task(backoff=Backoff(first="10ms", cap="50ms"))
 async def work(context: TaskContext, payload: str = "") -> str:
+    await asyncio.sleep(0.01)
+    if payload == "flaky" and context.attempt == 1:
+        raise ValueError("the first time")
     os.write(ran, f"{context.group_id}/{context.task_id}\\n".encode())
     return "done"
 """
+
+LONG = os.environ.get("CEYLON_LONG") == "1"
+"""Whether to run the whole distance, which takes minutes."""
+
+TASKS, KILLS = (20_000, 10) if LONG else (2_000, 3)
+GROUP, AHEAD = 50, 400
+LIMIT_S = 600 if LONG else 90
 
 
 @pytest.fixture
@@ -119,3 +146,167 @@ def undone(raw: Any, keys: Keys) -> list[str]:
     entries = [key for key in streams if raw.xlen(key) or raw.xpending(key, "workers")["pending"]]
     parts = ("outbox", "tasks", "claims", "delayed")
     return entries + [key for part in parts for key in raw.scan_iter(f"{keys.prefix}*:{part}")]
+
+
+# ---- kill -9 and restart ---------------------------------------------------------------------------------------------
+class Outage:
+    """
+    Two workers, a monitor and a client that submits by key, on a server that is killed and started again.
+
+    Attributes:
+        cut: what the kernel had not yet written to the disk is lost too, as when power fails.
+        confirmed: up to where the file was when a submission was last confirmed to be on the disk.
+        lost: submissions that were accepted, and forgotten.
+    """
+
+    def __init__(self, fleet: Fleet, folder: Path, namespace: str, fsync: str, *, cut: bool) -> None:
+        self.fleet, self.keys, self.cut = fleet, Keys(namespace), cut
+        self.lines = ["appendonly yes", f"appendfsync {fsync}", "auto-aof-rewrite-percentage 0"]
+        self.server = fleet.start(*self.lines)
+        self.commands = Commands(self.server.url, folder)
+        self.confirmed, self.bytes_lost, self.lost = 0, 0, 0
+        self.confirming = 0
+        self.accepted: dict[str, bool] = {}
+
+    @property
+    def file(self) -> Path:
+        (path,) = (self.server.log.parent / "appendonlydir").glob("*.incr.aof")
+        return path
+
+    def kill_and_restart(self) -> None:
+        self.server.kill()
+        if self.cut:
+            self.bytes_lost += self.file.stat().st_size - self.confirmed
+            os.truncate(self.file, self.confirmed)
+        self.server = self.fleet.start(*self.lines, port=self.server.port)
+
+    def ran(self) -> int:
+        return runs(self.commands).total()
+
+    def completed(self) -> int:
+        """
+        How many tasks are counted; -1: the server does not answer.
+        """
+        try:
+            with redis.Redis(port=self.server.port, decode_responses=True) as raw:
+                pipeline = raw.pipeline(transaction=False)
+                for key in raw.scan_iter(f"{self.keys.prefix}{{g:*meta", count=1000):
+                    pipeline.hget(key, "completed")
+                return sum(int(count or 0) for count in pipeline.execute())
+        except redis.RedisError:
+            return -1
+
+    async def see_through(self, client: Client, number: int) -> None:
+        """
+        Submit a group until it is accepted, wait for its end, and do so again if it is lost: it has a key.
+        """
+        durability: Durability = "fsync" if self.cut and number % 5 == 0 else "none"
+        may_be_lost = self.cut and durability == "none"
+        tasks = [Task(uses="work", arguments={"payload": "flaky" if i % 10 == 0 else ""}) for i in range(GROUP)]
+        goals = [Goal("completed >= 50%", name="half"), Goal("completed >= 100%", name="all")]
+        while True:
+            self.confirming += durability == "fsync"
+            try:
+                run = await client.submit(
+                    TaskGroup(f"g{number}", tasks, goal=goals, key=f"k{number}"), durability=durability
+                )
+                if durability == "fsync":
+                    self.confirmed = self.file.stat().st_size
+                    self.confirming -= 1
+                assert run.repeated or run.id not in self.accepted or may_be_lost, f"{run.id} was accepted and lost"
+                self.accepted[run.id] = may_be_lost
+                view = await run.wait("all")
+                assert view.is_finished
+                return
+            except ConnectionLostError:
+                self.confirming -= durability == "fsync"
+            except NotFoundError:
+                assert may_be_lost, f"group {number} was accepted and lost"
+                self.lost += 1
+
+
+async def outlast(outage: Outage, namespace: str) -> list[float]:
+    """
+    Run all tasks with all kills; returns the seconds from each restart until a hundred more tasks were counted.
+    """
+    times: list[float] = []
+    commands = outage.commands
+    for _ in range(2):
+        commands.start("worker", "jobs:app", "--namespace", namespace, "-c", "20", "--lease", "2s")
+    commands.start("monitor", "--namespace", namespace)
+
+    async def kill_all() -> None:
+        for number in range(1, KILLS + 1):
+            # Not between a confirmation and its note: that would cut off what was confirmed.
+            while outage.ran() < number * TASKS // (KILLS + 1) or outage.confirming:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+            outage.kill_and_restart()
+            began, first = time.monotonic(), -1
+            while (now := await asyncio.to_thread(outage.completed)) < first + 100 or first < 0:
+                first = now if first < 0 else first
+                await asyncio.sleep(0.02)
+            times.append(time.monotonic() - began)
+
+    async with asyncio.timeout(LIMIT_S), Client(outage.server.url, namespace=namespace) as client:
+        async with asyncio.TaskGroup() as together:
+            together.create_task(kill_all())
+            for number in range(TASKS // GROUP):
+                while number * GROUP - outage.ran() >= AHEAD:  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
+                together.create_task(outage.see_through(client, number))
+        # Some that have ended may be forgotten with the last kill; they run again.
+        for number in range(TASKS // GROUP):
+            await outage.see_through(client, number)
+        assert len(await client.groups()) == len(outage.accepted) == TASKS // GROUP
+    assert all(process.poll() is None for process in commands.started), "workers and monitor have lived through it"
+    return times
+
+
+def check(outage: Outage, namespace: str) -> None:
+    """
+    Every task of every accepted group ended once, and every goal was settled once.
+    """
+    raw: Any = redis.Redis(port=outage.server.port, decode_responses=True)
+    keys = outage.keys
+    until(lambda: not undone(raw, keys), "nothing is left of it", LIMIT_S)
+    audited = outage.commands.run("ceylon", "audit", "--namespace", namespace)
+    assert audited.returncode == 0, audited.stdout
+    assert f"{TASKS:,} tasks: drift 0" in audited.stdout or f"{TASKS} tasks: drift 0" in audited.stdout
+    tids = [str(number) for number in range(1, GROUP + 1)]
+    for gid in outage.accepted:
+        assert raw.hget(keys.group_part(gid, "meta"), "status") == "finished"
+        lines = raw.lrange(keys.group_part(gid, "events"), 0, -1)
+        events = [event_of(number, line) for number, line in enumerate(lines, 1)]
+        ends = collections.Counter(task.tid for event in events for task in event.tasks if task.outcome == "completed")
+        assert ends == collections.Counter(tids)
+        settled = collections.Counter(name for event in events for name, _ in event.goals)
+        assert settled == {"half": 1, "all": 1}
+    assert set(runs(outage.commands)) == {f"{gid}/{tid}" for gid in outage.accepted for tid in tids}
+    raw.close()
+
+
+@pytest.mark.every_engine
+@pytest.mark.timeout(LIMIT_S + 60)
+@pytest.mark.parametrize("fsync", ["always"])
+@pytest.mark.anyio
+async def test_nothing_accepted_is_lost_and_goals_settle_once_when_the_server_is_killed(
+    engine: str, binary: str, short_tmp_path: Path, namespace: str, fsync: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut = fsync == "everysec"
+    if cut and engine != "valkey":
+        pytest.skip("it cannot confirm that a submission is on the disk")
+    (short_tmp_path / "jobs.py").write_text(JOBS)
+    with fleet_of(binary, short_tmp_path) as fleet:
+        outage = Outage(fleet, short_tmp_path, namespace, fsync, cut=cut)
+        try:
+            times = await outlast(outage, namespace)
+            check(outage, namespace)
+        finally:
+            outage.commands.end()
+        again = outage.ran() - TASKS
+        with capsys.disabled():
+            print(
+                f"\n{engine}, appendfsync {fsync}: {TASKS:,} tasks, {KILLS} kills; 100 more counted after a restart: "
+                f"median {statistics.median(times):.2f} s, longest {max(times):.2f} s; {outage.bytes_lost:,} bytes and "
+                f"{outage.lost} submissions lost, {again} tasks ran again"
+            )
