@@ -151,7 +151,8 @@ class WorkerActor(Actor):
                 await gate()
             else:
                 await self.rest(self.random.uniform(1, 4))
-                turns.ring()
+                if not turns.stopping or self.random.random() < 0.1:  # a bell; else it is time for a fetch
+                    turns.ring()
 
     def _shut_down(self) -> None:
         self.process.turns.stopping = True
