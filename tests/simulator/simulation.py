@@ -43,7 +43,7 @@ from in time, as nothing may be reclaimed where it is not, and a pass of mainten
 steps of at most 5 ms, the machine was too slow, unless most of it counts; such a run is made again with longer times.
 """
 
-SCALE_MAX = 64.0
+SCALE_MAX = 16.0
 
 Coverage = collections.Counter[tuple[str, str]]
 
