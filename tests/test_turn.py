@@ -5,6 +5,7 @@ What a worker's turns say and leave unsaid, call by call, against a real server.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -199,7 +200,7 @@ def test_more_dependents_than_one_commit_looks_at_follow_in_the_next_turns(bench
     names = [str(n) for n in range(1200)]
     for part in range(3):
         some = names[400 * part : 400 * (part + 1)]
-        needs = {tid: ["a"] for tid in some}
+        needs: dict[str, Sequence[str]] = {tid: ["a"] for tid in some}
         bench.submit("g", some, part=2 + part, last=part == 2, digest=f"{2 + part}", needs=needs)
     bench.relay("g")
     worker = Hand(bench, "w")
