@@ -168,7 +168,12 @@ def test_what_others_wrote_cannot_steer_a_terminal(commands: Commands, client: S
     gid = client.submit(TaskGroup(name, [Task(id="a", uses="steer", role="r")], goal=goal)).id
 
     _, drawn = on_a_terminal(
-        commands, "ceylon", "watch", gid, once_shown=lambda: commands.start("worker", "jobs:app", "--burst")
+        commands,
+        "ceylon",
+        "watch",
+        gid,
+        once_shown=lambda: commands.start("worker", "jobs:app", "--burst"),
+        columns=140,
     )
 
     (worker,) = commands.started
