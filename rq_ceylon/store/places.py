@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import cache
 from typing import Any, Protocol
 
@@ -118,12 +118,11 @@ class Node:
         Args:
             asking: the slot of these calls is on its way to this node.
         """
-        with heeding_cancellation():
-            async with self._turn():
-                try:
-                    return await self._send_known(calls, asking)
-                except (*LOST, redis.RedisError) as error:
-                    return [error] * len(calls)
+        try:
+            replies: list[Any] = await self._alone(lambda: self._send_known(calls, asking))
+        except (*LOST, redis.RedisError) as error:
+            return [error] * len(calls)
+        return replies
 
     async def _send_known(self, calls: Sequence[Call], asking: bool) -> list[Any]:
         replies = await self._send(calls, asking)
@@ -162,19 +161,17 @@ class Node:
             redis.RedisError: as redis-py raises it.
         """
         execute: Any = self._client.execute_command
-        with heeding_cancellation():
-            async with self._turn():
-                return await execute(*words)
+        return await self._alone(lambda: execute(*words))
 
-    @contextlib.asynccontextmanager
-    async def _turn(self) -> AsyncIterator[None]:
-        async with self._one_at_a_time:
-            try:
-                yield
-            finally:
-                # redis-py connected again for who had waited behind the one that broke; nobody else knows of it.
-                if self._is_closed:
-                    await self._client.aclose()
+    async def _alone(self, work: Callable[[], Awaitable[Any]]) -> Any:
+        with heeding_cancellation():
+            async with self._one_at_a_time:
+                try:
+                    return await work()
+                finally:
+                    # redis-py connected again for who had waited behind the one that broke; nobody else knows of it.
+                    if self._is_closed:
+                        await self._client.aclose()
 
     async def close(self) -> None:
         self._is_closed = True
