@@ -138,9 +138,12 @@ class EventHub:
 
     async def _send(self, action: str, channel: str) -> None:
         kind = f"p{action}" if channel.endswith("*") else action
-        # A connection that broke just now is the listener's to mend, which subscribes to all channels anew.
-        with contextlib.suppress(*LOST):
-            await getattr(self._pubsub, kind)(channel)
+        # A connection that broke just now is the listener's to mend, which subscribes to all channels anew. redis-py
+        # would connect again here, and leave the one that the listener may be opening.
+        connection = self._pubsub.connection
+        if connection is not None and connection.is_connected:
+            with contextlib.suppress(*LOST):
+                await getattr(self._pubsub, kind)(channel)
 
     async def _listen(self) -> None:
         pause = 0.1
