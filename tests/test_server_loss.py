@@ -78,7 +78,10 @@ def runs(commands: Commands) -> collections.Counter[str]:
 
 
 def everything(raw: Any) -> set[Any]:
-    return {(key, member) for key in raw.scan_iter() for member in members(raw, key)}
+    """
+    But for the index, which is written before a group, and forgets what was not.
+    """
+    return {(key, member) for key in raw.scan_iter() if "{i:" not in key for member in members(raw, key)}
 
 
 def members(raw: Any, key: str) -> list[Any]:

@@ -174,6 +174,16 @@ class ThreadConnection:
         self._runner.close()
 
 
+class _PubSub(redis.asyncio.client.PubSub):
+    """
+    A pub/sub connection that its user opens anew: redis-py's does so by itself before it tells of a loss, in each task
+    that meets it, and forgets all but one of those connections.
+    """
+
+    async def _reconnect(self, conn: Any, *_: Any, **__: Any) -> None:
+        await conn.disconnect()
+
+
 @asynccontextmanager
 async def subscribed(url: str) -> AsyncIterator[redis.asyncio.client.PubSub]:
     """
@@ -187,7 +197,7 @@ async def subscribed(url: str) -> AsyncIterator[redis.asyncio.client.PubSub]:
     try:
         with _classifying(url, "SUBSCRIBE"):
             client = client_of(await some_url(place_of(url)), socket_timeout=None)
-            async with client.pubsub() as pubsub:
+            async with _PubSub(client.connection_pool) as pubsub:
                 yield pubsub
     except ConnectionLostError:
         raise
