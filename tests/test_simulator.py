@@ -165,7 +165,7 @@ def case(finished: Finished) -> Case:
     plain: Any = redis.Redis.from_url(finished.url)
     plain.flushall()
     for key, (dump, ttl_ms) in finished.left.items():
-        if dump is not None:  # else it expired just then
+        if dump is not None and (ttl_ms == -1 or ttl_ms > 0):  # else it expired just then
             plain.restore(key, max(ttl_ms, 0), dump)
     return Case(finished.url, finished.simulation)
 
