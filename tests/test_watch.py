@@ -139,7 +139,8 @@ def test_ctrl_c_leaves_the_group_and_says_how_to_come_back(
     for _ in range(times):
         watching.send_signal(signal.SIGINT)
 
-    assert watching.wait(10) == 130
+    # The second may come when Python has given the signal back to the system already; a shell says 130 of both.
+    assert watching.wait(10) in ((130,) if times == 1 else (130, -signal.SIGINT))
     said = commands.said(watching)
     assert "Traceback" not in said
     if times == 1:

@@ -19,7 +19,7 @@ from redis.crc import key_slot
 from rq_ceylon.client.staging import keyed_id
 from rq_ceylon.goals import compile_goals
 from rq_ceylon.models import COUNTERS, NeedPolicy, TaskGroup
-from rq_ceylon.store import scripts
+from rq_ceylon.store import scripts, transitions
 from rq_ceylon.store.keys import STREAMS, Keys
 from rq_ceylon.store.scripts import Call
 from rq_ceylon.store.trouble import classified
@@ -422,6 +422,9 @@ class Simulation:
         if busy or self._strays:
             return False
         statuses = [self.raw.hget(self.keys.group_part(gid, "meta"), "status") for gid in self.ledger.accepted]
+        for gid, status in zip(self.ledger.accepted, statuses, strict=True):
+            if status == "paused":  # by a pause that arrived behind its resumption: its user sees it, and resumes again
+                self._send(transitions.resume_group(self.keys, gid), "user")
         if any(status != "finished" for status in statuses):
             return False
         self.is_draining = True
