@@ -50,6 +50,31 @@ async def test_a_busy_worker_needs_few_round_trips_and_commands_per_task(
     assert commands / tasks <= 0.08
 
 
+async def test_a_single_task_is_with_its_role_after_one_round_trip_and_its_result_takes_one_look(
+    bench: Bench, redis_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[list[str]] = []
+    run_each = Connection.run_each
+
+    async def noted(self: Connection, calls: Any) -> Any:
+        sent.append([call.script or call.args[0] for call in calls])
+        return await run_each(self, calls)
+
+    async with Client(redis_url, namespace=namespace) as client:
+        await client.submit(Task(uses="noop", role="p"))
+        monkeypatch.setattr(Connection, "run_each", noted)
+        handle = await client.submit(Task(uses="noop", role="p"))
+        assert sent == [["submit", "enqueue"]]
+        assert bench.redis.xlen(bench.keys.role_part("p", "normal")) == 2
+
+        for delivery in bench.fetch("w", 2):
+            assert bench.claim("w", delivery) == ["GRANTED"]
+            assert bench.commit("w", delivery) == "OK"
+        sent.clear()
+        await asyncio.wait_for(handle.result(), 10)
+        assert sent == [["HGETALL", "LLEN", "HEXISTS", "HMGET"]]
+
+
 async def test_a_queued_task_takes_at_most_200_bytes(redis_url: str, namespace: str) -> None:
     bench = Bench(redis_url, namespace)
     tasks = 20_000

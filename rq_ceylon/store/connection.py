@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
@@ -77,7 +77,6 @@ class Connection:
         calls: Sequence[Call],
         *,
         give_up_after: float | None,
-        on_lost: Callable[[CeylonError], None] | None = None,
         refusals: bool = False,
     ) -> list[Any]:
         """
@@ -85,19 +84,15 @@ class Connection:
 
         Args:
             give_up_after: seconds after which the last error is raised; None never gives up.
-            on_lost: told of the first failure.
             refusals: as `run`.
         """
         started, pause = time.monotonic(), 0.02
         while True:
             try:
                 return await self.run(calls, refusals=refusals)
-            except ConnectionLostError as error:
+            except ConnectionLostError:
                 if give_up_after is not None and time.monotonic() - started + pause > give_up_after:
                     raise
-                if on_lost is not None:
-                    on_lost(error)
-                    on_lost = None
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(pause * 2, 1.0)
 

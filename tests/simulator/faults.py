@@ -15,7 +15,7 @@ from redis.crc import key_slot
 
 from rq_ceylon import presence
 from rq_ceylon.client import rolling, staging
-from rq_ceylon.errors import CeylonError, ConnectionLostError
+from rq_ceylon.errors import ConnectionLostError
 from rq_ceylon.maintenance import steps
 from rq_ceylon.maintenance.reissue import Reissue
 from rq_ceylon.store import scripts, transitions
@@ -211,7 +211,6 @@ class Line(Connection):
         calls: Sequence[Call],
         *,
         give_up_after: float | None,
-        on_lost: Callable[[CeylonError], None] | None = None,
         refusals: bool = False,
     ) -> list[Any]:
         while True:

@@ -199,7 +199,6 @@ local function verdict(program)
     elseif token == 'attempts' or token == 'crashes' then
       push(group[token], open + more > 0 and math.huge or group[token])
     elseif token == 'call' then push(0, 1)
-    elseif token == 'not' then local a = pop(); push(1 - a[2], 1 - a[1])
     else
       local b, a = pop(), pop()
       if token == 'and' then push(math.min(a[1], b[1]), math.min(a[2], b[2]))
