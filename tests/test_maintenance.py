@@ -11,12 +11,13 @@ import pytest
 from bench import Bench
 from loguru import logger
 
-from rq_ceylon.maintenance import reissue
+from rq_ceylon.maintenance import reissue, steps
 from rq_ceylon.maintenance.relay import PAGES_PER_CALL, relay
 from rq_ceylon.maintenance.steps import MOVING_MS, STILL_MS, Maintenance, drop
 from rq_ceylon.models import Goal
 from rq_ceylon.store import transitions
 from rq_ceylon.store.connection import Connection
+from rq_ceylon.store.keys import Keys
 
 pytestmark = [pytest.mark.anyio, pytest.mark.every_engine]
 
@@ -212,6 +213,8 @@ async def test_a_rolling_group_whose_client_fell_silent_is_sealed_and_finishes(
 
     assert bench.meta("silent")["status"] == "finished"
     assert (bench.meta("busy")["status"], bench.meta("busy")["open"]) == ("active", "1")
+    make_due(bench, "silent")
+    await maintenance.run_once()
     assert (next_look_ms(bench, "silent") or 0) > 23 * HOUR_MS
 
 
@@ -350,6 +353,25 @@ async def test_a_group_that_a_deadline_ended_is_looked_at_again_soon_for_its_mes
     make_due(bench, "first")
     await maintenance.run_once()
     assert not bench.redis.exists(bench.keys.group_part("first", "outbox"))
+
+
+async def test_a_group_that_finishes_while_it_is_looked_at_is_looked_at_again_soon_for_its_messages(
+    bench: Bench, maintenance: Maintenance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.queued("first")
+    bench.run(transitions.register(bench.keys, "first", "g"))
+    delivery, shipped = bench.started("w", "first"), steps.seal
+
+    async def seal(connection: Connection, keys: Keys, gid: str) -> str | None:
+        bench.commit_with_pages("w", delivery)  # and the worker that got the message is gone
+        return await shipped(connection, keys, gid)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "seal", seal)
+        await maintenance.run_once()
+
+    assert bench.meta("first")["status"] == "finished"
+    assert (next_look_ms(bench, "first") or 0) <= MOVING_MS
 
 
 async def test_a_group_that_waits_for_one_that_is_gone_is_cancelled(bench: Bench, maintenance: Maintenance) -> None:

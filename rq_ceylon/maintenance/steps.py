@@ -89,12 +89,13 @@ class Maintenance:
         status, deadline_ms = answer.status, answer.next_deadline_ms
         if status is not None and 0 < deadline_ms <= now_ms:
             status, deadline_ms = await judge(self._connection, self._keys, gid)
-            moves = True  # if it has finished, it has messages to send
         if status == "waiting":
             status = await meet(self._connection, self._keys, gid)
             moves = True
         if status == "active":
             status = await seal(self._connection, self._keys, gid)
+        if status == "finished" != answer.status:
+            moves = True  # since its outbox was looked through: it may have messages to send
         if status in ("active", "closing") and not moves:
             moves = await self._reissue.run(gid) > 0 or status == "closing"
         else:
