@@ -19,6 +19,7 @@ import redis
 
 from rq_ceylon import (
     Ceylon,
+    Client,
     ConnectionLostError,
     FailTask,
     Goal,
@@ -168,22 +169,55 @@ async def test_the_same_key_is_the_same_group_and_other_content_is_refused(app: 
             await client.submit(TaskGroup("g", [Task(role="p")] * 4, key="nightly"))
 
 
+def lose_answers(client: Client) -> None:
+    """
+    Whatever this client sends is answered only when it is sent again.
+    """
+    send = client.connection.run_until_answered
+
+    async def send_twice(calls: Sequence[Call], **options: Any) -> list[Any]:
+        await send(calls, **options)
+        answers: list[Any] = await send(calls, **options)
+        return answers
+
+    client.connection.run_until_answered = send_twice  # type: ignore[method-assign]
+
+
 async def test_a_group_without_a_key_whose_answer_was_lost_is_no_repetition(app: Ceylon) -> None:
     async with app.client() as client:
         first = await client.submit(TaskGroup("first", [Task(role="p")]))
-        send = client.call
-
-        async def send_twice(calls: Sequence[Call]) -> list[Any]:
-            await send(calls)
-            return await send(calls)
-
-        client.call = send_twice  # type: ignore[method-assign]
+        lose_answers(client)
         group = await client.submit(TaskGroup("g", [Task(role="p")], depends_on=[first.id]))
 
         assert not group.repeated
         assert (await group.view()).counters.total == 1
         (told,) = await client.connection.run([command("HGET", client.keys.group_part(first.id, "meta"), "dependents")])
         assert told == group.id
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        Task(role="p"),
+        TaskGroup("g", [Task(role="p")]),
+        TaskGroup("g", [Task(role="p")], key="nightly"),
+        TaskGroup("g", [Task(role="p")] * 600, key="nightly"),
+    ],
+    ids=["task", "group", "group with a key", "group in two parts"],
+)
+async def test_what_was_submitted_is_with_its_role_at_once_though_the_answer_was_lost(
+    app: Ceylon, work: Task | TaskGroup
+) -> None:
+    async with app.client() as other:
+        async with app.client() as client:
+            lose_answers(client)
+            run = await client.submit(work)
+            (queued,) = await other.connection.run([command("XLEN", other.keys.role_part("p", "normal"))])
+        outbox = other.keys.group_part(run.id.partition("/")[0], "outbox")
+        (left,) = await other.connection.run([command("ZCARD", outbox)])
+
+    assert queued >= (1 if isinstance(work, Task) else len(list(work.tasks)))
+    assert left == 0
 
 
 def _tasks(count: int, *, words: str = "", at: int = 0, then: Callable[[], None] = lambda: None) -> Iterator[Task]:

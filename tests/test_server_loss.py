@@ -122,7 +122,7 @@ def test_a_full_server_refuses_cleanly_and_drains_to_empty(commands: Commands, n
         accepted = fill(client, "x" * 10_000)
         accepted |= fill(client, "")  # to the last byte
         assert {view.id for view in client.groups()} == set(accepted)
-        # What is used rises and falls with the buffers of connections: only far beyond the limit nothing can be written.
+        # What is used rises and falls with the buffers of connections: only far over the limit nothing can be written.
         raw.config_set("maxmemory", raw.info()["used_memory"] - 1_000_000)
         before = everything(raw)
         for work in (TaskGroup("g", [Task(uses="work")], key="k"), Task(uses="work"), large):

@@ -167,6 +167,8 @@ class Rolling:
             return
         group.part, group.count, group.digest = group.part + 1, group.count + len(batch), digest
         horizons = {page.role: horizon for page, horizon in zip(reversed(expected), reversed(replies), strict=False)}
+        if reply.word == "REPEAT":  # among its pages are some of earlier parts
+            horizons = {}
         await self._enqueue(reply.pages, horizons)
         for task, waiting in zip(tasks, batch, strict=True):
             if unconfirmed:

@@ -61,14 +61,11 @@ class Submission:
                 # In a task of its own: this one may be cancelled.
                 await asyncio.gather(asyncio.create_task(self._drop()), return_exceptions=True)
             raise
-        # Without a key nobody else writes this group: its answer was lost, and it was sent again.
-        is_new = reply.word != "REPEAT" or not self._key
-        if is_new and others:
+        if others:
             # So that they tell it at once; should this process end here, maintenance asks them.
             with suppress(CeylonError):
                 await meet(self._session.connection, self._session.keys, self.gid)
-        if is_new:
-            await self._enqueue(reply)
+        await self._enqueue(reply)
         if self._unconfirmed:
             again = f"key {self._key!r}: that waits anew" if self._key else "a key: without one it is another group"
             raise DurabilityError(
@@ -76,7 +73,8 @@ class Submission:
                 f"accepted as {self.gid} and runs, but a crash of Redis may lose it; submit it again with {again}",
                 self.gid,
             )
-        return is_new
+        # Without a key nobody else writes this group: its answer was lost, and it was sent again.
+        return reply.word != "REPEAT" or not self._key
 
     async def _check_known(self, gids: Sequence[str]) -> None:
         found = await queries.views(self._session.connection, self._session.keys, gids)

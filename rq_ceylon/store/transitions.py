@@ -205,8 +205,8 @@ class SubmitReply:
 
 def submit_reply(gid: str, reply: list[Any]) -> SubmitReply:
     match reply:
-        case ["OK", status, pages]:
-            return SubmitReply("OK", status, pages=[Page(gid, text) for text in pages])
+        case ["OK" | "REPEAT" as word, status, pages]:
+            return SubmitReply(word, status, pages=[Page(gid, text) for text in pages])
         case ["REFUSED", what, name]:
             return SubmitReply("REFUSED", what, name)
         case [word, *rest]:
