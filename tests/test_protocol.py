@@ -290,11 +290,22 @@ def test_one_batch_may_name_a_task_twice(bench: Bench) -> None:
 def test_a_repeated_commit_is_done_and_changes_nothing(bench: Bench, kind: str) -> None:
     bench.queued("g", ["a", "b"])
     delivery = bench.started("w", "g")
-    verdict, _ = bench.commit_with_pages("w", delivery, kind)
+    verdict, pages = bench.commit_with_pages("w", delivery, kind)
     before = bench.state("g")
     assert verdict == "OK"
-    assert bench.commit_with_pages("w", delivery, kind)[0] == "DONE"
+    assert bench.commit_with_pages("w", delivery, kind) == ("DONE", pages)  # as the first answer may be lost
     assert bench.state("g") == before
+    bench.ring(pages)
+    assert bench.commit_with_pages("w", delivery, kind) == ("DONE", [])
+
+
+def test_a_repeated_commit_says_that_dependents_are_left_to_look_at(bench: Bench) -> None:
+    children = [f"c{number}" for number in range(1001)]
+    bench.queued("g", ["a", *children], needs=dict.fromkeys(children, ["a"]))
+    delivery = bench.started("w", "g")
+    outcome = Committed("a", delivery.fence, "completed", "", 0, 1, b"1")
+    answers = [bench.run(transitions.commit(bench.keys, "g", "w", [outcome])) for _ in range(2)]
+    assert [transitions.commit_reply("g", answer, 1).more for answer in answers] == [True, True]
 
 
 def test_an_outcome_that_a_batch_names_twice_counts_once(bench: Bench) -> None:

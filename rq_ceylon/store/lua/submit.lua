@@ -10,7 +10,6 @@
 --        CLOSED (sealed meanwhile) | EXISTS (the key is taken by other content) | REFUSED what name (nothing is kept of
 --        the group).
 -- Repeatable by part number and digest. The only script that is refused at maxmemory: its first write may allocate.
-local REPEATED_PAGES = 50 -- in one answer; maintenance hands over the others
 local part, last, rolling, digest = tonumber(ARGV[1]), ARGV[2] == '1', ARGV[3] == '1', ARGV[4]
 local visible = now + tonumber(ARGV[5])
 local acknowledgements = 6
@@ -23,11 +22,7 @@ local first_task = goals_at + 2
 -- WAIT and WAITAOF tell of writes on their connection only: a repetition, perhaps by another one, is a write too.
 local function repeated()
   drain(); call('HSET', META, 'v', LAYOUT)
-  local unacknowledged = {}
-  for _, page in ipairs(withheld() and {} or call('ZRANGE', OUTBOX, 0, REPEATED_PAGES - 1)) do
-    if not string.find(page, '^%d+|#') then unacknowledged[#unacknowledged + 1] = page end
-  end
-  return {'REPEAT', group.status, unacknowledged}
+  return {'REPEAT', group.status, unacknowledged()}
 end
 
 local known = load()
