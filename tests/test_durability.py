@@ -200,6 +200,21 @@ async def test_what_was_submitted_for_the_disk_survives_a_kill_at_once(
         assert (await client.submit(group("k", count=700), durability="fsync")).repeated
 
 
+async def test_a_server_that_still_reads_its_file_is_waited_for(fleet: Fleet, namespace: str) -> None:
+    server = fleet.start("appendonly yes")
+    async with Client(server.url, namespace=namespace) as client:
+        with redis.Redis(port=server.port) as raw, raw.pipeline(transaction=False) as pipeline:
+            for number in range(5000):  # it answers after each thousand, and then seems to write no file
+                pipeline.set(f"other:{number}", "x")
+            pipeline.execute()
+        server.kill()
+        fleet.start("appendonly yes", "key-load-delay 100", port=server.port)
+
+        run = await client.submit(group(), durability="fsync")
+
+        assert (await run.view()).counters.pending == 1
+
+
 async def test_single_tasks_that_are_submitted_together_share_the_wait_for_the_disk(
     start_server: Callable[..., EmbeddedServer], short_tmp_path: Path, namespace: str
 ) -> None:

@@ -301,7 +301,7 @@ def test_a_repeated_commit_is_done_and_changes_nothing(bench: Bench, kind: str) 
 
 def test_a_repeated_commit_says_that_dependents_are_left_to_look_at(bench: Bench) -> None:
     children = [f"c{number}" for number in range(1001)]
-    bench.queued("g", ["a", *children], needs=dict.fromkeys(children, ["a"]))
+    bench.queued("g", ["a", *children], needs={child: ["a"] for child in children})
     delivery = bench.started("w", "g")
     outcome = Committed("a", delivery.fence, "completed", "", 0, 1, b"1")
     answers = [bench.run(transitions.commit(bench.keys, "g", "w", [outcome])) for _ in range(2)]

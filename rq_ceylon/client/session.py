@@ -24,7 +24,7 @@ from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.durability import confirming, unable
 from rq_ceylon.store.events import EventHub
 from rq_ceylon.store.keys import Keys
-from rq_ceylon.store.scripts import Call
+from rq_ceylon.store.scripts import Call, command
 
 ANSWER_S = 5.0
 """How long a call is repeated while Redis does not answer."""
@@ -137,8 +137,9 @@ class Session:
             return
         wanted = (self.keys.group_part(gid, "meta"), self.keys.index_of(gid))
         keys = {self.connection.node_of(key): key for key in wanted}
-        infos = await self.call([Call("", (key,), ("INFO",)) for key in keys.values()])
-        for info in infos:
+        # While it loads its data, a server answers INFO as if it wrote no file. It refuses EXISTS, which is sent again.
+        calls = [call for key in keys.values() for call in (command("EXISTS", key), Call("", (key,), ("INFO",)))]
+        for info in (await self.call(calls))[1::2]:
             if problem := unable(info, durability):
                 raise DurabilityError(
                     f"durability: {durability!r} is not possible: Redis at {masked(self.url)} {problem}; "
