@@ -38,9 +38,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """
-    How often each fault struck each script, in all runs of the simulator.
+    What tests measured, and how often each fault struck each script, in all runs of the simulator.
     """
     properties = [dict(report.user_properties) for report in terminalreporter.getreports("passed")]
+    for found in properties:
+        if "figures" in found:
+            terminalreporter.write_line(found["figures"])
     struck = [cell for found in properties for cell in found.get("struck", ())]
     if struck:
         covered = Coverage()

@@ -261,7 +261,7 @@ class Maintainer(Actor):
         while True:
             with contextlib.suppress(ConnectionLostError):
                 await maintenance.run_once()
-            self.simulation.looked_through()
+            self.simulation.looked_through(self.name)
             await self.rest(8)
 
 

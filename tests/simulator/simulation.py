@@ -111,7 +111,7 @@ class Simulation:
         self._workers = 0
         self._strays: list[tuple[float, Call, str]] = []
         self._snapshots: dict[str, list[tuple[str, bytes | None, int]]] = {}
-        self._rolled_back: set[str] = set()
+        self._rolled_back: dict[str, set[str]] = {}
         self._acting: Actor | None = None
         self._dice = Choice(0, "", 1, 1)
         self._began = time.monotonic()
@@ -145,10 +145,15 @@ class Simulation:
     def enter(self, actor: Actor) -> None:
         self._cast[actor.name] = actor
 
-    def looked_through(self) -> None:
+    def looked_through(self, maintainer: str) -> None:
         """
         Maintenance has gone through all.
         """
+        for gid, before in list(self._rolled_back.items()):
+            before.discard(maintainer)
+            if not before:  # the index went back too, whatever was entered by those who looked at the group before
+                self.raw.zadd(self.keys.index_of(gid), {gid: 0})
+                del self._rolled_back[gid]
         now = self.now_ms()
         self._still_ms += min(now - self._looked_ms, 50 * self.scale)
         self._looked_ms = now
@@ -329,10 +334,7 @@ class Simulation:
             self._turn(now, age)
             if steps % 50 == 0:
                 self._sums()
-                if age < LOSS_MS + 500:  # the index went back too, whatever was entered by those who looked before
-                    for gid in self._rolled_back:
-                        self.raw.zadd(self.keys.index_of(gid), {gid: 0})
-            if steps % 100 == 0 and (not self.loss or age > LOSS_MS + 500) and self._is_over():
+            if steps % 100 == 0 and (not self.loss or age > LOSS_MS) and self._is_over():
                 return
 
     def _is_stuck(self) -> bool:
@@ -419,7 +421,7 @@ class Simulation:
 
     def _is_over(self) -> bool:
         busy = any(isinstance(actor, (Producer, LoneClient, User, Neighbour)) for actor in self._cast.values())
-        if busy or self._strays:
+        if busy or self._strays or self._rolled_back:
             return False
         statuses = [self.raw.hget(self.keys.group_part(gid, "meta"), "status") for gid in self.ledger.accepted]
         for gid, status in zip(self.ledger.accepted, statuses, strict=True):
@@ -476,7 +478,7 @@ class Simulation:
             if dump is not None:
                 self.bytes.restore(key, max(ttl_ms, 0), dump)
         if gid:
-            self._rolled_back.add(gid)
+            self._rolled_back[gid] = {actor.name for actor in self._cast.values() if isinstance(actor, Maintainer)}
             self.ledger.ended = {task for task in self.ledger.ended if task[0] != gid}
         else:  # its user sees that it is paused, and resumes it again
             self.raw.hdel(keys[4], "paused")
