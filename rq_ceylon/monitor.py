@@ -8,7 +8,6 @@ hour. A notification only wakes it; it reads each group's events from where it s
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Awaitable
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from loguru import logger
 
 from rq_ceylon.errors import CeylonError, ConnectionLostError
 from rq_ceylon.handlers import GoalCheck, Registry, awaited
-from rq_ceylon.maintenance import maintain
+from rq_ceylon.maintenance import judge, maintain
 from rq_ceylon.models import GoalStatus, GoalView, GroupStatus, GroupView
 from rq_ceylon.presence import BEAT_S, Presence
 from rq_ceylon.store import queries, transitions
@@ -219,15 +218,16 @@ class Monitor:
         if not self._deadlines:
             return LOOK_S
         now_ms = await queries.server_ms(connection, self.keys)
-        due = [gid for gid, due_ms in self._deadlines.items() if due_ms <= now_ms]
-        if due:
-            calls = [transitions.judge(self.keys, gid) for gid in due]
-            for gid, reply in zip(due, await connection.run(calls, refusals=True), strict=True):
-                del self._deadlines[gid]
-                if not isinstance(reply, CeylonError):
-                    watch.tell(gid)
-                elif self._once(gid, str(reply)):
-                    logger.error("Group {} cannot be judged: {}", gid, reply)
+        for gid in [gid for gid, due_ms in self._deadlines.items() if due_ms <= now_ms]:
+            try:
+                await judge(connection, self.keys, gid)
+                watch.tell(gid)
+            except ConnectionLostError:
+                raise
+            except CeylonError as error:
+                if self._once(gid, str(error)):
+                    logger.error("Group {} cannot be judged: {}", gid, error)
+            del self._deadlines[gid]
         nearest = min(self._deadlines.values(), default=now_ms + LOOK_S * 1000)
         return float(min(LOOK_S, max(0.001, (nearest - now_ms) / 1000)))
 
@@ -269,9 +269,13 @@ class Monitor:
                 logger.exception('Goal {} of "{}": its callable failed, which counts as not yet', goal, view.name)
             return
         if achieved or (view.status is GroupStatus.CLOSING and view.counters.open == 0):
-            call = transitions.judge(self.keys, view.id, goal=goal, verdict="achieved" if achieved else "failed")
-            with contextlib.suppress(ConnectionLostError):  # Said by the watching side, whose next look asks again.
-                await connection.run([call], refusals=True)
+            try:
+                await judge(connection, self.keys, view.id, goal=goal, verdict="achieved" if achieved else "failed")
+            except ConnectionLostError:
+                return  # said by the watching side, whose next look asks again
+            except CeylonError as error:
+                if self._once(view.id, goal, str(error)):
+                    logger.error('Goal {} of "{}" cannot be settled: {}', goal, view.name, error)
 
     # ---- beside it ---------------------------------------------------------------------------------------------------
     async def _beat(self) -> None:

@@ -13,6 +13,7 @@ from rq_ceylon.app import Ceylon
 from rq_ceylon.client import Client
 from rq_ceylon.errors import InvalidInputError, NotFoundError
 from rq_ceylon.models import Goal, Task, TaskGroup
+from rq_ceylon.store.scripts import command
 
 pytestmark = pytest.mark.anyio
 
@@ -60,6 +61,24 @@ async def test_a_chain_of_groups_is_cancelled_with_the_reason_when_one_fails(app
 
     assert (view.outcome, view.reason) == ("cancelled", f"group {middle.id} it depends on is cancelled")
     assert (await middle.view()).reason == f"group {first.id} it depends on is failed"
+
+
+async def test_what_follows_from_a_cancel_is_there_when_it_returns(client: Client) -> None:  # noqa: F811
+    first = await client.submit(group("first"))
+    last = await client.submit(group("last", depends_on=[first.id]))
+    await first.cancel()
+    assert (await last.view()).outcome == "cancelled"
+
+    tasks = [Task(id="a", role="r"), Task(id="b", role="r", needs=["a"])]
+    run = await client.submit(TaskGroup("g", tasks, on_need_failed="continue"))
+    assert await run.task("a").cancel() == "cancelled"
+    queued, left = await client.connection.run(
+        [
+            command("XLEN", client.keys.role_part("r", "normal")),
+            command("ZCARD", client.keys.group_part(run.id, "outbox")),
+        ]
+    )
+    assert (queued, left) == (3, 0)  # first, a, b
 
 
 async def test_depending_on_an_unknown_group_is_refused(client: Client) -> None:  # noqa: F811

@@ -213,8 +213,6 @@ async def test_a_rolling_group_whose_client_fell_silent_is_sealed_and_finishes(
 
     assert bench.meta("silent")["status"] == "finished"
     assert (bench.meta("busy")["status"], bench.meta("busy")["open"]) == ("active", "1")
-    make_due(bench, "silent")
-    await maintenance.run_once()
     assert (next_look_ms(bench, "silent") or 0) > 23 * HOUR_MS
 
 
@@ -340,22 +338,29 @@ async def test_a_chain_of_a_thousand_groups_ends_with_its_first(bench: Bench, co
     assert bench.meta(gids[-1])["outcome"] == "cancelled"
 
 
-async def test_a_group_that_a_deadline_ended_is_looked_at_again_soon_for_its_messages(
-    bench: Bench, maintenance: Maintenance
+async def test_whoever_settles_the_goal_that_ends_a_group_tells_those_that_wait_for_it(
+    bench: Bench, maintenance: Maintenance, connection: Connection
 ) -> None:
-    bench.queued("first", goal=Goal("completed >= 1", deadline=0.001, on_failed="cancel"))
-    bench.run(transitions.register(bench.keys, "first", "g"))
-    while bench.meta("first")["status"] != "finished":
-        make_due(bench, "first")
+    goals = {
+        "timed": Goal("completed >= 1", deadline=0.001, on_failed="cancel"),
+        "asked": Goal(call="f", on_failed="drain"),
+    }
+    for gid, goal in goals.items():
+        bench.queued(gid, goal=goal)
+        bench.submit(f"after-{gid}", depends_on=[gid])
+        bench.run(transitions.register(bench.keys, gid, f"after-{gid}"))
+
+    await steps.judge(connection, bench.keys, "asked", goal="goal", verdict="failed")
+    while bench.meta("timed")["status"] != "finished":
+        make_due(bench, "timed")
         await maintenance.run_once()
-    assert (next_look_ms(bench, "first") or 0) <= MOVING_MS
 
-    make_due(bench, "first")
-    await maintenance.run_once()
-    assert not bench.redis.exists(bench.keys.group_part("first", "outbox"))
+    for gid in goals:
+        assert bench.meta(f"after-{gid}")["reason"] == f"group {gid} it depends on is failed"
+        assert not bench.redis.exists(bench.keys.group_part(gid, "outbox"))
 
 
-async def test_a_group_that_finishes_while_it_is_looked_at_is_looked_at_again_soon_for_its_messages(
+async def test_a_group_that_finishes_while_it_is_looked_at_tells_those_that_wait_for_it(
     bench: Bench, maintenance: Maintenance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench.queued("first")

@@ -1139,6 +1139,11 @@ def test_a_cancelled_task_that_runs_may_still_complete_but_is_not_retried(bench:
     assert bench.counters("g") == {"total": 2, "completed": 1, "cancelled": 1}
 
 
+def test_a_task_of_a_group_that_is_not_complete_cannot_be_cancelled(bench: Bench) -> None:
+    bench.submit("g", ["a"], part=1, last=False, digest="1")
+    assert bench.run(transitions.cancel_tasks(bench.keys, "g", ["a"])) == ["OK", "staging", "unknown"]
+
+
 def test_a_task_asked_to_stop_is_not_run_again_though_its_worker_is_stopping_too(bench: Bench) -> None:
     bench.queued("g")
     delivery = bench.started("w", "g")

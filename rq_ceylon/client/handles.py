@@ -100,10 +100,12 @@ class TaskHandle(Generic[R]):
         Cancel it: at once if it has not started (`cancelled`), by asking its worker if it runs (`stopping`); `ended` if
         it is over.
         """
-        cancel = transitions.cancel_tasks(self._session.keys, self._gid, [self._tid])
-        ((_, *words),) = await self._session.call([cancel])
+        connection, keys = self._session.connection, self._session.keys
+        ((_, *words),) = await self._session.call([transitions.cancel_tasks(keys, self._gid, [self._tid])])
         if len(words) < 2 or words[1] == "unknown":
             raise NotFoundError(f"task {self.id} is not known; it was never submitted, or its group was pruned")
+        if words[1] == "cancelled":
+            await relay(connection, keys, self._gid)
         return str(words[1])
 
 
@@ -240,14 +242,14 @@ class GroupHandle:
         """
         Go on after `pause`. Returns the group's status.
         """
-        status = await self._control(transitions.resume_group(self._session.keys, self.id))
-        await relay(self._session.connection, self._session.keys, self.id)
-        return status
+        return await self._control(transitions.resume_group(self._session.keys, self.id))
 
     async def _control(self, call: Call) -> str:
         (reply,) = await self._session.call([call])
         if reply[0] == "GONE":
             raise NotFoundError(f"group {self.id} is not known; it was never submitted, or it was pruned")
+        # What follows from it: tasks that may go on, messages to groups that depend on it.
+        await relay(self._session.connection, self._session.keys, self.id)
         return str(reply[1])
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import collections
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from loguru import logger
 
@@ -95,7 +96,8 @@ class Maintenance:
         if status == "active":
             status = await seal(self._connection, self._keys, gid)
         if status == "finished" != answer.status:
-            moves = True  # since its outbox was looked through: it may have messages to send
+            # Since its outbox was looked through: it may have messages to send.
+            answer, moves = await relay(self._connection, self._keys, gid)
         if status in ("active", "closing") and not moves:
             moves = await self._reissue.run(gid) > 0 or status == "closing"
         else:
@@ -186,12 +188,19 @@ async def meet(connection: Connection, keys: Keys, gid: str) -> str | None:
     return answer.status
 
 
-async def judge(connection: Connection, keys: Keys, gid: str) -> tuple[str | None, int]:
+async def judge(
+    connection: Connection, keys: Keys, gid: str, *, goal: str = "", verdict: Literal["achieved", "failed", ""] = ""
+) -> tuple[str | None, int]:
     """
-    Settle goals whose deadline has passed. Returns the group's status (None: gone) and its next deadline (0: none).
+    Settle goals whose deadline has passed, and one by the verdict of its callable; if that ended the group, tell those
+    that depend on it. Returns the group's status (None: gone) and its next deadline (0: none).
     """
-    (reply,) = await connection.run([transitions.judge(keys, gid)])
-    return (None, 0) if reply[0] == "GONE" else (reply[1], int(reply[2]))
+    (reply,) = await connection.run([transitions.judge(keys, gid, goal=goal, verdict=verdict)])
+    if reply[0] == "GONE":
+        return None, 0
+    if reply[1] == "finished":
+        await relay(connection, keys, gid)
+    return reply[1], int(reply[2])
 
 
 async def seal(connection: Connection, keys: Keys, gid: str) -> str | None:

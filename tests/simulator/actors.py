@@ -17,7 +17,7 @@ from rq_ceylon.client.staging import stage
 from rq_ceylon.client.submission import Submission
 from rq_ceylon.errors import ConnectionLostError
 from rq_ceylon.handlers import Registry
-from rq_ceylon.maintenance import Maintenance
+from rq_ceylon.maintenance import Maintenance, judge
 from rq_ceylon.models import Goal, Task, TaskGroup
 from rq_ceylon.store import transitions
 from rq_ceylon.store.codec import decode, task_parts
@@ -277,8 +277,8 @@ class Judge(Actor):
                 for name, (*_, is_callable) in goals.items():
                     if is_callable and gid in self.simulation.ledger.accepted and self.random.random() < 0.2:
                         verdict: Any = self.random.choice(("achieved", "failed"))
-                        call = transitions.judge(self.simulation.keys, gid, goal=name, verdict=verdict)
-                        await self.line.run_until_answered([call], give_up_after=None)
+                        with contextlib.suppress(ConnectionLostError):
+                            await judge(self.line, self.simulation.keys, gid, goal=name, verdict=verdict)
 
 
 class User(Actor):

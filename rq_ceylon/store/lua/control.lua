@@ -93,12 +93,13 @@ for i = 2, #ARGV do
   local task, record = call('HGET', TASKS, tid), call('HGET', CLAIMS, tid)
   local claim = record and claim_of(record)
   local word
-  if not task or is_ended[tid] then word = (is_ended[tid] or call('HEXISTS', RESULTS, tid) == 1) and 'ended' or 'unknown'
+  if group.status == 'staging' then word = 'unknown'
+  elseif not task or is_ended[tid] then word = (is_ended[tid] or call('HEXISTS', RESULTS, tid) == 1) and 'ended' or 'unknown'
   elseif running(claim) then
     word = 'stopping'; stopping = true
     claim.state = 'c'
     call('HSET', CLAIMS, tid, claim_text(claim))
-  elseif closed() or group.status == 'staging' then word = 'ended'
+  elseif closed() then word = 'ended'
   else
     word = 'cancelled'
     local waiting = call('HDEL', NEEDS, tid) == 1
