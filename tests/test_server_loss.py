@@ -256,7 +256,7 @@ async def outlast(outage: Outage, namespace: str) -> list[float]:
                 await asyncio.sleep(0.02)
             outage.kill_and_restart()
             began, first = time.monotonic(), -1
-            while (now := await asyncio.to_thread(outage.completed)) < first + 100 or first < 0:
+            while (now := await asyncio.to_thread(outage.completed)) < min(first + 100, TASKS) or first < 0:
                 first = now if first < 0 else first
                 await asyncio.sleep(0.02)
             times.append(time.monotonic() - began)
