@@ -134,7 +134,7 @@ def test_a_full_server_refuses_cleanly_and_drains_to_empty(commands: Commands, n
 
         commands.start("worker", "jobs:app", "--namespace", namespace, "--concurrency", "20", "--log-level", "error")
         until(lambda: all(view.is_finished for view in client.groups()), "it drains", 60)
-        until(lambda: not undone(raw, keys), "nothing is left of it", 60)
+        await_nothing_left(raw, keys)
 
         assert {view.id: view.counters.completed for view in client.groups()} == accepted
         assert runs(commands) == collections.Counter(
@@ -144,14 +144,27 @@ def test_a_full_server_refuses_cleanly_and_drains_to_empty(commands: Commands, n
     raw.close()
 
 
-def undone(raw: Any, keys: Keys) -> list[str]:
+def await_nothing_left(raw: Any, keys: Keys) -> None:
     """
-    What still waits for somebody: entries, delayed ones, pages of outboxes, payloads, claims.
+    Nobody has to do anything any more: no entries, delayed ones, pages of outboxes, payloads, claims.
     """
-    streams = [keys.role_part("default", name) for name in ("high", "normal", "low")]
-    entries = [key for key in streams if raw.xlen(key) or raw.xpending(key, "workers")["pending"]]
-    parts = ("outbox", "tasks", "claims", "delayed")
-    return entries + [key for part in parts for key in raw.scan_iter(f"{keys.prefix}*:{part}")]
+    began = time.monotonic()
+    while left := list(undone(raw, keys)):
+        assert time.monotonic() < began + 120, f"left: {left}"
+        time.sleep(0.05)
+
+
+def undone(raw: Any, keys: Keys) -> Iterator[str]:
+    for stream in ("high", "normal", "low"):
+        key = keys.role_part("default", stream)
+        if entries := raw.xrange(key, count=3):
+            yield f"{key}: {raw.xlen(key)} entries: {entries}"
+        if pending := raw.xpending_range(key, "workers", "-", "+", 3):
+            consumers, meta = raw.xinfo_consumers(key, "workers"), raw.hgetall(keys.role_part("default", "meta"))
+            yield f"{key}: {pending} of {consumers}, {meta}"
+    for part in ("outbox", "tasks", "claims", "delayed"):
+        for key in raw.scan_iter(f"{keys.prefix}*:{part}"):
+            yield f"{key}: {members(raw, key)}, {raw.hgetall(key.removesuffix(part) + 'meta')}"
 
 
 # ---- kill -9 and restart ---------------------------------------------------------------------------------------------
@@ -282,7 +295,7 @@ def check(outage: Outage, namespace: str) -> None:
     """
     raw: Any = redis.Redis(port=outage.server.port, decode_responses=True)
     keys = outage.keys
-    until(lambda: not undone(raw, keys), "nothing is left of it", LIMIT_S)
+    await_nothing_left(raw, keys)
     audited = outage.commands.run("ceylon", "audit", "--namespace", namespace)
     assert audited.returncode == 0, audited.stdout
     assert f"{TASKS:,} tasks: drift 0" in audited.stdout or f"{TASKS} tasks: drift 0" in audited.stdout
@@ -323,6 +336,8 @@ async def test_nothing_accepted_is_lost_and_goals_settle_once_when_the_server_is
             check(outage, namespace)
         finally:
             outage.commands.end()
+            for process in outage.commands.started:
+                print(outage.commands.said(process)[-3000:])
     record_property(
         "figures",
         f"{engine}, appendfsync {fsync}: {TASKS:,} tasks, {KILLS} kills; 100 more counted after a restart: median "
