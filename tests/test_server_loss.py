@@ -202,18 +202,19 @@ class Outage:
     def ran(self) -> int:
         return runs(self.commands).total()
 
-    def completed(self) -> int:
+    def counted(self) -> tuple[int, int]:
         """
-        How many tasks are counted; -1: the server does not answer.
+        How many tasks are counted, of how many; nothing, if the server does not answer.
         """
         try:
             with redis.Redis(port=self.server.port, decode_responses=True) as raw:
                 pipeline = raw.pipeline(transaction=False)
                 for key in raw.scan_iter(f"{self.keys.prefix}{{g:*meta", count=1000):
-                    pipeline.hget(key, "completed")
-                return sum(int(count or 0) for count in pipeline.execute())
+                    pipeline.hmget(key, "completed", "total")
+                counts = pipeline.execute()
         except redis.RedisError:
-            return -1
+            return -1, 0
+        return sum(int(completed or 0) for completed, _ in counts), sum(int(total or 0) for _, total in counts)
 
     @contextlib.contextmanager
     def confirmation(self) -> Iterator[None]:
@@ -268,8 +269,9 @@ async def outlast(outage: Outage, namespace: str) -> list[float]:
             while outage.ran() < number * TASKS // (KILLS + 1) or outage.confirming:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
             outage.kill_and_restart()
-            began, first = time.monotonic(), -1
-            while (now := await asyncio.to_thread(outage.completed)) < min(first + 100, TASKS) or first < 0:
+            began, first, now, total = time.monotonic(), -1, -1, 0
+            while first < 0 or now < min(first + 100, total):
+                now, total = await asyncio.to_thread(outage.counted)
                 first = now if first < 0 else first
                 await asyncio.sleep(0.02)
             times.append(time.monotonic() - began)
