@@ -14,12 +14,14 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
 import redis.asyncio
+from bench import Bench
 from commands import commands_on, is_alive
 from loguru import logger
 from redis.crc import key_slot
@@ -35,16 +37,17 @@ from servers import (
     tls_lines,
     until,
 )
+from simulator.simulation import client_of
 
-from rq_ceylon import Ceylon, Goal, RetryTask, Task, TaskGroup
+from rq_ceylon import Ceylon, Client, Goal, RetryTask, Task, TaskGroup
 from rq_ceylon.attempt import TaskContext
-from rq_ceylon.client import GroupHandle
+from rq_ceylon.client import GroupHandle, rolling
 from rq_ceylon.errors import ConnectionLostError, RedisError
 from rq_ceylon.maintenance.steps import restore_index
 from rq_ceylon.monitor import Monitor
 from rq_ceylon.settings import resolve
 from rq_ceylon.store import connection as store_connection
-from rq_ceylon.store import places, queries, trouble
+from rq_ceylon.store import places, queries, scripts, trouble
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.events import EventHub
 from rq_ceylon.store.keys import Keys
@@ -270,6 +273,67 @@ async def test_the_main_job_goes_on_in_a_cluster_while_its_slots_move(fleet: Fle
             assert cluster.move(slot, target) > 0
 
     await finish_the_main_job(cluster.url, move_all)
+
+
+def takes_all(bench: Bench) -> list[str]:
+    """
+    A worker fetches, claims, and acknowledges what it does not get.
+    """
+    verdicts = []
+    for delivery in bench.fetch("w"):
+        verdicts += bench.claim("w", delivery)
+        bench.fetch("w", 0, acks=[] if verdicts[-1] == "GRANTED" else [delivery.entry])
+    return verdicts
+
+
+@pytest.mark.every_engine
+async def test_a_task_whose_entry_overtook_it_is_rung_again(
+    bench: Bench, redis_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.queued("before")
+    assert takes_all(bench) == ["GRANTED"]
+    # As after a restart, when something was relayed and nothing submitted yet.
+    bench.redis.script_flush()
+    bench.redis.script_load(scripts.source("enqueue"))
+    source, found = scripts.source, list[str]()
+
+    def loading(script: str) -> str:
+        found.extend(takes_all(bench) if script == "submit" else [])
+        return source(script)
+
+    monkeypatch.setattr(scripts, "source", loading)
+    async with Client(redis_url, namespace=namespace) as client:
+        await client.submit(Task(role="p"))
+        assert found == ["GONE"]
+        assert takes_all(bench) == ["GRANTED"]
+
+
+async def test_a_task_whose_entry_overtook_it_while_a_slot_moved_is_rung_again(
+    fleet: Fleet, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster, keys = start_cluster(fleet), Keys(namespace)
+    bench = Bench("redis://none", namespace)
+    bench.redis = client_of(cluster.url, decode_responses=True)
+    slot = key_slot(keys.group_part("moved", "meta").encode())
+    source = cluster.owner(slot)
+    role = next(
+        role for role in map(str, range(99)) if cluster.owner(key_slot(keys.role_part(role, "meta").encode())) is source
+    )
+    redirected, found = places.Cluster._redirected, list[str]()
+
+    def late(self: places.Cluster, error: Any) -> Any:
+        found.extend(bench.claim("w", delivery)[0] for delivery in bench.fetch("w", role=role))
+        return redirected(self, error)
+
+    monkeypatch.setattr(places.Cluster, "_redirected", late)
+    monkeypatch.setattr(rolling, "_Group", partial(rolling._Group, "moved"))
+    async with Client(cluster.url, namespace=namespace) as client:
+        await client.roles()  # so it knows the slots
+        cluster.move(slot, cluster.other_than(source))
+        await client.submit(Task(role=role))
+        assert found == ["GONE"]
+        (delivery,) = bench.fetch("w", role=role)
+        assert bench.claim("w", delivery) == ["GRANTED"]
 
 
 async def test_an_index_that_a_node_has_lost_is_restored_from_the_groups_of_all_nodes(fleet: Fleet) -> None:

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 from loguru import logger
@@ -111,7 +112,7 @@ class Session:
         announce = [] if roles is None else transitions.announce(self.keys, gid, roles, durability=durability)
         calls = [*announce, *before, confirming(part, durability)]
         first, end = len(announce), len(calls)
-        calls += behind
+        calls += [replace(call, follows=True) for call in behind]
         if again:
             calls += transitions.announce(self.keys, gid, ())
         connection = self.connection if durability == "none" else self._confirming

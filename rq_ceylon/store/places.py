@@ -130,7 +130,8 @@ class Node:
         if unknown:
             for script in sorted({calls[i].script for i in unknown}):
                 await self._client.script_load(scripts.source(script))
-            for i, reply in zip(unknown, await self._send([calls[i] for i in unknown], asking), strict=True):
+            again = [i for i, call in enumerate(calls) if i in unknown or (call.follows and i > unknown[0])]
+            for i, reply in zip(again, await self._send([calls[i] for i in again], asking), strict=True):
                 replies[i] = reply
         return replies
 
@@ -329,6 +330,7 @@ class Cluster:
     async def send(self, calls: Sequence[Call]) -> list[Any]:
         replies: list[Any] = [None] * len(calls)
         left: dict[int, Address | None] = dict.fromkeys(range(len(calls)))  # and where a call was told to ask
+        overtaking: set[int] = set()
         for _ in range(REDIRECTS):
             try:
                 await self._know_owners([calls[i].keys[0] for i in left])
@@ -348,7 +350,11 @@ class Cluster:
                     replies[i] = reply
                     if isinstance(reply, redis.exceptions.AskError):  # MOVED is one too
                         left[i] = self._redirected(reply)
-            if not left:
+            if left:
+                overtaking |= {i for i, call in enumerate(calls) if call.follows and i > min(left)}
+            elif overtaking:
+                left, overtaking = dict.fromkeys(sorted(overtaking)), set()
+            else:
                 return replies
         for i in left:
             replies[i] = redis.exceptions.TryAgainError(text_of(replies[i]), status_code="TRYAGAIN")
