@@ -299,6 +299,24 @@ def test_a_repeated_commit_is_done_and_changes_nothing(bench: Bench, kind: str) 
     assert bench.commit_with_pages("w", delivery, kind) == ("DONE", [])
 
 
+@pytest.mark.parametrize("tasks", [100, 1001])
+def test_a_commit_that_is_repeated_in_part_is_answered_with_what_is_new_and_what_may_be_lost(
+    bench: Bench, tasks: int
+) -> None:
+    bench.queued("g", [f"t{number}" for number in range(tasks)])
+    deliveries = bench.fetch("w", tasks)
+    bench.claim("w", *deliveries)
+    # Each with a due time of its own, and so with a page of its own.
+    outcomes = [Committed(d.tid, d.fence, "retry", "error", 1000 + n, 1, b"{}") for n, d in enumerate(deliveries)]
+    lost, answer = (
+        transitions.commit_reply("g", bench.run(transitions.commit(bench.keys, "g", "w", some)), len(some))
+        for some in (outcomes[:-1], outcomes[-2:])
+    )
+    assert answer.verdicts == ["DONE", "OK"]
+    assert [page.text for page in answer.pages if f",{deliveries[-1].tid}," in page.text] != []
+    assert len({page.text for page in (*lost.pages, *answer.pages)}) == len(answer.pages) == tasks
+
+
 def test_a_repeated_commit_says_that_dependents_are_left_to_look_at(bench: Bench) -> None:
     children = [f"c{number}" for number in range(1001)]
     bench.queued("g", ["a", *children], needs={child: ["a"] for child in children})

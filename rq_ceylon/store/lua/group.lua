@@ -5,7 +5,8 @@ local META, TASKS, CLAIMS, RESULTS, NEEDS, CHILDREN, OUTBOX, EVENTS = unpack(KEY
 local LAYOUT = '1'
 local CRASH_LIMIT = 3       -- crashes that a task survives, unless it says otherwise
 local PAGE_ITEMS = 100       -- entries in one outbox page
-local UNACKNOWLEDGED_MAX = 50 -- pages in an answer to a repetition
+-- Pages of other calls in an answer to a repetition, and the bytes of these: maintenance hands over what is more.
+local UNACKNOWLEDGED_MAX, UNACKNOWLEDGED_BYTES = 1000, 65536
 local CHILDREN_MAX = 1000    -- dependents looked at in one call; the rest waits in an internal page
 local CALLABLE_WAIT = 3600000 -- ms a finished group waits for the verdict of a callable goal without a deadline
 
@@ -94,11 +95,14 @@ local function write_pages(visible)
 end
 
 -- Who repeats a call may have lost the answer with its pages, and would leave them to maintenance. Those that are with
--- somebody else arrive twice, which the claim settles.
+-- somebody else arrive twice, which the claim settles. Those of this call are always among them.
 local function unacknowledged()
-  local found = {}
-  for _, page in ipairs(withheld() and {} or call('ZRANGE', OUTBOX, 0, UNACKNOWLEDGED_MAX - 1)) do
-    if string.find(page, '^%d+|#') then more = '1' else found[#found + 1] = page end
+  if withheld() then return {} end
+  local found, is_own, left = {}, {}, UNACKNOWLEDGED_BYTES
+  for i, page in ipairs(pages) do found[i] = page; is_own[page] = true end
+  for _, page in ipairs(call('ZRANGE', OUTBOX, 0, UNACKNOWLEDGED_MAX - 1)) do
+    if string.find(page, '^%d+|#') then more = '1'
+    elseif not is_own[page] and left > 0 then found[#found + 1] = page; left = left - #page end
   end
   return found
 end
