@@ -325,6 +325,22 @@ async def test_a_finished_group_is_looked_at_again_soon_while_its_message_is_wit
     assert not bench.redis.exists(bench.keys.group_part("first", "outbox"))
 
 
+async def test_a_group_goes_on_at_once_though_whoever_told_it_first_went_no_further(
+    bench: Bench, connection: Connection
+) -> None:
+    bench.queued("first")
+    bench.submit("last", depends_on=["first"])
+    bench.run(transitions.register(bench.keys, "first", "last"))
+    bench.commit_with_pages("w", bench.started("w", "first"))
+    bench.run(transitions.met(bench.keys, "last", "first", "completed"))
+
+    make_visible(bench, "first")
+    await relay(connection, bench.keys, "first")
+
+    assert queued_tasks(bench) == ["a", "a"]
+    assert not bench.redis.exists(bench.keys.group_part("last", "outbox"))
+
+
 async def test_a_chain_of_a_thousand_groups_ends_with_its_first(bench: Bench, connection: Connection) -> None:
     gids = [f"g{number}" for number in range(1000)]
     for before, gid in zip([None, *gids], gids, strict=False):

@@ -76,6 +76,7 @@ async def _hand_over(connection: Connection, keys: Keys, pages: Sequence[Page]) 
     calls += [transitions.deliver(keys, page) for page in messages]
     replies = await connection.run(calls) if calls else []
     answers = zip(messages, replies[len(by_role) :], strict=True)
-    told = [page.text.rpartition("|")[2] for page, (word, *_) in answers if word == "OK"]
+    # Also those that do not wait any more: whoever told them first may not have come to this.
+    told = [page.text.rpartition("|")[2] for page, (word, *_) in answers if word != "GONE"]
     acks = [PageAck(page, horizon) for some, horizon in zip(by_role.values(), replies, strict=False) for page in some]
     return acks + [PageAck(page) for page in messages], told

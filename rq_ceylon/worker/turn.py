@@ -383,7 +383,7 @@ class Turns:
             logger.error("Group {} cannot be told that {} has finished: {}", gid, page.gid, reply)
             return
         self._page_acks[page.gid].append(PageAck(page))
-        if reply[0] == "OK":
+        if reply[0] != "GONE":  # NO too: it may have been told by an answer that was lost
             self._to_relay.add(gid)
 
     def _relayed(self, gid: str, reply: Any) -> None:
