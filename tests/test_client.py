@@ -220,6 +220,41 @@ async def test_what_was_submitted_is_with_its_role_at_once_though_the_answer_was
     assert left == 0
 
 
+def lose_once(client: Client, script: str) -> list[Call]:
+    """
+    The first call of this script is lost; it is in the list then.
+    """
+    run_each, lost = client.connection.run_each, list[Call]()
+
+    async def losing(calls: Sequence[Call]) -> list[Any]:
+        found = [call for call in calls if call.script == script and not lost]
+        lost.extend(found)
+        return [ConnectionLostError("lost on the way")] * len(calls) if found else await run_each(calls)
+
+    client.connection.run_each = losing  # type: ignore[method-assign]
+    return lost
+
+
+@pytest.mark.parametrize("count", [1, 600])
+async def test_a_group_that_redis_has_is_submitted_though_its_entries_are_lost_on_the_way(
+    app: Ceylon, count: int
+) -> None:
+    async with app.client() as client:
+        lost = lose_once(client, "enqueue")
+        run = await client.submit(TaskGroup("g", [Task(role="p")] * count))
+        assert lost
+        assert (await run.view()).status == "active"
+
+
+async def test_what_redis_has_cancelled_is_cancelled_though_what_follows_is_lost_on_the_way(app: Ceylon) -> None:
+    async with app.client() as client:
+        run = await client.submit(TaskGroup("g", [Task(role="p")] * 2))
+        for cancel, answer in ((run.task("1").cancel, "cancelled"), (run.cancel, "finished")):
+            lost = lose_once(client, "outbox")
+            assert await cancel() == answer
+            assert lost
+
+
 def _tasks(count: int, *, words: str = "", at: int = 0, then: Callable[[], None] = lambda: None) -> Iterator[Task]:
     """
     Tasks in parts of 500; `then` is called when the producer asks for number `at`.

@@ -11,7 +11,6 @@ from typing import Any, Generic, Literal, TypeVar
 from rq_ceylon.client.session import Session
 from rq_ceylon.errors import NotFoundError, TaskCancelledError, TaskFailedError, WaitTimeoutError
 from rq_ceylon.handlers import Handler
-from rq_ceylon.maintenance import relay
 from rq_ceylon.models import GoalStatus, GroupView, TaskResult, TaskStatus, TaskView, check_id
 from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.events import Event
@@ -100,12 +99,12 @@ class TaskHandle(Generic[R]):
         Cancel it: at once if it has not started (`cancelled`), by asking its worker if it runs (`stopping`); `ended` if
         it is over.
         """
-        connection, keys = self._session.connection, self._session.keys
-        ((_, *words),) = await self._session.call([transitions.cancel_tasks(keys, self._gid, [self._tid])])
+        cancel = transitions.cancel_tasks(self._session.keys, self._gid, [self._tid])
+        ((_, *words),) = await self._session.call([cancel])
         if len(words) < 2 or words[1] == "unknown":
             raise NotFoundError(f"task {self.id} is not known; it was never submitted, or its group was pruned")
         if words[1] == "cancelled":
-            await relay(connection, keys, self._gid)
+            await self._session.relay(self._gid)
         return str(words[1])
 
 
@@ -249,7 +248,7 @@ class GroupHandle:
         if reply[0] == "GONE":
             raise NotFoundError(f"group {self.id} is not known; it was never submitted, or it was pruned")
         # What follows from it: tasks that may go on, messages to groups that depend on it.
-        await relay(self._session.connection, self._session.keys, self.id)
+        await self._session.relay(self.id)
         return str(reply[1])
 
 

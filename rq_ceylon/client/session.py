@@ -18,6 +18,7 @@ from loguru import logger
 from rq_ceylon.client.following import Follower, Following
 from rq_ceylon.errors import CeylonError, DurabilityError, NoWorkerError, QueueFullError
 from rq_ceylon.handlers import Registry
+from rq_ceylon.maintenance import relay
 from rq_ceylon.models import Durability, check_id
 from rq_ceylon.settings import masked
 from rq_ceylon.store import queries, transitions
@@ -87,6 +88,16 @@ class Session:
         Send calls that are safe to repeat, for up to 5 s.
         """
         return await self.connection.run_until_answered(calls, give_up_after=ANSWER_S)
+
+    async def relay(self, gid: str) -> None:
+        """
+        Hand over at once what follows from a change of a group. Redis has that change, so this raises nothing: what
+        cannot be handed over now is left to maintenance.
+        """
+        try:
+            await relay(self.connection, self.keys, gid)
+        except CeylonError as error:
+            logger.warning("What follows in group {} is left to maintenance: {}", gid, error)
 
     async def send_part(
         self,

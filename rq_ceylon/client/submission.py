@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import NoReturn
 
+from loguru import logger
+
 from rq_ceylon.client.session import Session
 from rq_ceylon.client.staging import StagedGroup, chain, keyed_id, new_id
 from rq_ceylon.errors import (
@@ -21,7 +23,7 @@ from rq_ceylon.errors import (
     RedisError,
 )
 from rq_ceylon.goals import impossible_words
-from rq_ceylon.maintenance import hand_over, meet, relay
+from rq_ceylon.maintenance import hand_over, meet
 from rq_ceylon.models import Counters, Durability, GroupStatus, TaskGroup
 from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.transitions import StagedTask, SubmitReply
@@ -145,10 +147,13 @@ class Submission:
         await self._session.connection.run([transitions.prune(self._session.keys, self.gid, staging_ms=0)])
 
     async def _enqueue(self, reply: SubmitReply) -> None:
-        # Should this process end here, a relay hands the pages over.
+        # The group is accepted, so this is no error: a relay hands over what is left.
         connection, keys = self._session.connection, self._session.keys
         if self._part > 1:
-            await relay(connection, keys, self.gid)
+            await self._session.relay(self.gid)
         elif reply.pages:
-            acks = await hand_over(connection, keys, reply.pages)
-            await self._session.call([transitions.outbox(keys, self.gid, acks=acks)])
+            try:
+                acks = await hand_over(connection, keys, reply.pages)
+                await self._session.call([transitions.outbox(keys, self.gid, acks=acks)])
+            except CeylonError as error:
+                logger.warning("Maintenance enqueues what was submitted: {}", error)
