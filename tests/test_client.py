@@ -255,6 +255,18 @@ async def test_what_redis_has_cancelled_is_cancelled_though_what_follows_is_lost
             assert lost
 
 
+async def test_what_follows_from_a_cancelled_task_is_with_its_role_at_once_though_the_answer_was_lost(
+    app: Ceylon,
+) -> None:
+    async with app.client() as client:
+        tasks = [Task(id="a", role="p"), Task(id="b", role="p", needs=["a"])]
+        run = await client.submit(TaskGroup("g", tasks, on_need_failed="continue"))
+        lose_answers(client)
+        await run.task("a").cancel()
+        (queued,) = await client.connection.run([command("XLEN", client.keys.role_part("p", "normal"))])
+    assert queued == 2
+
+
 def _tasks(count: int, *, words: str = "", at: int = 0, then: Callable[[], None] = lambda: None) -> Iterator[Task]:
     """
     Tasks in parts of 500; `then` is called when the producer asks for number `at`.

@@ -103,7 +103,7 @@ class TaskHandle(Generic[R]):
         ((_, *words),) = await self._session.call([cancel])
         if len(words) < 2 or words[1] == "unknown":
             raise NotFoundError(f"task {self.id} is not known; it was never submitted, or its group was pruned")
-        if words[1] == "cancelled":
+        if words[1] != "stopping":  # "ended" too: the answer that it is cancelled may be lost
             await self._session.relay(self._gid)
         return str(words[1])
 
