@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import redis
+from bench import Bench
 
 from rq_ceylon import (
     Ceylon,
@@ -39,6 +40,8 @@ from rq_ceylon import (
     Worker,
 )
 from rq_ceylon.client import rolling
+from rq_ceylon.client.staging import keyed_id
+from rq_ceylon.maintenance.steps import drop
 from rq_ceylon.store import queries
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.scripts import Call, command
@@ -426,6 +429,44 @@ async def test_a_rolling_group_is_sealed_and_its_tasks_all_run(app: Ceylon) -> N
         results = await asyncio.gather(*(handle.result(timeout=30) for handle in handles))
         assert results == [2 * n for n in range(1500)]
         assert len({handle.id.partition("/")[0] for handle in handles}) >= 2
+
+
+async def test_a_task_that_was_refused_leaves_no_entry_that_rings_for_another(app: Ceylon, bench: Bench) -> None:
+    async with app.client() as client:
+        run_each = client.connection.run_each
+
+        async def refusing(calls: Sequence[Call]) -> list[Any]:
+            # At the memory limit one call is refused and the next is not.
+            answers = iter(await run_each([call for call in calls if call.script != "submit"]))
+            return [QueueFullError("full") if call.script == "submit" else next(answers) for call in calls]
+
+        client.connection.run_each = refusing  # type: ignore[method-assign]
+        with pytest.raises(QueueFullError):
+            await client.submit(Task(role="p"))
+        client.connection.run_each = run_each  # type: ignore[method-assign]
+        await client.submit(Task(role="q"))
+
+    (delivery,) = bench.fetch("w", role="p")
+    assert bench.claim("w", delivery) == ["GONE"]
+
+
+async def test_a_group_whose_predecessor_is_dropped_while_it_is_submitted_stays_in_the_index(
+    app: Ceylon, connection: Connection
+) -> None:
+    async with app.client() as client:
+        run_each, gid = client.connection.run_each, keyed_id(client.keys.namespace, "nightly")
+
+        async def one_by_one(calls: Sequence[Call]) -> list[Any]:
+            answers: list[Any] = []
+            for call in calls:
+                if call.script == "submit":
+                    await drop(connection, client.keys, gid)
+                answers += await run_each([call])
+            return answers
+
+        client.connection.run_each = one_by_one  # type: ignore[method-assign]
+        await client.submit(TaskGroup("g", [Task(role="p")], key="nightly"))
+        assert [view.id for view in await client.groups()] == [gid]
 
 
 async def test_an_idle_rolling_group_is_sealed_by_its_client(app: Ceylon, monkeypatch: pytest.MonkeyPatch) -> None:

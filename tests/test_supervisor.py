@@ -45,6 +45,14 @@ async def until_processes(client: Client, count: int, limit_s: float = 60) -> No
             await asyncio.sleep(0.05)
 
 
+async def until_role(client: Client, *, queued: int, delivered: int, limit_s: float = 30) -> None:
+    async with asyncio.timeout(limit_s):
+        while True:
+            if (queued, delivered) in {(role.queued, role.delivered) for role in await client.roles()}:
+                return
+            await asyncio.sleep(0.02)
+
+
 async def test_processes_grow_with_a_backlog_and_shrink_one_by_one_when_quiet(
     client: Client, said: list[str], redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -93,6 +101,29 @@ async def test_a_backlog_that_idle_workers_leave_starts_no_process(
 
     assert code == 0
     assert not [line for line in said if line.startswith(("Growing", "Shrinking"))]
+
+
+async def test_what_a_killed_process_held_is_given_back_though_no_other_is_there(
+    client: Client, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr("rq_ceylon.worker.supervisor.PAUSE_S", 600.0)  # until another would be
+    monkeypatch.setattr("rq_ceylon.worker.supervisor.PAUSE_MAX_S", 600.0)
+    command = [sys.executable, "-m", "rq_ceylon.cli", "worker", "-r", "r", "--lease", "10m", "--redis", redis_url]
+    supervisor = Supervisor(command, processes=(1, 1), url=redis_url, namespace="ceylon")
+    running = asyncio.create_task(supervisor.run())
+    try:
+        await client.submit(Task(role="r", duration=600))
+        await until_role(client, queued=0, delivered=1)
+
+        (child,) = supervisor._children.values()
+        child.kill()
+
+        await until_role(client, queued=1, delivered=0)
+        await until_processes(client, 0)
+    finally:
+        supervisor.signal(signal.SIGTERM)
+        await running
 
 
 def test_a_scale_grows_at_once_to_what_the_backlog_needs_while_half_of_the_slots_are_busy() -> None:

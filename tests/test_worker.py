@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from bench import Bench
 
 from rq_ceylon.app import Ceylon
 from rq_ceylon.attempt import Backoff, TaskContext
@@ -314,6 +315,31 @@ async def test_a_warm_stop_waits_for_what_runs_and_takes_nothing_new(app: Ceylon
     assert (view.counters.completed, view.counters.pending, view.counters.attempts) == (1, 1, 1)
     (role,) = await client.roles()
     assert (role.queued, role.delivered) == (1, 0)
+
+
+async def test_a_worker_that_is_lost_while_it_stops_counts_no_crash(app: Ceylon, client: Client, bench: Bench) -> None:
+    may_end = asyncio.Event()
+
+    @app.task(role="r")
+    async def wait() -> None:
+        await may_end.wait()
+
+    group = await client.submit(TaskGroup("g", [wait.bind()]))
+    worker = worker_of(app)
+    async with running(worker):
+        await eventually(lambda: len(worker.turns.running()) == 1, "the task runs")
+        worker.stop()
+
+        def is_noted() -> bool:
+            claim: str = bench.redis.hget(bench.keys.group_part(group.id, "claims"), "1")
+            return claim.startswith("s|")
+
+        await eventually(is_noted, "the record says that its worker is stopping")
+        bench.run(transitions.release_all(bench.keys, "r", worker.name))  # as its neighbours would, were it dead
+        (delivery,) = bench.fetch("other", role="r")
+        assert bench.claim("other", delivery) == ["GRANTED"]
+        assert (await group.view()).counters.crashes == 0
+        may_end.set()
 
 
 async def test_what_is_fetched_when_the_stop_comes_is_given_back_unclaimed(app: Ceylon, client: Client) -> None:
