@@ -296,7 +296,8 @@ class Settled:
 @dataclass(frozen=True, slots=True)
 class GoalView:
     """
-    A goal as it stands. `when` is the expression, or `call: name`.
+    A goal as it stands. `when` is the expression, or `call: name`. `deadline_ms` (server time, epoch ms) is None if it
+    has no deadline, or its group waits for others: it has not begun.
     """
 
     name: str

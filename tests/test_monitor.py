@@ -21,7 +21,7 @@ from rq_ceylon.models import Goal, GroupView
 from rq_ceylon.monitor import Monitor
 from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.connection import Connection
-from rq_ceylon.store.events import Event, TaskEvent
+from rq_ceylon.store.events import LOOK_S, Event, TaskEvent, Watch
 from rq_ceylon.store.server import EmbeddedServer
 from rq_ceylon.store.statistics import GroupStatistics, Histogram
 
@@ -111,6 +111,22 @@ async def test_an_achieved_goal_is_said_with_its_message_and_a_finished_group_wi
     (line,) = about(said, "finished")
     assert 'Group "g" finished as completed: 10 completed, 0 failed, 0 cancelled in ' in line
     assert re.search(r"\n  p: run mean 5 ms, p50 4, p95 5, p99 5; wait mean \d+ ms, p50 ", line)
+
+
+async def test_deadlines_of_a_group_that_waits_for_others_have_not_begun_and_nobody_judges_them(
+    bench: Bench, connection: Connection, redis_url: str, namespace: str
+) -> None:
+    bench.queued("first")
+    bench.submit("last", depends_on=["first"], goal=Goal("completed >= 1", deadline=600))
+    assert [goal.deadline_ms for goal in (await queries.group(connection, bench.keys, "last")).goals] == [None]
+
+    monitor, watch = Monitor(redis_url, namespace=namespace), Watch()
+    await monitor._look(connection, watch, {"last"}, everything=False)
+    assert await monitor._judge_due(connection, watch) == LOOK_S
+
+    bench.run(transitions.met(bench.keys, "last", "first", "completed"))
+    (goal,) = (await queries.group(connection, bench.keys, "last")).goals
+    assert (goal.deadline_ms or 0) > await queries.server_ms(connection, bench.keys)
 
 
 async def test_a_failed_goal_is_a_warning_that_tells_why(

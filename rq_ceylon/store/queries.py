@@ -144,6 +144,8 @@ def _view(gid: str, meta: Mapping[str, str], events: int) -> GroupView | None:
     if "status" not in meta:
         return None
     undecided = {line.split("|")[0]: int(line.split("|")[3]) for line in meta.get("goals", "").split(";") if line}
+    if meta["status"] == GroupStatus.WAITING:
+        undecided = {}  # its deadlines are counted from its start
     goals = []
     for spec in decode(meta.get("specs", "[]")):  # see `CompiledGoal.to_json`
         name, settled = spec["name"], None
