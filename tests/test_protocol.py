@@ -299,6 +299,31 @@ def test_a_repeated_commit_is_done_and_changes_nothing(bench: Bench, kind: str) 
     assert bench.commit_with_pages("w", delivery, kind) == ("DONE", [])
 
 
+def test_what_one_worker_is_about_to_hand_over_is_not_given_to_another_that_commits(bench: Bench) -> None:
+    bench.queued("g", ["a", "b"])
+    (first,), (second,) = bench.fetch("v", 1), bench.fetch("w", 1)
+    bench.claim("v", first)
+    bench.claim("w", second)
+    _, pages = bench.commit_with_pages("v", first, "retry")
+    _, others = bench.commit_with_pages("w", second, "retry")
+    assert len(pages) == len(others) == 1
+    assert pages != others
+
+
+def test_a_repetition_is_not_answered_with_what_its_group_withholds(bench: Bench) -> None:
+    bench.queued("g", ["a", "b"])
+    first, second = bench.fetch("w", 2)
+    bench.claim("w", first, second)
+    bench.commit_with_pages("w", first, "retry")
+    bench.run(transitions.pause_group(bench.keys, "g"))
+    assert bench.commit_with_pages("w", first, "retry") == ("DONE", [])
+    assert bench.submit("g", ["a", "b"]).pages == []
+
+    for _ in range(2):
+        assert bench.submit("waits", depends_on=["g"]).pages == []
+        assert bench.submit("staged", part=1, last=False).pages == []
+
+
 @pytest.mark.parametrize("tasks", [100, 1001])
 def test_a_commit_that_is_repeated_in_part_is_answered_with_what_is_new_and_what_may_be_lost(
     bench: Bench, tasks: int
