@@ -431,6 +431,26 @@ async def test_a_rolling_group_is_sealed_and_its_tasks_all_run(app: Ceylon) -> N
         assert len({handle.id.partition("/")[0] for handle in handles}) >= 2
 
 
+async def test_what_an_earlier_task_left_behind_is_not_taken_for_handed_over_with_a_later_one(
+    app: Ceylon, bench: Bench
+) -> None:
+    async with app.client() as client:
+        run_each = client.connection.run_each
+
+        async def ringing_nothing(calls: Sequence[Call]) -> list[Any]:
+            answers = iter(await run_each([call for call in calls if call.script != "enqueue"]))
+            return [QueueFullError("full") if call.script == "enqueue" else next(answers) for call in calls]
+
+        client.connection.run_each = ringing_nothing  # type: ignore[method-assign]
+        first = await client.submit(Task(role="p"))
+        assert bench.fetch("w") == []
+        client.connection.run_each = run_each  # type: ignore[method-assign]
+        lose_answers(client)
+        second = await client.submit(Task(role="p"))
+
+    assert {f"{delivery.gid}/{delivery.tid}" for delivery in bench.fetch("w")} == {first.id, second.id}
+
+
 async def test_a_task_that_was_refused_leaves_no_entry_that_rings_for_another(app: Ceylon, bench: Bench) -> None:
     async with app.client() as client:
         run_each = client.connection.run_each
