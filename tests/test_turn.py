@@ -182,7 +182,7 @@ class Recorder:
 
     @staticmethod
     def _acks(call: Call) -> bool:
-        return call.script == "outbox" and int(call.args[2]) > 0
+        return call.script == "outbox" and int(call.args[3]) > 0
 
 
 @pytest.mark.anyio
@@ -211,15 +211,15 @@ def test_more_dependents_than_one_commit_looks_at_follow_in_the_next_turns(bench
     assert "waiting" not in bench.counters("g")
 
 
-@pytest.mark.parametrize("unanswered", ["", "commit", "depend"])
+@pytest.mark.parametrize("unanswered", ["", "commit", "depend", "outbox"])
 def test_a_group_that_was_told_goes_on_in_the_next_turns(bench: Bench, unanswered: str) -> None:
     bench.queued("first")
     bench.submit("second", depends_on=["first"])
     bench.run(transitions.register(bench.keys, "first", "second"))
     worker = Hand(bench, "w")
     worker.end(worker.started())
-    for _ in range(5):
-        worker.turn(unanswered=unanswered)
+    for number in range(6):
+        worker.turn(unanswered=unanswered if number < 3 else "")
     assert [held.delivery.gid for held in worker.turns.held.values()] == ["second"]
 
 

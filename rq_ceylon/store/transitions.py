@@ -90,8 +90,12 @@ def enqueue(keys: Keys, role: str, pages: Sequence[Page], *, insist: bool = True
     return Call("enqueue", keys.role(role), args)
 
 
-def outbox(keys: Keys, gid: str, *, wanted: int = 0, acks: Sequence[PageAck] = ()) -> Call:
-    return Call("outbox", keys.group(gid), [wanted, RELAY_LEASE_MS, *_acks(acks)])
+def outbox(keys: Keys, gid: str, *, wanted: int = 0, again: bool = False, acks: Sequence[PageAck] = ()) -> Call:
+    """
+    Args:
+        again: what this process was handed out before may not have reached it.
+    """
+    return Call("outbox", keys.group(gid), [wanted, int(again), RELAY_LEASE_MS, *_acks(acks)])
 
 
 @dataclass(frozen=True, slots=True)

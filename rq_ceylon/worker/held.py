@@ -57,7 +57,7 @@ class Granted(NamedTuple):
 class Step(NamedTuple):
     """
     One call of a turn and what reads its reply. `lost`: what to do instead of repeating it if no reply comes (a fetch
-    delivers, so it must not be repeated).
+    delivers, so it must not be repeated; an outbox hides what it gave).
     """
 
     call: Call

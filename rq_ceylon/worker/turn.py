@@ -62,6 +62,7 @@ class Turns:
         self._page_acks: dict[str, list[PageAck]] = collections.defaultdict(list)
         self._to_enqueue: dict[str, list[Page]] = collections.defaultdict(list)
         self._to_relay: set[str] = set()
+        self._unheard: set[str] = set()
         self._messages: dict[str, list[Page]] = collections.defaultdict(list)
         self._to_fetch = set(self.roles)
         self._fetching: set[str] = set()
@@ -287,8 +288,8 @@ class Turns:
     def _relays(self) -> Iterable[Step]:
         for gid in [gid for gid in self._to_relay if self._is_open(gid=gid)]:
             self._to_relay.discard(gid)
-            call = transitions.outbox(self.keys, gid, wanted=50)
-            yield Step(call, partial(self._relayed, gid))
+            call = transitions.outbox(self.keys, gid, wanted=50, again=gid in self._unheard)
+            yield Step(call, partial(self._relayed, gid), partial(self._relay_lost, gid))
 
     # ---- absorb ------------------------------------------------------------------------------------------------------
     def _committed(self, gid: str, batch: Sequence[tuple[Held, Committed]], reply: Any) -> None:
@@ -387,6 +388,7 @@ class Turns:
             self._to_relay.add(gid)
 
     def _relayed(self, gid: str, reply: Any) -> None:
+        self._unheard.discard(gid)
         if isinstance(reply, CeylonError):
             logger.error("The outbox of group {} cannot be read: {}", gid, reply)
             return
@@ -394,6 +396,10 @@ class Turns:
         self._take(answer.pages)
         if answer.more:
             self._to_relay.add(gid)
+
+    def _relay_lost(self, gid: str) -> None:
+        self._to_relay.add(gid)
+        self._unheard.add(gid)
 
     def _take(self, pages: Iterable[Page]) -> None:
         for page in pages:

@@ -1,19 +1,20 @@
 -- outbox: hand out visible pages, take acknowledgements, work off internal pages.
 -- KEYS: the group's.
--- ARGV: pages wanted, relay lease ms, page acknowledgements (see acknowledge_pages).
+-- ARGV: pages wanted, again (1: also those hidden, since the answer that had them is lost; or 0), relay lease ms, page
+--       acknowledgements (see acknowledge_pages).
 -- Reply: GONE | OK status next-deadline-ms pages more. Withheld while the group is not active. Of a closed group only
 --        messages to other groups are left.
 -- Repeatable: acknowledgements are removals; a page handed out is hidden for one relay lease and seen again unless it
 -- is acknowledged.
-local wanted, relay_lease = tonumber(ARGV[1]), tonumber(ARGV[2])
+local wanted, latest, relay_lease = tonumber(ARGV[1]), ARGV[2] == '1' and '+inf' or now_text, tonumber(ARGV[3])
 
 if not load() then return {'GONE'} end
 drain()
-acknowledge_pages(3)
+acknowledge_pages(4)
 if withheld() then return {'OK', group.status, text(next_deadline()), {}, '0'} end
 local got = {}
 if wanted > 0 then
-  for _, page in ipairs(call('ZRANGEBYSCORE', OUTBOX, '-inf', now_text, 'LIMIT', 0, wanted)) do
+  for _, page in ipairs(call('ZRANGEBYSCORE', OUTBOX, '-inf', latest, 'LIMIT', 0, wanted)) do
     local step, position, tid = string.match(page, '^%d+|#(%a+)|(%d+)|(.+)$')
     if step then
       call('ZREM', OUTBOX, page)
