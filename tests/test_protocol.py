@@ -342,6 +342,17 @@ def test_a_commit_that_is_repeated_in_part_is_answered_with_what_is_new_and_what
     assert len({page.text for page in (*lost.pages, *answer.pages)}) == len(answer.pages) == tasks
 
 
+def test_an_answer_to_a_repetition_is_bounded(bench: Bench) -> None:
+    bench.queued("g", ["a", "b"])
+    delivery = bench.started("w", "g")
+    bench.commit_with_pages("w", delivery, "retry")
+    big = {f"{number}|p||{' '.join(f'2,task-{n},1' for n in range(100))}": 1 for number in range(100, 600)}
+    bench.redis.zadd(bench.keys.group_part("g", "outbox"), big)
+    verdict, pages = bench.commit_with_pages("w", delivery, "retry")
+    assert verdict == "DONE"
+    assert 0 < sum(len(page.text) for page in pages) < 70_000
+
+
 def test_a_repeated_commit_says_that_dependents_are_left_to_look_at(bench: Bench) -> None:
     children = [f"c{number}" for number in range(1001)]
     bench.queued("g", ["a", *children], needs={child: ["a"] for child in children})
