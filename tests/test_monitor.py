@@ -231,6 +231,32 @@ async def test_a_group_that_was_removed_and_submitted_again_between_two_looks_is
 
 
 # ---- deadlines -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("goal", "status"),
+    [
+        (Goal("completed >= 1", deadline=0.05, on_failed="cancel"), "finished"),
+        (Goal(call="ask", on_achieved="cancel"), "active"),
+    ],
+    ids=["deadline", "callable"],
+)
+async def test_a_verdict_that_ends_a_group_tells_those_that_wait_for_it(
+    bench: Bench,
+    redis_url: str,
+    namespace: str,
+    said: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    goal: Goal,
+    status: str,
+) -> None:
+    without_maintenance(monkeypatch)
+    bench.queued("first", goal=goal)
+    bench.submit("last", depends_on=["first"])
+    bench.run(transitions.register(bench.keys, "first", "last"))
+    async with watching(redis_url, namespace, said, registry=registry(ask=lambda _: True)):
+        await until(lambda: bench.meta("last")["status"] == status)
+        await until(lambda: not bench.redis.exists(bench.keys.group_part("first", "outbox")))
+
+
 async def test_a_deadline_is_judged_on_time(
     bench: Bench, redis_url: str, namespace: str, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
