@@ -16,12 +16,15 @@ import pytest
 from bench import Bench
 from loguru import logger
 
+from rq_ceylon.errors import RedisError
 from rq_ceylon.handlers import GoalCheck, Registry
+from rq_ceylon.maintenance import judge
 from rq_ceylon.models import Goal, GroupView
 from rq_ceylon.monitor import Monitor
 from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.events import LOOK_S, Event, TaskEvent, Watch
+from rq_ceylon.store.keys import Keys
 from rq_ceylon.store.server import EmbeddedServer
 from rq_ceylon.store.statistics import GroupStatistics, Histogram
 
@@ -255,6 +258,32 @@ async def test_a_verdict_that_ends_a_group_tells_those_that_wait_for_it(
     async with watching(redis_url, namespace, said, registry=registry(ask=lambda _: True)):
         await until(lambda: bench.meta("last")["status"] == status)
         await until(lambda: not bench.redis.exists(bench.keys.group_part("first", "outbox")))
+
+
+@pytest.mark.parametrize(
+    "goal", [Goal("completed >= 1", deadline=0.05), Goal(call="ask")], ids=["deadline", "callable"]
+)
+async def test_a_verdict_that_redis_refuses_is_said_once_and_holds_up_no_other(
+    bench: Bench, redis_url: str, namespace: str, said: list[str], monkeypatch: pytest.MonkeyPatch, goal: Goal
+) -> None:
+    asked: list[str] = []
+
+    async def refusing(connection: Connection, keys: Keys, gid: str, **verdict: Any) -> Any:
+        asked.append(gid)
+        if gid == "bad":
+            raise RedisError("no permission")
+        return await judge(connection, keys, gid, **verdict)
+
+    without_maintenance(monkeypatch)
+    monkeypatch.setattr("rq_ceylon.monitor.LOOK_S", 0.02)
+    monkeypatch.setattr("rq_ceylon.monitor.judge", refusing)
+    async with watching(redis_url, namespace, said, registry=registry(ask=lambda _: True)):
+        bench.queued("bad", goal=goal)
+        await until(lambda: len(asked) > 2)
+        bench.queued("good", goal=goal)
+        await until(lambda: bench.meta("good")["goals"] == "")
+
+    assert len(about(said, "no permission")) == 1
 
 
 async def test_a_deadline_is_judged_on_time(
