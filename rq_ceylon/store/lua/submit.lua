@@ -30,7 +30,7 @@ if known then
   local stored = call('HMGET', META, 'parts', 'digest')
   local parts = tonumber(stored[1])
   if rolling then
-    if part == parts and digest == stored[2] then acknowledge_pages(acknowledgements); return repeated() end
+    if part == parts and digest == stored[2] then return repeated() end
     if part ~= parts + 1 then return {'GAP'} end
     if closed() or group.open == '0' then return {'CLOSED'} end
   else
