@@ -18,10 +18,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from difflib import get_close_matches
 from typing import Any, NamedTuple, NoReturn, get_args
 
-from rq_ceylon.errors import InvalidInputError
+from rq_ceylon.errors import InvalidInputError, guess
 from rq_ceylon.models import Counters, Goal, GoalPolicy, check_id, seconds
 
 MAX_CHARACTERS = 512
@@ -328,8 +327,8 @@ class _Parser:
         if text in _MISSPELT:
             self._refuse(token, f"{text} is not known here", f"write {_MISSPELT[text]}")
         if kind == "word" and text not in (*GOAL_COUNTERS, *_WORDS):
-            near = get_close_matches(text[:64].lower(), (*GOAL_COUNTERS, *_WORDS), 1)
-            remedy = f"did you mean {near[0]}?" if near else f"the counters are {_listed(GOAL_COUNTERS)}"
+            counters = f"the counters are {_listed(GOAL_COUNTERS)}"
+            remedy = guess(text.lower(), (*GOAL_COUNTERS, *_WORDS), counters, "did you mean {}?")
             self._refuse(token, f"{text} is not known here", remedy)
         if kind == "other":
             known = "use counters, whole numbers, N%, >= > <= <, and, or, not, brackets"

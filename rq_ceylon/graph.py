@@ -9,16 +9,13 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from graphlib import CycleError, TopologicalSorter
 from heapq import heapify, heappop, heappush
-from itertools import islice
 from typing import NoReturn
 
-from rq_ceylon.errors import InvalidInputError
+from rq_ceylon.errors import InvalidInputError, guess
 
 MAX_NEEDS = 256
-_COMPARED_IDS = 5000  # a guess at a misspelt id takes about 10 µs per known one
 _SHOWN_IDS = 10
 
 
@@ -70,8 +67,7 @@ def _check(task_id: str, wanted: Sequence[str], needs: Mapping[str, Sequence[str
 
 
 def _refuse_unknown(task_id: str, other: object, needs: Mapping[str, Sequence[str]], where: str) -> NoReturn:
-    near = get_close_matches(str(other)[:64], islice(needs, _COMPARED_IDS), 1)
-    remedy = f"did you mean {near[0]!r}?" if near else "name a task of this group"
+    remedy = guess(str(other), needs, "name a task of this group", "did you mean {!r}?")
     raise InvalidInputError(f"{where}: {task_id!r} needs {other!r}, which is not in the group; {remedy}")
 
 

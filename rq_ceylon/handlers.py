@@ -10,7 +10,6 @@ import inspect
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from difflib import get_close_matches
 from functools import cached_property, partial
 from types import SimpleNamespace
 from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypeVar, cast, get_args, get_type_hints
@@ -18,7 +17,7 @@ from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypeVar, cast, 
 from pydantic_core import to_json
 
 from rq_ceylon.attempt import Backoff, TaskContext, check_max_attempts, type_names
-from rq_ceylon.errors import InvalidInputError, UnknownTaskError
+from rq_ceylon.errors import InvalidInputError, UnknownTaskError, guess
 from rq_ceylon.models import DEFAULT_ROLE, Duration, GroupView, check_id, check_priority, counted, seconds
 from rq_ceylon.values import BadValueError, JsonType
 
@@ -242,11 +241,9 @@ class Registry:
         """
         if (handler := self._handlers.get(name)) is not None:
             return handler
-        near = get_close_matches(name, self._handlers, n=1)
-        guess = f"did you mean {near[0]!r}? " if near else ""
-        names = self.names()
+        names, near = self.names(), guess(name, self._handlers, ask="did you mean {!r}? ")
         shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-        raise UnknownTaskError(f"no task is registered as {name!r}; {guess}registered: {shown}")
+        raise UnknownTaskError(f"no task is registered as {name!r}; {near}registered: {shown}")
 
     def find(self, name: str) -> Handler[..., Any] | None:
         return self._handlers.get(name)
@@ -293,9 +290,9 @@ class _Plan(NamedTuple):
             if name in self.contexts:
                 problems.append(f"argument {name!r} is given by the worker; leave it out")
             elif name not in self.types and self.more is None:
-                near = get_close_matches(name, self.accepted, n=1)
-                guess = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(self.accepted) or 'none'}"
-                problems.append(f"argument {name!r} is unknown; {guess}")
+                known = f"known: {', '.join(self.accepted) or 'none'}"
+                remedy = guess(name, self.accepted, known, "did you mean {!r}?")
+                problems.append(f"argument {name!r} is unknown; {remedy}")
         return problems
 
 

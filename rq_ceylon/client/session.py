@@ -5,7 +5,6 @@ What all parts of a client share: where Redis is, one connection, one ear for ev
 from __future__ import annotations
 
 import asyncio
-import difflib
 import os
 import time
 from collections.abc import Collection, Iterable, Sequence
@@ -16,7 +15,7 @@ from typing import Any
 from loguru import logger
 
 from rq_ceylon.client.following import Follower, Following
-from rq_ceylon.errors import CeylonError, DurabilityError, NoWorkerError, QueueFullError
+from rq_ceylon.errors import CeylonError, DurabilityError, NoWorkerError, QueueFullError, guess
 from rq_ceylon.handlers import Registry
 from rq_ceylon.maintenance import relay
 from rq_ceylon.models import Durability, check_id
@@ -194,6 +193,5 @@ class Session:
 
 
 def _missing_words(role: str, served: set[str]) -> str:
-    near = difflib.get_close_matches(role, sorted(served), 1)
     serve = f"workers serve: {', '.join(sorted(served))}" if served else "no worker is running"
-    return f"no worker serves role {role!r} ({serve})" + (f'; did you mean "{near[0]}"?' if near else "")
+    return f"no worker serves role {role!r} ({serve})" + guess(role, sorted(served), ask='; did you mean "{}"?')

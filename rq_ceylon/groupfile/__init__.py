@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rq_ceylon import goals
+from rq_ceylon.errors import guess
 from rq_ceylon.groupfile.reader import Document, Path, Problems, read
-from rq_ceylon.groupfile.shape import DefaultFields, GoalFields, GroupFields, guess, shape
+from rq_ceylon.groupfile.shape import DefaultFields, GoalFields, GroupFields, shape
 from rq_ceylon.groupfile.tasks import read_tasks, read_texts
 from rq_ceylon.models import Goal, Task, TaskGroup
 

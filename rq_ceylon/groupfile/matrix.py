@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from math import prod
 from typing import Any, NamedTuple
 
 from pydantic_core import to_json
 
-from rq_ceylon.errors import InvalidInputError
+from rq_ceylon.errors import InvalidInputError, guess
 
 MAX_COMBINATIONS = 1_000_000
 MAX_AXES = 8
@@ -211,8 +210,7 @@ _FORMS = "write ${{ matrix.NAME }} in a task with a matrix, or $${{ for these ch
 def _check(names: tuple[str, ...], matrix: Matrix, *, is_inside: bool) -> None:
     first = names[0]
     if first not in matrix.axes:
-        near = get_close_matches(first, matrix.axes, 1)
-        remedy = f'did you mean "{near[0]}"?' if near else f"the axes are {', '.join(matrix.axes)}"
+        remedy = guess(first, matrix.axes, f"the axes are {', '.join(matrix.axes)}")
         raise InvalidInputError(f"it: matrix.{first} is not an axis of this task's matrix; {remedy}")
     if (names, is_inside) in matrix.checked:
         return

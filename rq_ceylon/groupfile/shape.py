@@ -7,8 +7,6 @@ A field is described where users of Python read of it, in `models`; here only wh
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
-from difflib import get_close_matches
 from typing import Annotated, Any, get_args
 
 from pydantic import (
@@ -23,7 +21,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from rq_ceylon import goals, graph, models
-from rq_ceylon.errors import InvalidInputError
+from rq_ceylon.errors import InvalidInputError, guess
 from rq_ceylon.groupfile.matrix import AXIS, MAX_AXES, MAX_COMBINATIONS
 from rq_ceylon.groupfile.reader import Document, Path
 from rq_ceylon.models import Priority
@@ -246,12 +244,6 @@ def _explained(problem: ErrorDetails, keys: list[str]) -> str:
             return f"{shown(given)} where text is needed; write text, in quotes"
         case _:
             return f"{shown(given)} is not usable; {problem['msg'][0].lower()}{problem['msg'][1:]}"
-
-
-def guess(word: object, options: Collection[str], otherwise: str) -> str:
-    forms = dict.fromkeys((word, word.lower())) if isinstance(word, str) and len(word) <= 64 else ()
-    near = [found for form in forms for found in get_close_matches(form, options, 1)]
-    return f'did you mean "{near[0]}"?' if near else otherwise
 
 
 def shown(value: object) -> str:

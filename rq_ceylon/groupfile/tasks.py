@@ -11,7 +11,7 @@ from itertools import count, zip_longest
 from typing import Any
 
 from rq_ceylon import graph, models
-from rq_ceylon.errors import InvalidInputError
+from rq_ceylon.errors import InvalidInputError, guess
 from rq_ceylon.groupfile.matrix import (
     AXIS,
     MAX_BOUND,
@@ -24,7 +24,7 @@ from rq_ceylon.groupfile.matrix import (
     texts_in,
 )
 from rq_ceylon.groupfile.reader import Document, Path
-from rq_ceylon.groupfile.shape import ListedTask, TaskFields, guess, shape, shown
+from rq_ceylon.groupfile.shape import ListedTask, TaskFields, shape, shown
 from rq_ceylon.models import Task
 
 _ATTRIBUTES = {"with": "arguments"}
