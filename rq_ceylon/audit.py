@@ -149,13 +149,11 @@ async def _read(connection: Connection, keys: Keys, gid: str, meta: Mapping[str,
         return found
 
     ends: dict[str, list[str]] = collections.defaultdict(list)
-    seq = 0
-    while batch := await queries.events(connection, keys, gid, seq + 1):
+    async for batch in queries.new_events(connection, keys, gid, 0):
         for event in batch:
             for task in event.tasks:
                 if task.outcome in ENDS:
                     ends[task.tid].append(task.outcome)
-        seq = batch[-1].seq
     (pages,) = await connection.run([command("ZRANGE", keys.group_part(gid, "outbox"), 0, -1)])
     return _Records(
         meta=meta,

@@ -217,7 +217,7 @@ class _Chaos:
         await self._count_running()
         connection, keys, gid = self.client.connection, self.client.keys, self.handle.id
         places = {place.name: place for place in self.places}
-        while self.seq < view.events and (events := await queries.events(connection, keys, gid, self.seq + 1)):
+        async for events in queries.new_events(connection, keys, gid, self.seq, view.events):
             for event in events:
                 for goal, _ in event.goals:
                     self.settled[goal].append(event.seq)

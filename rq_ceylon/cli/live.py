@@ -99,7 +99,7 @@ class Display:
         self._console = Console(file=file, highlight=False, markup=False, soft_wrap=True)
         self.is_live = file.isatty() and not self._console.is_dumb_terminal
         self._live = Live(console=self._console, auto_refresh=False, transient=True)
-        self._statistics, self._seq = GroupStatistics(), 0
+        self._statistics = GroupStatistics()
         self._ended: deque[tuple[float, int]] = deque()
         self._told: set[str] = set()
         self._step = ""
@@ -122,12 +122,7 @@ class Display:
             below: what a terminal shows below the bar; by default numbers per role, and what runs.
         """
         connection, keys = self._client.connection, self._client.keys
-        while self._seq < view.events:
-            batch = await queries.events(connection, keys, view.id, self._seq + 1)
-            if not batch:
-                break
-            self._statistics.add(batch)
-            self._seq = batch[-1].seq
+        await self._statistics.read_on(connection, keys, view.id, view.events)
         now = time.monotonic()
         self._ended.append((now, view.counters.ended))
         while now - self._ended[0][0] > RATE_S:

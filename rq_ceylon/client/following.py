@@ -250,10 +250,7 @@ class Follower:
         The tasks in the events up to this number that were not yet read.
         """
         ended: set[str] = set()
-        while self._seq < last:
-            batch = await queries.events(self._connection, self._keys, self._gid, self._seq + 1)
-            if not batch:
-                break
+        async for batch in queries.new_events(self._connection, self._keys, self._gid, self._seq, last):
             ended.update(task.tid for event in batch for task in event.tasks)
             self._seq = batch[-1].seq
         return ended

@@ -187,16 +187,14 @@ class GroupHandle:
             NotFoundError: the group is not, or no longer, known.
             ConnectionLostError: Redis went away while they were read; go on from the next number.
         """
-        seq = start - 1
+        seq, connection, keys = start - 1, self._session.connection, self._session.keys
         async for view in self.progress():
-            while seq < view.events:
-                batch = await queries.events(self._session.connection, self._session.keys, self.id, seq + 1)
+            async for batch in queries.new_events(connection, keys, self.id, seq, view.events):
                 for event in batch:
                     yield event
                     seq = event.seq
-                if not batch:
-                    await self.view()  # a group that is gone has no events
-                    break
+            if seq < view.events:
+                await self.view()  # a group that is gone has no events
 
     async def results(self) -> AsyncIterator[TaskResult]:
         """

@@ -5,6 +5,7 @@ Every read. Nothing here writes, and nothing reads a whole big key at once.
 from __future__ import annotations
 
 import collections
+import math
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -180,6 +181,17 @@ async def events(connection: Connection, keys: Keys, gid: str, start: int) -> li
     first = max(start, 1) - 1
     (lines,) = await connection.run([command("LRANGE", keys.group_part(gid, "events"), first, first + SCAN - 1)])
     return [event_of(first + 1 + i, line) for i, line in enumerate(lines)]
+
+
+async def new_events(
+    connection: Connection, keys: Keys, gid: str, seq: int, last: float = math.inf
+) -> AsyncIterator[list[Event]]:
+    """
+    Events of a group behind number `seq`, in batches, up to number `last` at least; none of a group that is gone.
+    """
+    while seq < last and (batch := await events(connection, keys, gid, seq + 1)):
+        yield batch
+        seq = batch[-1].seq
 
 
 # ---- tasks -----------------------------------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ class GroupStatistics:
         """
         Read the events of the group that are new, up to that number at least.
         """
-        while self.seq < last and (batch := await queries.events(connection, keys, gid, self.seq + 1)):
+        async for batch in queries.new_events(connection, keys, gid, self.seq, last):
             self.add(batch)
 
     def add(self, events: Iterable[Event]) -> None:

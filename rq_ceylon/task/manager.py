@@ -241,10 +241,7 @@ class _Follower:
 
     async def _read(self, view: GroupView) -> None:
         connection, keys = self.client.connection, self.client.keys
-        while self.seq < view.events:
-            batch = await queries.events(connection, keys, self.handle.id, self.seq + 1)
-            if not batch:
-                break
+        async for batch in queries.new_events(connection, keys, self.handle.id, self.seq, view.events):
             for event in batch:
                 ended = [task.tid for task in event.tasks if task.is_end]
                 results = await queries.results(connection, keys, self.handle.id, ended)
