@@ -7,7 +7,7 @@ from __future__ import annotations
 import socket
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -268,13 +268,7 @@ async def pause(client: Client, group: str | None, role: str | None) -> None:
     """
     Start nothing more of a group or role; what runs goes on, and so do deadlines.
     """
-    if group is not None and role is None:
-        click.echo(f"{group}: {await client.group(group).pause()}")
-    elif role is not None and group is None:
-        await client.pause_role(role)
-        click.echo(f"role {role}: paused")
-    else:
-        raise _neither_or_both("pause")
+    await _hold(client, group, role, "pause")
 
 
 @ceylon.command()
@@ -285,17 +279,18 @@ async def resume(client: Client, group: str | None, role: str | None) -> None:
     """
     Go on after a pause.
     """
+    await _hold(client, group, role, "resume")
+
+
+async def _hold(client: Client, group: str | None, role: str | None, word: Literal["pause", "resume"]) -> None:
     if group is not None and role is None:
-        click.echo(f"{group}: {await client.group(group).resume()}")
+        handle = client.group(group)
+        click.echo(f"{group}: {await (handle.pause() if word == 'pause' else handle.resume())}")
     elif role is not None and group is None:
-        await client.resume_role(role)
-        click.echo(f"role {role}: resumed")
+        await (client.pause_role(role) if word == "pause" else client.resume_role(role))
+        click.echo(f"role {role}: {word}d")
     else:
-        raise _neither_or_both("resume")
-
-
-def _neither_or_both(command: str) -> click.UsageError:
-    return click.UsageError(f"give a GROUP or --role ROLE: ceylon {command} 06h0ql7fl6apk73bpl93")
+        raise click.UsageError(f"give a GROUP or --role ROLE: ceylon {word} 06h0ql7fl6apk73bpl93")
 
 
 @ceylon.command()
