@@ -25,23 +25,16 @@ name: Data Processing
 description: Process ten data items; the goal is met at five
 defaults: {role: processor, duration: 1}
 tasks:
-  item-0: {metadata: {item_number: 0}}
-  item-1: {metadata: {item_number: 1}}
-  item-2: {metadata: {item_number: 2}}
-  item-3: {metadata: {item_number: 3}}
-  item-4: {metadata: {item_number: 4}}
-  item-5: {metadata: {item_number: 5}}
-  item-6: {metadata: {item_number: 6}}
-  item-7: {metadata: {item_number: 7}}
-  item-8: {metadata: {item_number: 8}}
-  item-9: {metadata: {item_number: 9}}
+  item:
+    matrix: {number: {range: [0, 10]}}
+    metadata: {item_number: "${{ matrix.number }}"}
 goal:
   name: partial-processing-complete
   when: completed >= 5
   success_message: Successfully completed minimum required tasks!
   failure_message: Failed to complete minimum required tasks.
 """
-"""The same as examples/data_processing.yaml, which an installed package does not have beside it."""
+"""The group of examples/data_processing.yaml, which an installed package does not have beside it."""
 
 
 def run_demo() -> int:
