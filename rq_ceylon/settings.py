@@ -29,6 +29,11 @@ _FORMS = (
     "redis+sentinel://host:26379,host2:26379/primary-name/db, redis+cluster://host:port,host2:port or embedded://"
 )
 
+REMEDIES = (
+    "Start one in another terminal: ceylon server · ceylon up · docker compose up -d redis\n"
+    "Or say where it is: --redis redis://host:6379/0, or the variable CEYLON_REDIS_URL."
+)
+
 _OPTIONS = {"db", "username", "password", "client_name", "socket_connect_timeout", "socket_keepalive"}
 _TLS_FILES = {"ssl_ca_certs", "ssl_certfile", "ssl_keyfile"}
 _TLS_OPTIONS = _TLS_FILES | {
@@ -79,11 +84,7 @@ def resolve(
     for source, url in given.items():
         if url:
             return Settings(_check_url(url, source), checked)
-    raise RedisError(
-        "No Redis is configured.\n"
-        "Start one in another terminal: ceylon server · ceylon up · docker compose up -d redis\n"
-        "Or say where it is: --redis redis://host:6379/0, or the variable CEYLON_REDIS_URL."
-    )
+    raise RedisError(f"No Redis is configured.\n{REMEDIES}")
 
 
 def masked(url: str) -> str:

@@ -16,11 +16,11 @@ import redis.asyncio
 from loguru import logger
 
 from rq_ceylon.errors import CeylonError, ConnectionLostError, RedisError
-from rq_ceylon.settings import masked, place_of
+from rq_ceylon.settings import REMEDIES, masked, place_of
 from rq_ceylon.store.places import client_of, heeding_cancellation, servers_of, some_url
 from rq_ceylon.store.scripts import Call
 from rq_ceylon.store.server import is_throw_away
-from rq_ceylon.store.trouble import LOST, REMEDIES, classified, unfit, warn_once
+from rq_ceylon.store.trouble import LOST, classified, unfit, warn_once
 
 LOADING_S = 0.5
 """Between two looks at a server that still loads its data."""

@@ -20,11 +20,6 @@ LOST = (redis.ConnectionError, redis.TimeoutError, OSError)
 
 FLOOR = {"redis": (6, 2), "valkey": (7, 2)}
 
-REMEDIES = (
-    "Start one in another terminal: ceylon server · ceylon up · docker compose up -d redis\n"
-    "Or say where it is: --redis redis://host:6379/0, or the variable CEYLON_REDIS_URL."
-)
-
 # Codes and texts of a restarting, failing-over or busy server: nothing was executed, try again.
 _PASSING = {
     "LOADING": "it is loading its data",
