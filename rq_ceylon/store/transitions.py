@@ -392,12 +392,10 @@ class FetchReply:
     Attributes:
         lease_ms: the lease in force, which is the role's.
         next_due_ms: until the next delayed entry is due; None if there is none.
-        paused: a user has paused the role: nothing is delivered.
     """
 
     lease_ms: int
     next_due_ms: int | None
-    paused: bool
     deliveries: Sequence[Delivery]
 
 
@@ -410,7 +408,7 @@ def fetch_reply(role: str, reply: list[Any]) -> FetchReply:
         supersedes = more[1] if len(more) > 1 else "-"
         deliveries.append(Delivery(role, entry, gid, tid, issue, lineage, int(flat[i + 2]), supersedes))
     wait = int(reply[1])
-    return FetchReply(int(reply[0]), wait if wait >= 0 else None, reply[2] == "1", deliveries)
+    return FetchReply(int(reply[0]), wait if wait >= 0 else None, deliveries)
 
 
 def renew(keys: Keys, role: str, worker: str, entries: Sequence[str]) -> Call:
