@@ -173,8 +173,8 @@ class Rolling:
         for task, waiting in zip(tasks, batch, strict=True):
             if unconfirmed:
                 _refuse(waiting, self._unconfirmed(unconfirmed, f"{group.gid}/{task.tid}"))
-            else:
-                _tell(waiting, (group.gid, task.tid))
+            elif not waiting.ids.done():
+                waiting.ids.set_result((group.gid, task.tid))
         if last:
             self._renew()
         elif group is self._group and self._ageing is None:
@@ -188,8 +188,10 @@ class Rolling:
         return by_group
 
     def _loose_ends(self, acks: Mapping[str, Sequence[PageAck]]) -> list[Call]:
-        seals, self._to_seal = [self._seal(gid) for gid in self._to_seal], []
-        return [transitions.outbox(self._session.keys, gid, acks=some) for gid, some in acks.items()] + seals
+        keys, to_seal = self._session.keys, self._to_seal
+        self._to_seal = []
+        calls = [transitions.outbox(keys, gid, acks=some) for gid, some in acks.items()]
+        return calls + [transitions.seal(keys, gid, untouched_ms=0) for gid in to_seal]
 
     def _expected(self, gid: str, tasks: Sequence[StagedTask], batch: Sequence[_Waiting]) -> list[Page]:
         """
@@ -245,15 +247,7 @@ class Rolling:
             self._ageing = None
         return before
 
-    def _seal(self, gid: str) -> Call:
-        return transitions.seal(self._session.keys, gid, untouched_ms=0)
-
 
 def _refuse(waiting: _Waiting, error: Exception) -> None:
     if not waiting.ids.done():
         waiting.ids.set_exception(error)
-
-
-def _tell(waiting: _Waiting, ids: tuple[str, str]) -> None:
-    if not waiting.ids.done():
-        waiting.ids.set_result(ids)

@@ -74,7 +74,7 @@ async def _hand_over(connection: Connection, keys: Keys, pages: Sequence[Page]) 
             by_role[page.role].append(page)
     calls: list[Call] = [transitions.enqueue(keys, role, some) for role, some in by_role.items()]
     calls += [transitions.deliver(keys, page) for page in messages]
-    replies = await connection.run(calls) if calls else []
+    replies = await connection.run(calls)
     answers = zip(messages, replies[len(by_role) :], strict=True)
     # Also those that do not wait any more: whoever told them first may not have come to this.
     told = [page.text.rpartition("|")[2] for page, (word, *_) in answers if word != "GONE"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal
 
 from loguru import logger
@@ -77,9 +77,7 @@ class Maintenance:
                 next_ms = now_ms + STILL_MS
             if next_ms is not None:
                 next_looks[gid] = next_ms
-        calls = [transitions.look_again(self._keys, gid, at_ms) for gid, at_ms in next_looks.items()]
-        if calls:
-            await self._connection.run(calls)
+        await self._connection.run([transitions.look_again(self._keys, *one) for one in next_looks.items()])
         return await self._pause_s()
 
     async def _look(self, gid: str, now_ms: int) -> int | None:
@@ -131,10 +129,6 @@ class Maintenance:
         return min(max(0.05, (min(first, default=now_ms + MOVING_MS) - now_ms) / 1000), MOVING_MS / 1000)
 
 
-async def _run(connection: Connection, calls: Sequence[Call]) -> list[object]:
-    return await connection.run(calls, refusals=True) if calls else []
-
-
 async def maintain(url: str, keys: Keys, on_error: Callable[[CeylonError], None]) -> None:
     """
     Maintain for as long as this runs.
@@ -157,7 +151,7 @@ async def restore_index(connection: Connection, keys: Keys, now_ms: int) -> None
     """
     Enter again the groups that the index has lost: once an hour, by whoever comes first.
     """
-    (mine,) = await _run(connection, [transitions.take_restoring(keys, now_ms, RESTORE_EVERY_MS)])
+    (mine,) = await connection.run([transitions.take_restoring(keys, now_ms, RESTORE_EVERY_MS)], refusals=True)
     if not mine or isinstance(mine, CeylonError):  # at the memory limit it has time
         return
     try:
@@ -257,6 +251,6 @@ async def remove_left_consumers(connection: Connection, keys: Keys) -> None:
                 gone.discard(name)
     for name in sorted(gone):
         calls += transitions.farewell(keys, name)
-    for reply in await _run(connection, calls):
+    for reply in await connection.run(calls, refusals=True):
         if isinstance(reply, CeylonError):
             logger.error("A worker that has left cannot be removed: {}", reply)

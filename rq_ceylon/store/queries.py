@@ -316,7 +316,7 @@ async def running(connection: Connection, keys: Keys, gid: str) -> list[TaskView
 
 async def _with_progress(connection: Connection, keys: Keys, gid: str, views: list[TaskView]) -> list[TaskView]:
     names = sorted({view.worker for view in views if view.status is TaskStatus.IN_PROGRESS})
-    texts = await connection.run([command("GET", keys.worker(name)) for name in names]) if names else []
+    texts = await connection.run([command("GET", keys.worker(name)) for name in names])
     said = {task: tuple(words) for text in texts if text for task, words in decode(text).get("progress", {}).items()}
     return [replace(view, progress=said.get(f"{gid}/{view.id}", view.progress)) for view in views]
 
@@ -378,8 +378,6 @@ async def registered(connection: Connection, keys: Keys) -> dict[str, WorkerView
     """
     (names,) = await connection.run([command("SMEMBERS", keys.workers)])
     names = sorted(names)
-    if not names:
-        return {}
     texts = await connection.run([command("GET", keys.worker(name)) for name in names])
     return {name: _worker(name, text) for name, text in zip(names, texts, strict=True)}
 
