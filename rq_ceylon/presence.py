@@ -93,8 +93,9 @@ async def is_unroutable(connection: Connection, keys: Keys, role: str, task_name
     Has no live worker of the role known this task for an hour? The hour counts from the first time that one was asked
     for it in vain, and anew once a worker that knows it has started.
     """
-    if task_name in await queries.known_tasks(connection, keys, role):
-        return False
+    for worker in await queries.workers(connection, keys):
+        if role in worker.roles and task_name in worker.task_names:
+            return False
     now_ms = await queries.server_ms(connection, keys)
     calls = transitions.unknown(keys, role, task_name, now_ms, ttl_ms=2 * UNROUTABLE_MS)
     _, since_ms, _ = await connection.run(calls)

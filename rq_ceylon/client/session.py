@@ -181,7 +181,8 @@ class Session:
             raise NoWorkerError(f"{'; '.join(missing.values())}; start one with: {start}")
 
     async def _missing(self, roles: Iterable[str]) -> dict[str, str]:
-        served = await queries.served_roles(self.connection, self.keys)
+        live = [one for one in await queries.workers(self.connection, self.keys) if not one.stopping]
+        served = {role for one in live for role in one.roles}  # a monitor has none
         return {role: _missing_words(role, served) for role in sorted(set(roles) - served)}
 
     async def _warn_of_missing(self, roles: Iterable[str]) -> None:

@@ -14,7 +14,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import hiredis
 import redis
@@ -179,35 +179,7 @@ class Node:
         await self._client.aclose()
 
 
-class Servers(Protocol):
-    """
-    What is behind a URL.
-    """
-
-    def node_of(self, key: str) -> str:
-        """
-        Name of the server that calls on this key go to, as far as known.
-        """
-
-    async def send(self, calls: Sequence[Call]) -> list[Any]:
-        """
-        Reply or error of each call, in order.
-        """
-
-    async def pop(self, keys: Sequence[str], timeout_s: float) -> bool:
-        """
-        Wait for a token in any of these lists; False when none came in time. Raises what redis-py raises.
-        """
-
-    async def nodes(self) -> list[Node]:
-        """
-        All that take writes. Raises what redis-py raises.
-        """
-
-    async def close(self) -> None: ...
-
-
-def servers_of(url: str) -> Servers:
+def servers_of(url: str) -> Primary | Cluster:
     place = place_of(url)
     return Cluster(place) if place.kind == "cluster" else Primary(place)
 
@@ -261,6 +233,8 @@ async def _names_known(sentinels: Sentinel) -> list[str]:
 class Primary:
     """
     One server; where Sentinels watch, whichever is the primary now: it is looked up again after each loss.
+
+    `send` gives the reply or error of each call, in order; `pop` and `nodes` raise what redis-py raises.
     """
 
     def __init__(self, place: Place) -> None:

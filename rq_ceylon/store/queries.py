@@ -390,13 +390,6 @@ def _worker(name: str, text: str | None) -> WorkerView | None:
     return WorkerView(name, **{one.name: facts[one.name] for one in fields(WorkerView) if one.name in facts})
 
 
-async def known_tasks(connection: Connection, keys: Keys, role: str) -> set[str]:
-    """
-    The tasks that live workers of a role can run.
-    """
-    return {name for worker in await workers(connection, keys) if role in worker.roles for name in worker.task_names}
-
-
 async def low_marks(connection: Connection, keys: Keys, names: Iterable[str], role: str) -> dict[str, int | None]:
     """
     Per worker the fence in this role below which it holds nothing; None without a heartbeat.
@@ -420,18 +413,6 @@ async def lease_s(connection: Connection, keys: Keys, role: str) -> float:
 async def role_names(connection: Connection, keys: Keys) -> list[str]:
     (names,) = await connection.run([command("SMEMBERS", keys.roles)])
     return sorted(names)
-
-
-async def served_roles(connection: Connection, keys: Keys) -> set[str]:
-    """
-    Roles that at least one live worker serves.
-    """
-    return {
-        role
-        for worker in await workers(connection, keys)
-        if worker.kind == "worker" and not worker.stopping
-        for role in worker.roles
-    }
 
 
 async def roles(connection: Connection, keys: Keys) -> list[RoleView]:
