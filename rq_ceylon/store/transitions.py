@@ -400,7 +400,7 @@ class FetchReply:
 
 
 def fetch_reply(role: str, reply: list[Any]) -> FetchReply:
-    deliveries, flat = [], reply[3]
+    deliveries, flat = [], reply[2]
     for i in range(0, len(flat), 3):
         entry = flat[i]
         gid, tid, issue, *more = flat[i + 1].split(" ")

@@ -3,8 +3,7 @@
 -- ARGV: worker, budget, lease ms asked for, mode (read | recover), stream to read first (1..3),
 --       n, n entries that this worker holds (recover mode),
 --       then per outcome: outcome, n, n entries to acknowledge, m, m histogram fields and increments.
--- Reply: lease ms in force, ms until the next due entry (-1 none), the role is paused (1|0),
---        then per entry: entry, task, fence.
+-- Reply: lease ms in force, ms until the next due entry (-1 none), then per entry: entry, task, fence.
 -- Not repeatable, since it reads. After a lost reply call it in recover mode, which gives this worker its own pending
 -- entries that it does not hold. Acknowledgements are counted once: XACK says which were still pending.
 local PROMOTE_MAX = 50
@@ -156,4 +155,4 @@ elseif #promoted > 0 then ring(#promoted) end
 if #delivered > 0 then call('HSET', META, 'fence', text(next_fence - 1)) end
 local next_due = call('ZRANGE', DELAYED, 0, 0, 'WITHSCORES')[2]
 local wait = next_due and math.max(0, tonumber(next_due) - now) or -1
-return {text(lease), text(wait), facts[6] or '0', delivered}
+return {text(lease), text(wait), delivered}
