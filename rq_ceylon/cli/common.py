@@ -75,17 +75,12 @@ def where(function: Callable[..., Any]) -> Callable[..., Any]:
     The options that say which Redis and which namespace, as the argument `options`.
     """
 
+    @click.option("--redis", "redis_url", metavar="URL", help="Where Redis is; else CEYLON_REDIS_URL, REDIS_URL.")
+    @click.option("--namespace", metavar="NAME", help="Keeps applications apart; else CEYLON_NAMESPACE, else ceylon.")
     @functools.wraps(function)
     def run(*args: Any, redis_url: str | None, namespace: str | None, **kwargs: Any) -> Any:
         return function(*args, options=RedisOptions(redis_url, namespace), **kwargs)
 
-    for option in (
-        click.option(
-            "--namespace", metavar="NAME", help="Keeps applications apart; else CEYLON_NAMESPACE, else ceylon."
-        ),
-        click.option("--redis", "redis_url", metavar="URL", help="Where Redis is; else CEYLON_REDIS_URL, REDIS_URL."),
-    ):
-        run = option(run)
     return run
 
 
@@ -116,6 +111,22 @@ def logs(function: Callable[..., Any]) -> Callable[..., Any]:
     The options of the log, which is set up before the command runs.
     """
 
+    @click.option(
+        "--log-level",
+        type=click.Choice(["debug", "info", "warning", "error"], case_sensitive=False),
+        default="info",
+        envvar="CEYLON_LOG_LEVEL",
+        show_default=True,
+        help="What to log, to stderr.",
+    )
+    @click.option(
+        "--log-format",
+        type=click.Choice(["text", "json"]),
+        default="text",
+        envvar="CEYLON_LOG_FORMAT",
+        show_default=True,
+        help="One JSON object per line, or text.",
+    )
     @functools.wraps(function)
     def run(*args: Any, log_level: str, log_format: str, **kwargs: Any) -> Any:
         set_up_logging(log_level, log_format)
@@ -123,25 +134,6 @@ def logs(function: Callable[..., Any]) -> Callable[..., Any]:
         os.environ.update(CEYLON_LOG_LEVEL=log_level, CEYLON_LOG_FORMAT=log_format)
         return function(*args, **kwargs)
 
-    for option in (
-        click.option(
-            "--log-format",
-            type=click.Choice(["text", "json"]),
-            default="text",
-            envvar="CEYLON_LOG_FORMAT",
-            show_default=True,
-            help="One JSON object per line, or text.",
-        ),
-        click.option(
-            "--log-level",
-            type=click.Choice(["debug", "info", "warning", "error"], case_sensitive=False),
-            default="info",
-            envvar="CEYLON_LOG_LEVEL",
-            show_default=True,
-            help="What to log, to stderr.",
-        ),
-    ):
-        run = option(run)
     return run
 
 

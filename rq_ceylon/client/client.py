@@ -4,7 +4,6 @@ The door: submits tasks and groups, and finds them again.
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import Any, Self, overload
 
 from rq_ceylon.client.handles import GroupHandle, TaskHandle
@@ -65,9 +64,7 @@ class Client(Session):
     async def __aenter__(self) -> Self:
         return await self.open()
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     @overload

@@ -8,7 +8,6 @@ import asyncio
 import os
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from types import TracebackType
 from typing import Any, Generic, Literal, Self, TypeVar, cast, overload
 
 from rq_ceylon.client.client import Client
@@ -89,7 +88,7 @@ class SyncClient:
     def __enter__(self) -> Self:
         return self.open()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property
