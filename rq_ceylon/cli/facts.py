@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rq_ceylon.models import Counters, GroupView, TaskResult, TaskView
+    from rq_ceylon.models import GroupView, TaskResult, TaskView
 
 
 def to_json(value: Any) -> str:
@@ -29,18 +29,14 @@ def group_facts(view: GroupView) -> dict[str, Any]:
         "name": view.name,
         "status": view.status,
         "outcome": view.outcome,
-        "counters": _counters(view.counters),
+        "counters": view.counters,
     }
     goals = []
     for goal in view.goals:
         at = goal.settled
-        settled = at and {"at": at.at_ms, "seq": at.seq, "by": at.by, "counters": _counters(at.counters)}
+        settled = at and {"at": at.at_ms, "seq": at.seq, "by": at.by, "counters": at.counters}
         goals.append({"name": goal.name, "when": goal.when, "status": goal.status, "settled": settled})
     return {"group": group, "goals": goals}
-
-
-def _counters(counters: Counters) -> dict[str, int]:
-    return {name: getattr(counters, name) for name in counters.__slots__}
 
 
 def task_facts(gid: str, task: TaskView) -> dict[str, Any]:
