@@ -279,8 +279,7 @@ class Monitor:
 
     # ---- beside it ---------------------------------------------------------------------------------------------------
     async def _beat(self) -> None:
-        connection = Connection(self.url)
-        try:
+        async with Connection(self.url) as connection:
             while True:
                 try:
                     await connection.run(self.presence.beat(stopping=self._stop.is_set()))
@@ -288,8 +287,6 @@ class Monitor:
                 except CeylonError as error:
                     self._say("heartbeats and samples", error)
                 await asyncio.sleep(BEAT_S)
-        finally:
-            await connection.close()
 
     def _say(self, what: str, error: CeylonError) -> None:
         # That Redis is away is said by the watching side.

@@ -133,9 +133,8 @@ async def maintain(url: str, keys: Keys, on_error: Callable[[CeylonError], None]
     """
     Maintain for as long as this runs.
     """
-    connection = Connection(url)
-    maintenance = Maintenance(connection, keys)
-    try:
+    async with Connection(url) as connection:
+        maintenance = Maintenance(connection, keys)
         while True:
             try:
                 pause_s = await maintenance.run_once()
@@ -143,8 +142,6 @@ async def maintain(url: str, keys: Keys, on_error: Callable[[CeylonError], None]
                 on_error(error)
                 pause_s = AFTER_ERROR_S
             await asyncio.sleep(pause_s)
-    finally:
-        await connection.close()
 
 
 async def restore_index(connection: Connection, keys: Keys, now_ms: int) -> None:

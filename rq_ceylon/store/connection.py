@@ -9,7 +9,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any
+from typing import Any, Self
 
 import redis
 import redis.asyncio
@@ -146,6 +146,12 @@ class Connection:
 
     async def close(self) -> None:
         await self._servers.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
 
 
 class ThreadConnection:

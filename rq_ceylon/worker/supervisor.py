@@ -90,8 +90,7 @@ class Supervisor:
 
     # ---- how many ----------------------------------------------------------------------------------------------------
     async def _follow_load(self, keepers: asyncio.TaskGroup) -> None:
-        connection = Connection(self.url)
-        try:
+        async with Connection(self.url) as connection:
             while not await self._stops_within(LOOK_S):
                 try:
                     mine, queued = await self._load(connection)
@@ -111,8 +110,6 @@ class Supervisor:
                 self._grow(keepers, wanted - running)
                 if wanted < running:
                     self._retire(min(mine, key=lambda view: len(view.tasks)).pid)
-        finally:
-            await connection.close()
 
     async def _load(self, connection: Connection) -> tuple[list[WorkerView], int]:
         """
@@ -186,13 +183,11 @@ class Supervisor:
         """
         Give back at once what a dead child held.
         """
-        connection = Connection(self.url)
         try:
-            await Neighbours(self.url, self.keys).bury_dead(connection)
+            async with Connection(self.url) as connection:
+                await Neighbours(self.url, self.keys).bury_dead(connection)
         except CeylonError as error:
             logger.warning("What the dead process held comes back when its lease ends: {}", error)
-        finally:
-            await connection.close()
 
 
 def stop_with_supervisor() -> None:
