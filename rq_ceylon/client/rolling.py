@@ -119,13 +119,10 @@ class Rolling:
             self._tidying = asyncio.get_running_loop().call_later(ACKNOWLEDGED_S, self._wake)
 
     def _next_batch(self) -> list[_Waiting]:
-        batch: list[_Waiting] = []
-        size = 0
-        while self._waiting and len(batch) < transitions.SUBMIT_TASKS_MAX:
-            size += len(self._waiting[0].task.text)
-            if batch and size > transitions.SUBMIT_BYTES_MAX:
-                break
-            batch.append(self._waiting.popleft())
+        most = transitions.SUBMIT_TASKS_MAX
+        batch = next(transitions.in_batches(self._waiting, lambda waiting: len(waiting.task.text), most))
+        for _ in batch:
+            self._waiting.popleft()
         return batch
 
     async def _turn(self, batch: list[_Waiting]) -> None:

@@ -30,7 +30,7 @@ from rq_ceylon.models import (
 )
 from rq_ceylon.store.codec import encode, task_text
 from rq_ceylon.store.keys import STREAMS
-from rq_ceylon.store.transitions import SUBMIT_BYTES_MAX, SUBMIT_TASKS_MAX, GroupFacts, StagedTask
+from rq_ceylon.store.transitions import SUBMIT_TASKS_MAX, GroupFacts, StagedTask, in_batches
 
 PAYLOAD_BYTES_MAX = 1024 * 1024
 
@@ -83,21 +83,16 @@ class StagedGroup:
         return hashlib.sha256(encode(facts)).digest()
 
     def parts(self) -> Iterator[list[StagedTask]]:
-        part: list[StagedTask] = []
-        size = 0
+        return in_batches(self._staged(), lambda staged: staged.size, SUBMIT_TASKS_MAX)
+
+    def _staged(self) -> Iterator[StagedTask]:
         for tid, task in self._tasks():
             ready = stage(task, self._registry, tid, self.group.defaults, self.group.priority)
-            staged = StagedTask(tid, ready.text, ready.needs)
-            if part and (len(part) == SUBMIT_TASKS_MAX or size + staged.size > SUBMIT_BYTES_MAX):
-                yield part
-                part, size = [], 0
-            part.append(staged)
-            size += staged.size
             self.roles.add(ready.role)
             self.count += 1
+            yield StagedTask(tid, ready.text, ready.needs)
         if not self.count:
             raise InvalidInputError(f"{self.what} has no tasks; give at least one")
-        yield part
 
     def _tasks(self) -> Iterator[tuple[str, Task]]:
         tasks = self.group.tasks

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from rq_ceylon.goals import CompiledGoal
 from rq_ceylon.models import Durability
@@ -28,8 +28,26 @@ SUBMIT_BYTES_MAX = 4 * 1024 * 1024
 CLAIM_TASKS_MAX = 500
 COMMIT_TASKS_MAX = 500
 
+T = TypeVar("T")
+
 PROBE_ENTRIES = 100
 SCAN_TASKS = 500
+
+
+def in_batches(items: Iterable[T], size: Callable[[T], int], most: int) -> Iterator[list[T]]:
+    """
+    At least one batch, perhaps an empty one; each of at most so many items and, but for a single one, 4 MiB.
+    """
+    batch: list[T] = []
+    total = 0
+    for item in items:
+        length = size(item)
+        if batch and (len(batch) == most or total + length > SUBMIT_BYTES_MAX):
+            yield batch
+            batch, total = [], 0
+        batch.append(item)
+        total += length
+    yield batch
 
 
 # ---- outbox pages ----------------------------------------------------------------------------------------------------

@@ -196,8 +196,8 @@ class Turns:
 
     def _commits(self) -> Iterable[Step]:
         for gid in [gid for gid in {**self._outcomes, **self._page_acks} if self._is_open(gid=gid)]:
-            acks = self._page_acks.pop(gid, [])
-            for batch in _batches(self._outcomes.pop(gid, [])):
+            acks, most = self._page_acks.pop(gid, []), transitions.COMMIT_TASKS_MAX
+            for batch in transitions.in_batches(self._outcomes.pop(gid, []), lambda ended: len(ended[1].blob), most):
                 call = transitions.commit(self.keys, gid, self.worker, [o for _, o in batch], acks)
                 acks = []
                 yield Step(call, partial(self._committed, gid, batch))
@@ -415,19 +415,3 @@ class Turns:
         self._acks[delivery.role].append(Ack(delivery.entry, outcome, run_ms, wait_ms))
         self._to_fetch.add(delivery.role)
         self.forget(held)
-
-
-def _batches(outcomes: Sequence[tuple[Held, Committed]]) -> Iterable[Sequence[tuple[Held, Committed]]]:
-    """
-    At least one batch, even if there is nothing but page acknowledgements to say; each within a commit's limits.
-    """
-    batch: list[tuple[Held, Committed]] = []
-    size = 0
-    for item in outcomes:
-        length = len(item[1].blob)
-        if batch and (len(batch) == transitions.COMMIT_TASKS_MAX or size + length > transitions.SUBMIT_BYTES_MAX):
-            yield batch
-            batch, size = [], 0
-        batch.append(item)
-        size += length
-    yield batch
