@@ -226,14 +226,10 @@ class SubmitReply:
 
 
 def submit_reply(gid: str, reply: list[Any]) -> SubmitReply:
-    match reply:
-        case ["OK" | "REPEAT" as word, status, pages]:
-            return SubmitReply(word, status, pages=[Page(gid, text) for text in pages])
-        case ["REFUSED", what, name]:
-            return SubmitReply("REFUSED", what, name)
-        case [word, *rest]:
-            return SubmitReply(word, rest[0] if rest else "")
-    raise ValueError(f"submit answered {reply!r}")
+    word, *rest = reply
+    if word in ("OK", "REPEAT"):
+        return SubmitReply(word, rest[0], pages=[Page(gid, text) for text in rest[1]])
+    return SubmitReply(word, *rest)
 
 
 def announce(
