@@ -20,9 +20,6 @@ from rq_ceylon.store.scripts import command
 READS = 5
 """How often a group is read until it holds still."""
 
-STEP = 500
-ENDS = ("completed", "failed", "cancelled")
-
 
 @dataclass(frozen=True, slots=True)
 class Drift:
@@ -152,7 +149,7 @@ async def _read(connection: Connection, keys: Keys, gid: str, meta: Mapping[str,
     async for batch in queries.new_events(connection, keys, gid, 0):
         for event in batch:
             for task in event.tasks:
-                if task.outcome in ENDS:
+                if task.is_end:
                     ends[task.tid].append(task.outcome)
     (pages,) = await connection.run([command("ZRANGE", keys.group_part(gid, "outbox"), 0, -1)])
     return _Records(
