@@ -63,12 +63,8 @@ def _check(task_id: str, wanted: Sequence[str], needs: Mapping[str, Sequence[str
         if other == task_id:
             raise InvalidInputError(f"{where}: {task_id!r} needs itself; remove it from its needs")
         if not isinstance(other, str) or other not in needs:
-            _refuse_unknown(task_id, other, needs, where)
-
-
-def _refuse_unknown(task_id: str, other: object, needs: Mapping[str, Sequence[str]], where: str) -> NoReturn:
-    remedy = guess(str(other), needs, "name a task of this group", "did you mean {!r}?")
-    raise InvalidInputError(f"{where}: {task_id!r} needs {other!r}, which is not in the group; {remedy}")
+            remedy = guess(str(other), needs, "name a task of this group", "did you mean {!r}?")
+            raise InvalidInputError(f"{where}: {task_id!r} needs {other!r}, which is not in the group; {remedy}")
 
 
 def _refuse_cycle(cycle: Sequence[str], needs: Mapping[str, Sequence[str]], where: str) -> NoReturn:

@@ -60,8 +60,9 @@ class Submission:
             # Nothing half-written; but of a key another client may be staging the same: that one goes on, or the next
             # submission does, or maintenance removes what is left.
             if self._part and not self._key:
+                drop = transitions.prune(self._session.keys, self.gid, staging_ms=0)  # if it is still staging
                 # In a task of its own: this one may be cancelled.
-                await asyncio.gather(asyncio.create_task(self._drop()), return_exceptions=True)
+                await asyncio.gather(self._session.connection.run([drop]), return_exceptions=True)
             raise
         if others:
             # So that they tell it at once; should this process end here, maintenance asks them.
@@ -141,10 +142,6 @@ class Submission:
                     f"use another key, submit the same content, or remove it with: ceylon cancel {self.gid}"
                 )
         return f"{words}; use another key, or submit the same content"
-
-    async def _drop(self) -> None:
-        # Removes it only if it is still staging.
-        await self._session.connection.run([transitions.prune(self._session.keys, self.gid, staging_ms=0)])
 
     async def _enqueue(self, reply: SubmitReply) -> None:
         # The group is accepted, so this is no error: a relay hands over what is left.
