@@ -77,11 +77,11 @@ def log_of(level: str) -> Iterator[list[str]]:
 
 
 @pytest.fixture
-def warned(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def warned() -> Iterator[list[str]]:
     """
     What is logged as a warning; nothing counts as said before.
     """
-    monkeypatch.setattr(trouble, "_said", set())
+    trouble.warn_once.cache_clear()
     with log_of("WARNING") as said:
         yield said
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import redis
@@ -43,16 +44,13 @@ _LOST_WORDS = {
     "Permission denied": "this user may not use the socket",
 }
 
-_said: set[str] = set()
 
-
+@cache
 def warn_once(message: str) -> None:
     """
     Log a warning, unless this process has logged the same before.
     """
-    if message not in _said:
-        _said.add(message)
-        logger.warning("{}", message)
+    logger.warning("{}", message)
 
 
 def text_of(error: BaseException) -> str:
