@@ -163,14 +163,11 @@ class Monitor:
             for gid in set(self._groups) - known:
                 self._forget(gid)
             gids = gids | {gid for gid in known if gid not in self._groups or not self._groups[gid].finished}
-        names = sorted(gids)
-        for first in range(0, len(names), 100):
-            some = names[first : first + 100]
-            for gid, view in zip(some, await queries.views(connection, self.keys, some), strict=True):
-                if view is None:
-                    self._forget(gid)
-                else:
-                    await self._read(connection, watch, view)
+        async for gid, view in queries.views(connection, self.keys, sorted(gids)):
+            if view is None:
+                self._forget(gid)
+            else:
+                await self._read(connection, watch, view)
 
     def _forget(self, gid: str) -> None:
         self._deadlines.pop(gid, None)

@@ -80,8 +80,7 @@ class Submission:
         return reply.word != "REPEAT" or not self._key
 
     async def _check_known(self, gids: Sequence[str]) -> None:
-        found = await queries.views(self._session.connection, self._session.keys, gids)
-        for gid, view in zip(gids, found, strict=True):
+        async for gid, view in queries.views(self._session.connection, self._session.keys, gids):
             if view is None:
                 raise NotFoundError(f"{self._staged.what}: depends_on: group {gid!r} is not known; submit it first")
 

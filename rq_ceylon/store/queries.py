@@ -81,12 +81,15 @@ async def look(
     return view, found, missing
 
 
-async def views(connection: Connection, keys: Keys, gids: Sequence[str]) -> list[GroupView | None]:
+async def views(connection: Connection, keys: Keys, gids: Sequence[str]) -> AsyncIterator[tuple[str, GroupView | None]]:
     """
     Groups in the given order; None for those that are gone.
     """
-    replies = await connection.run([call for gid in gids for call in _view_calls(keys, gid)])
-    return [_view(gid, _fields(replies[2 * i]), int(replies[2 * i + 1])) for i, gid in enumerate(gids)]
+    for first in range(0, len(gids), 100):
+        some = gids[first : first + 100]
+        replies = await connection.run([call for gid in some for call in _view_calls(keys, gid)])
+        for gid, meta, events in zip(some, replies[::2], replies[1::2], strict=True):
+            yield gid, _view(gid, _fields(meta), int(events))
 
 
 def _view_calls(keys: Keys, gid: str) -> list[Call]:
@@ -98,9 +101,7 @@ async def groups(connection: Connection, keys: Keys) -> list[GroupView]:
     All groups that the index knows and that are still there, oldest first.
     """
     gids = await group_ids(connection, keys)
-    found: list[GroupView] = []
-    for first in range(0, len(gids), 100):
-        found += [view for view in await views(connection, keys, gids[first : first + 100]) if view is not None]
+    found = [view async for _, view in views(connection, keys, gids) if view is not None]
     return sorted(found, key=lambda view: (view.created_ms or 0, view.id))
 
 
