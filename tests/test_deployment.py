@@ -134,6 +134,18 @@ SECRET = "s/e@c#r?t"
 """All that the page says is written as %… in a URL."""
 
 
+def test_the_users_of_the_page_may_run_whatever_scripts_and_queries_run() -> None:
+    code = [path.read_text() for kind in ("lua", "py") for path in (ROOT / "rq_ceylon").rglob(f"*.{kind}")]
+    calls = r"""(?:call\(|redis\.pcall\(|command\(|insist\()['"]([A-Z]+)['"](?:, ['"]([A-Z]+)['"])?"""
+    found = {match for text in code for match in re.findall(calls, text)}
+    used = {(name if name != "XGROUP" else f"{name}|{sub}").lower() for name, sub in found} - {"asking", "cluster"}
+    assert {"hset", "exists", "zcount", "xgroup|delconsumer", "scan"} <= used
+    for user, rules in documented_users().items():
+        allowed = {word[1:] for word in rules.split() if word[0] == "+"}
+        assert user == "ceylon-client" or used - {"blpop"} <= allowed, (user, used - allowed)
+        assert user != "ceylon-worker" or "blpop" in allowed
+
+
 @pytest.mark.parametrize("engine", ["redis"], indirect=True)
 @pytest.mark.parametrize("way", ["TLS", "socket"])
 def test_the_main_job_runs_over_tls_and_on_a_socket_as_the_users_of_the_page(
