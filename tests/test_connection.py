@@ -410,7 +410,9 @@ async def test_a_stopped_node_holds_back_only_what_is_on_it(fleet: Fleet) -> Non
         for handle in (going_on, *waiting):
             view = await handle.wait("all", timeout=LIMIT_S)
             assert (view.outcome, view.counters.completed, view.counters.attempts) == ("completed", 40, 40)
-        await eventually(worker.turns.is_idle, "nothing is left to say")
+        await eventually(
+            lambda: worker.turns.is_idle() and not worker.lanes.in_flight, "all is said, and has been answered"
+        )
         for role in await client.roles():
             assert (role.totals["completed"], role.queued, role.delivered) == (80, 0, 0)
         worker.stop()
