@@ -195,7 +195,8 @@ async def test_a_relay_acknowledges_a_page_only_after_it_was_enqueued(bench: Ben
     assert transitions.outbox_reply("g", bench.run(transitions.outbox(bench.keys, "g"))).pages == []
 
 
-def test_more_dependents_than_one_commit_looks_at_follow_in_the_next_turns(bench: Bench) -> None:
+@pytest.mark.parametrize("unanswered", ["", "commit"])
+def test_more_dependents_than_one_commit_looks_at_follow_in_the_next_turns(bench: Bench, unanswered: str) -> None:
     bench.submit("g", ["a"], part=1, last=False, digest="1")
     names = [str(n) for n in range(1200)]
     for part in range(3):
@@ -205,10 +206,13 @@ def test_more_dependents_than_one_commit_looks_at_follow_in_the_next_turns(bench
     bench.relay("g")
     worker = Hand(bench, "w")
     worker.end(worker.started())
-    worker.turn()
+    worker.turn(unanswered=unanswered)
     assert bench.counters("g")["waiting"] == 200
     worker.turn()
     assert "waiting" not in bench.counters("g")
+    worker.turn()
+    entries = bench.redis.xlen(bench.keys.role_part("p", "normal"))
+    assert entries >= 1200
 
 
 @pytest.mark.parametrize("unanswered", ["", "commit", "depend", "outbox"])
@@ -221,6 +225,15 @@ def test_a_group_that_was_told_goes_on_in_the_next_turns(bench: Bench, unanswere
     for number in range(6):
         worker.turn(unanswered=unanswered if number < 3 else "")
     assert [held.delivery.gid for held in worker.turns.held.values()] == ["second"]
+
+
+def test_a_retry_is_with_its_role_in_the_next_turns_though_the_answer_to_its_commit_was_lost(bench: Bench) -> None:
+    bench.queued("g")
+    worker = Hand(bench, "w")
+    worker.end(worker.started(), "retry")
+    worker.turn(unanswered="commit")
+    granted = [grant.claimed.attempt for _ in range(4) for grant in worker.turn()]
+    assert granted == [2]
 
 
 def test_a_lease_is_renewed_until_its_limit_and_no_longer(bench: Bench) -> None:

@@ -163,9 +163,9 @@ class Rolling:
             self._renew()
             return
         group.part, group.count, group.digest = group.part + 1, group.count + len(batch), digest
+        if reply.word == "REPEAT":
+            await self._session.relay(group.gid, again=True)
         horizons = {page.role: horizon for page, horizon in zip(reversed(expected), reversed(replies), strict=False)}
-        if reply.word == "REPEAT":  # among its pages are some of earlier parts
-            horizons = {}
         await self._enqueue(reply.pages, horizons)
         for task, waiting in zip(tasks, batch, strict=True):
             if unconfirmed:

@@ -88,13 +88,16 @@ class Session:
         """
         return await self.connection.run_until_answered(calls, give_up_after=ANSWER_S)
 
-    async def relay(self, gid: str) -> None:
+    async def relay(self, gid: str, *, again: bool = False) -> None:
         """
         Hand over at once what follows from a change of a group. Redis has that change, so this raises nothing: what
         cannot be handed over now is left to maintenance.
+
+        Args:
+            again: the change was made before, and the answer with what follows may be lost.
         """
         try:
-            await relay(self.connection, self.keys, gid)
+            await relay(self.connection, self.keys, gid, again=again)
         except CeylonError as error:
             logger.warning("What follows in group {} is left to maintenance: {}", gid, error)
 

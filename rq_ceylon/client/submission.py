@@ -145,8 +145,8 @@ class Submission:
     async def _enqueue(self, reply: SubmitReply) -> None:
         # The group is accepted, so this is no error: a relay hands over what is left.
         connection, keys = self._session.connection, self._session.keys
-        if self._part > 1:
-            await self._session.relay(self.gid)
+        if self._part > 1 or reply.word == "REPEAT":
+            await self._session.relay(self.gid, again=reply.word == "REPEAT")
         elif reply.pages:
             try:
                 acks = await hand_over(connection, keys, reply.pages)

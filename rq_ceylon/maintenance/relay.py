@@ -16,14 +16,17 @@ from rq_ceylon.store.transitions import OutboxReply, Page, PageAck
 PAGES_PER_CALL = 50
 
 
-async def relay(connection: Connection, keys: Keys, gid: str) -> tuple[OutboxReply, bool]:
+async def relay(connection: Connection, keys: Keys, gid: str, *, again: bool = False) -> tuple[OutboxReply, bool]:
     """
     Hand over the pages of a group that whoever wrote them left in the outbox. Returns the last answer of the outbox,
     and whether there were pages, or some are still left to whoever wrote them.
 
     A page is acknowledged only after its role has it: what happens twice is settled at the claim.
+
+    Args:
+        again: also those that are still left to somebody, as that may be the caller, who did not hear of them.
     """
-    answer, moved, told = await _relay_one(connection, keys, gid)
+    answer, moved, told = await _relay_one(connection, keys, gid, again=again)
     await _relay_all(connection, keys, told)
     return answer, moved
 
@@ -45,7 +48,9 @@ async def _relay_all(connection: Connection, keys: Keys, gids: Sequence[str]) ->
         waiting += told
 
 
-async def _relay_one(connection: Connection, keys: Keys, gid: str) -> tuple[OutboxReply, bool, list[str]]:
+async def _relay_one(
+    connection: Connection, keys: Keys, gid: str, *, again: bool = False
+) -> tuple[OutboxReply, bool, list[str]]:
     """
     As `relay`; the third are the groups that were told, and now have something to relay themselves.
     """
@@ -54,7 +59,7 @@ async def _relay_one(connection: Connection, keys: Keys, gid: str) -> tuple[Outb
     moved = False
     while True:
         calls = [
-            transitions.outbox(keys, gid, wanted=PAGES_PER_CALL, acks=acks),
+            transitions.outbox(keys, gid, wanted=PAGES_PER_CALL, again=again, acks=acks),
             command("ZCARD", keys.group_part(gid, "outbox")),
         ]
         reply, left = await connection.run(calls)

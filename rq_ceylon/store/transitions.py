@@ -111,7 +111,8 @@ def enqueue(keys: Keys, role: str, pages: Sequence[Page], *, insist: bool = True
 def outbox(keys: Keys, gid: str, *, wanted: int = 0, again: bool = False, acks: Sequence[PageAck] = ()) -> Call:
     """
     Args:
-        again: what this process was handed out before may not have reached it.
+        again: also what was handed out before and is not acknowledged, since the answer that had it may be lost. What
+            is with somebody else arrives twice, which the claim settles.
     """
     return Call("outbox", keys.group(gid), [wanted, int(again), RELAY_LEASE_MS, *_acks(acks)])
 
@@ -227,7 +228,7 @@ class SubmitReply:
 
 def submit_reply(gid: str, reply: list[Any]) -> SubmitReply:
     word, *rest = reply
-    if word in ("OK", "REPEAT"):
+    if word == "OK":
         return SubmitReply(word, rest[0], pages=[Page(gid, text) for text in rest[1]])
     return SubmitReply(word, *rest)
 

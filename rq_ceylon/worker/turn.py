@@ -27,6 +27,9 @@ from rq_ceylon.worker.leases import Leases
 UNCLAIMED_S = 2.0
 """An entry that could not start for so long is given back: others may be idle."""
 
+RELAY_PAGES = 500
+"""In one answer of an outbox: a commit whose answer was lost may have written so many, one for each retry."""
+
 RECENT_S = 0.1
 """What finished within this time says how much to read ahead."""
 
@@ -61,8 +64,7 @@ class Turns:
         self._acks: dict[str, list[Ack]] = {role: [] for role in self.roles}
         self._page_acks: dict[str, list[PageAck]] = collections.defaultdict(list)
         self._to_enqueue: dict[str, list[Page]] = collections.defaultdict(list)
-        self._to_relay: set[str] = set()
-        self._unheard: set[str] = set()
+        self._to_relay: dict[str, bool] = {}
         self._messages: dict[str, list[Page]] = collections.defaultdict(list)
         self._to_fetch = set(self.roles)
         self._fetching: set[str] = set()
@@ -287,9 +289,8 @@ class Turns:
 
     def _relays(self) -> Iterable[Step]:
         for gid in [gid for gid in self._to_relay if self._is_open(gid=gid)]:
-            self._to_relay.discard(gid)
-            call = transitions.outbox(self.keys, gid, wanted=50, again=gid in self._unheard)
-            yield Step(call, partial(self._relayed, gid), partial(self._relay_lost, gid))
+            call = transitions.outbox(self.keys, gid, wanted=RELAY_PAGES, again=self._to_relay.pop(gid))
+            yield Step(call, partial(self._relayed, gid), partial(self._relay, gid, again=True))
 
     # ---- absorb ------------------------------------------------------------------------------------------------------
     def _committed(self, gid: str, batch: Sequence[tuple[Held, Committed]], reply: Any) -> None:
@@ -305,8 +306,8 @@ class Turns:
             elif outcome.kind != "stopping":
                 self._acknowledge(held, outcome.kind if verdict == "OK" else "stale", outcome.run_ms)
         self._take(answer.pages)
-        if answer.more:
-            self._to_relay.add(gid)
+        if answer.more or "DONE" in answer.verdicts:
+            self._relay(gid, again="DONE" in answer.verdicts)
 
     def _claimed(self, batch: Sequence[Held], suspect: bool, reply: Any) -> None:
         self._asks_for_suspect &= not suspect
@@ -330,7 +331,7 @@ class Turns:
                     self.forget(held)
                 case verdict:
                     if verdict == "DONE":  # perhaps just now: others may follow from that
-                        self._to_relay.add(held.delivery.gid)
+                        self._relay(held.delivery.gid)
                     self._acknowledge(held, "stale", 0)
 
     def _fetched(self, role: str, budget: int, reply: Any) -> None:
@@ -385,21 +386,22 @@ class Turns:
             return
         self._page_acks[page.gid].append(PageAck(page))
         if reply[0] != "GONE":  # NO too: it may have been told by an answer that was lost
-            self._to_relay.add(gid)
+            self._relay(gid)
 
     def _relayed(self, gid: str, reply: Any) -> None:
-        self._unheard.discard(gid)
         if isinstance(reply, CeylonError):
             logger.error("The outbox of group {} cannot be read: {}", gid, reply)
             return
         answer = transitions.outbox_reply(gid, reply)
         self._take(answer.pages)
         if answer.more:
-            self._to_relay.add(gid)
+            self._relay(gid)
 
-    def _relay_lost(self, gid: str) -> None:
-        self._to_relay.add(gid)
-        self._unheard.add(gid)
+    def _relay(self, gid: str, *, again: bool = False) -> None:
+        """
+        Look through an outbox in the next turn; again: an answer that had pages for this worker may be lost.
+        """
+        self._to_relay[gid] = again or self._to_relay.get(gid, False)
 
     def _take(self, pages: Iterable[Page]) -> None:
         for page in pages:

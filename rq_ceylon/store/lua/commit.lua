@@ -6,8 +6,8 @@
 --       was told to stop, so that losing it from now on is no crash).
 -- Reply: GONE | OK status verdicts pages more. Verdicts: OK counted now (ack); DONE recorded before, or the task has ended
 --        (ack); STALE another delivery holds it (forget: never ack, never renew).
--- Repeatable: a second run finds no record in progress, and answers with the pages that nobody acknowledged. A batch may
--- name one task twice.
+-- Repeatable: a second run finds no record in progress; what the lost answer had to hand over, `outbox` gives again. A
+-- batch may name one task twice.
 local worker, relay_lease = ARGV[1], tonumber(ARGV[2])
 
 if not load() then return {'GONE'} end
@@ -57,11 +57,7 @@ local function record(outcome)
   return 'OK'
 end
 
-local verdicts, is_repeated = {}, false
-for i, outcome in ipairs(outcomes) do
-  verdicts[i] = record(outcome)
-  is_repeated = is_repeated or verdicts[i] == 'DONE'
-end
+local verdicts = {}
+for i, outcome in ipairs(outcomes) do verdicts[i] = record(outcome) end
 tail('commit', now + relay_lease)
-if is_repeated then pages = unacknowledged() end
 return {'OK', group.status, verdicts, withheld() and {} or pages, more}

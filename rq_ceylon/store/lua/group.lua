@@ -5,8 +5,6 @@ local META, TASKS, CLAIMS, RESULTS, NEEDS, CHILDREN, OUTBOX, EVENTS = unpack(KEY
 local LAYOUT = '1'
 local CRASH_LIMIT = 3       -- crashes that a task survives, unless it says otherwise
 local PAGE_ITEMS = 100       -- entries in one outbox page
--- Pages of other calls in an answer to a repetition, and the bytes of these: maintenance hands over what is more.
-local UNACKNOWLEDGED_MAX, UNACKNOWLEDGED_BYTES = 1000, 65536
 local CHILDREN_MAX = 1000    -- dependents looked at in one call; the rest waits in an internal page
 local CALLABLE_WAIT = 3600000 -- ms a finished group waits for the verdict of a callable goal without a deadline
 
@@ -67,7 +65,6 @@ local function issue_of(claim) return claim and claim.attempt + claim.releases o
 -- Message to a group that depends on this one: number|@|outcome|gid.    Internal page: number|#step|position|tid.
 local queued, queued_keys = {}, {}   -- entries of this call by role|due, and the order these came up in
 local pages = {}                     -- pages written by this call
-local more = '0'                     -- '1': an internal page is left, the caller should call `outbox` at once
 
 local function enqueue_later(tid, role, priority, issue, due, supersedes)
   local key = role .. '|' .. (due and text(due) or '')
@@ -94,19 +91,6 @@ local function write_pages(visible)
   end
 end
 
--- Who repeats a call may have lost the answer with its pages, and would leave them to maintenance. Those that are with
--- somebody else arrive twice, which the claim settles. Those of this call are always among them.
-local function unacknowledged()
-  if withheld() then return {} end
-  local found, is_own, left = {}, {}, UNACKNOWLEDGED_BYTES
-  for i, page in ipairs(pages) do found[i] = page; is_own[page] = true end
-  for _, page in ipairs(call('ZRANGE', OUTBOX, 0, UNACKNOWLEDGED_MAX - 1)) do
-    if string.find(page, '^%d+|#') then more = '1'
-    elseif not is_own[page] and left > 0 then found[#found + 1] = page; left = left - #page end
-  end
-  return found
-end
-
 -- ARGV from `first`: count, then per acknowledged page: page, role, horizon (the largest entry or due ms it got).
 -- Returns the position after them.
 local function acknowledge_pages(first)
@@ -124,6 +108,7 @@ end
 local log = {}                       -- what the event of this call tells: tid,outcome,role,wait,run
 local results, ended, is_ended = {}, {}, {}
 local walks = {}                     -- dependents still to look at: {step, tid, position}
+local more = '0'                     -- '1': an internal page is left, the caller should call `outbox` at once
 
 local function log_task(tid, what, role, wait, run)
   log[#log + 1] = tid .. ',' .. what .. ',' .. role .. ',' .. (wait or 0) .. ',' .. (run or 0)

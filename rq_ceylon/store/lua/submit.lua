@@ -5,10 +5,9 @@
 --       acknowledge_pages), n, n meta fields and values, goals (see goal_of; deadlines relative), groups that it
 --       depends on ('' or 'a b c'; with the last part),
 --       then per task: tid, text (role|priority|delay ms|expires ms|crash limit|JSON), tids it needs ('' or 'a b c').
--- Reply: OK status pages | REPEAT status pages (known: nothing changed; pages that nobody acknowledged, since the answer
---        that had them may be lost) | GAP (parts before it are unknown, or the number is known with another digest) |
---        CLOSED (sealed meanwhile) | EXISTS (the key is taken by other content) | REFUSED what name (nothing is kept of
---        the group).
+-- Reply: OK status pages | REPEAT status (known: nothing changed; what a lost answer had to hand over, `outbox` gives
+--        again) | GAP (parts before it are unknown, or the number is known with another digest) | CLOSED (sealed
+--        meanwhile) | EXISTS (the key is taken by other content) | REFUSED what name (nothing is kept of the group).
 -- Repeatable by part number and digest. The only script that is refused at maxmemory: its first write may allocate.
 local part, last, rolling, digest = tonumber(ARGV[1]), ARGV[2] == '1', ARGV[3] == '1', ARGV[4]
 local visible = now + tonumber(ARGV[5])
@@ -22,7 +21,7 @@ local first_task = goals_at + 2
 -- WAIT and WAITAOF tell of writes on their connection only: a repetition, perhaps by another one, is a write too.
 local function repeated()
   drain(); call('HSET', META, 'v', LAYOUT)
-  return {'REPEAT', group.status, unacknowledged()}
+  return {'REPEAT', group.status}
 end
 
 local known = load()
