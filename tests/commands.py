@@ -1,9 +1,12 @@
 """
-The commands as processes of a test: each runs as a user's would, and none outlives the test.
+The commands as processes of a test: each runs as a user's would, and none outlives the test. And how to wait, for them
+or for anything else.
 """
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import json
 import os
 import pty
@@ -23,8 +26,35 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "data_processing.yaml"
+LIMIT_S = 30.0
+"""How long something that is waited for may take, if nothing else is said."""
 
 Process = subprocess.Popen[str]
+Ended = subprocess.CompletedProcess[str]
+
+
+def run_to_end(
+    *words: str | Path,
+    folder: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    stdin: str = "",
+    limit_s: float = 60,
+    in_one_stream: bool = False,
+) -> Ended:
+    """
+    Run a program to its end, however it ends; what it prints is caught, all in `stdout` if in one stream.
+    """
+    return subprocess.run(
+        words,
+        cwd=folder,
+        env=environ,
+        input=stdin,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT if in_one_stream else subprocess.PIPE,
+        text=True,
+        timeout=limit_s,
+        check=False,
+    )
 
 
 @dataclass
@@ -47,20 +77,20 @@ class Commands:
 
     def run(
         self, name: str, *arguments: str, stdin: str = "", environ: Mapping[str, str] | None = None, limit_s: float = 30
-    ) -> subprocess.CompletedProcess[str]:
+    ) -> Ended:
         """
         Run a command to its end.
         """
-        return subprocess.run(
-            [sys.executable, "-m", "rq_ceylon.cli", name, *arguments],
-            cwd=self.folder,
-            env=self.environ(environ),
-            input=stdin,
-            capture_output=True,
-            text=True,
-            timeout=limit_s,
-            check=False,
-        )
+        return self.python("-m", "rq_ceylon.cli", name, *arguments, stdin=stdin, environ=environ, limit_s=limit_s)
+
+    def python(
+        self, *words: str, stdin: str = "", environ: Mapping[str, str] | None = None, limit_s: float = 60
+    ) -> Ended:
+        """
+        Run this Python with such words to its end.
+        """
+        own = self.environ(environ)
+        return run_to_end(sys.executable, *words, folder=self.folder, environ=own, stdin=stdin, limit_s=limit_s)
 
     def json(self, name: str, *arguments: str, stdin: str = "") -> Any:
         """
@@ -166,15 +196,30 @@ def is_alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False).stdout
+    state = run_to_end("ps", "-o", "stat=", "-p", str(pid)).stdout
     return bool(state.strip()) and not state.strip().startswith("Z")
 
 
-def until(condition: Callable[[], bool], what: str, limit_s: float = 15.0) -> None:
+def until(condition: Callable[[], object], what: str, limit_s: float = LIMIT_S) -> None:
     """
     Wait for a condition, and fail in words if it does not come.
     """
     started = time.monotonic()
     while not condition():
         assert time.monotonic() - started < limit_s, f"not within {limit_s:g} s: {what}"
-        time.sleep(0.05)
+        time.sleep(0.02)
+
+
+async def eventually(condition: Callable[[], object], what: str, limit_s: float = LIMIT_S) -> None:
+    """
+    As `until`, while the event loop goes on; the condition may be asynchronous.
+    """
+    try:
+        async with asyncio.timeout(limit_s):
+            while True:
+                found = condition()
+                if await found if inspect.isawaitable(found) else found:
+                    return
+                await asyncio.sleep(0.01)
+    except TimeoutError as error:
+        raise AssertionError(f"not within {limit_s:g} s: {what}") from error

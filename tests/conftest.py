@@ -16,10 +16,15 @@ from typing import Any
 import pytest
 import redis
 from bench import Bench
-from servers import BINARIES
+from commands import Commands, commands_on
+from loguru import logger
+from servers import BINARIES, Fleet, fleet_of
 from simulator.runner import table
 from simulator.simulation import Coverage
 
+from rq_ceylon.app import Ceylon
+from rq_ceylon.client import Client
+from rq_ceylon.store import trouble
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.server import EmbeddedServer
 
@@ -118,6 +123,40 @@ def namespace() -> str:
 
 
 @pytest.fixture
+def app(redis_url: str, namespace: str) -> Ceylon:
+    return Ceylon(redis_url, namespace=namespace)
+
+
+@pytest.fixture
+async def client(app: Ceylon) -> AsyncIterator[Client]:
+    async with app.client() as client:
+        yield client
+
+
+@pytest.fixture
+def commands(redis_url: str, tmp_path: Path) -> Iterator[Commands]:
+    """
+    The commands as processes, on the session's server and in a folder of this test.
+    """
+    with commands_on(redis_url, tmp_path) as commands:
+        yield commands
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """
+    What the package logs, each with its level: `INFO: message`. Nothing counts as said before.
+    """
+    trouble.warn_once.cache_clear()
+    lines: list[str] = []
+    logger.enable("rq_ceylon")
+    sink = logger.add(lines.append, format="{level}: {message}")
+    yield lines
+    logger.remove(sink)
+    logger.disable("rq_ceylon")
+
+
+@pytest.fixture
 def bench(redis_url: str, namespace: str) -> Bench:
     """
     A hand on every script, on the session's server.
@@ -140,6 +179,15 @@ def short_tmp_path() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))
     yield folder
     shutil.rmtree(folder)
+
+
+@pytest.fixture
+def fleet(binary: str, short_tmp_path: Path) -> Iterator[Fleet]:
+    """
+    Servers of this test's own, each with lines of configuration.
+    """
+    with fleet_of(binary, short_tmp_path) as fleet:
+        yield fleet
 
 
 @pytest.fixture

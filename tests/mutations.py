@@ -11,13 +11,13 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parent.parent
+from commands import ROOT, run_to_end
+
 TESTS = [f"tests/test_{name}.py" for name in ("protocol", "maintenance", "goals_lua", "turn", "model")]
 SEEDS, LOSSY_SEEDS = "1-6", "101-106"
 UNREADABLE = re.compile(r"Error compiling script|SyntaxError|ImportError|ModuleNotFoundError|errors? during collection")
@@ -107,16 +107,7 @@ class Tree:
     def _run(self, *words: str) -> tuple[int, str]:
         environ = {**os.environ, "PYTHONPATH": str(self.folder), "PYTHONDONTWRITEBYTECODE": "1"}
         environ["PATH"] = os.devnull  # no second engine: the rules are the same
-        done = subprocess.run(
-            [sys.executable, *words],
-            cwd=self.folder,
-            env=environ,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=600,
-            check=False,
-        )
+        done = run_to_end(sys.executable, *words, folder=self.folder, environ=environ, limit_s=600, in_one_stream=True)
         return done.returncode, done.stdout
 
 

@@ -22,10 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import redis
+from commands import ROOT, run_to_end, until
 
 from rq_ceylon.store.server import wheel_binary
-
-LIMIT_S = 20.0
 
 
 # ---- engines ---------------------------------------------------------------------------------------------------------
@@ -137,13 +136,6 @@ def listens(port: int) -> bool:
         return one.connect_ex(("127.0.0.1", port)) == 0
 
 
-def until(condition: Callable[[], bool], what: str) -> None:
-    started = time.monotonic()
-    while not condition():
-        assert time.monotonic() - started < LIMIT_S, f"not within {LIMIT_S:g} s: {what}"
-        time.sleep(0.02)
-
-
 # ---- TLS and users ---------------------------------------------------------------------------------------------------
 def make_certificates(folder: Path) -> Path:
     """
@@ -151,7 +143,7 @@ def make_certificates(folder: Path) -> Path:
     """
 
     def openssl(*arguments: str) -> None:
-        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
+        run_to_end("openssl", *arguments, folder=folder).check_returncode()
 
     new = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
     openssl("req", "-x509", *new, "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=ca", "-days", "2")
@@ -173,7 +165,7 @@ def documented_users() -> dict[str, str]:
     """
     The users of docs/deployment.md, each with its rules, as one copies them.
     """
-    text = (Path(__file__).parent.parent / "docs" / "deployment.md").read_text()
+    text = (ROOT / "docs" / "deployment.md").read_text()
     return dict(re.findall(r"^ +ACL SETUSER (ceylon-\w+) (.*)$", text, re.M))
 
 

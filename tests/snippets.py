@@ -8,7 +8,6 @@ import contextlib
 import os
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from itertools import groupby
 from pathlib import Path
 
 from click.testing import CliRunner
-from commands import Commands, until
+from commands import Commands, run_to_end, until
 
 from rq_ceylon import cli
 from rq_ceylon.app import Ceylon
@@ -111,7 +110,7 @@ class Shell:
         self.commands.start(NAMES[name], *arguments)
         self.workers += {"ceylon-worker": _processes(arguments), "ceylon-monitor": 1, "ceylon": 2}[name]
         for wanted in map(same, step.printed):
-            until(lambda: wanted in map(same, log.read_text().splitlines()), f"{name} logs {wanted}", 30)  # noqa: B023
+            until(lambda: wanted in map(same, log.read_text().splitlines()), f"{name} logs {wanted}")  # noqa: B023
 
     def _here(self, command: str) -> tuple[str, int]:
         """
@@ -123,17 +122,8 @@ class Shell:
         return ended.output, ended.exit_code
 
     def _in_shell(self, command: str) -> tuple[str, int]:
-        ended = subprocess.run(
-            ["sh", "-c", command],
-            cwd=self.commands.folder,
-            env=self.commands.environ({"PATH": f"{self._bin()}:{os.environ['PATH']}"}),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        environ = self.commands.environ({"PATH": f"{self._bin()}:{os.environ['PATH']}"})
+        ended = run_to_end("sh", "-c", command, folder=self.commands.folder, environ=environ, in_one_stream=True)
         return ended.stdout, ended.returncode
 
     def _bin(self) -> Path:
@@ -151,7 +141,7 @@ class Shell:
 
     def _until_workers_live(self) -> None:
         if self.workers > self._seen:
-            until(lambda: self._live() >= self.workers, f"{self.workers} workers live", 30)
+            until(lambda: self._live() >= self.workers, f"{self.workers} workers live")
             self._seen = self.workers
 
     def _live(self) -> int:

@@ -5,7 +5,6 @@ The application object: registering, making tasks of functions, and the side wit
 from __future__ import annotations
 
 import asyncio
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 import redis
+from commands import run_to_end
 
 from rq_ceylon import (
     Backoff,
@@ -342,7 +342,7 @@ double.enqueue(1)
 double.enqueue(2)
 os._exit(0)
 """
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    run_to_end(sys.executable, "-c", script).check_returncode()
 
     with app.sync_client() as client:
         assert [role.queued for role in client.roles()] == [2]
@@ -382,13 +382,7 @@ def test_two_loops_and_a_fork_have_clients_of_their_own_and_the_process_ends_by_
     Nobody closes the implicit clients, in the parent or in the child; neither hangs at its end.
     """
     with working(app):
-        ran = subprocess.run(
-            [sys.executable, "-W", "error", "-c", SCRIPT, app.settings.redis_url, app.settings.namespace],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        ran = run_to_end(sys.executable, "-W", "error", "-c", SCRIPT, app.settings.redis_url, app.settings.namespace)
 
     lines = [line.split() for line in ran.stdout.splitlines()]
     assert [result for _, result in lines] == ["2", "2", "4", "6", "2", "8"], ran.stderr
@@ -419,12 +413,6 @@ def test_a_forked_child_goes_on_with_the_client_and_handles_of_its_parent_on_a_c
     """
     Both used the parent's connection at the same time, and got each other's answers.
     """
-    ran = subprocess.run(
-        [sys.executable, "-c", FORKED, app.settings.redis_url, app.settings.namespace],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    ran = run_to_end(sys.executable, "-c", FORKED, app.settings.redis_url, app.settings.namespace)
 
     assert (ran.returncode, ran.stderr) == (0, "")

@@ -2,16 +2,14 @@
 The benchmark runs; what it measures is for people to judge, not for a test.
 """
 
-import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from commands import ROOT, run_to_end
 
 
 def test_the_benchmark_prints_what_a_task_costs() -> None:
     command = [sys.executable, "-m", "benchmarks", "--tasks", "60", "--runs", "1", "--latencies", "5"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    run = run_to_end(*command, folder=ROOT, limit_s=100)
     assert run.returncode == 0, run.stderr
     rows = run.stdout.splitlines()
     for row in ("bare redis-py", "groups of 500; 50 slots", "idle worker"):

@@ -33,7 +33,7 @@ def chaos(commands: Commands, duration: str) -> tuple[Process, str]:
     """
     mine = {"CEYLON_APP": "nowhere:app", "CEYLON_WORKER_BURST": "1", "CEYLON_NAMESPACE": "mine"}
     demo = commands.start("ceylon", "demo", f"--chaos={duration}", environ=mine)
-    until(lambda: "--redis unix://" in commands.said(demo), "its server is named", 30)
+    until(lambda: "--redis unix://" in commands.said(demo), "its server is named")
     return demo, commands.said(demo).split("--redis ")[1].split()[0]
 
 
@@ -46,7 +46,7 @@ def test_workers_are_killed_and_replaced_and_every_task_counts_once(commands: Co
     demo, url = chaos(commands, "6s")
     seen: set[int] = set()
     with Ceylon(url).sync_client() as client:
-        until(lambda: len(client.workers()) == ALL, "all are there", 30)
+        until(lambda: len(client.workers()) == ALL, "all are there")
 
         def has_finished() -> bool:
             if "\nWORKER " in commands.said(demo):  # before it ends anything
@@ -83,7 +83,7 @@ def test_drift_is_named_and_fails(commands: Commands) -> None:
     with Ceylon(url).sync_client() as client:
         gid = client.groups()[0].id
     events = Keys("ceylon").group_part(gid, "events")
-    until(lambda: any("completed" in line for line in server.lrange(events, 0, -1)), "a task has ended", 30)
+    until(lambda: any("completed" in line for line in server.lrange(events, 0, -1)), "a task has ended")
     twice = next(line for line in server.lrange(events, 0, -1) if "completed" in line)
 
     server.rpush(events, twice)
@@ -100,15 +100,15 @@ def test_drift_is_named_and_fails(commands: Commands) -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
 def test_however_it_ends_nothing_is_left(number: signal.Signals, code: int, commands: Commands) -> None:
     demo, url = chaos(commands, "60s")
-    until(lambda: len(pids(url)) == ALL, "all are there", 30)
-    until(lambda: " s  killed " in commands.said(demo), "one was killed", 30)
+    until(lambda: len(pids(url)) == ALL, "all are there")
+    until(lambda: " s  killed " in commands.said(demo), "one was killed")
     living = {pid for pid in pids(url) if is_alive(pid)}
 
     demo.send_signal(number)
 
     assert demo.wait(20) == code
-    until(lambda: not any(is_alive(pid) for pid in living), "all have ended", 20)
-    until(lambda: not Path(url.removeprefix("unix://")).parent.exists(), "the server's folder is gone", 20)
+    until(lambda: not any(is_alive(pid) for pid in living), "all have ended")
+    until(lambda: not Path(url.removeprefix("unix://")).parent.exists(), "the server's folder is gone")
     said = commands.said(demo)
     assert "Traceback" not in said
     assert ("Stopped; all that this demo started has ended." in said) == (number == signal.SIGINT)

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import redis
 from bench import Bench
+from commands import eventually, run_to_end
 
 from rq_ceylon import (
     Ceylon,
@@ -600,8 +601,7 @@ async def test_a_heartbeat_of_another_version_may_lack_fields(app: Ceylon) -> No
 
 async def test_a_role_that_nobody_serves_is_refused_on_demand_with_the_nearest(app: Ceylon) -> None:
     async with app.client() as client, working(app, roles=["processor"]):
-        while not await client.workers():  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+        await eventually(client.workers, "the worker is registered")
         with pytest.raises(NoWorkerError, match='did you mean "processor"'):
             await client.submit(Task(role="procesor"), require_workers=True)
         assert await client.groups() == []
@@ -617,8 +617,11 @@ async def test_cancelling_a_waiting_task_is_at_once_and_a_running_one_is_asked_t
             await pending.result(timeout=5)
         async with working(app):
             running = await client.submit(Task(role="p", duration=30))
-            while await running.status() != "in_progress":  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
+
+            async def runs() -> bool:
+                return await running.status() == "in_progress"
+
+            await eventually(runs, "the task runs")
             assert await running.cancel() == "stopping"
             with pytest.raises(TaskCancelledError, match="cancelled"):
                 await running.result(timeout=8)
@@ -695,13 +698,7 @@ def test_sync_async_two_loops_a_running_loop_and_a_fork_all_work_and_ids_are_dis
         Path(folder, "jobs.py").write_text(JOBS)
         worker = subprocess.Popen([*command[:4], "jobs:app", *command[4:], "--namespace", namespace], cwd=folder)
         try:
-            ran = subprocess.run(
-                [sys.executable, "-c", SCRIPT, redis_url, namespace, "wait"],
-                capture_output=True,
-                text=True,
-                timeout=60,
-                check=False,
-            )
+            ran = run_to_end(sys.executable, "-c", SCRIPT, redis_url, namespace, "wait")
         finally:
             worker.terminate()
             worker.wait(30)

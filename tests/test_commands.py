@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import redis
-from commands import EXAMPLE, Commands, commands_on, until
+from commands import EXAMPLE, Commands, run_to_end, until
 
 from rq_ceylon.cli.main import _task_row
 from rq_ceylon.models import TaskResult, TaskStatus, TaskView
@@ -28,10 +28,9 @@ COUNTERS = {
 
 
 @pytest.fixture
-def commands(redis_url: str, tmp_path: Path) -> Iterator[Commands]:
-    (tmp_path / "group.yaml").write_text(GROUP)
-    with commands_on(redis_url, tmp_path) as commands:
-        yield commands
+def commands(commands: Commands) -> Commands:
+    (commands.folder / "group.yaml").write_text(GROUP)
+    return commands
 
 
 @pytest.fixture
@@ -72,7 +71,7 @@ except SystemExit as end:
 loaded = {{name.partition(".")[0] for name in sys.modules}} & {{"redis", "pydantic", "rich", "uvloop"}}
 assert not loaded, loaded
 """
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False)
+    ended = run_to_end(sys.executable, "-c", script)
 
     assert ended.returncode == 0, ended.stderr
     assert "Exit codes: 0" in ended.stdout

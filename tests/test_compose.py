@@ -3,18 +3,16 @@ The compose file and the image: valid, private, unprivileged, and stopped with t
 """
 
 import re
-import subprocess
 import sys
 import tomllib
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from commands import ROOT, run_to_end
 
 from rq_ceylon.models import seconds
 
-ROOT = Path(__file__).parent.parent
 COMPOSE = ROOT / "docker-compose.yml"
 GRACE_S = 25
 """A worker's own grace: what it may take to finish or hand back its tasks."""
@@ -24,12 +22,7 @@ OURS = [name for name, service in SERVICES.items() if "build" in service]
 
 
 def test_it_is_a_valid_compose_file() -> None:
-    checked = subprocess.run(
-        [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", COMPOSE],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    checked = run_to_end(sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", COMPOSE)
 
     assert checked.returncode == 0, checked.stdout + checked.stderr
 

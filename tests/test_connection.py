@@ -11,8 +11,8 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,20 +22,17 @@ import pytest
 import redis
 import redis.asyncio
 from bench import Bench
-from commands import commands_on, is_alive
-from loguru import logger
+from commands import LIMIT_S, ROOT, commands_on, eventually, is_alive, until
 from redis.crc import key_slot
 from servers import (
     Fleet,
     Running,
     documented_users,
-    fleet_of,
     make_certificates,
     pretended,
     start_cluster,
     start_watched,
     tls_lines,
-    until,
 )
 from simulator.simulation import client_of
 
@@ -47,7 +44,7 @@ from rq_ceylon.maintenance.steps import restore_index
 from rq_ceylon.monitor import Monitor
 from rq_ceylon.settings import resolve
 from rq_ceylon.store import connection as store_connection
-from rq_ceylon.store import places, queries, scripts, trouble
+from rq_ceylon.store import places, queries, scripts
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.events import EventHub
 from rq_ceylon.store.keys import Keys
@@ -56,40 +53,9 @@ from rq_ceylon.worker.loop import Worker
 
 pytestmark = pytest.mark.anyio
 
-LIMIT_S = 40.0
-ROOT = Path(__file__).parent.parent
 
-
-@pytest.fixture
-def fleet(binary: str, short_tmp_path: Path) -> Iterator[Fleet]:
-    with fleet_of(binary, short_tmp_path) as fleet:
-        yield fleet
-
-
-@contextmanager
-def log_of(level: str) -> Iterator[list[str]]:
-    said: list[str] = []
-    logger.enable("rq_ceylon")
-    sink = logger.add(lambda message: said.append(message.record["message"]), level=level)
-    yield said
-    logger.remove(sink)
-    logger.disable("rq_ceylon")
-
-
-@pytest.fixture
-def warned() -> Iterator[list[str]]:
-    """
-    What is logged as a warning; nothing counts as said before.
-    """
-    trouble.warn_once.cache_clear()
-    with log_of("WARNING") as said:
-        yield said
-
-
-@pytest.fixture
-def logged() -> Iterator[list[str]]:
-    with log_of("INFO") as said:
-        yield said
+def warnings(said: list[str]) -> list[str]:
+    return [line for line in said if line.startswith("WARNING: ")]
 
 
 @asynccontextmanager
@@ -110,14 +76,6 @@ async def problem_of(url: str) -> str:
             await connection.check()
     assert "secret" not in str(caught.value)
     return str(caught.value)
-
-
-async def eventually(condition: Callable[[], bool], what: str) -> None:
-    for _ in range(round(LIMIT_S / 0.02)):
-        if condition():
-            return
-        await asyncio.sleep(0.02)
-    pytest.fail(f"not within {LIMIT_S:g} s: {what}")
 
 
 async def works(url: str) -> bool:
@@ -522,14 +480,14 @@ async def test_a_server_of_another_kind_is_refused_with_the_right_url(fleet: Fle
     assert said.endswith("know no primary 'other'; they know: main")
 
 
-async def test_a_server_that_keeps_nothing_is_warned_of_once(fleet: Fleet, redis_url: str, warned: list[str]) -> None:
+async def test_a_server_that_keeps_nothing_is_warned_of_once(fleet: Fleet, redis_url: str, said: list[str]) -> None:
     forgetful, keeping = fleet.start(), fleet.start("appendonly yes")
     for url in (forgetful.url, redis_url, "embedded://", keeping.url, forgetful.url):
         assert await works(url)
 
-    assert len(warned) == 1
-    assert f"Redis at {forgetful.url} writes no append-only file" in warned[0]
-    assert "redis-cli CONFIG SET appendonly yes" in warned[0]
+    (warning,) = warnings(said)
+    assert f"Redis at {forgetful.url} writes no append-only file" in warning
+    assert "redis-cli CONFIG SET appendonly yes" in warning
 
 
 async def test_database_and_user_of_a_url_are_used_on_a_socket_and_on_a_port(
@@ -585,7 +543,7 @@ async def test_tls_checks_the_server_and_shows_the_clients_certificate(fleet: Fl
 
 # ---- ACL -------------------------------------------------------------------------------------------------------------
 @pytest.mark.every_engine
-async def test_the_documented_users_can_do_all_that_they_need_and_no_more(fleet: Fleet, warned: list[str]) -> None:
+async def test_the_documented_users_can_do_all_that_they_need_and_no_more(fleet: Fleet, said: list[str]) -> None:
     running = fleet.start("appendonly yes")
     users = documented_users()
     assert set(users) == {"ceylon-worker", "ceylon-monitor", "ceylon-client"}
@@ -629,7 +587,7 @@ async def test_the_documented_users_can_do_all_that_they_need_and_no_more(fleet:
     log = [dict(zip(entry[::2], entry[1::2], strict=True)) for entry in running.ask("ACL", "LOG")]
     # The Redis client tells its version, and goes on where that is refused; Redis 6.2 logs it as `client`.
     assert [entry for entry in log if entry["object"].lower() not in ("client|setinfo", "client")] == []
-    assert not [line for line in warned if "docs/deployment.md" in line]
+    assert not [line for line in warnings(said) if "docs/deployment.md" in line]
 
     for name in users:
         for words in (["FLUSHALL"], ["KEYS", "*"], ["CONFIG", "GET", "*"], ["GET", "other"], ["PUBLISH", "other", "1"]):
@@ -638,7 +596,7 @@ async def test_the_documented_users_can_do_all_that_they_need_and_no_more(fleet:
 
 
 @pytest.mark.every_engine
-async def test_what_an_acl_refuses_is_named_and_said_once(fleet: Fleet, warned: list[str]) -> None:
+async def test_what_an_acl_refuses_is_named_and_said_once(fleet: Fleet, said: list[str]) -> None:
     running = fleet.start("appendonly yes")
     running.ask("ACL", "SETUSER", "poor", "on", ">secret", "resetchannels", "~ceylon:*", "+info", "+get", "+subscribe")
     url = f"redis://poor:secret@127.0.0.1:{running.port}"
@@ -650,14 +608,14 @@ async def test_what_an_acl_refuses_is_named_and_said_once(fleet: Fleet, warned: 
 
     hub = EventHub(url, Keys("ceylon"))
     waiter = asyncio.create_task(enter(hub.watch("g")))
-    await eventually(lambda: bool(warned), "a warning")
+    await eventually(lambda: warnings(said), "a warning")
     await eventually(lambda: count_of(running, "subscribe") >= 3, "the subscription was tried again")
     waiter.cancel()
     await asyncio.gather(waiter, return_exceptions=True)
     await hub.close()
-    assert len(warned) == 1
-    assert "Notifications do not come" in warned[0]
-    assert "docs/deployment.md" in warned[0]
+    (warning,) = warnings(said)
+    assert "Notifications do not come" in warning
+    assert "docs/deployment.md" in warning
 
 
 def count_of(running: Running, name: str) -> int:
@@ -720,7 +678,7 @@ async def test_a_cancellation_that_the_connection_swallows_is_raised_all_the_sam
 
 
 # ---- losing it later -------------------------------------------------------------------------------------------------
-async def test_a_worker_that_loses_redis_says_so_once_and_once_when_it_is_back(fleet: Fleet, logged: list[str]) -> None:
+async def test_a_worker_that_loses_redis_says_so_once_and_once_when_it_is_back(fleet: Fleet, said: list[str]) -> None:
     running = fleet.start("appendonly yes")
     app = Ceylon(running.url)
 
@@ -741,13 +699,14 @@ async def test_a_worker_that_loses_redis_says_so_once_and_once_when_it_is_back(f
         assert await (await client.submit(Task(uses="work"))).result(timeout=LIMIT_S) == "done"
         worker.stop()
         await task
-    told = [line for line in logged if "trying again" in line or "answers again" in line]
-    assert [line.rpartition("; ")[2] for line in told] == ["trying again until Redis answers", "Redis answers again"]
-    assert told[0].startswith(f"Cannot reach Redis at {running.url} (connection ")
+    lost, back = [line for line in said if "trying again" in line or "answers again" in line]
+    assert lost.startswith(f"WARNING: Cannot reach Redis at {running.url} (connection ")
+    assert lost.endswith("; trying again until Redis answers\n")
+    assert back == "INFO: Redis answers again\n"
 
 
 @asynccontextmanager
-async def at_work(url: str, logged: list[str], **options: Any) -> AsyncIterator[tuple[Worker, str]]:
+async def at_work(url: str, said: list[str], **options: Any) -> AsyncIterator[tuple[Worker, str]]:
     """
     A worker in the middle of a task whose first attempt never ends by itself. Ends with the worker's own end.
     """
@@ -768,15 +727,15 @@ async def at_work(url: str, logged: list[str], **options: Any) -> AsyncIterator[
             await started.wait()
             yield worker, handle.id
             await running
-    assert len([line for line in logged if line.startswith("Left without farewell")]) == 1
+    assert len([line for line in said if "Left without farewell" in line]) == 1
 
 
 @pytest.mark.parametrize("cold", [False, True])
 async def test_a_worker_that_is_stopped_while_redis_is_away_ends_after_its_grace(
-    fleet: Fleet, logged: list[str], cold: bool
+    fleet: Fleet, said: list[str], cold: bool
 ) -> None:
     server = fleet.start("appendonly yes")
-    async with at_work(server.url, logged, grace_s=3600 if cold else 0.3) as (worker, gid):
+    async with at_work(server.url, said, grace_s=3600 if cold else 0.3) as (worker, gid):
         server.kill()
         await eventually(lambda: bool(worker.lanes._pauses), "the worker has noticed")
         worker.kill() if cold else worker.stop()
@@ -798,11 +757,11 @@ async def test_a_worker_that_is_stopped_while_redis_is_away_ends_after_its_grace
 
 
 async def test_a_cold_stop_does_not_wait_for_a_redis_that_does_not_answer(
-    fleet: Fleet, logged: list[str], monkeypatch: pytest.MonkeyPatch
+    fleet: Fleet, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(places, "ANSWER_S", 3600.0)
     server = fleet.start("appendonly yes")
-    async with at_work(server.url, logged, grace_s=3600) as (worker, _):
+    async with at_work(server.url, said, grace_s=3600) as (worker, _):
         server.process.send_signal(signal.SIGSTOP)
         worker.kill()
 

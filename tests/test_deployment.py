@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import configparser
 import re
-import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from urllib.parse import quote
 import pytest
 import redis
 import yaml
-from commands import EXAMPLE, ROOT, commands_on, until
+from commands import EXAMPLE, ROOT, commands_on, run_to_end, until
 from servers import documented_users, fleet_of, make_certificates, tls_lines
 from test_main_job import assert_finished, shown
 
@@ -45,12 +44,7 @@ def parses(words: Sequence[str]) -> None:
 # ---- workflows and hooks ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("schema", ["vendor.github-workflows", "custom.github-workflows-require-timeout"])
 def test_the_workflows_are_valid(schema: str) -> None:
-    checked = subprocess.run(
-        [sys.executable, "-m", "check_jsonschema", "--builtin-schema", schema, *WORKFLOWS],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    checked = run_to_end(sys.executable, "-m", "check_jsonschema", "--builtin-schema", schema, *WORKFLOWS)
 
     assert checked.returncode == 0, checked.stdout + checked.stderr
 

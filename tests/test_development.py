@@ -60,7 +60,7 @@ def commands(short_tmp_path: Path) -> Iterator[Commands]:
 
 def started(commands: Commands, *arguments: str, says: str) -> Process:
     process = commands.start(*arguments)
-    until(lambda: says in commands.said(process), f"{arguments} says {says!r}", 30)
+    until(lambda: says in commands.said(process), f"{arguments} says {says!r}")
     return process
 
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 import ast
 import re
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from commands import ROOT, Commands, commands_on
+from commands import ROOT, Commands, commands_on, run_to_end
 from snippets import Shell, Step, steps
 
 from rq_ceylon import groupfile
@@ -171,9 +170,7 @@ def test_the_readme_names_every_command() -> None:
 
 
 def test_the_generated_pages_are_what_the_code_says() -> None:
-    checked = subprocess.run(
-        [sys.executable, "-m", "docs.generate", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    checked = run_to_end(sys.executable, "-m", "docs.generate", "--check", folder=ROOT)
 
     assert checked.returncode == 0, checked.stdout + checked.stderr
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import redis
-from commands import commands_on
+from commands import commands_on, eventually, until
 from redis.crc import key_slot
-from servers import Fleet, Running, fleet_of, start_cluster, until
+from servers import Fleet, Running, start_cluster
 
 from rq_ceylon import Ceylon, Client, DurabilityError, InvalidInputError, Task, TaskGroup
 from rq_ceylon.client import session
@@ -26,12 +26,6 @@ from rq_ceylon.store.keys import Keys
 from rq_ceylon.store.server import EmbeddedServer
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-def fleet(binary: str, short_tmp_path: Path) -> Iterator[Fleet]:
-    with fleet_of(binary, short_tmp_path) as fleet:
-        yield fleet
 
 
 @contextmanager
@@ -113,9 +107,7 @@ async def test_who_does_not_wait_for_the_replica_is_not_held_up_by_those_who_do(
     async with Client(primary.url, namespace=namespace) as client:
         with hanging(replica, 5):
             waiting = asyncio.create_task(client.submit(group(), durability="replica"))
-            async with asyncio.timeout(5):
-                while not primary.ask("INFO", "clients")["blocked_clients"]:  # noqa: ASYNC110
-                    await asyncio.sleep(0.01)
+            await eventually(lambda: primary.ask("INFO", "clients")["blocked_clients"], "the first waits")
 
             run = await client.submit(group())
             task = await client.submit(Task(role="p"))

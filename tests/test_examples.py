@@ -7,11 +7,10 @@ from __future__ import annotations
 import re
 import shutil
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from commands import ROOT, Commands, commands_on
+from commands import ROOT, Commands
 from snippets import Shell, steps
 
 EXAMPLES = sorted(path for path in (ROOT / "examples").iterdir() if path.is_file() and path.suffix in (".py", ".yaml"))
@@ -21,12 +20,6 @@ ELSEWHERE = {
     "quickstart.py": "README.md",
 }
 """What runs an example that is not run here; tests/test_docs.py runs the README."""
-
-
-@pytest.fixture
-def commands(redis_url: str, tmp_path: Path) -> Iterator[Commands]:
-    with commands_on(redis_url, tmp_path) as commands:
-        yield commands
 
 
 def head(path: Path) -> str:

@@ -10,14 +10,13 @@ import sys
 import threading
 import time
 from asyncio.subprocess import PIPE
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import cpu_jobs
 import pytest
-from commands import ROOT, is_alive
-from loguru import logger
+from commands import ROOT, eventually, is_alive
 from pydantic import BeforeValidator
 from pydantic_core import from_json
 
@@ -67,32 +66,10 @@ def assigned(*, attempt: int = 1, releases: int = 0, role: str = "r", fence: int
     return Assignment("w", delivery, Claimed("GRANTED", attempt, 0, releases), {"uses": "job", **body}, {})
 
 
-@pytest.fixture
-def logged() -> Iterator[list[str]]:
-    """
-    The lines that the package logs, each with its level.
-    """
-    lines: list[str] = []
-    logger.enable("rq_ceylon")
-    sink = logger.add(lines.append, format="{level} {message}")
-    yield lines
-    logger.remove(sink)
-    logger.disable("rq_ceylon")
-
-
 def error_of(outcome: Outcome) -> dict[str, str]:
     error: dict[str, str] = from_json(outcome.blob)
     assert set(error) == {"type", "message", "traceback"}
     return error
-
-
-async def eventually(condition: Callable[[], bool], what: str) -> None:
-    try:
-        async with asyncio.timeout(5):
-            while not condition():  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
-    except TimeoutError:
-        pytest.fail(f"not within 5 s: {what}")
 
 
 # ---- ends ------------------------------------------------------------------------------------------------------------
@@ -875,7 +852,7 @@ async def test_a_second_cancellation_does_not_cut_short_the_cleaning_up() -> Non
     ("how", "kind"), [("cancel", "stopped"), ("timeout", "retry"), ("close", "release")], ids=lambda value: value
 )
 async def test_a_coroutine_that_does_not_end_when_cancelled_is_abandoned_and_named(
-    how: str, kind: str, logged: list[str], monkeypatch: pytest.MonkeyPatch
+    how: str, kind: str, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rq_ceylon.worker.executor.CLEANUP_S", 0.05)
     started, give_up, freed = asyncio.Event(), asyncio.Event(), asyncio.Event()
@@ -902,7 +879,7 @@ async def test_a_coroutine_that_does_not_end_when_cancelled_is_abandoned_and_nam
         assert (await asyncio.wait_for(ended, 5)).kind == kind
         assert executor.abandoned == 1
         assert not running.done()
-        assert any(line.startswith("ERROR Task g/t goes on although it was cancelled") for line in logged)
+        assert any(line.startswith("ERROR: Task g/t goes on although it was cancelled") for line in said)
     finally:
         give_up.set()
     await asyncio.wait_for(freed.wait(), 5)

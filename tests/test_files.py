@@ -6,13 +6,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from commands import ROOT, Commands, commands_on
+from commands import ROOT, Commands
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
@@ -27,12 +26,6 @@ from rq_ceylon.models import DEFAULT_RETENTION_S
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 SNIPPETS = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "group-file.md").read_text(), re.DOTALL)
 README = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-
-
-@pytest.fixture
-def commands(redis_url: str, tmp_path: Path) -> Iterator[Commands]:
-    with commands_on(redis_url, tmp_path) as commands:
-        yield commands
 
 
 def problems(text: str) -> list[str]:

@@ -2,12 +2,9 @@
 Groups on groups, pauses, and needs that were not met, as their users see them.
 """
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
-from commands import ROOT, Commands, commands_on
-from test_worker import app, client, eventually, running, worker_of  # noqa: F401
+from commands import ROOT, Commands, eventually
+from test_worker import running, worker_of
 
 from rq_ceylon.app import Ceylon
 from rq_ceylon.client import Client
@@ -18,17 +15,11 @@ from rq_ceylon.store.scripts import command
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def commands(redis_url: str, tmp_path: Path) -> Iterator[Commands]:
-    with commands_on(redis_url, tmp_path) as commands:
-        yield commands
-
-
 def group(name: str, count: int = 1, **fields: object) -> TaskGroup:
     return TaskGroup(name, [Task(role="r") for _ in range(count)], **fields)  # type: ignore[arg-type]
 
 
-async def test_a_group_runs_after_those_on_which_it_depends(app: Ceylon, client: Client) -> None:  # noqa: F811
+async def test_a_group_runs_after_those_on_which_it_depends(app: Ceylon, client: Client) -> None:
     first, second = await client.submit(group("first", 3)), await client.submit(group("second", 2))
     last = await client.submit(group("last", depends_on=[first.id, second.id], goal=Goal("completed >= 1")))
     view = await last.view()
@@ -43,7 +34,7 @@ async def test_a_group_runs_after_those_on_which_it_depends(app: Ceylon, client:
     assert all(view.outcome == "completed" and (view.finished_ms or 0) <= started for view in ended)
 
 
-async def test_a_group_on_a_finished_one_starts_at_once(app: Ceylon, client: Client) -> None:  # noqa: F811
+async def test_a_group_on_a_finished_one_starts_at_once(app: Ceylon, client: Client) -> None:
     async with running(worker_of(app)):
         first = await client.submit(group("first"))
         await first.wait("all", timeout=15)
@@ -51,7 +42,7 @@ async def test_a_group_on_a_finished_one_starts_at_once(app: Ceylon, client: Cli
         assert (await last.wait("all", timeout=5)).outcome == "completed"
 
 
-async def test_a_chain_of_groups_is_cancelled_with_the_reason_when_one_fails(app: Ceylon, client: Client) -> None:  # noqa: F811
+async def test_a_chain_of_groups_is_cancelled_with_the_reason_when_one_fails(app: Ceylon, client: Client) -> None:
     first = await client.submit(group("first", goal=Goal("failed >= 1")))
     middle = await client.submit(group("middle", depends_on=[first.id]))
     last = await client.submit(group("last", 2, depends_on=[middle.id]))
@@ -63,7 +54,7 @@ async def test_a_chain_of_groups_is_cancelled_with_the_reason_when_one_fails(app
     assert (await middle.view()).reason == f"group {first.id} it depends on is failed"
 
 
-async def test_what_follows_from_a_cancel_is_there_when_it_returns(client: Client) -> None:  # noqa: F811
+async def test_what_follows_from_a_cancel_is_there_when_it_returns(client: Client) -> None:
     first = await client.submit(group("first"))
     last = await client.submit(group("last", depends_on=[first.id]))
     await first.cancel()
@@ -81,7 +72,7 @@ async def test_what_follows_from_a_cancel_is_there_when_it_returns(client: Clien
     assert (queued, left) == (3, 0)  # first, a, b
 
 
-async def test_depending_on_an_unknown_group_is_refused(client: Client) -> None:  # noqa: F811
+async def test_depending_on_an_unknown_group_is_refused(client: Client) -> None:
     with pytest.raises(NotFoundError, match="depends_on: group 'nobody' is not known; submit it first"):
         await client.submit(group("last", depends_on=["nobody"]))
     with pytest.raises(InvalidInputError, match="on_need_failed: 'retry' is not known; use skip, fail, continue"):
@@ -90,8 +81,8 @@ async def test_depending_on_an_unknown_group_is_refused(client: Client) -> None:
 
 
 async def test_a_paused_group_and_a_paused_role_start_nothing_until_they_are_resumed(
-    app: Ceylon,  # noqa: F811
-    client: Client,  # noqa: F811
+    app: Ceylon,
+    client: Client,
 ) -> None:
     run = await client.submit(group("g", 5))
     other = await client.submit(group("other"))
@@ -112,7 +103,7 @@ async def test_a_paused_group_and_a_paused_role_start_nothing_until_they_are_res
         await later.wait("all", timeout=15)
 
 
-async def _is(client: Client, role: str, *, queued: int) -> bool:  # noqa: F811
+async def _is(client: Client, role: str, *, queued: int) -> bool:
     (view,) = [view for view in await client.roles() if view.name == role]
     return view.queued == queued
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import redis
 from click.testing import CliRunner
-from commands import Commands, commands_on
+from commands import Commands
 
 from rq_ceylon import cli
 
@@ -46,12 +46,6 @@ class Case:
 def store(redis_url: str) -> Iterator[redis.Redis]:
     with redis.Redis.from_url(redis_url, decode_responses=True) as store:
         yield store
-
-
-@pytest.fixture
-def commands(redis_url: str, tmp_path: Path) -> Iterator[Commands]:
-    with commands_on(redis_url, tmp_path) as commands:
-        yield commands
 
 
 def assert_one_message(case: Case, code: int, stdout: str, stderr: str) -> None:

@@ -6,23 +6,16 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from commands import EXAMPLE, ROOT, Commands, Process, commands_on, is_alive, until
+from commands import EXAMPLE, ROOT, Commands, Process, is_alive, run_to_end, until
 
 from rq_ceylon.app import Ceylon
 from rq_ceylon.client import SyncClient
-
-
-@pytest.fixture
-def commands(redis_url: str, tmp_path: Path) -> Iterator[Commands]:
-    with commands_on(redis_url, tmp_path) as commands:
-        yield commands
 
 
 @pytest.fixture
@@ -179,9 +172,7 @@ def test_the_services_of_the_compose_file_do_the_main_job_and_tell_their_health(
 
 # ---- several processes of one command --------------------------------------------------------------------------------
 def children(process: Process) -> list[int]:
-    found = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=False
-    ).stdout
+    found = run_to_end("ps", "-o", "pid=", "--ppid", str(process.pid)).stdout
     return [int(pid) for pid in found.split()]
 
 

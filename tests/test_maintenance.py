@@ -3,13 +3,11 @@ Maintenance: what was left lying is handed over, judged, sealed and removed, by 
 """
 
 import asyncio
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from bench import Bench
-from loguru import logger
 
 from rq_ceylon.maintenance import reissue, steps
 from rq_ceylon.maintenance.relay import PAGES_PER_CALL, relay
@@ -40,16 +38,6 @@ FACTS: dict[str, Any] = {
 @pytest.fixture
 def maintenance(connection: Connection, bench: Bench) -> Maintenance:
     return Maintenance(connection, bench.keys)
-
-
-@pytest.fixture
-def said() -> Iterator[list[str]]:
-    lines: list[str] = []
-    logger.enable("rq_ceylon")
-    sink = logger.add(lines.append, format="{message}")
-    yield lines
-    logger.remove(sink)
-    logger.disable("rq_ceylon")
 
 
 def make_visible(bench: Bench, gid: str) -> None:
@@ -590,7 +578,7 @@ async def test_groups_that_the_index_has_lost_come_back_within_the_hour_and_thos
 
     assert next_look_ms(bench, "lost") == pytest.approx(STILL_MS, abs=5000)
     assert next_look_ms(bench, "gone") is None
-    assert said == ["The index of groups had lost some; entered again: 1\n"]
+    assert said == ["WARNING: The index of groups had lost some; entered again: 1\n"]
 
 
 # ---- consumers -------------------------------------------------------------------------------------------------------

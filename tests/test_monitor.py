@@ -7,14 +7,13 @@ import contextlib
 import re
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
-from functools import partial
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from bench import Bench
-from loguru import logger
+from commands import eventually
 
 from rq_ceylon.errors import RedisError
 from rq_ceylon.handlers import GoalCheck, Registry
@@ -31,28 +30,12 @@ from rq_ceylon.store.statistics import GroupStatistics, Histogram
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def said() -> Iterator[list[str]]:
-    lines: list[str] = []
-    logger.enable("rq_ceylon")
-    sink = logger.add(lines.append, format="{level}: {message}")
-    yield lines
-    logger.remove(sink)
-    logger.disable("rq_ceylon")
-
-
-async def until(condition: Callable[[], object], within_s: float = 15) -> None:
-    async with asyncio.timeout(within_s):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
-
-
 def about(said: list[str], words: str) -> list[str]:
     return [line for line in said if words in line]
 
 
-def said_times(said: list[str], words: str, times: int) -> bool:
-    return len(about(said, words)) == times
+async def until_said(said: list[str], words: str, times: int = 1) -> None:
+    await eventually(lambda: len(about(said, words)) >= times, f"logged {times} times: {words}")
 
 
 @contextlib.asynccontextmanager
@@ -63,7 +46,7 @@ async def watching(url: str, namespace: str, said: list[str], **options: Any) ->
     monitor = Monitor(url, namespace=namespace, **options)
     running = asyncio.create_task(monitor.run())
     try:
-        await until(lambda: running.done() or about(said, monitor.name))
+        await eventually(lambda: running.done() or about(said, monitor.name), "the monitor watches")
         yield monitor
         assert not running.done(), running.exception()
     finally:
@@ -106,9 +89,9 @@ async def test_an_achieved_goal_is_said_with_its_message_and_a_finished_group_wi
         goal = Goal("completed >= 5", name="partial", success_message="Enough {of} them!")
         bench.queued("g", [str(number) for number in range(10)], goal=goal)
         finish_all(bench, count=5)
-        await until(lambda: about(said, "Goal"))
+        await until_said(said, "Goal")
         finish_all(bench)
-        await until(lambda: about(said, "finished"))
+        await until_said(said, "finished")
 
     assert about(said, "Goal") == ['INFO: Goal achieved: partial of "g" (5 of 10 completed). Enough {of} them!\n']
     (line,) = about(said, "finished")
@@ -138,7 +121,7 @@ async def test_a_failed_goal_is_a_warning_that_tells_why(
     async with watching(redis_url, namespace, said):
         bench.queued("g", ["a", "b"], goal=Goal("completed >= 2", failure_message="Pity."))
         finish_all(bench, "failed", 1)
-        await until(lambda: about(said, "Goal"))
+        await until_said(said, "Goal")
 
     assert about(said, "Goal") == [
         'WARNING: Goal failed: goal of "g" (0 of 2 completed, 1 failed; completed >= 2 can no longer be). Pity.\n'
@@ -155,7 +138,7 @@ async def test_two_monitors_at_once_each_say_a_goal_once_and_it_is_settled_once(
     ):
         bench.queued("g", ["a", "b", "c"], goal=["completed >= 2", Goal(call="enough")])
         finish_all(bench)
-        await until(lambda: len(about(said, "finished")) == 2)
+        await until_said(said, "finished", 2)
 
     assert [len(about(said, f"Goal achieved: {goal} of")) for goal in ("goal", "goal2")] == [2, 2]
     connection = Connection(redis_url)
@@ -170,16 +153,16 @@ async def test_a_monitor_that_takes_over_says_what_settles_from_then_on_and_noth
     bench.queued("g", ["a", "b", "c"], goal=["completed >= 1", "completed >= 3"])
     first = Monitor(redis_url, namespace=namespace)
     running = asyncio.create_task(first.run())
-    await until(lambda: about(said, first.name))
+    await until_said(said, first.name)
     finish_all(bench, count=1)
-    await until(lambda: about(said, "Goal achieved: goal of"))
+    await until_said(said, "Goal achieved: goal of")
     running.cancel()  # killed: no farewell
     await asyncio.gather(running, return_exceptions=True)
     assert bench.redis.smembers(bench.keys.workers) == {first.name}
 
     async with watching(redis_url, namespace, said):
         finish_all(bench)
-        await until(lambda: about(said, "finished"))
+        await until_said(said, "finished")
 
     assert len(about(said, "Goal achieved: goal of")) == 1
     assert len(about(said, "Goal achieved: goal2 of")) == 1
@@ -195,7 +178,7 @@ async def test_what_a_monitor_did_not_hear_of_it_finds_by_looking(
     async with watching(redis_url, namespace, said):
         bench.queued("g", goal="completed >= 1")
         finish_all(bench)
-        await until(lambda: about(said, "finished"))
+        await until_said(said, "finished")
 
     assert len(about(said, "Goal achieved")) == 1
 
@@ -210,10 +193,10 @@ async def test_it_forgets_groups_that_are_gone_and_knows_a_new_one_of_the_same_i
         for _ in range(2):
             bench.queued("g", goal="completed >= 1")
             finish_all(bench)
-            await until(lambda: monitor._groups.get("g") and monitor._groups["g"].finished)
+            await eventually(lambda: monitor._groups.get("g") and monitor._groups["g"].finished, "it knows the end")
             bench.redis.delete(*bench.keys.group("g"))
             bench.run(transitions.drop_from_index(bench.keys, "g"))
-            await until(lambda: "g" not in monitor._groups)
+            await eventually(lambda: "g" not in monitor._groups, "it has forgotten the group")
 
     assert len(about(said, "Goal achieved")) == 2
 
@@ -223,12 +206,13 @@ async def test_a_group_that_was_removed_and_submitted_again_between_two_looks_is
 ) -> None:
     without_maintenance(monkeypatch)
     async with watching(redis_url, namespace, said):
-        await until(lambda: bench.redis.publish(bench.keys.events_channel("nobody"), 1) == 1)  # it is subscribed
+        channel = bench.keys.events_channel("nobody")
+        await eventually(lambda: bench.redis.publish(channel, 1) == 1, "it is subscribed")
         for number in (1, 2):
             bench.redis.delete(*bench.keys.group("g"))
             bench.queued("g", goal="completed >= 1")
             finish_all(bench)
-            await until(partial(said_times, said, "finished as completed", number))
+            await until_said(said, "finished as completed", number)
 
     assert len(about(said, "Goal achieved")) == 2
 
@@ -256,8 +240,10 @@ async def test_a_verdict_that_ends_a_group_tells_those_that_wait_for_it(
     bench.submit("last", depends_on=["first"])
     bench.run(transitions.register(bench.keys, "first", "last"))
     async with watching(redis_url, namespace, said, registry=registry(ask=lambda _: True)):
-        await until(lambda: bench.meta("last")["status"] == status)
-        await until(lambda: not bench.redis.exists(bench.keys.group_part("first", "outbox")))
+        await eventually(lambda: bench.meta("last")["status"] == status, "the other is told")
+        await eventually(
+            lambda: not bench.redis.exists(bench.keys.group_part("first", "outbox")), "nothing is left to tell"
+        )
 
 
 @pytest.mark.parametrize(
@@ -279,9 +265,9 @@ async def test_a_verdict_that_redis_refuses_is_said_once_and_holds_up_no_other(
     monkeypatch.setattr("rq_ceylon.monitor.judge", refusing)
     async with watching(redis_url, namespace, said, registry=registry(ask=lambda _: True)):
         bench.queued("bad", goal=goal)
-        await until(lambda: len(asked) > 2)
+        await eventually(lambda: len(asked) > 2, "it is asked again")
         bench.queued("good", goal=goal)
-        await until(lambda: bench.meta("good")["goals"] == "")
+        await eventually(lambda: bench.meta("good")["goals"] == "", "the other is settled")
 
     assert len(about(said, "no permission")) == 1
 
@@ -293,7 +279,7 @@ async def test_a_deadline_is_judged_on_time(
     async with watching(redis_url, namespace, said):
         bench.queued("g", ["a"], goal=Goal("completed >= 1", deadline="250ms"))
         started = int(bench.meta("g")["created"])
-        await until(lambda: about(said, "Goal"))
+        await until_said(said, "Goal")
 
     assert "(0 of 1 completed; its deadline has passed)" in about(said, "Goal")[0]
     settled = int(bench.meta("g")["goal:goal"].split("|")[1])
@@ -306,7 +292,7 @@ async def test_a_deadline_of_a_group_that_was_there_before_is_kept_too(
     without_maintenance(monkeypatch)
     bench.queued("g", ["a"], goal=Goal("completed >= 1", deadline="200ms", on_failed="cancel"))
     async with watching(redis_url, namespace, said):
-        await until(lambda: about(said, "finished"))
+        await until_said(said, "finished")
 
     assert goal_of(bench, "g") == "failed by deadline"
 
@@ -329,10 +315,10 @@ async def test_a_callable_goal_is_achieved_as_soon_as_its_callable_says_so(
     async with watching(redis_url, namespace, said, registry=registry(plain=plain, on_loop=on_loop)):
         bench.queued("g", ["a", "b", "c"], goal=[Goal(call="plain", name="x"), Goal(call="on_loop", name="y")])
         finish_all(bench, count=1)
-        await until(lambda: len(threads) == 2)
+        await eventually(lambda: len(threads) == 2, "both are asked")
         assert goal_of(bench, "g", "x") == goal_of(bench, "g", "y") == ""
         finish_all(bench, count=1)
-        await until(lambda: len(about(said, "Goal achieved")) == 2)
+        await until_said(said, "Goal achieved", 2)
 
     assert goal_of(bench, "g", "x") == goal_of(bench, "g", "y") == "achieved by callable"
     assert threads["on_loop"] == loop_thread != threads["plain"]
@@ -344,7 +330,7 @@ async def test_a_callable_goal_has_failed_when_all_tasks_ended_without_it(
     async with watching(redis_url, namespace, said, registry=registry(never=lambda view: False)):
         bench.queued("g", ["a", "b"], goal=Goal(call="never"))
         finish_all(bench)
-        await until(lambda: about(said, "finished"))
+        await until_said(said, "finished")
 
     assert goal_of(bench, "g") == "failed by callable"
     assert about(said, "Goal") == ['WARNING: Goal failed: goal of "g" (2 of 2 completed; call: never).\n']
@@ -366,7 +352,7 @@ async def test_a_callable_that_raises_is_logged_once_with_its_traceback_and_deci
     async with watching(redis_url, namespace, said, registry=registry(broken=broken_check)):
         bench.queued("g", goal=Goal(call="broken", name="odd"))
         finish_all(bench)
-        await until(lambda: about(said, "finished"))
+        await until_said(said, "finished")
 
     assert goal_of(bench, "g", "odd") == "achieved by callable"
     (line,) = about(said, "ZeroDivisionError")
@@ -386,9 +372,9 @@ async def test_a_callable_that_hangs_holds_up_nothing_else(
     async with watching(redis_url, namespace, said, registry=registry(hang=hang)):
         bench.queued("g", goal=Goal(call="hang"))
         bench.queued("h", goal=Goal("completed >= 2", deadline="100ms", on_failed="cancel"), tasks=["a", "b"])
-        await until(lambda: about(said, "Goal failed"))
+        await until_said(said, "Goal failed")
         let_go.set()
-        await until(lambda: about(said, "Goal achieved"))
+        await until_said(said, "Goal achieved")
 
 
 async def test_a_callable_that_no_monitor_knows_is_said_once_and_left_to_those_who_know_it(
@@ -398,10 +384,10 @@ async def test_a_callable_that_no_monitor_knows_is_said_once_and_left_to_those_w
         for gid in ("g", "h"):
             bench.queued(gid, goal=Goal(call="elsewhere"))
             finish_all(bench)
-        await until(lambda: about(said, "elsewhere"))
+        await until_said(said, "elsewhere")
         assert [bench.meta(gid)["status"] for gid in "gh"] == ["closing", "closing"]
         async with watching(redis_url, namespace, said, registry=registry(elsewhere=lambda view: True)):
-            await until(lambda: len(about(said, "finished")) == 4)
+            await until_said(said, "finished", 4)
 
     assert len(about(said, "does not know")) == 1
 
@@ -420,13 +406,13 @@ async def test_after_a_restart_of_the_server_it_goes_on_and_says_so_once(
     async with watching(server.url, namespace, said):
         bench.queued("g", ["a", "b"], goal=["completed >= 1", Goal("completed >= 2", name="both", deadline="1h")])
         finish_all(bench, count=1)
-        await until(lambda: about(said, "Goal achieved: goal of"))
+        await until_said(said, "Goal achieved: goal of")
 
         await asyncio.to_thread(server.stop)
-        await until(lambda: about(said, "trying again"))
+        await until_said(said, "trying again")
         server = await asyncio.to_thread(start_server, folder=short_tmp_path, appendonly=True)
         finish_all(bench)
-        await until(lambda: about(said, "finished"))
+        await until_said(said, "finished")
 
     assert len(about(said, "trying again")) == len(about(said, "answers again")) == 1
     assert len(about(said, "Goal achieved: goal of")) == len(about(said, "Goal achieved: both of")) == 1
@@ -440,9 +426,9 @@ async def test_it_can_be_stopped_while_redis_is_away(
     server = start_server()
     monitor = Monitor(server.url, namespace=namespace)
     running = asyncio.create_task(monitor.run())
-    await until(lambda: about(said, monitor.name))
+    await until_said(said, monitor.name)
     await asyncio.to_thread(server.stop)
-    await until(lambda: about(said, "trying again"))
+    await until_said(said, "trying again")
 
     monitor.stop()
     monitor.stop()
@@ -456,7 +442,7 @@ async def test_it_is_in_the_registry_while_it_runs(
 ) -> None:
     connection = Connection(redis_url)
     async with watching(redis_url, namespace, said) as monitor:
-        await until(lambda: bench.redis.exists(bench.keys.worker(monitor.name)))
+        await eventually(lambda: bench.redis.exists(bench.keys.worker(monitor.name)), "it is registered")
         (view,) = await queries.workers(connection, bench.keys)
         assert (view.name, view.kind, view.slots) == (monitor.name, "monitor", 0)
     assert await queries.workers(connection, bench.keys) == []
@@ -477,7 +463,7 @@ async def test_totals_of_roles_are_sampled_per_minute_and_kept_for_a_day(
         bench.redis.hset(samples, old, "{}")
 
     async with watching(redis_url, namespace, said):
-        await until(lambda: bench.redis.hlen(samples) == 2)
+        await eventually(lambda: bench.redis.hlen(samples) == 2, "two samples are kept")
 
     fields = bench.redis.hgetall(samples)
     newest = max(map(int, fields))

@@ -4,12 +4,11 @@ Workers on one host give back at once what a killed one held; nobody takes from 
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from bench import Bench
-from commands import Commands, commands_on, until
+from commands import Commands, until
 
 from rq_ceylon.app import Ceylon
 from rq_ceylon.models import Task, TaskGroup
@@ -27,12 +26,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     return tmp_path
-
-
-@pytest.fixture
-def commands(redis_url: str, tmp_path: Path) -> Iterator[Commands]:
-    with commands_on(redis_url, tmp_path) as commands:
-        yield commands
 
 
 def test_a_killed_workers_tasks_restart_on_its_host_long_before_the_lease_ends(

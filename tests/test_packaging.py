@@ -5,14 +5,13 @@ What is installed: the wheel has all that the package needs, and its door opens 
 from __future__ import annotations
 
 import ast
-import subprocess
 import sys
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from commands import ROOT
+from commands import ROOT, run_to_end
 
 import rq_ceylon
 from rq_ceylon.store.scripts import GROUP_SCRIPTS, ROLE_SCRIPTS
@@ -33,7 +32,7 @@ print(len(rq_ceylon.__all__))
 
 
 def run(command: Sequence[str], folder: Path) -> str:
-    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=90, check=False)
+    ended = run_to_end(*command, folder=folder, limit_s=90)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return ended.stdout
 

@@ -6,10 +6,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
-import inspect
 import re
-import subprocess
-import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
@@ -18,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import ROOT, Commands, commands_on, until
+from commands import ROOT, Commands, commands_on, eventually, until
 
 from rq_ceylon import models
 from rq_ceylon.app import Ceylon
@@ -67,15 +64,7 @@ def run_module(text: str, commands: Commands) -> tuple[str, str]:
     """
     path = commands.folder / "lifted.py"
     path.write_text(text)
-    ended = subprocess.run(
-        [sys.executable, "-W", "error", str(path)],
-        cwd=commands.folder,
-        env=commands.environ(),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    ended = commands.python("-W", "error", str(path))
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return ended.stdout, ended.stderr
 
@@ -101,12 +90,6 @@ def assert_as_promised(printed: str, logged: str) -> None:
 @pytest.fixture
 def nowhere(tmp_path: Path) -> Iterator[Commands]:
     with commands_on("", tmp_path) as commands:
-        yield commands
-
-
-@pytest.fixture
-def commands(redis_url: str, tmp_path: Path) -> Iterator[Commands]:
-    with commands_on(redis_url, tmp_path) as commands:
         yield commands
 
 
@@ -181,25 +164,6 @@ def group_of(tasks: list[TaskMessage], check: Callable[..., Any] | None = None, 
     return TaskManager.create_task_group("Some tasks", "", tasks, goal, **more)
 
 
-async def soon(condition: Callable[[], Any], what: str, limit_s: float = 20.0) -> None:
-    """
-    Wait for a condition, async or not, and fail in words if it does not come.
-    """
-    loop = asyncio.get_running_loop()
-    started = loop.time()
-    while True:
-        found = condition()
-        if await found if inspect.isawaitable(found) else found:
-            return
-        assert loop.time() - started < limit_s, f"not within {limit_s:g} s: {what}"
-        await asyncio.sleep(0.01)
-
-
-@pytest.fixture
-def app(redis_url: str, namespace: str) -> Ceylon:
-    return Ceylon(redis_url, namespace=namespace)
-
-
 @pytest.fixture
 def playground(app: Ceylon) -> TaskPlayGround:
     return TaskPlayGround("test", app=app)
@@ -233,7 +197,7 @@ async def test_a_task_is_in_progress_while_its_agent_runs_it(playground: TaskPla
 
     async with playground.play(workers=[agent]) as playing:
         await playing.assign_task_groups([group])
-        await soon(lambda: len(agent.started) == 2, "both slots are busy")
+        await eventually(lambda: len(agent.started) == 2, "both slots are busy")
         running = [task for task in group.subtasks if task.status is TaskStatus.IN_PROGRESS]
         assert [agent.active_tasks[task.task_id] for task in running] == running
         assert all(task.start_time and task.assigned_to == "a" for task in running)
@@ -302,7 +266,7 @@ async def test_a_goal_may_be_reached_by_tasks_of_another_group(playground: TaskP
         await playing.assign_task_groups([first, second])
         assert first.goal is not None
         goal = first.goal
-        await soon(lambda: goal.status is GoalStatus.ACHIEVED, "the goal is achieved")
+        await eventually(lambda: goal.status is GoalStatus.ACHIEVED, "the goal is achieved")
         assert first.subtasks[0].completed is False
         late.gate.set()
 
@@ -551,7 +515,7 @@ async def test_finish_lets_run_what_runs_and_cancels_the_rest(playground: TaskPl
     agent, group = Gated("a"), group_of(messages(5), lambda groups, completed: len(completed) == 5)
     async with app.client() as client, playground.play(workers=[agent]) as playing:
         await playing.assign_task_groups([group])
-        await soon(lambda: len(agent.started) == 2, "both slots are busy")
+        await eventually(lambda: len(agent.started) == 2, "both slots are busy")
         finishing = asyncio.create_task(playing.finish())
         for _ in range(20):
             (view,) = await client.groups()
@@ -572,7 +536,7 @@ async def test_what_is_left_at_once_is_stopped(leaves: str, playground: TaskPlay
     async def play() -> None:
         async with playground.play(workers=[agent]) as playing:
             await playing.assign_task_groups([group])
-            await soon(lambda: len(agent.started) == 2, "both slots are busy")
+            await eventually(lambda: len(agent.started) == 2, "both slots are busy")
             if leaves == "force_close":
                 await playing.force_close()
             elif leaves == "exception":
@@ -582,7 +546,7 @@ async def test_what_is_left_at_once_is_stopped(leaves: str, playground: TaskPlay
 
     playing = asyncio.create_task(play())
     if leaves == "cancellation":
-        await soon(lambda: len(agent.started) == 2, "both slots are busy")
+        await eventually(lambda: len(agent.started) == 2, "both slots are busy")
         playing.cancel()
     (ended,) = await asyncio.gather(playing, return_exceptions=True)
 
@@ -664,14 +628,14 @@ async def test_an_appended_agent_starts_and_a_removed_one_ends_what_it_runs(
 
     async with app.client() as client, playground.play(workers=workers) as playing:
         await playing.assign_task_groups([group])
-        await soon(lambda: len(first.started) == 2, "the first is busy")
+        await eventually(lambda: len(first.started) == 2, "the first is busy")
         workers.append(second)
-        await soon(lambda: len(second.started) == 2, "the second is busy")
+        await eventually(lambda: len(second.started) == 2, "the second is busy")
         workers[0] = third
-        await soon(lambda: len(third.started) == 2, "the third is busy")
+        await eventually(lambda: len(third.started) == 2, "the third is busy")
         assert len(first.active_tasks) == 2
         first.gate.set()
-        await soon(has_left, "the first has left")
+        await eventually(has_left, "the first has left")
         assert len(first.started) == 2
         second.gate.set()
         third.gate.set()
@@ -691,11 +655,11 @@ async def test_a_scale_grows_with_the_load_and_shrinks_without_it(
     group = group_of(messages(20))
     async with playground.play(workers=workers, scale=(1, 4)) as playing:
         await playing.assign_task_groups([group])
-        await soon(lambda: len(workers) == 4, "there are four agents")
-        await soon(lambda: len(model.started) == 8, "all of them work")  # copies share what they do not replace
+        await eventually(lambda: len(workers) == 4, "there are four agents")
+        await eventually(lambda: len(model.started) == 8, "all of them work")  # copies share what they do not replace
         model.gate.set()
-        await soon(lambda: len(workers) == 1, "one agent is left")
-        await soon(lambda: len(playing.get_completed_tasks()) == 20, "all tasks are completed")
+        await eventually(lambda: len(workers) == 1, "one agent is left")
+        await eventually(lambda: len(playing.get_completed_tasks()) == 20, "all tasks are completed")
 
     assert len({task.assigned_to for task in group.subtasks}) == 4
 

@@ -7,11 +7,10 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import pytest
-from commands import ROOT
-from loguru import logger
+from commands import ROOT, eventually
 
 from rq_ceylon.client import Client
 from rq_ceylon.models import Task, TaskGroup
@@ -27,22 +26,11 @@ async def client(redis_url: str) -> AsyncIterator[Client]:
         yield client
 
 
-@pytest.fixture
-def said() -> Iterator[list[str]]:
-    lines: list[str] = []
-    handler = logger.add(lines.append, level="INFO", format="{message}")
-    logger.enable("rq_ceylon")
-    yield lines
-    logger.disable("rq_ceylon")
-    logger.remove(handler)
+async def until_processes(client: Client, count: int) -> None:
+    async def are_there() -> bool:
+        return len({worker.pid for worker in await client.workers()}) == count
 
-
-async def until_processes(client: Client, count: int, limit_s: float = 60) -> None:
-    async with asyncio.timeout(limit_s):
-        while True:
-            if len({worker.pid for worker in await client.workers()}) == count:
-                return
-            await asyncio.sleep(0.05)
+    await eventually(are_there, f"{count} processes are there", 60)
 
 
 async def until_role(client: Client, *, queued: int, delivered: int, limit_s: float = 30) -> None:
@@ -75,12 +63,12 @@ async def test_processes_grow_with_a_backlog_and_shrink_one_by_one_when_quiet(
 
     assert code == 0
     assert (view.counters.completed, view.counters.crashes, view.counters.attempts) == (60, 0, 60)
-    growing = [line for line in said if line.startswith("Growing from 1 to 3 worker processes: ")]
+    growing = [line for line in said if line.startswith("INFO: Growing from 1 to 3 worker processes: ")]
     assert len(growing) == 1
     assert "tasks queued, 2 of 2 slots busy" in growing[0]
     assert not [line for line in said if " died" in line]
-    shrinking = [line.split(":")[0] for line in said if line.startswith("Shrinking ")]
-    assert shrinking == ["Shrinking from 3 to 2 worker processes", "Shrinking from 2 to 1 worker processes"]
+    shrinking = [line.split(":")[1].strip() for line in said if line.startswith("INFO: Shrinking ")]
+    assert shrinking == [f"Shrinking from {n} to {n - 1} worker processes" for n in (3, 2)]
 
 
 async def test_a_backlog_that_idle_workers_leave_starts_no_process(
@@ -100,7 +88,7 @@ async def test_a_backlog_that_idle_workers_leave_starts_no_process(
         code = await running
 
     assert code == 0
-    assert not [line for line in said if line.startswith(("Growing", "Shrinking"))]
+    assert not [line for line in said if line.startswith(("INFO: Growing", "INFO: Shrinking"))]
 
 
 async def test_what_a_killed_process_held_is_given_back_though_no_other_is_there(

@@ -20,11 +20,6 @@ pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture
-def app(redis_url: str, namespace: str) -> Ceylon:
-    return Ceylon(redis_url, namespace=namespace)
-
-
-@pytest.fixture
 def trips(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """
     Round trips since the last call.

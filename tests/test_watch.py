@@ -8,10 +8,9 @@ import json
 import re
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from commands import Commands, commands_on, on_a_terminal, plain, until
+from commands import Commands, on_a_terminal, plain, until
 
 from rq_ceylon.app import Ceylon
 from rq_ceylon.client import SyncClient
@@ -29,10 +28,9 @@ LAST = "Four: 3 completed, 0 failed, 1 cancelled of 4; completed. 1 task never h
 
 
 @pytest.fixture
-def commands(redis_url: str, tmp_path: Path) -> Iterator[Commands]:
-    (tmp_path / "group.yaml").write_text(GROUP)
-    with commands_on(redis_url, tmp_path) as commands:
-        yield commands
+def commands(commands: Commands) -> Commands:
+    (commands.folder / "group.yaml").write_text(GROUP)
+    return commands
 
 
 @pytest.fixture

@@ -92,18 +92,6 @@ def commands(start_server: Callable[..., EmbeddedServer], tmp_path: Path) -> Ite
         yield commands
 
 
-def there(commands: Commands, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "hiding.py", *arguments],
-        cwd=commands.folder,
-        env=commands.environ(),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-
-
 def test_clients_submit_watch_and_judge_goals_where_workers_are_elsewhere(commands: Commands) -> None:
     commands.start("worker", "--role", "processor", "-c", "4")
     log = commands.folder / "monitor.log"
@@ -113,19 +101,19 @@ def test_clients_submit_watch_and_judge_goals_where_workers_are_elsewhere(comman
         )
     commands.started.append(monitor)  # type: ignore[arg-type]
     with Ceylon(commands.url).sync_client() as client:
-        until(lambda: {one.kind for one in client.workers()} == {"worker", "monitor"}, "both are registered", 30)
+        until(lambda: {one.kind for one in client.workers()} == {"worker", "monitor"}, "both are registered")
 
-    submitted = there(commands, "submit", str(EXAMPLE), "--wait=all")
+    submitted = commands.python("hiding.py", "submit", str(EXAMPLE), "--wait=all")
     assert submitted.returncode == 0, submitted.stderr
     assert "Goal achieved: partial-processing-complete" in submitted.stderr
     assert "10 completed, 0 failed" in submitted.stdout + submitted.stderr
     until(lambda: "Goal achieved: partial-processing-complete" in log.read_text(), "the monitor says so")
 
-    status = there(commands, "ceylon", "status")
+    status = commands.python("hiding.py", "ceylon", "status")
     assert (status.returncode, "groups: 1 finished" in status.stdout) == (0, True), status.stderr
 
     (commands.folder / "clients.py").write_text(CLIENTS)
-    ran = there(commands, "python", "clients.py")
+    ran = commands.python("hiding.py", "python", "clients.py")
     assert (ran.returncode, ran.stderr) == (0, "")
     assert ran.stdout.split("\n")[0] == "achieved True"
 
@@ -144,7 +132,7 @@ def test_clients_submit_watch_and_judge_goals_where_workers_are_elsewhere(comman
 )
 def test_what_needs_more_says_so_in_one_sentence_with_a_remedy(who: str, arguments: list[str], tmp_path: Path) -> None:
     (tmp_path / "hiding.py").write_text(HIDING)
-    refused = there(Commands("", tmp_path), *arguments)
+    refused = Commands("", tmp_path).python("hiding.py", *arguments)
 
     assert (refused.returncode, refused.stdout, refused.stderr) == (2, "", f"Error: {who} {REMEDY}\n")
     assert os.listdir(tmp_path) == ["hiding.py"]
@@ -154,7 +142,7 @@ def test_an_application_may_name_workers_and_is_told_when_it_makes_one(tmp_path:
     (tmp_path / "hiding.py").write_text(HIDING)
     (tmp_path / "workers.py").write_text(WORKERS)
 
-    ran = there(Commands("", tmp_path), "python", "workers.py")
+    ran = Commands("", tmp_path).python("hiding.py", "python", "workers.py")
 
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, f"a worker {REMEDY}\n", "")
 

@@ -8,12 +8,13 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 from bench import Bench
+from commands import LIMIT_S, eventually
 
 from rq_ceylon.app import Ceylon
 from rq_ceylon.attempt import Backoff, TaskContext
@@ -26,19 +27,6 @@ from rq_ceylon.store.scripts import command
 from rq_ceylon.worker import Worker
 
 pytestmark = pytest.mark.anyio
-
-LIMIT_S = 15.0
-
-
-@pytest.fixture
-def app(redis_url: str, namespace: str) -> Ceylon:
-    return Ceylon(redis_url, namespace=namespace)
-
-
-@pytest.fixture
-async def client(app: Ceylon) -> AsyncIterator[Client]:
-    async with app.client() as client:
-        yield client
 
 
 def worker_of(app: Ceylon, *roles: str, **options: Any) -> Worker:
@@ -60,18 +48,6 @@ async def running(worker: Worker) -> AsyncIterator[asyncio.Task[None]]:
         worker.kill()
         async with asyncio.timeout(LIMIT_S):
             await task
-
-
-async def eventually(condition: Callable[[], bool | Awaitable[bool]], what: str, limit_s: float = LIMIT_S) -> None:
-    try:
-        async with asyncio.timeout(limit_s):
-            while True:
-                found = condition()
-                if found if isinstance(found, bool) else await found:
-                    return
-                await asyncio.sleep(0.01)
-    except TimeoutError:
-        pytest.fail(f"not within {limit_s:g} s: {what}")
 
 
 def tasks(count: int, **fields: Any) -> list[Task]:
