@@ -58,12 +58,34 @@ def lifted(*, debug_mode: bool) -> str:
     return "\n".join([first, *([debug] if debug_mode else []), *others, head, *body, last])
 
 
+HELD = """
+import asyncio, os
+from rq_ceylon import Ceylon, TaskContext
+from rq_ceylon.task import TaskExecutionAgent
+
+app = Ceylon()
+
+async def hold(self, task):
+    await asyncio.sleep(task.duration)
+    while task.metadata.get("item_number", 0) >= 8 and not os.path.exists("told"):
+        await asyncio.sleep(0.01)
+
+@app.task
+async def default(context: TaskContext) -> None:
+    await hold(None, context)
+
+TaskExecutionAgent.execute_task = hold
+"""
+"""What agents and workers do by default; but the last two of ten tasks end only when the statistics were told."""
+
+
 def run_module(text: str, commands: Commands) -> tuple[str, str]:
     """
-    Run it as a user would; returns what it printed and what it logged.
+    Run it as a user would, but for HELD; returns what it printed and what it logged.
     """
-    path = commands.folder / "lifted.py"
-    path.write_text(text)
+    path, told = commands.folder / "lifted.py", "await self.print_statistics(active_playground)\n"
+    assert text.count(told) == 1
+    path.write_text("import held\n" + text.replace(told, f"{told}            open('told', 'a').close()\n"))
     ended = commands.python("-W", "error", str(path))
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return ended.stdout, ended.stderr
@@ -78,10 +100,10 @@ def assert_as_promised(printed: str, logged: str) -> None:
     assert lines.index("Progress: 5/5 tasks completed") < achieved
     assert lines.index("Goal Status: achieved") < achieved
     (completed,) = [int(line.split()[-1]) for line in lines[achieved:] if line.startswith("Completed Tasks: ")]
-    assert 5 <= completed < 10
+    assert 5 <= completed <= 8
     assert "Completed Tasks: 10" in printed.splitlines()
     assert "Group Data Processing: completed (10 completed)" in printed.splitlines()
-    assert "Average Duration: 1." in printed
+    assert all(float(mean) >= 1 for mean in re.findall(r"^Average Duration: (.*)s$", printed, re.MULTILINE))
     steps = [f"Workflow: {{'did': '{step}', 'with': {{'year': 2025}}}}" for step in ("load", "clean", "report")]
     assert [line for line in lines if line.startswith("Workflow: ")] == steps
     assert "Burst: 12 tasks by 6 workers" in lines
@@ -90,6 +112,7 @@ def assert_as_promised(printed: str, logged: str) -> None:
 @pytest.fixture
 def nowhere(tmp_path: Path) -> Iterator[Commands]:
     with commands_on("", tmp_path) as commands:
+        (tmp_path / "held.py").write_text(HELD)
         yield commands
 
 
@@ -108,8 +131,9 @@ def test_the_tutorial_runs_where_no_redis_is_configured(nowhere: Commands) -> No
 
 
 def test_the_tutorial_runs_with_worker_processes(commands: Commands) -> None:
+    (commands.folder / "held.py").write_text(HELD)
     for _ in range(2):
-        commands.start("worker", "--role", "processor", "-c", "2")
+        commands.start("worker", "held:app", "--role", "processor", "-c", "2")
     with Ceylon(commands.url).sync_client() as client:
         until(lambda: len(client.workers()) == 2, "two workers are registered")
         text = lifted(debug_mode=True).replace(
@@ -126,7 +150,7 @@ def test_the_tutorial_runs_with_worker_processes(commands: Commands) -> None:
     assert (goal.name, goal.status, group.outcome) == ("Partial-Processing-Complete", GoalStatus.ACHIEVED, "completed")
     assert goal.settled is not None
     assert goal.settled.by == "callable"
-    assert 5 <= goal.settled.counters.completed < 10
+    assert 5 <= goal.settled.counters.completed <= 8
     assert len(re.findall(r"^Worker \S+-[0-9a-f]{8}: ", printed, re.MULTILINE)) == 2
 
 
