@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from rq_ceylon.app import Ceylon
 from rq_ceylon.client import Client
 from rq_ceylon.store import trouble
 from rq_ceylon.store.connection import Connection
+from rq_ceylon.store.scripts import Call
 from rq_ceylon.store.server import EmbeddedServer
 
 ENGINES = tuple(BINARIES)
@@ -169,6 +170,22 @@ async def connection(redis_url: str) -> AsyncIterator[Connection]:
     one = Connection(redis_url)
     yield one
     await one.close()
+
+
+@pytest.fixture
+def trips(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """
+    The round trips of all connections of this process, each with the scripts or commands that it carried.
+    """
+    trips: list[list[str]] = []
+    run_each = Connection.run_each
+
+    async def noted(self: Connection, calls: Sequence[Call]) -> list[Any]:
+        trips.append([call.script or call.args[0] for call in calls])
+        return await run_each(self, calls)
+
+    monkeypatch.setattr(Connection, "run_each", noted)
+    return trips
 
 
 @pytest.fixture
