@@ -760,6 +760,7 @@ async def test_a_cold_stop_does_not_wait_for_a_redis_that_does_not_answer(
     fleet: Fleet, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(places, "ANSWER_S", 3600.0)
+    monkeypatch.setattr("rq_ceylon.worker.loop.LAST_WORD_S", 0.2)
     server = fleet.start("appendonly yes")
     async with at_work(server.url, said, grace_s=3600) as (worker, _):
         server.process.send_signal(signal.SIGSTOP)

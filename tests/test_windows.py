@@ -93,7 +93,7 @@ def commands(start_server: Callable[..., EmbeddedServer], tmp_path: Path) -> Ite
 
 
 def test_clients_submit_watch_and_judge_goals_where_workers_are_elsewhere(commands: Commands) -> None:
-    commands.start("worker", "--role", "processor", "-c", "4")
+    commands.start("worker", "--role", "processor", "-c", "10")
     log = commands.folder / "monitor.log"
     with log.open("w") as output:
         monitor = subprocess.Popen(
