@@ -4,7 +4,6 @@ What documentation shows, taken at its word: commands behind `$ ` are run, and b
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shlex
@@ -14,14 +13,10 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
-from click.testing import CliRunner
-from commands import Commands, run_to_end, until
+from commands import NAMES, Commands, run_to_end, until
 
-from rq_ceylon import cli
 from rq_ceylon.app import Ceylon
 from rq_ceylon.errors import RedisError
-
-NAMES = {"ceylon": "ceylon", "ceylon-worker": "worker", "ceylon-submit": "submit", "ceylon-monitor": "monitor"}
 
 VARIES = (
     (re.compile(r"\b(?:0[0-9a-z]{19}|k[0-9a-f]{20})\b"), "GROUP"),
@@ -93,7 +88,11 @@ class Shell:
         self._until_workers_live()
         first = command.partition(" ")[0]
         alone = first in NAMES and not set(command) & set("|<>;$")
-        printed, ended = self._here(command) if alone else self._in_shell(command)
+        if alone:
+            done = self.commands.here(*shlex.split(command))
+            printed, ended = done.output, done.exit_code
+        else:
+            printed, ended = self._in_shell(command)
         assert ended == code, f"$ {command}\n{printed}"
         lines = iter(printed.splitlines())
         for wanted, alike in groupby(step.printed, same):  # how often a number changes is a matter of speed
@@ -111,15 +110,6 @@ class Shell:
         self.workers += {"ceylon-worker": _processes(arguments), "ceylon-monitor": 1, "ceylon": 2}[name]
         for wanted in map(same, step.printed):
             until(lambda: wanted in map(same, log.read_text().splitlines()), f"{name} logs {wanted}")  # noqa: B023
-
-    def _here(self, command: str) -> tuple[str, int]:
-        """
-        One of our commands in this process, which spares a second for each.
-        """
-        name, *arguments = shlex.split(command)
-        with contextlib.chdir(self.commands.folder):
-            ended = CliRunner(env=self.commands.environ()).invoke(getattr(cli, NAMES[name]), arguments, prog_name=name)
-        return ended.output, ended.exit_code
 
     def _in_shell(self, command: str) -> tuple[str, int]:
         environ = self.commands.environ({"PATH": f"{self._bin()}:{os.environ['PATH']}"})

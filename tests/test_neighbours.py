@@ -18,6 +18,20 @@ from rq_ceylon.worker.neighbours import Neighbours
 pytestmark = pytest.mark.anyio
 
 
+JOBS = """
+import asyncio
+from rq_ceylon import Ceylon, TaskContext
+
+app = Ceylon()
+
+@app.task(role="p")
+async def work(context: TaskContext) -> None:
+    if not context.crashes:
+        await asyncio.Event().wait()
+"""
+"""A task that ends only if a worker has died under it."""
+
+
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """
@@ -32,10 +46,11 @@ def test_a_killed_workers_tasks_restart_on_its_host_long_before_the_lease_ends(
     redis_url: str, commands: Commands
 ) -> None:
     with Ceylon(redis_url).sync_client() as client:
-        doomed = commands.start("worker", "--role", "p", "-c", "1", "--lease", "10m")
-        group = client.submit(TaskGroup("g", [Task(role="p", duration=2)]))
+        (commands.folder / "jobs.py").write_text(JOBS)
+        doomed = commands.start("worker", "jobs:app", "--role", "p", "-c", "1", "--lease", "10m")
+        group = client.submit(TaskGroup("g", [Task(uses="work", role="p")]))
         until(lambda: group.view().counters.in_progress == 1, "the task runs")
-        commands.start("worker", "--role", "p", "-c", "1")
+        commands.start("worker", "jobs:app", "--role", "p", "-c", "1")
         until(lambda: len(client.workers()) == 2, "both workers are there")
 
         os.kill(doomed.pid, signal.SIGKILL)

@@ -40,14 +40,14 @@ def client(redis_url: str) -> Iterator[SyncClient]:
 
 
 def submitted(commands: Commands) -> str:
-    ended = commands.run("submit", "group.yaml")
-    assert ended.returncode == 0, ended.stderr
+    ended = commands.here("ceylon-submit", "group.yaml")
+    assert ended.exit_code == 0, ended.output
     return ended.stdout.strip()
 
 
 def test_a_terminal_shows_bar_goal_mark_rate_roles_and_what_runs(commands: Commands) -> None:
     gid = submitted(commands)
-    commands.run("ceylon", "cancel", f"{gid}/d")
+    commands.here("ceylon", "cancel", f"{gid}/d")
 
     code, drawn = on_a_terminal(
         commands, "ceylon", "watch", gid, once_shown=lambda: commands.start("worker", "--role", "r", "--name", "one")
@@ -69,7 +69,7 @@ def test_a_terminal_shows_bar_goal_mark_rate_roles_and_what_runs(commands: Comma
 
 def test_without_colour_or_width_it_stays_readable(commands: Commands) -> None:
     gid = submitted(commands)
-    commands.run("ceylon", "cancel", f"{gid}/d")
+    commands.here("ceylon", "cancel", f"{gid}/d")
 
     code, drawn = on_a_terminal(
         commands,
@@ -88,7 +88,7 @@ def test_without_colour_or_width_it_stays_readable(commands: Commands) -> None:
 
 def test_a_pipe_gets_one_plain_line_per_change(commands: Commands) -> None:
     gid = submitted(commands)
-    commands.run("ceylon", "cancel", f"{gid}/d")
+    commands.here("ceylon", "cancel", f"{gid}/d")
     watching = commands.start("ceylon", "watch", gid, environ={"FORCE_COLOR": "1"})
     until(lambda: "0/4 completed, 0 running, 1 cancelled" in commands.said(watching), "the group is shown")
 
@@ -104,9 +104,9 @@ def test_a_pipe_gets_one_plain_line_per_change(commands: Commands) -> None:
 
 def test_results_are_json_lines_of_what_has_ended_and_follow_what_ends(commands: Commands, client: SyncClient) -> None:
     gid = submitted(commands)
-    assert commands.run("ceylon", "results", gid).stdout == ""
-    assert commands.run("ceylon", "results", "nosuch").returncode == 2
-    commands.run("ceylon", "cancel", f"{gid}/d")
+    assert commands.here("ceylon", "results", gid).stdout == ""
+    assert commands.here("ceylon", "results", "nosuch").exit_code == 2
+    commands.here("ceylon", "cancel", f"{gid}/d")
     following = commands.start("ceylon", "results", gid, "--follow")
     until(lambda: "/d" in commands.said(following), "what had ended is told")
 
@@ -117,7 +117,7 @@ def test_results_are_json_lines_of_what_has_ended_and_follow_what_ends(commands:
     assert [result["id"] for result in told] == [f"{gid}/{tid}" for tid in "dabc"]
     assert [result["status"] for result in told] == ["cancelled", "completed", "completed", "completed"]
     assert told[1]["ended"] <= told[2]["started"]
-    now = [json.loads(line) for line in commands.run("ceylon", "results", gid).stdout.splitlines()]
+    now = [json.loads(line) for line in commands.here("ceylon", "results", gid).stdout.splitlines()]
     assert {result["id"]: result for result in now} == {result["id"]: result for result in told}
 
 
@@ -179,7 +179,7 @@ def test_what_others_wrote_cannot_steer_a_terminal(commands: Commands, client: S
     assert worker.wait(30) == 0
     told = [
         commands.said(worker),
-        *(commands.run("ceylon", *words.split()).stdout for words in ("groups", f"show {gid}", f"show {gid}/a")),
+        *(commands.here("ceylon", *words.split()).stdout for words in ("groups", f"show {gid}", f"show {gid}/a")),
     ]
     for text in [drawn, *told]:
         assert SHOWN in text
