@@ -353,7 +353,7 @@ async def test_after_the_grace_another_worker_finishes_what_was_given_back(app: 
         first.stop()
         async with asyncio.timeout(LIMIT_S):
             await asyncio.shield(task)
-        assert 0.2 <= time.monotonic() - stopped < 3
+        assert 0.2 <= time.monotonic() - stopped < 20  # by itself the grace is longer
     async with running(second):
         assert await handle.result(LIMIT_S) == second.name
 
