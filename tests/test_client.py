@@ -44,6 +44,7 @@ from rq_ceylon.client import rolling
 from rq_ceylon.client.staging import keyed_id
 from rq_ceylon.maintenance.steps import drop
 from rq_ceylon.store import queries
+from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.scripts import Call, command
 from rq_ceylon.store.server import EmbeddedServer
 
