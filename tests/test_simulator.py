@@ -19,7 +19,18 @@ from mutations import Tree, mutations
 from servers import running_at
 from simulator.checker import violations
 from simulator.faults import SCRIPTS
-from simulator.ledger import Acknowledged, Cancelled, Committed, Delivered, Granted, Ledger, Lost, Outage, Started
+from simulator.ledger import (
+    Acknowledged,
+    Cancelled,
+    Committed,
+    Delivered,
+    Granted,
+    Ledger,
+    Lost,
+    Outage,
+    Released,
+    Started,
+)
 from simulator.runner import empty_cells, run, simulated, table
 from simulator.simulation import Coverage, Simulation
 
@@ -240,6 +251,13 @@ def acknowledge_early(case: Case) -> None:
     case.add(Acknowledged(last.role, last.entry, last.worker))
 
 
+def give_back_early(case: Case) -> None:
+    grant_beside(case, after=1e12 + 500)
+    last = case.last(Granted)
+    case.add(Started(last.gid, last.tid, last.worker, last.fence))
+    case.add(Released(last.role, last.entry, last.worker))
+
+
 def forget_success(case: Case) -> None:
     for record in case.ledger.records:
         if isinstance(record, Committed) and (record.kind, record.verdict) == ("completed", "OK"):
@@ -305,6 +323,7 @@ DOCTORED: dict[str, tuple[Callable[[Case], object], str]] = {
         "cancelled after its end",
     ),
     "acknowledged while it runs": (acknowledge_early, "acknowledged what is not over"),
+    "given back while it runs": (give_back_early, "gave back what it runs"),
     "an older fence accepted": (accept_older, "not the largest"),
     "a success that is not on record": (forget_success, "its success was acknowledged"),
     "a child that ran too early": (start_at_once, "started before what it needs"),

@@ -28,6 +28,7 @@ from .ledger import (
     Over,
     Parked,
     Plan,
+    Released,
     Renewed,
     Started,
 )
@@ -90,6 +91,12 @@ def history(ledger: Ledger) -> Iterator[str]:
             case Buried(role, worker):
                 for held in [held for held, touch in touched.items() if held[0] == role and touch.worker == worker]:
                     del touched[held]
+            case Released(role, entry, worker):
+                run, touch = running.get((role, entry)), touched.get((role, entry))
+                if run and run.worker == worker and (run.gid, run.tid, run.fence) in started - settled:
+                    yield f"gave back what it runs: {record}, {run}"
+                if touch and touch.worker == worker:
+                    del touched[role, entry]
             case Outage(until):
                 quiet_until = until
             case Renewed(role, entry, worker, before):

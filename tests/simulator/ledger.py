@@ -117,6 +117,16 @@ class Buried(NamedTuple):
     worker: str
 
 
+class Released(NamedTuple):
+    """
+    This worker gave an entry back that it had not started, which ends its lease.
+    """
+
+    role: str
+    entry: str
+    worker: str
+
+
 class Outage(NamedTuple):
     """
     All workers slept; nothing may be reclaimed until then.
@@ -134,7 +144,7 @@ class Lost(NamedTuple):
 
 
 Seen = Delivered | Acknowledged | Renewed | Granted | Started | Committed | Cancelled | Over | Parked
-Record = Seen | Died | Buried | Outage | Lost
+Record = Seen | Died | Buried | Released | Outage | Lost
 
 
 @dataclass
@@ -201,6 +211,8 @@ class Ledger:
     def _saw_release(self, role: str, args: list[Any], *_: Any) -> None:
         if args[1] == "*":
             self.records.append(Buried(role, args[0]))
+        else:
+            self.records += [Released(role, entry, args[0]) for entry in args[1:]]
 
     def _saw_claim(self, gid: str, args: list[Any], reply: Any, worker: str, _: float, after: float) -> None:
         asked = [str(line).split(" ") for line in args[2:]]
