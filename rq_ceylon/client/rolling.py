@@ -205,7 +205,7 @@ class Rolling:
 
     async def _enqueue(self, pages: Sequence[Page], horizons: Mapping[str, Any]) -> None:
         """
-        Note the pages that arrived as expected, and enqueue the others. Should this fail, a relay hands them over.
+        Note the pages that arrived as expected, and enqueue the others.
         """
         left: list[Page] = []
         for page in pages:
@@ -217,8 +217,8 @@ class Rolling:
         if left:
             try:
                 self._acks += await hand_over(self._session.connection, self._session.keys, left)
-            except CeylonError as error:
-                logger.warning("Maintenance enqueues what was submitted: {}", error)
+            except CeylonError:
+                await self._session.relay(left[0].gid, again=True)
 
     def _unconfirmed(self, why: str, task_id: str) -> DurabilityError:
         return DurabilityError(

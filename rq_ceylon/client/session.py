@@ -15,7 +15,7 @@ from typing import Any
 from loguru import logger
 
 from rq_ceylon.client.following import Follower, Following
-from rq_ceylon.errors import CeylonError, DurabilityError, NoWorkerError, QueueFullError, guess
+from rq_ceylon.errors import CeylonError, ConnectionLostError, DurabilityError, NoWorkerError, QueueFullError, guess
 from rq_ceylon.handlers import Registry
 from rq_ceylon.maintenance import relay
 from rq_ceylon.models import Durability, check_id
@@ -96,10 +96,17 @@ class Session:
         Args:
             again: the change was made before, and the answer with what follows may be lost.
         """
-        try:
-            await relay(self.connection, self.keys, gid, again=again)
-        except CeylonError as error:
-            logger.warning("What follows in group {} is left to maintenance: {}", gid, error)
+        until, pause = time.monotonic() + ANSWER_S, 0.02
+        while True:
+            try:
+                await relay(self.connection, self.keys, gid, again=again)
+                return
+            except CeylonError as error:
+                if not isinstance(error, ConnectionLostError) or time.monotonic() > until:
+                    logger.warning("What follows in group {} is left to maintenance: {}", gid, error)
+                    return
+            await asyncio.sleep(pause)
+            again, pause = True, min(2 * pause, 1.0)
 
     async def send_part(
         self,

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import NoReturn
 
-from loguru import logger
-
 from rq_ceylon.client.session import Session
 from rq_ceylon.client.staging import StagedGroup, chain, keyed_id, new_id
 from rq_ceylon.errors import (
@@ -143,7 +141,6 @@ class Submission:
         return f"{words}; use another key, or submit the same content"
 
     async def _enqueue(self, reply: SubmitReply) -> None:
-        # The group is accepted, so this is no error: a relay hands over what is left.
         connection, keys = self._session.connection, self._session.keys
         if self._part > 1 or reply.word == "REPEAT":
             await self._session.relay(self.gid, again=reply.word == "REPEAT")
@@ -151,5 +148,5 @@ class Submission:
             try:
                 acks = await hand_over(connection, keys, reply.pages)
                 await self._session.call([transitions.outbox(keys, self.gid, acks=acks)])
-            except CeylonError as error:
-                logger.warning("Maintenance enqueues what was submitted: {}", error)
+            except CeylonError:
+                await self._session.relay(self.gid, again=True)

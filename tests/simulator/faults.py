@@ -14,7 +14,7 @@ from unittest import mock
 from redis.crc import key_slot
 
 from rq_ceylon import presence
-from rq_ceylon.client import rolling, staging
+from rq_ceylon.client import rolling, session, staging
 from rq_ceylon.errors import ConnectionLostError
 from rq_ceylon.maintenance import steps
 from rq_ceylon.maintenance.reissue import Reissue
@@ -104,7 +104,7 @@ def short_times(scale: float, *, reissue: bool, spawn: Spawn) -> Iterator[None]:
             stack.enter_context(mock.patch.object(module, name, size))
         stack.enter_context(mock.patch.object(scripts, "source", source))
         stack.enter_context(mock.patch.object(scripts, "digest", digest))
-        for user in (lanes, loop, rolling):
+        for user in (lanes, loop, rolling, session):
             stack.enter_context(mock.patch.object(user, "asyncio", _Asyncio(spawn)))
         if not reissue:
             stack.enter_context(mock.patch.object(Reissue, "run", _nothing_lost))
