@@ -245,7 +245,7 @@ def lose_once(client: Client, script: str) -> list[Call]:
 
 
 @pytest.mark.parametrize("count", [1, 600])
-async def test_a_group_that_redis_has_is_submitted_though_its_entries_are_lost_on_the_way(
+async def test_a_group_that_redis_has_is_submitted_with_its_entries_though_these_are_lost_on_the_way(
     app: Ceylon, count: int
 ) -> None:
     async with app.client() as client:
@@ -253,6 +253,8 @@ async def test_a_group_that_redis_has_is_submitted_though_its_entries_are_lost_o
         run = await client.submit(TaskGroup("g", [Task(role="p")] * count))
         assert lost
         assert (await run.view()).status == "active"
+        (queued,) = await client.connection.run([command("XLEN", client.keys.role_part("p", "normal"))])
+        assert queued == count
 
 
 async def test_what_redis_has_cancelled_is_cancelled_though_what_follows_is_lost_on_the_way(app: Ceylon) -> None:
