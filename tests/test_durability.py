@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from rq_ceylon.client import session
 from rq_ceylon.client.staging import keyed_id
 from rq_ceylon.store import durability
 from rq_ceylon.store.keys import Keys
+from rq_ceylon.store.scripts import Call, command
 from rq_ceylon.store.server import EmbeddedServer
 
 pytestmark = pytest.mark.anyio
@@ -217,6 +218,29 @@ async def test_single_tasks_that_are_submitted_together_share_the_wait_for_the_d
         assert len({task.id for task in tasks}) == 100
         with redis.Redis.from_url(server.url) as raw:
             assert calls_of(raw, "waitaof") <= 3
+
+
+async def test_the_entry_of_a_task_is_not_sent_beside_the_task_where_another_connection_confirms_it(
+    start_server: Callable[..., EmbeddedServer], short_tmp_path: Path, namespace: str
+) -> None:
+    """
+    The two may know different owners of the slots of a cluster: the entry might be there before the task.
+    """
+    server = start_server(folder=short_tmp_path, appendonly=True)
+    async with Client(server.url, namespace=namespace) as client:
+        confirming, sent = client._confirming, list[str]()
+        run_each = confirming.run_each
+
+        async def noted(calls: Sequence[Call]) -> list[Any]:
+            sent.extend(call.script for call in calls if call.script)
+            return await run_each(calls)
+
+        confirming.run_each = noted  # type: ignore[method-assign]
+        await client.submit(Task(role="p"), durability="fsync")
+        (queued,) = await client.connection.run([command("XLEN", client.keys.role_part("p", "normal"))])
+
+    assert sent == ["submit"]
+    assert queued == 1
 
 
 async def test_without_an_append_only_file_nothing_is_written(redis_url: str, namespace: str) -> None:
