@@ -93,9 +93,10 @@ def history(ledger: Ledger) -> Iterator[str]:
                     del touched[held]
             case Released(role, entry, worker):
                 run, touch = running.get((role, entry)), touched.get((role, entry))
-                if run and run.worker == worker and (run.gid, run.tid, run.fence) in started - settled:
-                    yield f"gave back what it runs: {record}, {run}"
                 if touch and touch.worker == worker:
+                    is_its = run is not None and (run.worker, run.fence) == (worker, touch.fence)
+                    if run and is_its and (run.gid, run.tid, run.fence) in started - settled:
+                        yield f"gave back what it runs: {record}, {run}"
                     del touched[role, entry]
             case Outage(until):
                 quiet_until = until
@@ -155,8 +156,8 @@ def history(ledger: Ledger) -> Iterator[str]:
                 task = gid, tid
                 if task in ended:
                     yield f"counted twice ({ended[task]}): {record}"
-                if grants[task] and fence != max(grant.fence for grant in grants[task]):
-                    yield f"a fence that is not the largest was accepted: {record}"
+                if grants[task] and fence != grants[task][-1].fence:
+                    yield f"a fence that is not the latest was accepted: {record}"
                 if (gid, tid, fence) in settled and not ledger.lossy:
                     yield f"one grant was counted twice: {record}"
                 settled.add((gid, tid, fence))
