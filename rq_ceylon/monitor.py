@@ -218,13 +218,13 @@ class Monitor:
         for gid in [gid for gid, due_ms in self._deadlines.items() if due_ms <= now_ms]:
             try:
                 await judge(connection, self.keys, gid)
-                watch.tell(gid)
             except ConnectionLostError:
                 raise
             except CeylonError as error:
                 if self._once(gid, str(error)):
-                    logger.error("Group {} cannot be judged: {}", gid, error)
+                    logger.error("Group {} cannot be judged, or those that wait for it not told: {}", gid, error)
             del self._deadlines[gid]
+            watch.tell(gid)
         nearest = min(self._deadlines.values(), default=now_ms + LOOK_S * 1000)
         return float(min(LOOK_S, max(0.001, (nearest - now_ms) / 1000)))
 

@@ -266,6 +266,22 @@ async def test_a_task_whose_entry_overtook_it_is_rung_again(
         assert takes_all(bench) == ["GRANTED"]
 
 
+async def test_what_follows_a_call_to_another_node_is_sent_again_behind_it(fleet: Fleet, namespace: str) -> None:
+    cluster = start_cluster(fleet)
+    names = [f"{{{number}}}:{namespace}" for number in range(20)]
+    first = names[0]
+    other = next(
+        name for name in names if cluster.owner(key_slot(name.encode())) is not cluster.owner(key_slot(first.encode()))
+    )
+    beside = next(
+        name for name in names[1:] if cluster.owner(key_slot(name.encode())) is cluster.owner(key_slot(first.encode()))
+    )
+    async with Connection(cluster.url) as connection:
+        for follower, times in ((other, 2), (beside, 1)):
+            calls = [command("SET", first, "x"), replace(command("RPUSH", follower, "x"), follows=True)]
+            assert await connection.run(calls) == [True, times]
+
+
 async def test_a_task_whose_entry_overtook_it_while_a_slot_moved_is_rung_again(
     fleet: Fleet, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -104,6 +104,23 @@ async def test_more_pages_than_one_call_takes_are_relayed_in_one_look(bench: Ben
     assert sorted(queued_tasks(bench)) == sorted(f"t{part}" for part in range(1, parts + 1))
 
 
+async def test_asking_an_outbox_again_ends_though_others_write_to_it_all_the_while(
+    bench: Bench, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.queued("g")
+    outbox, run, written = bench.keys.group_part("g", "outbox"), connection.run, list[str]()
+
+    async def busy(calls: Any, **options: Any) -> Any:
+        written.append(f"{len(written) + 100}|p||2,a,1")
+        bench.redis.zadd(outbox, {written[-1]: server_ms(bench) + 10_000})  # it is with a worker that lives
+        return await run(calls, **options)
+
+    monkeypatch.setattr(connection, "run", busy)
+    async with asyncio.timeout(10):
+        await relay(connection, bench.keys, "g", again=True)
+    assert len(written) <= 4
+
+
 async def test_two_maintainers_at_once_lose_nothing_and_every_task_runs_once(
     bench: Bench, maintenance: Maintenance, redis_url: str
 ) -> None:

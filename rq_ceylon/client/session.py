@@ -14,10 +14,10 @@ from typing import Any
 
 from loguru import logger
 
+from rq_ceylon import maintenance
 from rq_ceylon.client.following import Follower, Following
 from rq_ceylon.errors import CeylonError, ConnectionLostError, DurabilityError, NoWorkerError, QueueFullError, guess
 from rq_ceylon.handlers import Registry
-from rq_ceylon.maintenance import relay
 from rq_ceylon.models import Durability, check_id
 from rq_ceylon.settings import masked
 from rq_ceylon.store import queries, transitions
@@ -88,18 +88,21 @@ class Session:
         """
         return await self.connection.run_until_answered(calls, give_up_after=ANSWER_S)
 
-    async def relay(self, gid: str, *, again: bool = False) -> None:
+    async def relay(self, gid: str, *, again: bool = False, meet: bool = False) -> None:
         """
         Hand over at once what follows from a change of a group. Redis has that change, so this raises nothing: what
-        cannot be handed over now is left to maintenance.
+        cannot be handed over within 5 s is left to maintenance.
 
         Args:
             again: the change was made before, and the answer with what follows may be lost.
+            meet: it depends on other groups, which are asked first, so that they tell it at once.
         """
         until, pause = time.monotonic() + ANSWER_S, 0.02
         while True:
             try:
-                await relay(self.connection, self.keys, gid, again=again)
+                if meet:
+                    await maintenance.meet(self.connection, self.keys, gid)
+                await maintenance.relay(self.connection, self.keys, gid, again=again)
                 return
             except CeylonError as error:
                 if not isinstance(error, ConnectionLostError) or time.monotonic() > until:

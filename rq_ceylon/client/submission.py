@@ -21,7 +21,7 @@ from rq_ceylon.errors import (
     RedisError,
 )
 from rq_ceylon.goals import impossible_words
-from rq_ceylon.maintenance import hand_over, meet
+from rq_ceylon.maintenance import hand_over
 from rq_ceylon.models import Counters, Durability, GroupStatus, TaskGroup
 from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.transitions import StagedTask, SubmitReply
@@ -58,14 +58,9 @@ class Submission:
             # Nothing half-written; but of a key another client may be staging the same: that one goes on, or the next
             # submission does, or maintenance removes what is left.
             if self._part and not self._key:
-                drop = transitions.prune(self._session.keys, self.gid, staging_ms=0)  # if it is still staging
                 # In a task of its own: this one may be cancelled.
-                await asyncio.gather(self._session.connection.run([drop]), return_exceptions=True)
+                await asyncio.gather(asyncio.create_task(self._drop()), return_exceptions=True)
             raise
-        if others:
-            # So that they tell it at once; should this process end here, maintenance asks them.
-            with suppress(CeylonError):
-                await meet(self._session.connection, self._session.keys, self.gid)
         await self._enqueue(reply)
         if self._unconfirmed:
             again = f"key {self._key!r}: that waits anew" if self._key else "a key: without one it is another group"
@@ -140,10 +135,14 @@ class Submission:
                 )
         return f"{words}; use another key, or submit the same content"
 
+    async def _drop(self) -> None:
+        # Removes it only if it is still staging.
+        await self._session.connection.run([transitions.prune(self._session.keys, self.gid, staging_ms=0)])
+
     async def _enqueue(self, reply: SubmitReply) -> None:
         connection, keys = self._session.connection, self._session.keys
-        if self._part > 1 or reply.word == "REPEAT":
-            await self._session.relay(self.gid, again=reply.word == "REPEAT")
+        if self._part > 1 or reply.word == "REPEAT" or self._staged.facts.depends_on:
+            await self._session.relay(self.gid, again=reply.word == "REPEAT", meet=bool(self._staged.facts.depends_on))
         elif reply.pages:
             try:
                 acks = await hand_over(connection, keys, reply.pages)

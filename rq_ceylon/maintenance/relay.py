@@ -57,6 +57,7 @@ async def _relay_one(
     acks: list[PageAck] = []
     told: list[str] = []
     moved = False
+    there: int | None = None
     while True:
         calls = [
             transitions.outbox(keys, gid, wanted=PAGES_PER_CALL, again=again, acks=acks),
@@ -67,6 +68,9 @@ async def _relay_one(
         if not answer.pages and not answer.more:
             return answer, moved or left > 0, told
         moved = True
+        # Others write pages meanwhile: no more are asked for again than there were at first.
+        there = (left if there is None else there) - PAGES_PER_CALL
+        again = again and there > 0
         acks, some = await _hand_over(connection, keys, answer.pages)
         told += some
 

@@ -93,7 +93,7 @@ class Maintenance:
             moves = True
         if status == "active":
             status = await seal(self._connection, self._keys, gid)
-        if status == "finished" != answer.status:
+        if status == "finished" and answer.status != "finished":
             # Since its outbox was looked through: it may have messages to send.
             answer, moves = await relay(self._connection, self._keys, gid)
         if status in ("active", "closing") and not moves:

@@ -281,6 +281,13 @@ class Primary:
             await self._node.close()
 
 
+def _leader(calls: Sequence[Call], position: int) -> int:
+    """
+    Which call this one follows: the last ahead of it that follows none.
+    """
+    return next(i for i in range(position - 1, -1, -1) if not calls[i].follows)
+
+
 class Cluster:
     """
     The primaries of a cluster. A call goes to the node that owns the slot of its first key, all nodes at the same time.
@@ -304,7 +311,7 @@ class Cluster:
     async def send(self, calls: Sequence[Call]) -> list[Any]:
         replies: list[Any] = [None] * len(calls)
         left: dict[int, Address | None] = dict.fromkeys(range(len(calls)))  # and where a call was told to ask
-        overtaking: set[int] = set()
+        overtaking: set[int] = set()  # to be sent again once all else was answered
         for _ in range(REDIRECTS):
             try:
                 await self._know_owners([calls[i].keys[0] for i in left])
@@ -315,6 +322,8 @@ class Cluster:
             groups: dict[tuple[Address, bool], list[int]] = {}
             for i, told in left.items():
                 groups.setdefault((told or self._owner(calls[i].keys[0]), told is not None), []).append(i)
+            for some in groups.values():
+                overtaking |= {i for i in some if calls[i].follows and _leader(calls, i) in left.keys() - some}
             answers = await asyncio.gather(
                 *(self._send_to(to, [calls[i] for i in some], asking) for (to, asking), some in groups.items())
             )

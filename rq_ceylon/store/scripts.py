@@ -25,8 +25,8 @@ class Call:
         args: ARGV of the script; the whole command with its keys where it is plain.
         confirm: WAIT or WAITAOF, asked once behind all calls of a pipeline. The reply is a pair then: the call's, and
             why it was not confirmed ('': it was).
-        follows: it must not run before those ahead of it; should one of them have to be sent again, it is sent again
-            behind it, though it may have run.
+        follows: it must not run before the last ahead of it that follows none; where that had to be sent again, or went
+            to another node, this one is sent again behind it, though it may have run.
     """
 
     script: str

@@ -92,7 +92,7 @@ class Lanes:
     async def _try(self, node: str, steps: Sequence[Step]) -> Sequence[Step]:
         """
         One round trip. Returns what must be repeated, with the same arguments; a fetch, which delivers, is followed by
-        recovery instead.
+        recovery instead, and an outbox, which hides what it gave, is asked again.
         """
         replies = await self._connection.run_each([step.call for step in steps])
         lost, unanswered = None, []
