@@ -75,8 +75,9 @@ def report(simulation: Simulation, took_s: float) -> None:
     lost = sum(choice.struck == Fault.LOST for choice in simulation.journal)
     losses = "".join(f", {count} {what}" for what, count in sorted(simulation.losses.items()))
     scale = f" at {simulation.scale:g} times the times" if simulation.scale > 1 else ""
+    verdict = "starved, which proves nothing:" if simulation.was_starved else "VIOLATED" if simulation.found else "ok"
     print(
-        f"seed {simulation.seed}: {'VIOLATED' if simulation.found else 'ok'} {tasks} tasks, {simulation.calls} calls, "
+        f"seed {simulation.seed}: {verdict} {tasks} tasks, {simulation.calls} calls, "
         f"{took_s:.1f} s{scale}, {lost} lost replies, {simulation.deaths} deaths, {simulation.naps} sleeps{losses}",
         flush=True,
     )

@@ -228,8 +228,12 @@ class Simulation:
 
     # ---- the cast ----------------------------------------------------------------------------------------------------
     def _hire(self) -> None:
+        """
+        Whoever has gone, somebody serves every role: what nobody fetches would be left, rightly.
+        """
         self._workers += 1
-        all_roles = self._workers <= 2 or self.is_draining or self.random.random() < 0.5
+        served = {role for actor in self._cast.values() if isinstance(actor, WorkerActor) for role in actor.process.roles}
+        all_roles = served < set(ROLES) or self.random.random() < 0.5
         roles = ROLES if all_roles else (self.random.choice(ROLES),)
         worker = WorkerActor(self, self._workers, roles)
         self.enter(worker)
