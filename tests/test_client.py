@@ -13,6 +13,7 @@ import tracemalloc
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import redis
@@ -431,20 +432,28 @@ async def test_a_rolling_group_is_sealed_and_its_tasks_all_run(app: Ceylon) -> N
         assert len({handle.id.partition("/")[0] for handle in handles}) >= 2
 
 
+@contextlib.contextmanager
+def refusing(client: Client, script: str) -> Iterator[None]:
+    """
+    At the memory limit one call is refused and the next is not.
+    """
+    run_each = client.connection.run_each
+
+    async def refuse(calls: Sequence[Call]) -> list[Any]:
+        answers = iter(await run_each([call for call in calls if call.script != script]))
+        return [QueueFullError("full") if call.script == script else next(answers) for call in calls]
+
+    with mock.patch.object(client.connection, "run_each", refuse):
+        yield
+
+
 async def test_what_an_earlier_task_left_behind_is_not_taken_for_handed_over_with_a_later_one(
     app: Ceylon, bench: Bench
 ) -> None:
     async with app.client() as client:
-        run_each = client.connection.run_each
-
-        async def ringing_nothing(calls: Sequence[Call]) -> list[Any]:
-            answers = iter(await run_each([call for call in calls if call.script != "enqueue"]))
-            return [QueueFullError("full") if call.script == "enqueue" else next(answers) for call in calls]
-
-        client.connection.run_each = ringing_nothing  # type: ignore[method-assign]
-        first = await client.submit(Task(role="p"))
+        with refusing(client, "enqueue"):
+            first = await client.submit(Task(role="p"))
         assert bench.fetch("w") == []
-        client.connection.run_each = run_each  # type: ignore[method-assign]
         lose_answers(client)
         second = await client.submit(Task(role="p"))
 
@@ -453,17 +462,8 @@ async def test_what_an_earlier_task_left_behind_is_not_taken_for_handed_over_wit
 
 async def test_a_task_that_was_refused_leaves_no_entry_that_rings_for_another(app: Ceylon, bench: Bench) -> None:
     async with app.client() as client:
-        run_each = client.connection.run_each
-
-        async def refusing(calls: Sequence[Call]) -> list[Any]:
-            # At the memory limit one call is refused and the next is not.
-            answers = iter(await run_each([call for call in calls if call.script != "submit"]))
-            return [QueueFullError("full") if call.script == "submit" else next(answers) for call in calls]
-
-        client.connection.run_each = refusing  # type: ignore[method-assign]
-        with pytest.raises(QueueFullError):
+        with refusing(client, "submit"), pytest.raises(QueueFullError):
             await client.submit(Task(role="p"))
-        client.connection.run_each = run_each  # type: ignore[method-assign]
         await client.submit(Task(role="q"))
 
     (delivery,) = bench.fetch("w", role="p")
