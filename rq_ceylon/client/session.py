@@ -16,12 +16,12 @@ from loguru import logger
 
 from rq_ceylon import maintenance
 from rq_ceylon.client.following import Follower, Following
-from rq_ceylon.errors import CeylonError, ConnectionLostError, DurabilityError, NoWorkerError, QueueFullError, guess
+from rq_ceylon.errors import CeylonError, DurabilityError, NoWorkerError, QueueFullError, guess
 from rq_ceylon.handlers import Registry
 from rq_ceylon.models import Durability, check_id
 from rq_ceylon.settings import masked
 from rq_ceylon.store import queries, transitions
-from rq_ceylon.store.connection import Connection
+from rq_ceylon.store.connection import Connection, until_answered
 from rq_ceylon.store.durability import confirming, unable
 from rq_ceylon.store.events import EventHub
 from rq_ceylon.store.keys import Keys
@@ -97,19 +97,18 @@ class Session:
             again: the change was made before, and the answer with what follows may be lost.
             meet: it depends on other groups, which are asked first, so that they tell it at once.
         """
-        until, pause = time.monotonic() + ANSWER_S, 0.02
-        while True:
-            try:
-                if meet:
-                    await maintenance.meet(self.connection, self.keys, gid)
-                await maintenance.relay(self.connection, self.keys, gid, again=again)
-                return
-            except CeylonError as error:
-                if not isinstance(error, ConnectionLostError) or time.monotonic() > until:
-                    logger.warning("What follows in group {} is left to maintenance: {}", gid, error)
-                    return
-            await asyncio.sleep(pause)
-            again, pause = True, min(2 * pause, 1.0)
+
+        async def hand_over() -> None:
+            nonlocal again
+            asks, again = again, True
+            if meet:
+                await maintenance.meet(self.connection, self.keys, gid)
+            await maintenance.relay(self.connection, self.keys, gid, again=asks)
+
+        try:
+            await until_answered(hand_over, ANSWER_S)
+        except CeylonError as error:
+            logger.warning("What follows in group {} is left to maintenance: {}", gid, error)
 
     async def send_part(
         self,

@@ -7,9 +7,9 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import redis
 import redis.asyncio
@@ -22,8 +22,28 @@ from rq_ceylon.store.scripts import Call
 from rq_ceylon.store.server import is_throw_away
 from rq_ceylon.store.trouble import LOST, classified, unfit, warn_once
 
+T = TypeVar("T")
+
 LOADING_S = 0.5
 """Between two looks at a server that still loads its data."""
+
+
+async def until_answered(send: Callable[[], Awaitable[T]], give_up_after: float | None) -> T:
+    """
+    Do what is safe to repeat again, with a growing, jittered pause, until Redis has answered.
+
+    Args:
+        give_up_after: seconds after which the last ConnectionLostError is raised; None never gives up.
+    """
+    started, pause = time.monotonic(), 0.02
+    while True:
+        try:
+            return await send()
+        except ConnectionLostError:
+            if give_up_after is not None and time.monotonic() - started + pause > give_up_after:
+                raise
+        await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+        pause = min(pause * 2, 1.0)
 
 
 class Connection:
@@ -80,21 +100,13 @@ class Connection:
         refusals: bool = False,
     ) -> list[Any]:
         """
-        Like `run`, but send calls that are safe to repeat again, with a growing, jittered pause, until answered.
+        Like `run`, but send calls that are safe to repeat again until answered.
 
         Args:
-            give_up_after: seconds after which the last error is raised; None never gives up.
+            give_up_after: as `until_answered`.
             refusals: as `run`.
         """
-        started, pause = time.monotonic(), 0.02
-        while True:
-            try:
-                return await self.run(calls, refusals=refusals)
-            except ConnectionLostError:
-                if give_up_after is not None and time.monotonic() - started + pause > give_up_after:
-                    raise
-            await asyncio.sleep(pause * random.uniform(0.5, 1.0))
-            pause = min(pause * 2, 1.0)
+        return await until_answered(lambda: self.run(calls, refusals=refusals), give_up_after)
 
     async def pop(self, keys: Sequence[str], timeout_s: float) -> bool:
         """

@@ -14,11 +14,11 @@ from unittest import mock
 from redis.crc import key_slot
 
 from rq_ceylon import presence
-from rq_ceylon.client import rolling, session, staging
+from rq_ceylon.client import rolling, staging
 from rq_ceylon.errors import ConnectionLostError
 from rq_ceylon.maintenance import steps
 from rq_ceylon.maintenance.reissue import Reissue
-from rq_ceylon.store import scripts, transitions
+from rq_ceylon.store import connection, scripts, transitions
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.scripts import Call, command
 from rq_ceylon.worker import lanes, loop, turn
@@ -104,7 +104,7 @@ def short_times(scale: float, *, reissue: bool, spawn: Spawn) -> Iterator[None]:
             stack.enter_context(mock.patch.object(module, name, size))
         stack.enter_context(mock.patch.object(scripts, "source", source))
         stack.enter_context(mock.patch.object(scripts, "digest", digest))
-        for user in (lanes, loop, rolling, session):
+        for user in (connection, lanes, loop, rolling):
             stack.enter_context(mock.patch.object(user, "asyncio", _Asyncio(spawn)))
         if not reissue:
             stack.enter_context(mock.patch.object(Reissue, "run", _nothing_lost))
@@ -205,17 +205,6 @@ class Line(Connection):
 
     async def keys(self, pattern: str, count: int) -> AsyncIterator[list[str]]:
         yield self.one(command("KEYS", pattern))
-
-    async def run_until_answered(
-        self,
-        calls: Sequence[Call],
-        *,
-        give_up_after: float | None,
-        refusals: bool = False,
-    ) -> list[Any]:
-        while True:
-            with contextlib.suppress(ConnectionLostError):
-                return await self.run(calls, refusals=refusals)
 
     def one(self, call: Call, following: Sequence[Call] = ()) -> Any:
         """

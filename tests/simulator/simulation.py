@@ -232,7 +232,8 @@ class Simulation:
         Whoever has gone, somebody serves every role: what nobody fetches would be left, rightly.
         """
         self._workers += 1
-        served = {role for actor in self._cast.values() if isinstance(actor, WorkerActor) for role in actor.process.roles}
+        workers = [actor for actor in self._cast.values() if isinstance(actor, WorkerActor)]
+        served = {role for worker in workers for role in worker.process.roles}
         all_roles = served < set(ROLES) or self.random.random() < 0.5
         roles = ROLES if all_roles else (self.random.choice(ROLES),)
         worker = WorkerActor(self, self._workers, roles)
