@@ -176,6 +176,7 @@ async def gate() -> None:
 
 Send = Callable[[Call, str], Any]
 Strike = Callable[[str], Fault]
+Stray = Callable[[Sequence[Call], str], None]
 
 
 class Line(Connection):
@@ -184,7 +185,7 @@ class Line(Connection):
     The slots lie on so many nodes, even where one server plays them all.
     """
 
-    def __init__(self, owner: str, nodes: int, send: Send, strike: Strike, stray: Callable[[Call, str], bool]) -> None:
+    def __init__(self, owner: str, nodes: int, send: Send, strike: Strike, stray: Stray) -> None:
         self.url, self.owner, self._nodes = "", owner, nodes
         self._deliver, self._strike, self._stray = send, strike, stray
         self.is_dead = False
@@ -208,26 +209,35 @@ class Line(Connection):
 
     def one(self, call: Call, following: Sequence[Call] = ()) -> Any:
         """
-        One call, and what strikes it. If its reply is lost, so are those of the calls that were sent with it; these, or
-        all, may reach Redis later, when they have been repeated by now, or never.
+        One call, and what strikes it. If its reply is lost, so are those of the calls that were sent with it; any of
+        them may have reached Redis, or reach it when it has been repeated by now, or never.
         """
         if self.is_dead:
             raise Crashed
         fault = self._strike(call.script) if call.script in SCRIPTS else Fault.NONE
         if fault is Fault.BEFORE:
             raise Crashed
-        if fault is Fault.LOST and self._stray(call, self.owner):
-            for late in following:
-                self._stray(late, self.owner)
-            raise ConnectionLostError("lost on the way")
+        if fault is Fault.LOST:
+            for calls in _in_order([call, *following]):
+                self._stray(calls, self.owner)
+            raise ConnectionLostError("lost on the way, or on the way back")
         reply = self._deliver(call, self.owner)
         if fault is Fault.AFTER:
             raise Crashed
-        if fault is Fault.LOST:
-            for late in following:
-                self._stray(late, self.owner)
-            raise ConnectionLostError("lost on the way back")
         return reply
+
+
+def _in_order(calls: Sequence[Call]) -> list[list[Call]]:
+    """
+    Each call with those that never overtake it, since they are behind it on one connection.
+    """
+    together: list[list[Call]] = []
+    for call in calls:
+        if call.follows and together:
+            together[-1].append(call)
+        else:
+            together.append([call])
+    return together
 
 
 class ThreadLine:

@@ -109,7 +109,7 @@ class Simulation:
         self.groups: dict[str, TaskGroup] = {}
         self._cast: dict[str, Actor] = {}
         self._workers = 0
-        self._strays: list[tuple[float, Call, str]] = []
+        self._strays: list[tuple[float, Sequence[Call], str]] = []
         self._snapshots: dict[str, list[tuple[str, bytes | None, int]]] = {}
         self._rolled_back: dict[str, set[str]] = {}
         self._acting: Actor | None = None
@@ -214,17 +214,16 @@ class Simulation:
                 return fault
         return Fault.NONE
 
-    def _stray(self, call: Call, owner: str) -> bool:
+    def _stray(self, calls: Sequence[Call], owner: str) -> None:
         """
-        Whether a call whose reply is lost has not reached Redis; it may do so later.
+        What becomes of calls that nobody hears of: Redis has them now, or later, or never.
         """
         fate = self.random.random()
-        if fate < 0.4 or call.script not in SCRIPTS:
-            self._send(call, owner)
-            return False
-        if fate < 0.8:
-            self._strays.append((self.now_ms() + self.random.uniform(0, self.lease_ms), call, owner))
-        return True
+        if fate < 0.5 or calls[0].script not in SCRIPTS:
+            for call in calls:
+                self._send(call, owner)
+        elif fate < 0.85:
+            self._strays.append((self.now_ms() + self.random.uniform(0, self.lease_ms), calls, owner))
 
     # ---- the cast ----------------------------------------------------------------------------------------------------
     def _hire(self) -> None:
@@ -321,7 +320,9 @@ class Simulation:
                 return
             for stray in [stray for stray in self._strays if stray[0] <= now]:
                 self._strays.remove(stray)
-                self._send(*stray[1:])
+                _, calls, owner = stray
+                for call in calls:
+                    self._send(call, owner)
             if age > outage and not self.is_calm:
                 outage = age + self.random.uniform(1200, 2500)
                 self._outage(now)
@@ -401,7 +402,7 @@ class Simulation:
             if isinstance(actor.owner or actor, WorkerActor):
                 actor.wake_ms = max(actor.wake_ms, until)
         # Nor does a late fetch come meanwhile.
-        self._strays = [(max(at, until), call, owner) for at, call, owner in self._strays]
+        self._strays = [(max(at, until), calls, owner) for at, calls, owner in self._strays]
         self.note(Outage(until + 0.8 * self.lease_ms))
 
     def _step_clock(self) -> None:
