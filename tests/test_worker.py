@@ -21,7 +21,7 @@ from rq_ceylon.attempt import Backoff, TaskContext
 from rq_ceylon.client import Client
 from rq_ceylon.errors import TaskCancelledError, TaskFailedError
 from rq_ceylon.models import Task, TaskGroup, TaskStatus
-from rq_ceylon.store import transitions
+from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.connection import ThreadConnection
 from rq_ceylon.store.scripts import command
 from rq_ceylon.worker import Worker
@@ -492,6 +492,34 @@ async def test_a_round_of_renewals_that_breaks_does_not_end_the_rounds(
             view = await group.wait("all", LIMIT_S)
 
     assert (view.counters.attempts, view.counters.crashes) == (1, 0)
+
+
+async def test_a_task_whose_lease_is_lost_before_it_begins_is_not_run_and_not_kept(
+    app: Ceylon, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+
+    @app.task(role="r")
+    async def note(context: TaskContext) -> None:
+        ran.append(context.task_id)
+
+    worker = worker_of(app, lease_s=0.3)
+    results = queries.results
+
+    async def losing(*args: Any) -> Any:
+        found = await results(*args)
+        monkeypatch.setattr(queries, "results", results)
+        (held,) = worker.turns.running()
+        worker._lost("r", held.delivery.entry)
+        return found
+
+    monkeypatch.setattr(queries, "results", losing)
+    async with running(worker):
+        group = await client.submit(TaskGroup("g", [Task(uses="note", id="a"), Task(uses="note", id="b", needs=["a"])]))
+        view = await group.wait("all", LIMIT_S)
+
+    assert ran == ["a", "b"]
+    assert (view.counters.completed, view.counters.attempts, view.counters.crashes) == (2, 3, 1)
 
 
 def stall(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:

@@ -265,6 +265,8 @@ class Worker:
         def hold(until: float) -> None:
             self.leases.hold(delivery.role, delivery.entry, until + self.grace_s)
 
+        if not self.turns.holds(grant.held):  # lost before there was anything to cancel
+            return Outcome("lost")
         hold(time.monotonic() + WAIT_S)
         outcome = await self.executor.run(
             Assignment(self.name, delivery, claimed, body, needs),

@@ -164,7 +164,7 @@ class Turns:
         """
         Note the outcome of a running delivery; the next turn commits it.
         """
-        if self.held.get((held.delivery.role, held.delivery.entry)) is not held:
+        if not self.holds(held):
             return
         if outcome.kind != "stopping":
             held.stage = Stage.ENDED
@@ -175,10 +175,16 @@ class Turns:
         """
         Another worker holds this delivery's task: never run, renew, commit or acknowledge it again.
         """
-        name = held.delivery.role, held.delivery.entry
-        if self.held.get(name) is held:  # the same entry may be back in another delivery
+        if self.holds(held):
+            name = held.delivery.role, held.delivery.entry
             del self.held[name]
             self.leases.drop(*name)
+
+    def holds(self, held: Held) -> bool:
+        """
+        Is this delivery still this worker's, as far as it knows? The same entry may be back in another one.
+        """
+        return self.held.get((held.delivery.role, held.delivery.entry)) is held
 
     # ---- plan --------------------------------------------------------------------------------------------------------
     def plan(self, free: int) -> list[Step]:
@@ -318,7 +324,7 @@ class Turns:
             return
         answer = transitions.claim_reply(reply, len(batch))
         for held, claimed in zip(batch, answer.answers, strict=True):
-            if self.held.get((held.delivery.role, held.delivery.entry)) is not held:
+            if not self.holds(held):
                 continue  # its lease was lost meanwhile, so what it would do counts for nothing
             match claimed.verdict:
                 case "GRANTED":

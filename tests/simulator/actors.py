@@ -175,7 +175,7 @@ class WorkerActor(Actor):
 
     def _end_jobs(self) -> None:
         for key, (grant, due_ms, kind) in list(self.jobs.items()):
-            if self.process.turns.held.get((key[0], grant.held.delivery.entry)) is not grant.held:
+            if not self.process.turns.holds(grant.held):
                 self._drop(key)  # lost to another worker
                 continue
             outcome = self._outcome(grant, due_ms, kind)
