@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import inspect
 import os
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import cached_property, update_wrapper
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, cast, overload
@@ -17,7 +19,7 @@ from rq_ceylon.attempt import Backoff, TaskContext
 from rq_ceylon.client import Client, SyncClient, SyncTaskHandle, TaskHandle
 from rq_ceylon.client.sync import OF_PARENTS
 from rq_ceylon.errors import InvalidInputError
-from rq_ceylon.handlers import GoalCheck, Handler, Registry
+from rq_ceylon.handlers import GoalCheck, Handler, Middleware, Registry
 from rq_ceylon.models import Duration, Task, check_id
 from rq_ceylon.settings import Settings, resolve
 
@@ -160,6 +162,31 @@ class Ceylon:
         """
         self.registry.on_error.append(hook)
         return hook
+
+    @overload
+    def middleware(self, function: Callable[[TaskContext], AsyncIterator[None]], /) -> Middleware: ...
+    @overload
+    def middleware(self, function: Middleware, /) -> Middleware: ...
+
+    def middleware(self, function: Any, /) -> Middleware:
+        """
+        Surround every attempt: an async generator function that takes the context and yields once, or a callable that
+        gives an async context manager. The first declared is outermost.
+
+            @app.middleware
+            async def timed(context: TaskContext):
+                began = time.perf_counter()
+                try:
+                    yield
+                finally:
+                    print(context.uses, time.perf_counter() - began)
+
+        It runs on the worker's event loop, also for plain functions and `cpu=True`, and counts as time of the attempt.
+        An exception of the handler is raised at the `yield`: it may be looked at or replaced, but not swallowed.
+        """
+        made = asynccontextmanager(function) if inspect.isasyncgenfunction(function) else function
+        self.registry.middleware.append(made)
+        return cast(Middleware, made)
 
     # ---- clients -----------------------------------------------------------------------------------------------------
     def client(self) -> Client:

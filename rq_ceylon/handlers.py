@@ -9,7 +9,7 @@ import asyncio
 import inspect
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, suppress
 from functools import cached_property, partial
 from types import SimpleNamespace
 from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypeVar, cast, get_args, get_type_hints
@@ -24,6 +24,7 @@ from rq_ceylon.values import BadValueError, JsonType
 P = ParamSpec("P")
 R = TypeVar("R")
 
+Middleware = Callable[[TaskContext], AbstractAsyncContextManager[Any]]
 GoalCheck = Callable[[GroupView], bool | Awaitable[bool | None] | None]
 
 DEFAULT_HANDLER = "default"
@@ -209,6 +210,7 @@ class Registry:
     Attributes:
         on_start, on_stop: called once per worker process, without arguments; may be async.
         on_error: called with the context and the exception after an attempt failed; may be async.
+        middleware: called with the context for an async context manager around each attempt; the first is outermost.
         goal_checks: callables for goals, by name: True achieved, else not yet (at the end: failed); may be async.
     """
 
@@ -216,6 +218,7 @@ class Registry:
         self.on_start: list[Callable[[], Any]] = []
         self.on_stop: list[Callable[[], Any]] = []
         self.on_error: list[Callable[[TaskContext, BaseException], Any]] = []
+        self.middleware: list[Middleware] = []
         self.goal_checks: dict[str, GoalCheck] = {}
         self._handlers: dict[str, Handler[..., Any]] = dict(_BUILTINS)
 

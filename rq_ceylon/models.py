@@ -401,7 +401,13 @@ class TaskView:
 @dataclass(frozen=True, slots=True)
 class WorkerView:
     """
-    A live worker or monitor as its heartbeat tells. `tasks` maps `<gid>/<tid>` to the start (epoch ms).
+    A live worker or monitor as its heartbeat tells.
+
+    Attributes:
+        tasks: maps `<gid>/<tid>` to the start (epoch ms).
+        hung: attempts that are over, but whose code goes on: threads that do not end, coroutines that ignore their
+            cancellation.
+        is_exhausted: so many hang that they take places from others. The worker should be restarted.
     """
 
     name: str
@@ -415,6 +421,8 @@ class WorkerView:
     tasks: Mapping[str, int] = field(default_factory=dict)
     started_ms: int = 0
     stopping: bool = False
+    hung: int = 0
+    is_exhausted: bool = False
 
 
 @dataclass(frozen=True, slots=True)

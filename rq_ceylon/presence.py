@@ -64,6 +64,8 @@ class Presence:
         tasks: Mapping[str, int] | None = None,
         progress: Mapping[str, tuple[float | None, str]] | None = None,
         low_marks: Mapping[str, int] | None = None,
+        hung: int = 0,
+        is_exhausted: bool = False,
     ) -> list[Call]:
         """
         A heartbeat.
@@ -72,8 +74,12 @@ class Presence:
             tasks: what runs here: `<gid>/<tid>` → since when, epoch ms.
             progress: what handlers said of it: a fraction, if any, and a message.
             low_marks: per role the fence below which this worker holds nothing.
+            hung: attempts that are over, but whose code goes on here.
+            is_exhausted: so many hang that they take places from others.
         """
         facts = {**self._facts, "stopping": stopping, "tasks": tasks or {}, "low_marks": low_marks or {}}
+        if hung:
+            facts |= {"hung": hung, "is_exhausted": is_exhausted}
         if progress:
             facts["progress"] = progress
         return transitions.heartbeat(self._keys, self.name, facts, ttl_ms=TTL_MS, roles=self._roles)

@@ -18,7 +18,7 @@ from rq_ceylon.cli.files import graph, schema, validate
 
 if TYPE_CHECKING:
     from rq_ceylon.client import Client
-    from rq_ceylon.models import TaskView
+    from rq_ceylon.models import TaskView, WorkerView
 
 JSON = click.option("--json", is_flag=True, help="Print JSON.")
 
@@ -91,7 +91,11 @@ async def status(client: Client, json: bool) -> None:
 
 @ceylon.command()
 @JSON
-@click.option("--check", is_flag=True, help="For health checks: end with 0 if one lives on this host, else with 1.")
+@click.option(
+    "--check",
+    is_flag=True,
+    help="For health checks: end with 1 if none lives on this host, or too much hangs in one that does.",
+)
 @with_client
 async def workers(client: Client, json: bool, check: bool) -> int:
     """
@@ -100,8 +104,8 @@ async def workers(client: Client, json: bool, check: bool) -> int:
     found = await client.workers()
     if check:
         here = [worker for worker in found if worker.host == socket.gethostname() and not worker.stopping]
-        say("\n".join(f"{worker.kind} {worker.name} lives" for worker in here) or "none lives on this host")
-        return 0 if here else 1
+        say("\n".join(_health(worker) for worker in here) or "none lives on this host")
+        return 0 if here and not any(worker.is_exhausted for worker in here) else 1
     if json:
         click.echo(to_json({"schema": 1, "workers": found}))
         return 0
@@ -116,12 +120,20 @@ async def workers(client: Client, json: bool, check: bool) -> int:
                 ",".join(worker.roles) or "-",
                 f"{len(worker.tasks)}/{worker.slots}",
                 ",".join(worker.task_names) or "-",
-                "stopping" if worker.stopping else "running",
+                ("stopping" if worker.stopping else "running") + (f", {worker.hung} hung" if worker.hung else ""),
             )
             for worker in found
         ],
     )
     return 0
+
+
+def _health(worker: WorkerView) -> str:
+    from rq_ceylon.models import counted
+
+    if worker.is_exhausted:
+        return f"{worker.kind} {worker.name} lives, but {counted(worker.hung, 'attempt')} hang in it: restart it"
+    return f"{worker.kind} {worker.name} lives"
 
 
 @ceylon.command()

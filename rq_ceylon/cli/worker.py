@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import click
@@ -27,6 +28,18 @@ def _bounds(context: click.Context, parameter: click.Parameter, text: str) -> tu
     return bounds
 
 
+def _size(context: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
+    """
+    Bytes: `500MB`, `2GB`, or a plain number.
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+)\s*([KMG]?)B?", text.strip(), re.IGNORECASE | re.ASCII)
+    if not found or not int(found[1]):
+        raise click.BadParameter(f"{text!r} is not usable; give a size such as 500MB or 2GB")
+    return int(found[1]) << 10 * " KMG".index(found[2].upper() or " ")
+
+
 @command("ceylon-worker")
 @click.argument("app", metavar="[MODULE:APP]", required=False, envvar="CEYLON_APP")
 @click.option("-r", "--role", "roles", multiple=True, metavar="ROLE", envvar="CEYLON_ROLE", help="Roles to serve.")
@@ -45,6 +58,16 @@ def _bounds(context: click.Context, parameter: click.Parameter, text: str) -> tu
 @click.option(
     "--lease", metavar="DURATION", default="30s", show_default=True, help="A silent worker keeps tasks for so long."
 )
+@click.option("--max-tasks", type=click.IntRange(1), metavar="N", help="Drain and end after about N tasks.")
+@click.option(
+    "--max-memory", metavar="SIZE", callback=_size, help="Drain and end at about this much memory, such as 500MB."
+)
+@click.option(
+    "--max-hung-threads",
+    type=click.IntRange(0),
+    metavar="N",
+    help="Drain and end with 7 once more than about N attempts hang.",
+)
 @where
 @logs
 def worker(
@@ -56,6 +79,9 @@ def worker(
     name: str | None,
     grace: str,
     lease: str,
+    max_tasks: int | None,
+    max_memory: int | None,
+    max_hung_threads: int | None,
     options: RedisOptions,
 ) -> None:
     """
@@ -113,6 +139,9 @@ def worker(
             lease_s=lease_s,
             grace_s=grace_s,
             burst=burst,
+            max_tasks=max_tasks,
+            max_memory=max_memory,
+            max_hung_threads=max_hung_threads,
         )
         signals: list[int] = []
 
@@ -125,6 +154,6 @@ def worker(
 
         on_signals(stop)
         await running.run()
-        return 128 + signals[-1] if len(signals) > 1 else 0
+        return 128 + signals[-1] if len(signals) > 1 else running.exit_code
 
     sys.exit(run_async(supervise() if processes != (1, 1) else work()))

@@ -16,7 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
 from types import ModuleType
@@ -28,6 +28,7 @@ from rq_ceylon.attempt import RetryTask, type_names
 from rq_ceylon.errors import InvalidInputError
 from rq_ceylon.handlers import Handler
 from rq_ceylon.worker.outcome import RemoteError, error_of
+from rq_ceylon.worker.wear import jittered, memory_in_use
 
 _BOOT = (
     "import json, sys; path, argv, *rest = json.loads(sys.argv[1]); sys.path[:] = path; sys.argv[:] = argv; "
@@ -41,41 +42,39 @@ _VALUE, _ERROR, _INVALID = b"v", b"e", b"i"
 class Children:
     """
     At most `count` processes at once: as many as there are processors to use, unless told otherwise.
+
+    Args:
+        max_tasks, max_memory: a process that has run about so many tasks, or takes so many bytes, ends after its task,
+            and the next one gets a new process.
+
+    Attributes:
+        places: who calls `take` holds one.
     """
 
-    def __init__(self, count: int | None = None) -> None:
-        self._places = asyncio.Semaphore(count or _processors())
-        self._idle: list[_Child] = []
-        self._living: set[_Child] = set()
+    def __init__(
+        self, count: int | None = None, *, max_tasks: int | None = None, max_memory: int | None = None
+    ) -> None:
+        self.places = asyncio.Semaphore(count or _processors())
+        self._max_tasks, self._max_memory = max_tasks, max_memory
+        self._idle: list[Child] = []
+        self._living: set[Child] = set()
 
-    async def call(self, handler: Handler[..., Any], raw: Mapping[str, Any], begin: Callable[[], None]) -> bytes:
+    async def take(self) -> Child:
         """
-        Run a handler in a process; `begin` is called when there is one. Cancelling kills that process alone.
-
-        Returns:
-            The result as JSON.
+        A process that is ready; who enters it (`async with`) gives it back. A caller that leaves with any exception but
+        RemoteError kills that process alone.
 
         Raises:
-            RemoteError: what the handler raised.
-            ChildProcessError: the process died.
+            OSError: none can be started.
         """
-        function = handler.function
-        request = to_json([handler.name, function.__module__, function.__qualname__, *_main(), raw])
-        async with self._places:
-            self._idle = [one for one in self._idle if one.is_alive]
-            child = self._idle.pop() if self._idle else await self._start()
-            try:
-                begin()
-                reply = await child.ask(request)
-            except BaseException:
-                child.kill()
-                raise
+        self._idle = [one for one in self._idle if one.is_alive]
+        return self._idle.pop() if self._idle else await self._start()
+
+    def give_back(self, child: Child) -> None:
+        if child.is_worn_out:
+            child.dismiss()
+        else:
             self._idle.append(child)
-        kind, content = reply[:1], reply[1:]
-        if kind == _VALUE:
-            return content
-        names, error, delay_s = from_json(content)
-        raise RemoteError(tuple(names), error, delay_s, is_invalid=kind == _INVALID)
 
     async def close(self) -> None:
         """
@@ -86,7 +85,7 @@ class Children:
             child.kill()
             await child.gone()
 
-    async def _start(self) -> _Child:
+    async def _start(self) -> Child:
         ours, theirs = socket.socketpair()
         with theirs:
             reader, writer = await asyncio.open_unix_connection(sock=ours, limit=_LINE_BYTES_MAX)
@@ -108,7 +107,8 @@ class Children:
             except BaseException:
                 writer.close()  # should the process exist all the same, this ends it
                 raise
-        child = _Child(process, reader, writer)
+        limit = None if self._max_tasks is None else jittered(self._max_tasks)
+        child = Child(self, process, reader, writer, max_tasks=limit, max_memory=self._max_memory)
         self._living.add(child)
         child.exit.add_done_callback(lambda _: self._living.discard(child))
         try:
@@ -119,15 +119,27 @@ class Children:
         return child
 
 
-class _Child:
+class Child:
     """
     One process and the socket to it.
+
+    Attributes:
+        is_worn_out: it has run as many tasks, or takes as much memory, as one may.
     """
 
     def __init__(
-        self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self,
+        home: Children,
+        process: asyncio.subprocess.Process,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        *,
+        max_tasks: int | None,
+        max_memory: int | None,
     ) -> None:
-        self._process, self._reader, self._writer = process, reader, writer
+        self._home, self._process, self._reader, self._writer = home, process, reader, writer
+        self._tasks_left, self._max_memory = max_tasks, max_memory
+        self.is_worn_out = False
         self.exit = asyncio.ensure_future(process.wait())
         self.exit.add_done_callback(self._clear)
 
@@ -135,9 +147,40 @@ class _Child:
     def is_alive(self) -> bool:
         return not self.exit.done() and not self._reader.at_eof()
 
-    async def ask(self, request: bytes) -> bytes:
-        self._writer.write(request + b"\n")
-        return await self.read()
+    async def __aenter__(self) -> Child:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if error is None or isinstance(error, RemoteError):
+            self._home.give_back(self)
+        else:
+            self.kill()  # it may be in the middle of the task
+
+    async def call(self, handler: Handler[..., Any], raw: Mapping[str, Any]) -> bytes:
+        """
+        Run a handler in this process.
+
+        Returns:
+            The result as JSON.
+
+        Raises:
+            RemoteError: what the handler raised.
+            ChildProcessError: the process died.
+        """
+        function = handler.function
+        self._writer.write(to_json([handler.name, function.__module__, function.__qualname__, *_main(), raw]) + b"\n")
+        reply = await self.read()
+        memory, kind, content = reply.split(b" ", 2)
+        self._count(int(memory))
+        if kind == _VALUE:
+            return content
+        names, error, delay_s = from_json(content)
+        raise RemoteError(tuple(names), error, delay_s, is_invalid=kind == _INVALID)
+
+    def _count(self, memory: int) -> None:
+        if self._tasks_left is not None:
+            self._tasks_left -= 1
+        self.is_worn_out = self._tasks_left == 0 or (self._max_memory is not None and memory >= self._max_memory)
 
     async def read(self) -> bytes:
         try:
@@ -148,6 +191,10 @@ class _Child:
         if not self.exit.done():
             raise ChildProcessError("the process of this task closed its connection to the worker")
         raise ChildProcessError(f"the process of this task died ({_cause(self.exit.result())})")
+
+    def dismiss(self) -> None:
+        """Let it end by itself: it sees that its worker has hung up."""
+        self._writer.close()
 
     def kill(self) -> None:
         """
@@ -204,7 +251,8 @@ def serve(descriptor: int, parent: int) -> None:
         connection.set_inheritable(False)
         connection.sendall(b"\n")
         for request in requests:
-            connection.sendall(_run(*from_json(request)) + b"\n")
+            reply = _run(*from_json(request))
+            connection.sendall(b"%d %s\n" % (memory_in_use(), reply))
 
 
 def _end_with(parent: int) -> None:
@@ -224,11 +272,11 @@ def _run(name: str, module: str, qualname: str, main: str | None, path: str | No
         handler = _handler(name, module, qualname, main, path)
         value = handler.function(**handler.call_arguments(raw, None))
         try:
-            return _VALUE + handler.dump_result(value)
+            return _VALUE + b" " + handler.dump_result(value)
         except InvalidInputError as error:
-            return _INVALID + _told(error)
+            return _INVALID + b" " + _told(error)
     except BaseException as error:
-        return _ERROR + _told(error)
+        return _ERROR + b" " + _told(error)
 
 
 def _told(error: BaseException) -> bytes:

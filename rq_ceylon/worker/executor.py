@@ -5,106 +5,131 @@ Turns one assignment into an outcome. Runs users' code, and never touches Redis.
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import Callable
-from concurrent.futures import Future
-from contextlib import suppress
-from contextvars import copy_context
+import inspect
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from loguru import logger
 
 from rq_ceylon.attempt import AttemptStoppedError, StopReason, TaskContext
 from rq_ceylon.errors import InvalidInputError, PayloadTooLargeError, UnknownTaskError
-from rq_ceylon.handlers import Registry, awaited
+from rq_ceylon.handlers import Registry
 from rq_ceylon.worker.children import Children
 from rq_ceylon.worker.outcome import BUSY, Assignment, Attempt, Outcome, invalid, unknown
+from rq_ceylon.worker.threads import End, in_thread
 
 RESULT_BYTES_MAX = 1024 * 1024
 
-WAIT_S = 60.0
-"""How long a task waits for a thread or a process before it is given back: others may be idle."""
+PLACE_S = 2.0
+"""How long a task waits for a thread or a child process before it is given back: other workers may have one free."""
 
-CLEANUP_S = 5.0
-"""How long a coroutine may go on after it was cancelled; then it is cancelled once more and abandoned."""
+START_S = 60.0
+"""How long a child process may take to start."""
+
+CLEANUP_S = 3.0
+"""How long a coroutine may go on after it was cancelled; then it is cancelled once more and counts as hung."""
+
+HOOK_S = 30.0
+"""How long an `on_error` hook may take."""
+
+HOOKS_LAST_S = 1.0
+"""How long a worker that ends waits for its `on_error` hooks."""
+
+HUNG_HOOKS_MAX = 8
+"""So many threads of `on_error` hooks may hang before plain hooks are no longer called."""
+
+RETRY_START_MS = 1000
+"""How long a task stays away that could not start, because the system has no more threads, processes or files."""
+
+Ended = Callable[[Outcome], None]
 
 
-class _Raised(NamedTuple):
+class _CannotStart(Exception):
     """
-    An exception of a handler, as a value: a SystemExit that left its task would end the event loop.
+    The system gave no thread or process. Nothing of the handler has run.
     """
-
-    error: BaseException
 
 
 class _Run:
     """
-    An attempt under way, in the task that called `Executor.run`: `is_over` once its handler has ended or was abandoned,
-    from when on nothing may cancel that task.
+    One attempt under way. Its handler runs in `task`, which runs nothing else, so that whatever users' code does to its
+    own task (cancels it, counts cancellations, exits) concerns this attempt alone.
+
+    Attributes:
+        is_over: its outcome is told; what the handler still does counts for nothing.
     """
 
-    def __init__(
-        self, attempt: Attempt, begun: Callable[[TaskContext], None], abandoned: Callable[[Outcome], None]
-    ) -> None:
-        self.attempt, self.begun, self.abandoned = attempt, begun, abandoned
-        self.loop = asyncio.get_running_loop()
-        runner = asyncio.current_task()
-        assert runner is not None
-        self.runner: asyncio.Task[Any] = runner
+    def __init__(self, attempt: Attempt, begun: Callable[[TaskContext], None], ended: Ended) -> None:
+        self.attempt, self.begun, self.ended = attempt, begun, ended
+        self.task: asyncio.Task[Outcome] | None = None
         self.is_over = False
-        self.cancels = 0
-        self.timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
-    def after(self, delay_s: float | None, then: Callable[[], None] = lambda: None) -> None:
-        """
-        Set the one timer of the attempt, None: to nothing.
-        """
-        if self.timer is not None:
-            self.timer.cancel()
-        self.timer = None if delay_s is None else self.loop.call_later(delay_s, then)
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.attempt.context.role, self.attempt.context.fence
 
-    def cancel(self) -> None:
-        self.cancels += 1
-        self.runner.cancel()
+    def after(self, delay_s: float, then: Callable[[], None]) -> None:
+        """
+        Set the one timer of the attempt.
+        """
+        self.clear_timer()
+        self._timer = asyncio.get_running_loop().call_later(delay_s, then)
+
+    def clear_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
 
 class Executor:
     """
-    Runs handlers: coroutine functions on the loop, plain ones in threads, `cpu=True` in processes.
+    Runs handlers: coroutine functions on the loop, plain ones in threads, `cpu=True` in child processes.
 
-    A thread cannot be stopped, nor a coroutine that goes on when cancelled: when its attempt is settled early it is
-    *abandoned*. `abandoned` counts those that still run; each keeps occupying a slot (a thread its place among the
-    threads, too), and `on_freed` is called when one ends.
+    A thread cannot be stopped, nor a coroutine that ignores its cancellation. Once its attempt has ended it *hangs*:
+    `hung` counts those. Others take their place, up to `hung_max`; from then on each keeps its place until it ends.
 
     Args:
-        threads: how many plain functions at once; others wait, and so do `cpu=True` ones, of which as many run as there
-            are processors. Waiting is not part of the attempt: its time begins with its handler.
+        threads: how many plain functions at once. Others wait for a place, as do `cpu=True` ones, of which as many run
+            as there are processors. Waiting is not part of the attempt: its time begins with its handler.
+        max_tasks, max_memory: a child process that has run so many tasks, or takes so many bytes, is replaced.
+        on_freed: called when something that hung has ended.
     """
 
-    def __init__(self, registry: Registry, *, threads: int = 16, on_freed: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        *,
+        threads: int = 16,
+        max_tasks: int | None = None,
+        max_memory: int | None = None,
+        on_freed: Callable[[], None] = lambda: None,
+    ) -> None:
         self.registry, self.on_freed = registry, on_freed
-        self.abandoned = 0
+        self.hung, self.hung_max = 0, threads
         self._threads = asyncio.Semaphore(threads)
-        self._children = Children()
+        self._children = Children(max_tasks=max_tasks, max_memory=max_memory)
         self._running: dict[tuple[str, int], _Run] = {}
         self._settled = asyncio.Event()
-        self._telling: set[asyncio.Task[None]] = set()
+        self._hooks: set[asyncio.Task[None]] = set()
+        self._hung_hooks = 0
 
-    async def run(
-        self,
-        assignment: Assignment,
-        *,
-        begun: Callable[[TaskContext], None] = lambda _: None,
-        abandoned: Callable[[Outcome], None] = lambda _: None,
-    ) -> Outcome:
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether so much hangs that nothing takes its place any more."""
+        return self.hung >= self.hung_max
+
+    def start(
+        self, assignment: Assignment, ended: Ended, *, begun: Callable[[TaskContext], None] = lambda _: None
+    ) -> None:
         """
-        Run one attempt in the present task. Whatever users' code does becomes an outcome.
+        Run one attempt. Whatever users' code does becomes an outcome.
 
         Args:
+            ended: told the outcome, once; at once if nothing can run.
             begun: called when the handler is about to be called, from when on `deadline` of its context is known.
-            abandoned: told the outcome of a coroutine that goes on although it was cancelled; what `run` returns
-                whenever that ends is of no interest any more.
         """
         try:
             attempt = Attempt(self.registry, assignment)
@@ -112,31 +137,19 @@ class Executor:
             outcome, delivery = unknown(assignment.claimed.releases, error), assignment.delivery
             words = "Task {}/{} is given back for {:g} s: {}"
             logger.warning(words, delivery.gid, delivery.tid, outcome.delay_ms / 1000, error)
-            return outcome
+            ended(outcome)
+            return
         except InvalidInputError as error:
-            return invalid(error)
-        try:
-            arguments = attempt.handler.call_arguments(attempt.raw, attempt.context)
-        except InvalidInputError as error:
-            return attempt.failed("invalid", error)
-        except Exception as error:  # of a user's validator
-            return await self._told(attempt, error, attempt.raised(error))
-        run = _Run(attempt, begun, abandoned)
-        key = (assignment.delivery.role, assignment.delivery.fence)
-        self._running[key] = run
-        end = await self._call(run, arguments)
-        if run.is_over:
-            self._freed()
-        self._settle(run)
-        for _ in range(run.cancels):
-            run.runner.uncancel()
-        if run.runner.cancelling():
-            raise asyncio.CancelledError  # the worker itself goes down
-        return await self._outcome(run, end)
+            ended(invalid(error))
+            return
+        run = _Run(attempt, begun, ended)
+        self._running[run.key] = run
+        run.task = asyncio.get_running_loop().create_task(self._attempt(run))
+        run.task.add_done_callback(partial(self._task_ended, run))
 
     def cancel(self, role: str, fence: int, why: StopReason) -> None:
         """
-        End an attempt from outside: `run` then returns stopped (cancelled), lost, or release (shutdown), whatever the
+        End an attempt from outside. Its outcome is stopped (cancelled), lost, or release (shutdown), whatever the
         handler raises. One that ends normally all the same counts by what it returns.
         """
         if (run := self._running.get((role, fence))) is not None:
@@ -151,68 +164,133 @@ class Executor:
 
     async def close(self) -> None:
         """
-        Give back what still runs, and end the processes. What does not end is left behind: threads are daemons, they do
-        not keep the process.
+        Give back what still runs, and end the child processes. What hangs is left behind.
         """
         for run in list(self._running.values()):
             self._stop(run, "shutdown")
         while self._running:
             self._settled.clear()
             await self._settled.wait()
+        if self._hooks:
+            await asyncio.wait(self._hooks, timeout=HOOKS_LAST_S)
+        for hook in self._hooks:
+            hook.cancel()
         await self._children.close()
 
-    # ---- how it runs -------------------------------------------------------------------------------------------------
-    async def _call(self, run: _Run, arguments: dict[str, Any]) -> Any:
-        handler = run.attempt.handler
+    # ---- in the task of the attempt ----------------------------------------------------------------------------------
+    async def _attempt(self, run: _Run) -> Outcome:
+        attempt, handler = run.attempt, run.attempt.handler
         try:
-            if handler.kind == "async":
-                self._begin(run)
-                return await handler.function(**arguments)
-            run.after(WAIT_S, lambda: self._stop(run, "timeout"))
-            if handler.kind == "process":
-                return await self._children.call(handler, run.attempt.raw, lambda: self._begin(run))
-            return await self._in_thread(run, partial(handler.function, **arguments))
-        except BaseException as error:
-            return _Raised(error)
+            try:
+                arguments = handler.call_arguments(attempt.raw, attempt.context)
+            except InvalidInputError as error:
+                return attempt.failed("invalid", error)
+            value = await self._called(run, arguments)
+            try:
+                blob: bytes = value if handler.kind == "process" else handler.dump_result(value)
+            except InvalidInputError as error:
+                return attempt.failed("invalid", error)
+        except BaseException as error:  # a SystemExit that left its task would end the event loop
+            return self._raised(run, error)
+        if len(blob) > RESULT_BYTES_MAX:
+            too_large = PayloadTooLargeError(
+                f"the result of task {attempt.context.uses!r} has {len(blob):,} bytes, {RESULT_BYTES_MAX:,} are "
+                "allowed; store it elsewhere and return a reference"
+            )
+            return attempt.failed("invalid", too_large)
+        return attempt.completed(blob)
+
+    async def _called(self, run: _Run, arguments: dict[str, Any]) -> Any:
+        """
+        What the handler returns, or raises.
+        """
+        handler = run.attempt.handler
+        if handler.kind == "async":
+            self._begin(run)
+            return await self._surrounded(run, lambda: handler.function(**arguments))
+        run.after(PLACE_S, lambda: self._stop(run, "timeout"))
+        if handler.kind == "process":
+            async with self._children.places:
+                run.after(START_S, lambda: self._stop(run, "timeout"))
+                try:
+                    child = await self._children.take()
+                except ChildProcessError:  # it was started, and died
+                    raise
+                except OSError as error:
+                    raise _CannotStart(f"no process can be started ({error})") from error
+                async with child:
+                    self._begin(run)
+                    return await self._surrounded(run, lambda: child.call(handler, run.attempt.raw))
+        await self._threads.acquire()
+        return await self._in_thread(run, partial(handler.function, **arguments))
 
     def _begin(self, run: _Run) -> None:
         run.attempt.begin()
         run.after(run.attempt.timeout_s, lambda: self._stop(run, "timeout"))
         run.begun(run.attempt.context)
 
-    async def _in_thread(self, run: _Run, function: Callable[[], Any]) -> Any:
-        done: Future[Any] = Future()
-        variables = copy_context()
-        abandoned = False
-
-        def body() -> None:
+    async def _surrounded(self, run: _Run, call: Callable[[], Awaitable[Any]]) -> Any:
+        """
+        The call within the middleware, of which the first declared is outermost.
+        """
+        if not self.registry.middleware:
+            return await call()
+        async with AsyncExitStack() as stack:
             try:
-                done.set_result(variables.run(function))
+                for middleware in self.registry.middleware:
+                    await stack.enter_async_context(middleware(run.attempt.context))
+                return await call()
             except BaseException as error:
-                done.set_result(_Raised(error))
-            with suppress(RuntimeError):  # the loop is closed: the worker has gone, and nobody counts any more
-                run.loop.call_soon_threadsafe(returned)
+                failure = error
+                raise
+        # A middleware swallowed the exception. It may look at one, or raise another, but a failure stays a failure.
+        raise failure
 
-        def returned() -> None:
-            self._threads.release()
-            if abandoned:
-                self._freed()
+    async def _in_thread(self, run: _Run, function: Callable[[], Any]) -> Any:
+        """
+        Call a plain function. The caller holds a place among the threads, which is given up here.
+        """
+        thread: asyncio.Future[End] | None = None
 
-        await self._threads.acquire()
+        async def call() -> Any:
+            nonlocal thread
+            try:
+                thread = in_thread(function, f"task-{run.attempt.context.id}")
+            except RuntimeError as error:
+                raise _CannotStart(f"no thread can be started ({error})") from error
+            try:
+                end = await asyncio.shield(thread)
+            except asyncio.CancelledError:
+                if not thread.done():
+                    raise
+                end = thread.result()  # it ended in the moment in which it was cancelled, so its result counts
+            value = end.unwrap()
+            return await value if inspect.isawaitable(value) else value
+
         try:
             self._begin(run)
-            threading.Thread(target=body, name=f"task-{run.attempt.context.id}", daemon=True).start()
-        except BaseException:
+            return await self._surrounded(run, call)
+        finally:
+            if thread is None or thread.done():
+                self._threads.release()
+            else:
+                self._leave_thread(run, thread)
+
+    def _leave_thread(self, run: _Run, thread: asyncio.Future[End]) -> None:
+        """
+        Count a thread that goes on although its attempt is over, and let another take its place.
+        """
+        is_replaced = not self.is_exhausted
+        if is_replaced:
             self._threads.release()
-            raise
-        try:
-            return await asyncio.shield(asyncio.wrap_future(done))
-        except asyncio.CancelledError:
-            if done.done():
-                return done.result()
-            abandoned = True
-            self.abandoned += 1
-            raise
+
+        def returned(_: object) -> None:
+            if not is_replaced:
+                self._threads.release()
+            self._freed()
+
+        thread.add_done_callback(returned)
+        self._hangs(run, "its thread goes on")
 
     # ---- how it ends -------------------------------------------------------------------------------------------------
     def _stop(self, run: _Run, why: StopReason) -> None:
@@ -220,74 +298,107 @@ class Executor:
         Cancel an attempt; only once, since a second time would cut short what it does about the first.
         """
         context = run.attempt.context
-        if context.stopped is None and not run.is_over:
+        if context.stopped is None and not run.is_over and run.task is not None:
             context.stopped = why
             run.after(CLEANUP_S, lambda: self._abandon(run))
-            run.cancel()
+            run.task.cancel()
 
     def _abandon(self, run: _Run) -> None:
-        context = run.attempt.context
-        logger.error(
-            "Task {} goes on although it was cancelled ({}); it is left behind, and takes a slot until it ends",
-            context.id,
-            context.stopped,
-        )
-        self.abandoned += 1
-        self._settle(run)
-        run.cancel()
-
-        async def tell() -> None:
-            run.abandoned(await self._outcome(run, _Raised(asyncio.CancelledError())))
-
-        telling = run.loop.create_task(tell())
-        self._telling.add(telling)
-        telling.add_done_callback(self._telling.discard)
-
-    def _settle(self, run: _Run) -> None:
         """
-        From here on nothing more of the handler counts.
+        Tell the outcome of an attempt that goes on although it was cancelled.
+        """
+        self._hangs(run, "it ignores that it was cancelled")
+        assert run.task is not None
+        run.task.cancel()
+        self._settle(run, self._raised(run, asyncio.CancelledError()))
+
+    def _task_ended(self, run: _Run, task: asyncio.Task[Outcome]) -> None:
+        if run.is_over:
+            self._freed()
+        elif task.cancelled():  # before its first step
+            self._settle(run, self._raised(run, asyncio.CancelledError()))
+        elif error := task.exception():
+            logger.opt(exception=error).error("Task {} cannot be used", run.attempt.context.id)
+            self._settle(run, run.attempt.failed("error", error))
+        else:
+            self._settle(run, task.result())
+
+    def _settle(self, run: _Run, outcome: Outcome) -> None:
+        """
+        Tell the outcome. From here on nothing more of the handler counts.
         """
         run.is_over = True
-        run.after(None)
-        self._running.pop((run.attempt.context.role, run.attempt.context.fence), None)
+        run.clear_timer()
+        del self._running[run.key]
         self._settled.set()
+        run.ended(outcome)
+
+    def _hangs(self, run: _Run, what: str) -> None:
+        self.hung += 1
+        context = run.attempt.context
+        if context.stopped != "shutdown":
+            words = "Task {} ({}) hangs: its attempt is over ({}), but {}; {} of {} that may"
+            logger.error(words, context.id, context.uses, context.stopped, what, self.hung, self.hung_max)
+            if self.hung == self.hung_max:
+                logger.error("So much hangs that nothing takes its place any more; restart this worker")
 
     def _freed(self) -> None:
-        self.abandoned -= 1
+        self.hung -= 1
         self.on_freed()
 
-    async def _outcome(self, run: _Run, end: Any) -> Outcome:
+    def _raised(self, run: _Run, error: BaseException) -> Outcome:
+        """
+        The outcome of an attempt that ended with an exception.
+        """
         attempt, context = run.attempt, run.attempt.context
-        if isinstance(end, _Raised):
-            if context.stopped is None and isinstance(end.error, AttemptStoppedError):
-                context.stopped = "timeout"  # the handler saw it before the loop did
-            match context.stopped:
-                case None:
-                    return await self._told(attempt, end.error, attempt.raised(end.error))
-                case "timeout" if attempt.began is None:
-                    return Outcome("release", reason=BUSY)
-                case "timeout":
-                    return await self._told(attempt, *attempt.timed_out())
-                case why:
-                    return attempt.stopped(why)
-        try:
-            blob: bytes = end if attempt.handler.kind == "process" else attempt.handler.dump_result(end)
-        except InvalidInputError as error:
-            return attempt.failed("invalid", error)
-        except Exception as error:  # of a user's serializer
-            return await self._told(attempt, error, attempt.raised(error))
-        if len(blob) > RESULT_BYTES_MAX:
-            too_large = PayloadTooLargeError(
-                f"the result of task {context.uses!r} has {len(blob):,} bytes, {RESULT_BYTES_MAX:,} are allowed; "
-                "store it elsewhere and return a reference"
-            )
-            return attempt.failed("invalid", too_large)
-        return attempt.completed(blob)
+        if context.stopped is None and isinstance(error, AttemptStoppedError):
+            context.stopped = "timeout"  # the handler saw it before the loop did
+        match context.stopped:
+            case None if isinstance(error, _CannotStart):
+                logger.warning("Task {} cannot start now: {}", context.id, error)
+                return Outcome("release", reason=BUSY, delay_ms=RETRY_START_MS)
+            case None:
+                outcome = attempt.raised(error)
+            case "timeout" if attempt.began is None:
+                return Outcome("release", reason=BUSY)
+            case "timeout":
+                error, outcome = attempt.timed_out()
+            case why:
+                return attempt.stopped(why)
+        if self.registry.on_error:
+            hooks = asyncio.get_running_loop().create_task(self._tell(context, error))
+            self._hooks.add(hooks)
+            hooks.add_done_callback(self._hooks.discard)
+        return outcome
 
-    async def _told(self, attempt: Attempt, error: BaseException, outcome: Outcome) -> Outcome:
+    # ---- hooks -------------------------------------------------------------------------------------------------------
+    async def _tell(self, context: TaskContext, error: BaseException) -> None:
+        """
+        Call the `on_error` hooks, in a task of their own: the attempt does not wait for them.
+        """
         for hook in self.registry.on_error:
             try:
-                await awaited(hook(attempt.context, error))
-            except Exception:
-                logger.exception("on_error of task {} failed", attempt.context.id)
-        return outcome
+                async with asyncio.timeout(HOOK_S):
+                    if inspect.iscoroutinefunction(hook):
+                        await hook(context, error)
+                    elif self._hung_hooks < HUNG_HOOKS_MAX:
+                        await self._call_plain_hook(partial(hook, context, error))
+            except TimeoutError:
+                logger.error("on_error of task {} took longer than {:g} s and was left behind", context.id, HOOK_S)
+            except BaseException:  # also a SystemExit, which would end the event loop
+                logger.exception("on_error of task {} failed", context.id)
+
+    async def _call_plain_hook(self, hook: Callable[[], Any]) -> None:
+        thread = in_thread(hook, "on-error")
+        try:
+            value = (await asyncio.shield(thread)).unwrap()
+        except asyncio.CancelledError:
+            if not thread.done():
+                self._hung_hooks += 1
+                thread.add_done_callback(self._hook_returned)
+            raise
+        if inspect.isawaitable(value):
+            await value
+
+    def _hook_returned(self, _: object) -> None:
+        self._hung_hooks -= 1

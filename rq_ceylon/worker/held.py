@@ -34,6 +34,7 @@ class Held:
         since: monotonic time of the fetch.
         is_suspect: it runs, and its worker died under it before, more than once.
         later: its claim was put off.
+        name: which function its task names; empty until its claim is granted.
     """
 
     delivery: Delivery
@@ -41,6 +42,7 @@ class Held:
     stage: Stage = Stage.FETCHED
     is_suspect: bool = False
     later: bool = False
+    name: str = ""
 
 
 class Granted(NamedTuple):

@@ -94,6 +94,8 @@ class Lookout:
             tasks=tasks,
             progress=self._executor.reported(),
             low_marks=self._turns.low_marks(),
+            hung=self._executor.hung,
+            is_exhausted=self._executor.is_exhausted,
         )
 
     async def _listen_to_bells(self) -> None:

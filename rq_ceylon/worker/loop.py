@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Coroutine, Mapping, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 from loguru import logger
 
 from rq_ceylon.errors import CeylonError
-from rq_ceylon.handlers import Registry, awaited
+from rq_ceylon.handlers import DEFAULT_HANDLER, Registry, awaited
 from rq_ceylon.models import check_id, counted
 from rq_ceylon.presence import Presence, is_unroutable
 from rq_ceylon.settings import require_unix
@@ -22,7 +22,7 @@ from rq_ceylon.store.codec import decode, task_parts
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.keys import Keys
 from rq_ceylon.store.transitions import Committed
-from rq_ceylon.worker.executor import WAIT_S, Executor
+from rq_ceylon.worker.executor import PLACE_S, START_S, Executor
 from rq_ceylon.worker.held import Granted, Held, Stage
 from rq_ceylon.worker.lanes import Lanes
 from rq_ceylon.worker.leases import Leases
@@ -30,9 +30,16 @@ from rq_ceylon.worker.lookout import Lookout
 from rq_ceylon.worker.neighbours import Neighbours
 from rq_ceylon.worker.outcome import UNKNOWN, Assignment, Outcome, invalid
 from rq_ceylon.worker.turn import Turns
+from rq_ceylon.worker.wear import jittered, memory_in_use
 
 BURST_WAIT_S = 60.0
 """A burst worker waits for entries (retries, say) that are due within this time, and leaves later ones."""
+
+HUNG_EXIT_CODE = 7
+"""Of a worker that ended because too much hung."""
+
+WEIGH_S = 1.0
+"""How often a worker looks at its memory."""
 
 LAST_WORD_S = 2.0
 """After the grace a node has so long to answer; what it was not told by then is left to other workers."""
@@ -50,6 +57,12 @@ class Worker:
         lease_s: how long a silent worker keeps its tasks. The lease is the role's: a running role's is adopted.
         grace_s: how long running tasks may go on after `stop`.
         burst: end when there is nothing left to do.
+        max_tasks: drain and end after so many tasks, give or take 10 %; for child processes too.
+        max_memory: the same once this process, or a child process, takes so many bytes.
+        max_hung_threads: the same, with exit code 7, once more attempts than that hang.
+
+    Attributes:
+        exit_code: what the process should end with after `run`.
 
     Raises:
         InvalidInputError: a bad name or role; or this is Windows, where no worker runs.
@@ -68,6 +81,9 @@ class Worker:
         lease_s: float = 30.0,
         grace_s: float = 25.0,
         burst: bool = False,
+        max_tasks: int | None = None,
+        max_memory: int | None = None,
+        max_hung_threads: int | None = None,
     ) -> None:
         require_unix("a worker")
         self.url, self.registry, self.roles = url, registry, [check_id(role, "role") for role in dict.fromkeys(roles)]
@@ -87,12 +103,18 @@ class Worker:
             leases=self.leases,
             may_send=self.lanes.is_open,
         )
-        self.completed = 0
+        self.exit_code = 0
+        self._ended_tasks, self._weighed = 0, 0.0
+        self._max_tasks, self._max_memory, self._max_hung_threads = [
+            None if limit is None else jittered(limit) for limit in (max_tasks, max_memory, max_hung_threads)
+        ]
         self._stop = asyncio.Event()
         self._cold = asyncio.Event()
         self._wake = asyncio.Event()
         self._grace_is_over = False
-        self.executor = Executor(registry, threads=threads, on_freed=self._wake.set)
+        self.executor = Executor(
+            registry, threads=threads, max_tasks=max_tasks, max_memory=max_memory, on_freed=self._wake.set
+        )
         self.neighbours = Neighbours(url, self.keys)
         self.lookout = Lookout(
             url,
@@ -103,7 +125,13 @@ class Worker:
             neighbours=self.neighbours,
             on_bell=self._ring,
         )
-        self._running: dict[tuple[str, int], tuple[Held, asyncio.Task[None]]] = {}
+        self._running: dict[tuple[str, int], Held] = {}
+        self._background: set[asyncio.Task[None]] = set()
+
+    @property
+    def completed(self) -> int:
+        """How many tasks were counted as completed here."""
+        return self.turns.completed
 
     # ---- from outside ------------------------------------------------------------------------------------------------
     def stop(self) -> None:
@@ -194,7 +222,10 @@ class Worker:
         self._wake.set()
 
     def _free(self) -> int:
-        return max(0, self.slots - len(self._running) - self.executor.abandoned)
+        """
+        How many more tasks may run. What hangs takes no slot from others, up to a bound.
+        """
+        return max(0, self.slots - len(self._running) - max(0, self.executor.hung - self.executor.hung_max))
 
     def _is_over(self) -> bool:
         if self._running:
@@ -212,35 +243,85 @@ class Worker:
         granted, self.turns.granted = self.turns.granted, []
         for grant in granted:
             delivery = grant.held.delivery
-            runner = asyncio.create_task(self._run_one(grant))
-            self._running[delivery.role, delivery.fence] = (grant.held, runner)
+            self._running[delivery.role, delivery.fence] = grant.held
+            if grant.stop:
+                self._end(grant, Outcome("stopped"))
+            elif self.turns.stopping:
+                self._end(grant, Outcome("release"))
+            else:
+                self._start(grant)
         self._wake.set()
 
-    async def _run_one(self, grant: Granted) -> None:
-        delivery = grant.held.delivery
+    def _start(self, grant: Granted) -> None:
         try:
-            if grant.stop:
-                outcome = Outcome("stopped")
-            elif self.turns.stopping:
-                outcome = Outcome("release")
+            *_, text = task_parts(grant.claimed.task)
+            body: dict[str, Any] = {**_defaults(grant.defaults), **decode(text)}
+            grant.held.name = str(body.get("uses") or DEFAULT_HANDLER)
+            if body.get("needs"):
+                self._in_background(self._start_with_needs(grant, body), grant)
             else:
-                try:
-                    outcome = await self._execute(grant)
-                except CeylonError as error:
-                    # Before the handler began: nothing of it ran, so it is given back.
-                    logger.warning("{}/{} cannot start now: {}", delivery.gid, delivery.tid, error)
-                    outcome = Outcome("release", delay_ms=1000)
-                except Exception as error:  # else its task would be in progress for ever
-                    logger.exception("{}/{} cannot be used", delivery.gid, delivery.tid)
-                    outcome = invalid(error)
+                self._execute(grant, body, {})
+        except Exception as error:  # else its task would be in progress for ever
+            self._cannot_use(grant, error)
+
+    async def _start_with_needs(self, grant: Granted, body: Mapping[str, Any]) -> None:
+        found = await queries.results(self.connection, self.keys, grant.held.delivery.gid, body["needs"])
+        self._execute(grant, body, {tid: result.value for tid, result in found.items()})
+
+    def _execute(self, grant: Granted, body: Mapping[str, Any], needs: Mapping[str, Any]) -> None:
+        delivery = grant.held.delivery
+
+        def hold(until: float) -> None:
+            self.leases.hold(delivery.role, delivery.entry, until + self.grace_s)
+
+        if not self.turns.holds(grant.held):  # lost before there was anything to cancel
+            self._end(grant, Outcome("lost"))
+            return
+        hold(time.monotonic() + PLACE_S + START_S)
+        self.executor.start(
+            Assignment(self.name, delivery, grant.claimed, body, needs),
+            partial(self._ended, grant, body),
+            begun=lambda context: hold(context.deadline),
+        )
+
+    def _ended(self, grant: Granted, body: Mapping[str, Any], outcome: Outcome) -> None:
+        if outcome.reason == UNKNOWN:
+            self._in_background(self._end_unknown(grant, body, outcome), grant)
+        else:
             self._end(grant, outcome)
-        finally:
-            self._running.pop((delivery.role, delivery.fence), None)
-            self._wake.set()
+
+    async def _end_unknown(self, grant: Granted, body: Mapping[str, Any], outcome: Outcome) -> None:
+        if await is_unroutable(self.connection, self.keys, grant.held.delivery.role, body["uses"]):
+            outcome = Outcome("failed", reason="unroutable", blob=outcome.blob)
+        self._end(grant, outcome)
+
+    def _in_background(self, body: Coroutine[Any, Any, None], grant: Granted) -> None:
+        """
+        Go on with a granted task in a task of the worker's own, which runs none of the users' code.
+        """
+
+        async def guarded() -> None:
+            try:
+                await body
+            except CeylonError as error:  # nothing of it ran, so it is given back
+                logger.warning("{}/{} cannot start now: {}", delivery.gid, delivery.tid, error)
+                self._end(grant, Outcome("release", delay_ms=1000))
+            except Exception as error:
+                self._cannot_use(grant, error)
+
+        delivery = grant.held.delivery
+        task = asyncio.create_task(guarded())
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    def _cannot_use(self, grant: Granted, error: Exception) -> None:
+        delivery = grant.held.delivery
+        logger.opt(exception=error).error("{}/{} cannot be used", delivery.gid, delivery.tid)
+        self._end(grant, invalid(error))
 
     def _end(self, grant: Granted, outcome: Outcome) -> None:
         """
-        Note how an attempt ended, the first time: what becomes of one that was abandoned is of no interest any more.
+        Note how an attempt ended, the first time that this is told.
         """
         delivery = grant.held.delivery
         if self._running.pop((delivery.role, delivery.fence), None) is None:
@@ -249,33 +330,31 @@ class Worker:
         if outcome.kind == "lost":
             self.turns.forget(grant.held)
             return
-        self.completed += outcome.kind == "completed"
         self.turns.finish(grant.held, Committed(delivery.tid, delivery.fence, *outcome))
-        _log_end(delivery.gid, delivery.tid, grant.claimed.attempt, outcome)
+        _log_end(grant, outcome)
+        self._count_end()
 
-    async def _execute(self, grant: Granted) -> Outcome:
-        delivery, claimed = grant.held.delivery, grant.claimed
-        *_, text = task_parts(claimed.task)
-        body: dict[str, Any] = {**_defaults(grant.defaults), **decode(text)}
-        needs: dict[str, Any] = {}
-        if body.get("needs"):
-            found = await queries.results(self.connection, self.keys, delivery.gid, body["needs"])
-            needs = {tid: result.value for tid, result in found.items()}
-
-        def hold(until: float) -> None:
-            self.leases.hold(delivery.role, delivery.entry, until + self.grace_s)
-
-        if not self.turns.holds(grant.held):  # lost before there was anything to cancel
-            return Outcome("lost")
-        hold(time.monotonic() + WAIT_S)
-        outcome = await self.executor.run(
-            Assignment(self.name, delivery, claimed, body, needs),
-            begun=lambda context: hold(context.deadline),
-            abandoned=lambda outcome: self._end(grant, outcome),
-        )
-        if outcome.reason == UNKNOWN and await is_unroutable(self.connection, self.keys, delivery.role, body["uses"]):
-            return Outcome("failed", reason="unroutable", blob=outcome.blob)
-        return outcome
+    def _count_end(self) -> None:
+        """
+        Drain and end once this process has done enough: what watches over it starts a fresh one.
+        """
+        self._ended_tasks += 1
+        if self._stop.is_set():
+            return
+        if self._max_tasks is not None and self._ended_tasks >= self._max_tasks:
+            logger.info("Draining: {} ended here, as many as --max-tasks wants", counted(self._ended_tasks, "task"))
+            self.stop()
+        elif self._max_hung_threads is not None and self.executor.hung > self._max_hung_threads:
+            words = "Draining: {} hang, more than --max-hung-threads allows"
+            logger.error(words, counted(self.executor.hung, "attempt"))
+            self.exit_code = HUNG_EXIT_CODE
+            self.stop()
+        elif self._max_memory is not None and time.monotonic() >= self._weighed + WEIGH_S:
+            self._weighed = time.monotonic()
+            if (used := memory_in_use()) >= self._max_memory:
+                words = "Draining: this process takes {:.0f} MiB, which --max-memory does not allow"
+                logger.info(words, used / 2**20)
+                self.stop()
 
     def _lost(self, role: str, entry: str) -> None:
         """
@@ -294,7 +373,7 @@ class Worker:
         """
         Say in the records of what runs that this worker is stopping, so that losing it now counts no crash; then wait.
         """
-        for held, _ in self._running.values():
+        for held in self._running.values():
             delivery = held.delivery
             self.turns.finish(held, Committed(delivery.tid, delivery.fence, "stopping", "", 0, 0, b""))
         self._wake.set()
@@ -338,14 +417,28 @@ def _defaults(text: str) -> Mapping[str, Any]:
     return decode(text) if text else {}
 
 
-def _log_end(gid: str, tid: str, attempt: int, outcome: Outcome) -> None:
-    if outcome.kind == "completed":
-        logger.debug("{}/{} completed in {} ms", gid, tid, outcome.run_ms)
-    elif outcome.kind == "retry":
-        logger.warning(
-            "{}/{} failed in attempt {} ({}), next in {} ms", gid, tid, attempt, outcome.summary, outcome.delay_ms
-        )
-    elif outcome.kind == "failed":
-        logger.error("{}/{} failed ({}): {}", gid, tid, outcome.reason, outcome.summary)
-    else:
-        logger.info("{}/{} {} {}", gid, tid, outcome.kind, outcome.reason)
+def _log_end(grant: Granted, outcome: Outcome) -> None:
+    """
+    One line for each attempt that has ended, with its facts as fields too.
+    """
+    delivery, attempt = grant.held.delivery, grant.claimed.attempt
+    task, name, ms = f"{delivery.gid}/{delivery.tid}", grant.held.name, outcome.run_ms
+    record = logger.bind(function=name, task=task, attempt=attempt, outcome=outcome.kind, duration_ms=ms)
+    match outcome.kind:
+        case "completed":
+            record.info("{} {} completed in {} ms, attempt {}", name, task, ms, attempt)
+        case "retry":
+            words = "{} {} failed after {} ms, attempt {} ({}): {}; next in {} ms"
+            record = record.bind(reason=outcome.reason, error=outcome.error)
+            record.warning(words, name, task, ms, attempt, outcome.reason, outcome.summary, outcome.delay_ms)
+        case "failed":
+            error = outcome.error
+            record = record.bind(reason=outcome.reason, error=error)
+            words = "{} {} failed for good after {} ms, attempt {} ({}): {}{}"
+            trace = "\n" + error["traceback"].rstrip() if error.get("traceback") else ""
+            record.error(words, name, task, ms, attempt, outcome.reason, outcome.summary, trace)
+        case "stopped":
+            record.info("{} {} was cancelled after {} ms, attempt {}", name, task, ms, attempt)
+        case _:
+            reason = f" ({outcome.reason})" if outcome.reason else ""
+            record.info("{} {} is given back{}, attempt {}", name, task, reason, attempt)

@@ -63,14 +63,18 @@ class Outcome(NamedTuple):
     blob: bytes = b""
 
     @property
-    def summary(self) -> str:
-        """
-        The error in one line.
-        """
+    def error(self) -> dict[str, str]:
+        """What went wrong, as in `blob`; empty if nothing did."""
         if not self.blob or self.kind == "completed":
-            return ""
-        error = from_json(self.blob)
-        return f"{error['type']}: {error['message']}"
+            return {}
+        error: dict[str, str] = from_json(self.blob)
+        return error
+
+    @property
+    def summary(self) -> str:
+        """The error without its traceback."""
+        error = self.error
+        return f"{error['type']}: {error['message']}" if error else ""
 
 
 def unknown(releases: int, error: BaseException) -> Outcome:

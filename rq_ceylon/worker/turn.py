@@ -42,6 +42,9 @@ class Turns:
         slots: how many tasks may run at once.
         lease_ms: the lease to ask for.
         may_send: whether calls on a key may be sent now; no turn has any on others.
+
+    Attributes:
+        completed: tasks whose result was counted here.
     """
 
     def __init__(
@@ -59,7 +62,7 @@ class Turns:
         self._lease_ms, self._may_send = dict.fromkeys(self.roles, lease_ms), may_send
         self.held: dict[tuple[str, str], Held] = {}
         self.granted: list[Granted] = []
-        self.stopping = False
+        self.stopping, self.completed = False, 0
         self._outcomes: dict[str, list[tuple[Held, Committed]]] = collections.defaultdict(list)
         self._acks: dict[str, list[Ack]] = {role: [] for role in self.roles}
         self._page_acks: dict[str, list[PageAck]] = collections.defaultdict(list)
@@ -310,6 +313,7 @@ class Turns:
             if verdict == "STALE":
                 self.forget(held)
             elif outcome.kind != "stopping":
+                self.completed += verdict == "OK" and outcome.kind == "completed"
                 self._acknowledge(held, outcome.kind if verdict == "OK" else "stale", outcome.run_ms)
         self._take(answer.pages)
         if answer.more or "DONE" in answer.verdicts:
