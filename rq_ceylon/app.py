@@ -19,7 +19,7 @@ from rq_ceylon.attempt import Backoff, TaskContext
 from rq_ceylon.client import Client, SyncClient, SyncTaskHandle, TaskHandle
 from rq_ceylon.client.sync import OF_PARENTS
 from rq_ceylon.errors import InvalidInputError
-from rq_ceylon.handlers import GoalCheck, Handler, Middleware, Registry
+from rq_ceylon.handlers import GoalCheck, Handler, Lifespan, Middleware, Registry
 from rq_ceylon.models import Duration, Task, check_id
 from rq_ceylon.settings import Settings, resolve
 
@@ -163,6 +163,27 @@ class Ceylon:
         self.registry.on_error.append(hook)
         return hook
 
+    def lifespan(self, function: Callable[[], AsyncIterator[Any]] | Lifespan, /) -> Lifespan:
+        """
+        Set up what the tasks of a process share, and take it down after the last one: an async generator function that
+        yields once, or a callable that gives an async context manager. What it yields is `context.state`.
+
+            @app.lifespan
+            async def pool():
+                async with connect(...) as pool:
+                    yield pool
+
+        It runs once in every worker process, and in each child process of `cpu=True` tasks.
+
+        Raises:
+            InvalidInputError: the application has one.
+        """
+        if self.registry.lifespan is not None:
+            raise InvalidInputError("lifespan: the application has one; put both into one function")
+        made = asynccontextmanager(function) if inspect.isasyncgenfunction(function) else function
+        self.registry.lifespan = cast(Lifespan, made)
+        return self.registry.lifespan
+
     @overload
     def middleware(self, function: Callable[[TaskContext], AsyncIterator[None]], /) -> Middleware: ...
     @overload
@@ -270,6 +291,11 @@ class AppTask(Generic[P, R, C]):
         self._app, self.handler, self._options = app, handler, options
         self.function = handler.function
         update_wrapper(cast(Any, self), handler.function)
+
+    @property
+    def registry(self) -> Registry:
+        """What its application registers."""
+        return self._app.registry
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> C:
         """

@@ -8,7 +8,7 @@ import math
 import random
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from loguru import logger
@@ -94,6 +94,7 @@ class TaskContext:
         fence: grows with every delivery of a task, so an external store can refuse whoever shows an older one.
         duration: expected run time in seconds, 0 if the task gave none.
         needs: results of the tasks that this one needed, by their ids.
+        state: what the application's lifespan yielded in this process; None without one.
         deadline: when this attempt times out, as `time.monotonic()` tells it.
         reported: what `progress` last said: the fraction, if any, and the message.
         stopped: why the attempt is over although its handler still runs; set by the worker.
@@ -111,6 +112,7 @@ class TaskContext:
     duration: float = 0.0
     metadata: Mapping[str, Any] = field(default_factory=dict)
     needs: Mapping[str, Any] = field(default_factory=dict)
+    state: Any = None
     deadline: float = math.inf
     reported: tuple[float | None, str] = field(init=False, default=(None, ""))
     stopped: StopReason | None = field(init=False, default=None)
@@ -151,6 +153,13 @@ class TaskContext:
         """
         if self.is_cancelled:
             raise AttemptStoppedError(f"task {self.id}: this attempt is over ({self.stopped or 'timeout'})")
+
+
+def facts_of(context: TaskContext) -> dict[str, Any]:
+    """
+    What a context is made of, as JSON values, so that another process can make it too; without its state.
+    """
+    return {one.name: getattr(context, one.name) for one in fields(context) if one.init and one.name != "state"}
 
 
 def check_max_attempts(value: object, name: str) -> int:

@@ -24,6 +24,7 @@ from rq_ceylon.values import BadValueError, JsonType
 P = ParamSpec("P")
 R = TypeVar("R")
 
+Lifespan = Callable[[], AbstractAsyncContextManager[Any]]
 Middleware = Callable[[TaskContext], AbstractAsyncContextManager[Any]]
 GoalCheck = Callable[[GroupView], bool | Awaitable[bool | None] | None]
 
@@ -71,7 +72,7 @@ class Handler(Generic[P, R]):
         self._signature = _signature(name, function)
         self._check_rules()
         if self.kind == "process":
-            _check_process(name, function, self._signature)
+            _check_process(name, function)
 
     def __repr__(self) -> str:
         return f"<Handler {self.name}: {_described(self.function)}>"
@@ -211,6 +212,8 @@ class Registry:
         on_start, on_stop: called once per worker process, without arguments; may be async.
         on_error: called with the context and the exception after an attempt failed; may be async.
         middleware: called with the context for an async context manager around each attempt; the first is outermost.
+        lifespan: called without arguments for an async context manager around the life of each process that runs
+            handlers; what it yields is `context.state`.
         goal_checks: callables for goals, by name: True achieved, else not yet (at the end: failed); may be async.
     """
 
@@ -219,6 +222,7 @@ class Registry:
         self.on_stop: list[Callable[[], Any]] = []
         self.on_error: list[Callable[[TaskContext, BaseException], Any]] = []
         self.middleware: list[Middleware] = []
+        self.lifespan: Lifespan | None = None
         self.goal_checks: dict[str, GoalCheck] = {}
         self._handlers: dict[str, Handler[..., Any]] = dict(_BUILTINS)
 
@@ -331,16 +335,10 @@ def _signature(name: str, function: Callable[..., Any]) -> inspect.Signature:
     return signature
 
 
-def _check_process(name: str, function: Callable[..., Any], signature: inspect.Signature) -> None:
+def _check_process(name: str, function: Callable[..., Any]) -> None:
     """
-    A child process imports the function by its name, so it must have one; and nothing else reaches the child.
+    A child process imports the function by its name, so it must have one.
     """
-    hints = _hints(function)
-    context = next((one for one in signature.parameters if _is_context(hints.get(one))), None)
-    if context is not None:
-        raise InvalidInputError(
-            f"task {name!r}: parameter {context!r}: a process has no TaskContext; leave it out, or leave out cpu=True"
-        )
     module, qualname = getattr(function, "__module__", None), getattr(function, "__qualname__", "<")
     is_interactive = module == "__main__" and not hasattr(sys.modules["__main__"], "__file__")
     if not inspect.isroutine(function) or inspect.ismethod(function) or "<" in qualname or is_interactive:

@@ -7,9 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
-from rq_ceylon.attempt import FailTask, RetryTask
+from rq_ceylon.app import Ceylon
+from rq_ceylon.attempt import FailTask, RetryTask, TaskContext
 
 
 def square(number: int) -> int:
@@ -95,3 +98,18 @@ class HopelessError(FailTask):
 
 def hopeless() -> None:
     raise HopelessError("no use")
+
+
+app = Ceylon("redis://127.0.0.1:1")
+
+
+@app.lifespan
+async def life() -> AsyncIterator[str]:
+    yield "lived"
+
+
+@app.task(name="inspect", cpu=True)
+def inspect_context(context: TaskContext) -> dict[str, Any]:
+    context.progress(0.5, "half")
+    facts = {"id": context.id, "attempt": context.attempt, "metadata": dict(context.metadata)}
+    return {**facts, "state": context.state}

@@ -19,29 +19,16 @@ import pytest
 from commands import ROOT, eventually, is_alive
 from pydantic import BeforeValidator
 from pydantic_core import from_json
+from runs import Body, Runs, assigned, error_of
 
 from rq_ceylon.attempt import Backoff, FailTask, RetryTask, StopReason, TaskContext
 from rq_ceylon.handlers import Handler, Registry
-from rq_ceylon.store.transitions import Claimed, Delivery
 from rq_ceylon.worker.children import Children
-from rq_ceylon.worker.executor import Executor
-from rq_ceylon.worker.outcome import BUSY, UNKNOWN, Assignment, Outcome
+from rq_ceylon.worker.outcome import BUSY, UNKNOWN, Outcome
 
 pytestmark = pytest.mark.anyio
 
-Body = dict[str, Any]
-
 STEADY = Backoff(first="1s", factor=2, jitter=False)
-
-
-class Runs(Executor):
-    """An executor whose attempts can be awaited."""
-
-    async def run(self, assignment: Assignment, *, begun: Callable[[TaskContext], None] = lambda _: None) -> Outcome:
-        told = asyncio.get_running_loop().create_future()
-        self.start(assignment, told.set_result, begun=begun)
-        outcome: Outcome = await told
-        return outcome
 
 
 MADE: list[Runs] = []
@@ -69,17 +56,6 @@ def executor_of(function: Callable[..., Any], **options: Any) -> Runs:
     executor = Runs(registry, **own)
     MADE.append(executor)
     return executor
-
-
-def assigned(*, attempt: int = 1, releases: int = 0, role: str = "r", fence: int = 7, **body: Any) -> Assignment:
-    delivery = Delivery(role, "2:1-0", "g", "t", "1", "2:1-0", fence)
-    return Assignment("w", delivery, Claimed("GRANTED", attempt, 0, releases), {"uses": "job", **body}, {})
-
-
-def error_of(outcome: Outcome) -> dict[str, str]:
-    error: dict[str, str] = from_json(outcome.blob)
-    assert set(error) == {"type", "message", "traceback"}
-    return error
 
 
 # ---- ends ------------------------------------------------------------------------------------------------------------

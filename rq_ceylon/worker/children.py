@@ -17,16 +17,17 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, Self
 
 from pydantic_core import from_json, to_json
 
-from rq_ceylon.attempt import RetryTask, type_names
+from rq_ceylon.attempt import RetryTask, TaskContext, facts_of, type_names
 from rq_ceylon.errors import InvalidInputError
-from rq_ceylon.handlers import Handler
+from rq_ceylon.handlers import Handler, Registry
+from rq_ceylon.worker.lifetime import lifetime
 from rq_ceylon.worker.outcome import RemoteError, error_of
 from rq_ceylon.worker.wear import jittered, memory_in_use
 
@@ -35,7 +36,9 @@ _BOOT = (
     "from rq_ceylon.worker.children import serve; serve(*rest)"
 )
 _LINE_BYTES_MAX = 2**31
-_VALUE, _ERROR, _INVALID = b"v", b"e", b"i"
+# A child's lines: `p [fraction, message]` while a task runs; then its bytes of memory and how the task ended:
+# `v memory result`, `e memory error`, or `i memory error` where the function did its work, but its result is none.
+_PROGRESS, _VALUE, _ERROR, _INVALID = b"p", b"v", b"e", b"i"
 
 
 # ---- in the worker ---------------------------------------------------------------------------------------------------
@@ -156,9 +159,9 @@ class Child:
         else:
             self.kill()  # it may be in the middle of the task
 
-    async def call(self, handler: Handler[..., Any], raw: Mapping[str, Any]) -> bytes:
+    async def call(self, handler: Handler[..., Any], raw: Mapping[str, Any], context: TaskContext) -> bytes:
         """
-        Run a handler in this process.
+        Run a handler in this process. What it says of its progress is put into `context`.
 
         Returns:
             The result as JSON.
@@ -168,9 +171,13 @@ class Child:
             ChildProcessError: the process died.
         """
         function = handler.function
-        self._writer.write(to_json([handler.name, function.__module__, function.__qualname__, *_main(), raw]) + b"\n")
-        reply = await self.read()
-        memory, kind, content = reply.split(b" ", 2)
+        named = handler.name, function.__module__, function.__qualname__
+        self._writer.write(to_json([*named, *_main(), raw, facts_of(context)]) + b"\n")
+        kind, _, content = (await self.read()).partition(b" ")
+        while kind == _PROGRESS:
+            context.progress(*from_json(content))
+            kind, _, content = (await self.read()).partition(b" ")
+        memory, _, content = content.partition(b" ")
         self._count(int(memory))
         if kind == _VALUE:
             return content
@@ -244,15 +251,16 @@ def _main() -> tuple[str | None, str | None]:
 # ---- in the child ----------------------------------------------------------------------------------------------------
 def serve(descriptor: int, parent: int) -> None:
     """
-    Answer calls until the worker is gone.
+    Answer calls until the worker is gone, or hangs up.
     """
     _end_with(parent)
     with socket.socket(fileno=descriptor) as connection, connection.makefile("rb") as requests:
         connection.set_inheritable(False)
         connection.sendall(b"\n")
-        for request in requests:
-            reply = _run(*from_json(request))
-            connection.sendall(b"%d %s\n" % (memory_in_use(), reply))
+        with _Applications() as applications:
+            for request in requests:
+                kind, content = _run(applications, connection, *from_json(request))
+                connection.sendall(b"%s %d %s\n" % (kind, memory_in_use(), content))
 
 
 def _end_with(parent: int) -> None:
@@ -267,16 +275,69 @@ def _end_with(parent: int) -> None:
         sys.exit(1)
 
 
-def _run(name: str, module: str, qualname: str, main: str | None, path: str | None, raw: dict[str, Any]) -> bytes:
+class _ChildContext(TaskContext):
+    """
+    The context of an attempt, in a child process.
+    """
+
+    connection: socket.socket
+
+    def progress(self, fraction: float | None = None, message: str = "") -> None:
+        super().progress(fraction, message)
+        self.connection.sendall(b"%s %s\n" % (_PROGRESS, to_json(self.reported)))
+
+
+class _Applications:
+    """
+    The applications whose functions ran here: each is started once, and stopped in the end. Their hooks are async: a
+    loop runs them, and stands still while a function runs.
+    """
+
+    def __init__(self) -> None:
+        self._runner = asyncio.Runner()
+        self._running = AsyncExitStack()
+        self._states: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._runner.run(self._running.aclose())
+        self._runner.close()
+
+    def state(self, registry: Registry | None) -> Any:
+        """
+        What the lifespan of an application gave; started now, unless it runs already.
+        """
+        if registry is None:
+            return None
+        if id(registry) not in self._states:
+            self._states[id(registry)] = self._runner.run(self._running.enter_async_context(lifetime(registry)))
+        return self._states[id(registry)]
+
+
+def _run(
+    applications: _Applications,
+    connection: socket.socket,
+    name: str,
+    module: str,
+    qualname: str,
+    main: str | None,
+    path: str | None,
+    raw: dict[str, Any],
+    facts: dict[str, Any],
+) -> tuple[bytes, bytes]:
     try:
-        handler = _handler(name, module, qualname, main, path)
-        value = handler.function(**handler.call_arguments(raw, None))
+        handler, registry = _handler(name, module, qualname, main, path)
+        context = _ChildContext(**facts, state=applications.state(registry))
+        context.connection = connection
+        value = handler.function(**handler.call_arguments(raw, context))
         try:
-            return _VALUE + b" " + handler.dump_result(value)
+            return _VALUE, handler.dump_result(value)
         except InvalidInputError as error:
-            return _INVALID + b" " + _told(error)
+            return _INVALID, _told(error)
     except BaseException as error:
-        return _ERROR + b" " + _told(error)
+        return _ERROR, _told(error)
 
 
 def _told(error: BaseException) -> bytes:
@@ -285,13 +346,18 @@ def _told(error: BaseException) -> bytes:
 
 
 @cache
-def _handler(name: str, module: str, qualname: str, main: str | None, path: str | None) -> Handler[..., Any]:
+def _handler(
+    name: str, module: str, qualname: str, main: str | None, path: str | None
+) -> tuple[Handler[..., Any], Registry | None]:
+    """
+    The function of this name, and what its application registers besides.
+    """
     if module == "__main__":
         _load_main(main, path)
     found: Any = importlib.import_module(module)
     for part in qualname.split("."):
         found = getattr(found, part)
-    return Handler(name, getattr(found, "function", found))
+    return Handler(name, getattr(found, "function", found)), getattr(found, "registry", None)
 
 
 @cache

@@ -96,6 +96,10 @@ class Executor:
             as there are processors. Waiting is not part of the attempt: its time begins with its handler.
         max_tasks, max_memory: a child process that has run so many tasks, or takes so many bytes, is replaced.
         on_freed: called when something that hung has ended.
+
+    Attributes:
+        hung: how many attempts are over whose code goes on.
+        state: what the application's lifespan gave.
     """
 
     def __init__(
@@ -109,6 +113,7 @@ class Executor:
     ) -> None:
         self.registry, self.on_freed = registry, on_freed
         self.hung, self.hung_max = 0, threads
+        self.state: Any = None
         self._threads = asyncio.Semaphore(threads)
         self._children = Children(max_tasks=max_tasks, max_memory=max_memory)
         self._running: dict[tuple[str, int], _Run] = {}
@@ -132,7 +137,7 @@ class Executor:
             begun: called when the handler is about to be called, from when on `deadline` of its context is known.
         """
         try:
-            attempt = Attempt(self.registry, assignment)
+            attempt = Attempt(self.registry, assignment, self.state)
         except UnknownTaskError as error:
             outcome, delivery = unknown(assignment.claimed.releases, error), assignment.delivery
             words = "Task {}/{} is given back for {:g} s: {}"
@@ -204,7 +209,7 @@ class Executor:
         """
         What the handler returns, or raises.
         """
-        handler = run.attempt.handler
+        attempt, handler = run.attempt, run.attempt.handler
         if handler.kind == "async":
             self._begin(run)
             return await self._surrounded(run, lambda: handler.function(**arguments))
@@ -220,7 +225,7 @@ class Executor:
                     raise _CannotStart(f"no process can be started ({error})") from error
                 async with child:
                     self._begin(run)
-                    return await self._surrounded(run, lambda: child.call(handler, run.attempt.raw))
+                    return await self._surrounded(run, lambda: child.call(handler, attempt.raw, attempt.context))
         await self._threads.acquire()
         return await self._in_thread(run, partial(handler.function, **arguments))
 

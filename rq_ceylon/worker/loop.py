@@ -7,13 +7,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Coroutine, Mapping, Sequence
+from contextlib import AsyncExitStack
 from functools import lru_cache, partial
 from typing import Any
 
 from loguru import logger
 
 from rq_ceylon.errors import CeylonError
-from rq_ceylon.handlers import DEFAULT_HANDLER, Registry, awaited
+from rq_ceylon.handlers import DEFAULT_HANDLER, Registry
 from rq_ceylon.models import check_id, counted
 from rq_ceylon.presence import Presence, is_unroutable
 from rq_ceylon.settings import require_unix
@@ -26,6 +27,7 @@ from rq_ceylon.worker.executor import PLACE_S, START_S, Executor
 from rq_ceylon.worker.held import Granted, Held, Stage
 from rq_ceylon.worker.lanes import Lanes
 from rq_ceylon.worker.leases import Leases
+from rq_ceylon.worker.lifetime import lifetime
 from rq_ceylon.worker.lookout import Lookout
 from rq_ceylon.worker.neighbours import Neighbours
 from rq_ceylon.worker.outcome import UNKNOWN, Assignment, Outcome, invalid
@@ -155,11 +157,10 @@ class Worker:
         Raises:
             RedisError: Redis is not reachable at the start, or not fit for this.
         """
-        loop = asyncio.get_running_loop()
+        loop, application = asyncio.get_running_loop(), AsyncExitStack()
         try:
             await self.connection.check()
-            for hook in self.registry.on_start:
-                await awaited(hook())
+            self.executor.state = await application.enter_async_context(lifetime(self.registry))
             await self.connection.run([*self.lookout.heartbeat(), *self.presence.advertise()])
             self.leases.start(lambda role, entry: loop.call_soon_threadsafe(self._lost, role, entry))
             self.neighbours.enter(self.name, self.roles)
@@ -177,8 +178,7 @@ class Worker:
             self.leases.stop()
             self.neighbours.leave(with_farewell=False)
             await self.executor.close()
-            for hook in self.registry.on_stop:
-                await awaited(hook())
+            await application.aclose()
             await self.connection.close()
 
     # ---- turns -------------------------------------------------------------------------------------------------------

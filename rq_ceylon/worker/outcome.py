@@ -123,7 +123,7 @@ class Attempt:
         InvalidInputError: the task's body, which any client may have written, cannot be used.
     """
 
-    def __init__(self, registry: Registry, assignment: Assignment) -> None:
+    def __init__(self, registry: Registry, assignment: Assignment, state: Any = None) -> None:
         worker, delivery, claimed, body, needs = assignment
         uses = body.get("uses") or DEFAULT_HANDLER
         if not isinstance(uses, str):
@@ -148,6 +148,7 @@ class Attempt:
             duration=seconds(body.get("duration") or 0, f"task {uses!r}: duration"),
             metadata=_object(body, uses, "metadata"),
             needs=needs,
+            state=state,
         )
         self.raw = _object(body, uses, "arguments")
         self.began: float | None = None

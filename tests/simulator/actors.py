@@ -156,7 +156,7 @@ class WorkerActor(Actor):
 
     def _shut_down(self) -> None:
         self.process.turns.stopping = True
-        for held, _ in self.process._running.values():
+        for held in self.process._running.values():
             delivery = held.delivery
             self.process.turns.finish(held, Committed(delivery.tid, delivery.fence, "stopping", "", 0, 0, b""))
 
@@ -169,7 +169,7 @@ class WorkerActor(Actor):
         lease_ms = self.simulation.lease_ms
         ms = {"slow": lease_ms * 0.6, "long": lease_ms * 2.5}.get(kind, 4) * self.random.random()
         self.jobs[delivery.role, delivery.fence] = (grant, self.simulation.now_ms() + ms, kind)
-        self.process._running[delivery.role, delivery.fence] = (grant.held, None)  # type: ignore[assignment]
+        self.process._running[delivery.role, delivery.fence] = grant.held
         limit_s = lease_ms * 5 / 1000
         self.process.leases.hold(delivery.role, delivery.entry, self.simulation.now_ms() / 1000 + limit_s)
 
