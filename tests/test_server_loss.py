@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import redis
@@ -56,12 +56,18 @@ async def work(context: TaskContext, payload: str = "") -> str:
     return "done"
 """
 
-LONG = os.environ.get("CEYLON_LONG") == "1"
-"""Whether to run the whole distance, which takes minutes."""
-
-TASKS, KILLS = (20_000, 10) if LONG else (2_000, 3)
 GROUP, AHEAD = 50, 400
-LIMIT_S = 600 if LONG else 90
+
+
+class Distance(NamedTuple):
+    """How many tasks run while the server is killed so often, and how long that may take."""
+
+    tasks: int
+    kills: int
+    limit_s: float
+
+
+SHORT, WHOLE = Distance(2_000, 3, 90), Distance(20_000, 10, 600)
 
 
 @pytest.fixture
@@ -230,8 +236,10 @@ class Outage:
         lost: submissions that were accepted, and forgotten.
     """
 
-    def __init__(self, fleet: Fleet, folder: Path, namespace: str, fsync: str, *, cut: bool) -> None:
-        self.fleet, self.keys, self.cut = fleet, Keys(namespace), cut
+    def __init__(self, fleet: Fleet, folder: Path, namespace: str, distance: Distance, fsync: str) -> None:
+        self.fleet, self.keys, self.distance = fleet, Keys(namespace), distance
+        # With `everysec` what was not confirmed is lost and comes back only as maintenance finds out.
+        self.cut = fsync == "everysec"
         self.lines = ["appendonly yes", f"appendfsync {fsync}", "auto-aof-rewrite-percentage 0"]
         self.server = fleet.start(*self.lines)
         self.commands = Commands(self.server.url, folder)
@@ -309,15 +317,15 @@ async def outlast(outage: Outage, namespace: str) -> list[float]:
     Run all tasks with all kills; returns the seconds from each restart until a hundred more tasks were counted.
     """
     times: list[float] = []
-    commands = outage.commands
+    commands, (tasks, kills, limit_s) = outage.commands, outage.distance
     for _ in range(2):
         commands.start("worker", "jobs:app", "--namespace", namespace, "-c", "20", "--lease", "2s")
     commands.start("monitor", "--namespace", namespace)
 
     async def kill_all() -> None:
-        for number in range(1, KILLS + 1):
+        for number in range(1, kills + 1):
             # Not between a confirmation and its note: that would cut off what was confirmed.
-            while outage.ran() < number * TASKS // (KILLS + 1) or outage.confirming:  # noqa: ASYNC110
+            while outage.ran() < number * tasks // (kills + 1) or outage.confirming:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
             outage.kill_and_restart()
             began, first, now, total = time.monotonic(), -1, -1, 0
@@ -327,17 +335,17 @@ async def outlast(outage: Outage, namespace: str) -> list[float]:
                 await asyncio.sleep(0.02)
             times.append(time.monotonic() - began)
 
-    async with asyncio.timeout(LIMIT_S), Client(outage.server.url, namespace=namespace) as client:
+    async with asyncio.timeout(limit_s), Client(outage.server.url, namespace=namespace) as client:
         async with asyncio.TaskGroup() as together:
             together.create_task(kill_all())
-            for number in range(TASKS // GROUP):
+            for number in range(tasks // GROUP):
                 while number * GROUP - outage.ran() >= AHEAD:  # noqa: ASYNC110
                     await asyncio.sleep(0.02)
                 together.create_task(outage.see_through(client, number))
         # Some that have ended may be forgotten with the last kill; they run again.
-        for number in range(TASKS // GROUP):
+        for number in range(tasks // GROUP):
             await outage.see_through(client, number)
-        assert len(await client.groups()) == len(outage.accepted) == TASKS // GROUP
+        assert len(await client.groups()) == len(outage.accepted) == tasks // GROUP
     assert all(process.poll() is None for process in commands.started), "workers and monitor have lived through it"
     return times
 
@@ -347,11 +355,11 @@ def check(outage: Outage, namespace: str) -> None:
     Every task of every accepted group ended once, and every goal was settled once.
     """
     raw: Any = redis.Redis(port=outage.server.port, decode_responses=True)
-    keys = outage.keys
+    keys, tasks = outage.keys, outage.distance.tasks
     await_nothing_left(raw, keys)
     audited = outage.commands.run("ceylon", "audit", "--namespace", namespace)
     assert audited.returncode == 0, audited.stdout
-    assert f"{TASKS:,} tasks: drift 0" in audited.stdout or f"{TASKS} tasks: drift 0" in audited.stdout
+    assert f"{tasks:,} tasks: drift 0" in audited.stdout or f"{tasks} tasks: drift 0" in audited.stdout
     tids = [str(number) for number in range(1, GROUP + 1)]
     for gid in outage.accepted:
         assert raw.hget(keys.group_part(gid, "meta"), "status") == "finished"
@@ -365,11 +373,16 @@ def check(outage: Outage, namespace: str) -> None:
     raw.close()
 
 
-@pytest.mark.timeout(LIMIT_S + 60)
+LONG = [pytest.mark.long, pytest.mark.timeout(WHOLE.limit_s + 60)]
+
+
 @pytest.mark.parametrize(
-    ("engine", "fsync"),
-    # With `everysec` what was not confirmed is lost and comes back only as maintenance finds out.
-    [(engine, "always") for engine in ENGINES] + [(ENGINES[0], "everysec")] * LONG,
+    ("engine", "fsync", "distance"),
+    [
+        *(pytest.param(engine, "always", SHORT, id=f"{engine}-short") for engine in ENGINES),
+        *(pytest.param(engine, "always", WHOLE, id=f"{engine}-whole", marks=LONG) for engine in ENGINES),
+        pytest.param(ENGINES[0], "everysec", WHOLE, id=f"{ENGINES[0]}-cut", marks=LONG),
+    ],
     indirect=["engine"],
 )
 @pytest.mark.anyio
@@ -379,11 +392,12 @@ async def test_nothing_accepted_is_lost_and_goals_settle_once_when_the_server_is
     short_tmp_path: Path,
     namespace: str,
     fsync: str,
+    distance: Distance,
     record_property: Callable[[str, object], None],
 ) -> None:
     (short_tmp_path / "jobs.py").write_text(JOBS)
     with fleet_of(binary, short_tmp_path) as fleet:
-        outage = Outage(fleet, short_tmp_path, namespace, fsync, cut=fsync == "everysec")
+        outage = Outage(fleet, short_tmp_path, namespace, distance, fsync)
         try:
             times = await outlast(outage, namespace)
             check(outage, namespace)
@@ -394,7 +408,8 @@ async def test_nothing_accepted_is_lost_and_goals_settle_once_when_the_server_is
             print(outage.server.log.read_text()[-3000:])
     record_property(
         "figures",
-        f"{engine}, appendfsync {fsync}: {TASKS:,} tasks, {KILLS} kills; 100 more counted after a restart: median "
-        f"{statistics.median(times):.2f} s, longest {max(times):.2f} s; {outage.bytes_lost:,} bytes and {outage.lost} "
-        f"submissions lost, {outage.ran() - TASKS} tasks ran again",
+        f"{engine}, appendfsync {fsync}: {distance.tasks:,} tasks, {distance.kills} kills; "
+        f"100 more counted after a restart: median {statistics.median(times):.2f} s, longest {max(times):.2f} s; "
+        f"{outage.bytes_lost:,} bytes and {outage.lost} submissions lost, "
+        f"{outage.ran() - distance.tasks} tasks ran again",
     )
