@@ -24,6 +24,7 @@ from fcntl import ioctl
 from pathlib import Path
 from typing import Any
 
+import forked
 from click.testing import CliRunner, Result
 
 from rq_ceylon import cli
@@ -88,7 +89,9 @@ class Commands:
         """
         Run a command to its end.
         """
-        return self.python("-m", "rq_ceylon.cli", name, *arguments, stdin=stdin, environ=environ, limit_s=limit_s)
+        own = self.environ(environ)
+        words = [name, *arguments]
+        return forked.run("rq_ceylon.cli", words, folder=self.folder, environ=own, stdin=stdin, limit_s=limit_s)
 
     def python(
         self, *words: str, stdin: str = "", environ: Mapping[str, str] | None = None, limit_s: float = 60
