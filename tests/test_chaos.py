@@ -42,6 +42,7 @@ def pids(url: str) -> set[int]:
         return {worker.pid for worker in client.workers()}
 
 
+@pytest.mark.long
 def test_workers_are_killed_and_replaced_and_every_task_counts_once(commands: Commands) -> None:
     demo, url = chaos(commands, "6s")
     seen: set[int] = set()
@@ -114,6 +115,7 @@ def test_however_it_ends_nothing_is_left(number: signal.Signals, code: int, comm
     assert ("Stopped; all that this demo started has ended." in said) == (number == signal.SIGINT)
 
 
+@pytest.mark.long
 def test_a_terminal_shows_who_is_dead_and_who_is_back(commands: Commands) -> None:
     code, drawn = on_a_terminal(commands, "ceylon", "demo", "--chaos=4s", once_shown=lambda: None, NO_COLOR="1")
 

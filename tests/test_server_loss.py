@@ -67,7 +67,7 @@ class Distance(NamedTuple):
     limit_s: float
 
 
-SHORT, WHOLE = Distance(2_000, 3, 90), Distance(20_000, 10, 600)
+SHORT, WHOLE = Distance(1_000, 2, 90), Distance(20_000, 10, 600)
 
 
 @pytest.fixture
