@@ -107,6 +107,10 @@ class Bench:
         )
         return list(transitions.fetch_reply(role, self.run(call)).deliveries)
 
+    def renew(self, worker: str, *entries: str, role: str = "p") -> list[str]:
+        answers: list[str] = self.run(transitions.renew(self.keys, role, worker, entries, lease_ms=LEASE_MS))
+        return answers
+
     def relay(self, gid: str) -> None:
         """
         Hand over all that is visible in an outbox.

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.every_engine
 
 
 def turns_of(bench: Bench, roles: list[str], *, slots: int, lease_ms: int = LEASE_MS) -> Turns:
-    leases = Leases(url="", keys=bench.keys, worker="w")
+    leases = Leases(url="", keys=bench.keys, worker="w", roles=roles, lease_ms=lease_ms)
     return Turns(
         keys=bench.keys,
         worker="w",
@@ -443,26 +443,56 @@ def test_only_submit_is_refused_at_the_memory_limit(bench: Bench) -> None:
 
 
 # ---- fetch, renew, release -------------------------------------------------------------------------------------------
-def test_nothing_is_reclaimed_for_a_lease_after_nobody_fetched(bench: Bench) -> None:
+@pytest.mark.parametrize("first", ["fetch", "renew"])
+def test_nothing_is_reclaimed_for_a_lease_after_no_worker_was_there(bench: Bench, first: str) -> None:
     bench.queued("g")
     bench.started("v", "g")
     bench.age(LEASE_MS + 1)
     bench.redis.hset(bench.keys.role_part("p", "meta"), "last", 1)
+    if first == "renew":
+        assert bench.renew("w") == []
     assert bench.fetch("w") == []
     bench.redis.hset(bench.keys.role_part("p", "meta"), "pause_until", 0)
     assert len(bench.fetch("w")) == 1
 
 
-def test_after_a_clock_step_back_present_owners_get_a_whole_lease(bench: Bench) -> None:
+def test_what_a_dead_worker_held_comes_back_though_the_survivor_fetches_late_each_time(bench: Bench) -> None:
+    bench.queued("g")
+    bench.started("dead", "g")
+    bench.age(LEASE_MS + 1)
+    meta = bench.keys.role_part("p", "meta")
+    bench.redis.hset(meta, "last", int(bench.redis.hget(meta, "last")) - LEASE_MS)  # the last fetch was so long ago
+    bench.redis.hset(meta, "pause_until", 1)
+    bench.renew("survivor")
+    pause_until = bench.redis.hget(meta, "pause_until")
+    for _ in range(4):  # its handlers block its loop; its lease thread goes on
+        bench.redis.hset(meta, "last", int(bench.redis.hget(meta, "last")) - LEASE_MS // 3)
+        bench.renew("survivor")
+    assert bench.redis.hget(meta, "pause_until") == pause_until
+    bench.redis.hset(meta, "pause_until", 1)
+    assert len(bench.fetch("survivor")) == 1
+
+
+def test_a_renewal_puts_the_lease_asked_for_in_force_where_the_role_has_none(bench: Bench) -> None:
+    meta = bench.keys.role_part("p", "meta")
+    for asked in (LEASE_MS, 2 * LEASE_MS):
+        bench.run(transitions.renew(bench.keys, "p", "w", lease_ms=asked))
+        assert bench.redis.hmget(meta, "lease", "v") == [str(LEASE_MS), "1"]
+
+
+@pytest.mark.parametrize("first", ["fetch", "renew"])
+def test_after_a_clock_step_back_present_owners_get_a_whole_lease(bench: Bench, first: str) -> None:
     bench.queued("g")
     delivery = bench.started("v", "g")
     bench.age(LEASE_MS + 1)
     bench.redis.hset(bench.keys.role_part("p", "meta"), "last", 9_000_000_000_000)
+    if first == "renew":
+        bench.renew("other")
     assert bench.fetch("w") == []
     (entry,) = bench.redis.xpending_range(bench.keys.role_part("p", "normal"), "workers", "-", "+", 1)
     assert entry["consumer"] == "v"
     assert entry["time_since_delivered"] < LEASE_MS
-    assert bench.run(transitions.renew(bench.keys, "p", "v", [delivery.entry])) == ["MINE"]
+    assert bench.renew("v", delivery.entry) == ["MINE"]
 
 
 def test_a_clock_step_back_is_made_good_for_however_many_are_delivered(bench: Bench) -> None:
@@ -499,7 +529,7 @@ def test_a_dead_workers_entry_is_found_behind_any_number_of_renewed_ones(bench: 
     bench.queued("g", tids)
     held = bench.fetch("v", 41)
     bench.age(LEASE_MS + 1)
-    bench.run(transitions.renew(bench.keys, "p", "v", [delivery.entry for delivery in held[:-1]]))
+    bench.renew("v", *(delivery.entry for delivery in held[:-1]))
     got = [delivery.tid for _ in range(10) for delivery in bench.fetch("w", 1)]
     assert got == ["40"]
 
@@ -539,14 +569,10 @@ def test_renewing_tells_mine_from_others_and_absent_ones(bench: Bench) -> None:
     bench.queued("g", ["a", "b"])
     first, second = bench.fetch("v", 2)
     bench.age(LEASE_MS + 1)
-    assert bench.run(transitions.renew(bench.keys, "p", "v", [first.entry])) == ["MINE"]
+    assert bench.renew("v", first.entry) == ["MINE"]
     (taken,) = bench.fetch("w")
     assert taken.entry == second.entry
-    assert bench.run(transitions.renew(bench.keys, "p", "v", [first.entry, second.entry, "2:1-0"])) == [
-        "MINE",
-        "OTHER",
-        "ABSENT",
-    ]
+    assert bench.renew("v", first.entry, second.entry, "2:1-0") == ["MINE", "OTHER", "ABSENT"]
 
 
 def test_an_unclaimed_entry_given_back_reaches_another_worker_and_keeps_its_line(bench: Bench) -> None:
@@ -568,7 +594,7 @@ def test_a_worker_gives_back_only_what_is_its_own(bench: Bench) -> None:
     bench.age(LEASE_MS + 1)
     (taken,) = bench.fetch("w")
     assert bench.run(transitions.release(bench.keys, "p", "v", [delivery.entry]))[0] == 0
-    assert bench.run(transitions.renew(bench.keys, "p", "w", [taken.entry])) == ["MINE"]
+    assert bench.renew("w", taken.entry) == ["MINE"]
 
 
 def test_a_dead_workers_entries_are_given_back_in_its_name_and_its_consumer_goes(bench: Bench) -> None:

@@ -29,7 +29,7 @@ class Hand:
 
     def __init__(self, bench: Bench, name: str) -> None:
         self.bench, self.name = bench, name
-        leases = Leases(url="", keys=bench.keys, worker=name)
+        leases = Leases(url="", keys=bench.keys, worker=name, roles=["p"], lease_ms=LEASE_MS)
         self.turns = Turns(
             keys=bench.keys,
             worker=name,
@@ -236,19 +236,37 @@ def test_a_retry_is_with_its_role_in_the_next_turns_though_the_answer_to_its_com
     assert granted == [2]
 
 
+class Direct:
+    """
+    The connection of a lease thread.
+    """
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+
+    def run_each(self, calls: list[Call]) -> list[Any]:
+        return [self.bench.run(call) for call in calls]
+
+
+def test_a_round_of_the_lease_thread_keeps_the_clock_of_every_role_though_nothing_is_held(bench: Bench) -> None:
+    leases = Leases(url="", keys=bench.keys, worker="w", roles=["p", "q"], lease_ms=LEASE_MS)
+    leases.adopt("q", 3 * LEASE_MS)
+    leases.renew(Direct(bench))  # type: ignore[arg-type]
+    kept = [bench.redis.hmget(bench.keys.role_part(role, "meta"), "lease", "last") for role in ("p", "q")]
+    assert [lease for lease, _ in kept] == [str(LEASE_MS), str(3 * LEASE_MS)]
+    assert all(last for _, last in kept)
+    assert leases.lease_s == LEASE_MS / 1000
+
+
 def test_a_lease_is_renewed_until_its_limit_and_no_longer(bench: Bench) -> None:
     bench.queued("g", ["over", "kept"])
     over, kept = bench.fetch("w", 2)
-    leases = Leases(url="", keys=bench.keys, worker="w")
+    leases = Leases(url="", keys=bench.keys, worker="w", roles=["p"], lease_ms=LEASE_MS)
     leases.hold("p", over.entry, time.monotonic() - 1)
     leases.hold("p", kept.entry, time.monotonic() + 60)
     bench.age(60_000)
 
-    class Direct:
-        def run_each(self, calls: list[Call]) -> list[Any]:
-            return [bench.run(call) for call in calls]
-
-    leases.renew(Direct())  # type: ignore[arg-type]
+    leases.renew(Direct(bench))  # type: ignore[arg-type]
     assert [delivery.tid for delivery in bench.fetch("v")] == ["over"]
 
 

@@ -381,7 +381,7 @@ def fetch(
 ) -> Call:
     """
     Args:
-        budget: entries wanted; 0 to acknowledge and keep the role's clock only.
+        budget: entries wanted; 0 to acknowledge only.
         first: number of the stream to read first.
         recover: entries that this worker holds; given after a `fetch` that was not answered, None otherwise.
     """
@@ -426,8 +426,14 @@ def fetch_reply(role: str, reply: list[Any]) -> FetchReply:
     return FetchReply(int(reply[0]), wait if wait >= 0 else None, deliveries)
 
 
-def renew(keys: Keys, role: str, worker: str, entries: Sequence[str]) -> Call:
-    return Call("renew", keys.role(role), [worker, *entries])
+def renew(keys: Keys, role: str, worker: str, entries: Sequence[str] = (), *, lease_ms: int) -> Call:
+    """
+    Renew the leases of entries, and keep the role's clock; without entries the clock alone.
+
+    Args:
+        lease_ms: the lease to ask for where the role has none in force.
+    """
+    return Call("renew", keys.role(role), [worker, lease_ms, *entries])
 
 
 def release(keys: Keys, role: str, worker: str, entries: Sequence[str]) -> Call:

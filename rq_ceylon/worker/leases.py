@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from loguru import logger
 
@@ -20,11 +20,18 @@ class Leases:
     """
     The entries that this worker holds, and until when each may be renewed: a frozen event loop must not keep a task for
     ever, so renewing stops at the limit of the attempt plus the grace.
+
+    Each round also keeps the clock of every role of the worker, since handlers that block the event loop hold up its
+    fetches.
+
+    Args:
+        lease_ms: the lease to ask for in each of the roles.
     """
 
-    def __init__(self, *, url: str, keys: Keys, worker: str) -> None:
+    def __init__(self, *, url: str, keys: Keys, worker: str, roles: Sequence[str], lease_ms: int) -> None:
         self._url, self._keys, self._worker = url, keys, worker
         self._on_lost: Callable[[str, str], object] = lambda role, entry: None
+        self._lease_ms = dict.fromkeys(roles, lease_ms)
         self._until: dict[tuple[str, str], float] = {}
         self._guard = threading.Lock()
         self._closed = False
@@ -43,10 +50,12 @@ class Leases:
         with self._guard:
             self._until.pop((role, entry), None)
 
-    def adopt(self, lease_s: float) -> None:
+    def adopt(self, role: str, lease_ms: int) -> None:
         """
-        Take over the lease in force: a round each third of it, the first one now.
+        Take over the lease in force in a role: a round each third of the shortest one, the first one now.
         """
+        self._lease_ms[role] = lease_ms
+        lease_s = min(self._lease_ms.values()) / 1000
         if lease_s != self.lease_s:
             self.lease_s = lease_s
             self._wake.set()
@@ -96,10 +105,13 @@ class Leases:
         with self._guard:
             due = [held for held, until in self._until.items() if until > now]
         asked: list[tuple[str, list[str]]] = []
-        for role in sorted({role for role, _ in due}):
+        for role in self._lease_ms:
             entries = [entry for of, entry in due if of == role]
-            asked += [(role, entries[first : first + 500]) for first in range(0, len(entries), 500)]
-        calls = [transitions.renew(self._keys, role, self._worker, some) for role, some in asked]
+            asked += [(role, entries[first : first + 500]) for first in range(0, max(len(entries), 1), 500)]
+        calls = [
+            transitions.renew(self._keys, role, self._worker, some, lease_ms=self._lease_ms[role])
+            for role, some in asked
+        ]
         # All at the same time, so that a node that does not answer costs no lease on another.
         lost: CeylonError | None = None
         for (role, some), replies in zip(asked, connection.run_each(calls), strict=True):

@@ -95,7 +95,9 @@ class Worker:
         self.slots, self.grace_s, self.burst = slots, grace_s, burst
         self.connection = Connection(url)
         self.lanes = Lanes(self.connection, on_answer=self._start_granted)
-        self.leases = Leases(url=url, keys=self.keys, worker=self.name)
+        self.leases = Leases(
+            url=url, keys=self.keys, worker=self.name, roles=self.roles, lease_ms=round(lease_s * 1000)
+        )
         self.turns = Turns(
             keys=self.keys,
             worker=self.name,
@@ -204,8 +206,7 @@ class Worker:
 
     async def _rest(self) -> None:
         """
-        Until a node has answered, a task ends, a bell rings, or the role's clock needs a fetch (every third of a
-        lease).
+        Until a node has answered, a task ends, a bell rings, or it is time to fetch again (every third of a lease).
         """
         if self._free() > 0 and not self._stop.is_set() and self.turns.may_fetch():
             self.lookout.idle.set()

@@ -355,7 +355,7 @@ class Turns:
             words = "Role {} has leases of {} s; adopted instead of {} s"
             logger.warning(words, role, answer.lease_ms / 1000, self._lease_ms[role] / 1000)
             self._lease_ms[role] = answer.lease_ms
-        self.leases.adopt(self.lease_ms / 1000)
+        self.leases.adopt(role, answer.lease_ms)
         if answer.next_due_ms is not None:
             self._next_due_s[role] = answer.next_due_ms / 1000
         if budget > 0 and not answer.deliveries:

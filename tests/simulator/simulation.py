@@ -38,8 +38,8 @@ LOSS_MS, FIRE_MS = 1300.0, 2000.0
 
 STILL_MS, STARVED_MS = 4000.0, 3000.0
 """
-A run in which nothing has ended for so long is stuck. The first is a fault. It counts only while every role is fetched
-from in time, as nothing may be reclaimed where it is not, and a pass of maintenance as 50 ms at most. By the second, in
+A run in which nothing has ended for so long is stuck. The first is a fault. It counts only while every role's clock is
+kept in time, as nothing may be reclaimed where it is not, and a pass of maintenance as 50 ms at most. By the second, in
 steps of at most 5 ms, the machine was too slow, unless most of it counts; such a run is made again with longer times.
 """
 
@@ -189,7 +189,7 @@ class Simulation:
             return classified(error, "redis://none")
         if call.script in SCRIPTS:
             self.calls += 1
-            if call.script == "fetch":
+            if call.script in ("fetch", "renew"):
                 if before - self._fetched.get(call.keys[0], before) > self.lease_ms / 2.2:
                     self._still_ms = 0
                 self._fetched[call.keys[0]] = before

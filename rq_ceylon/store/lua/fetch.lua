@@ -7,46 +7,11 @@
 -- Not repeatable, since it reads. After a lost reply call it in recover mode, which gives this worker its own pending
 -- entries that it does not hold. Acknowledgements are counted once: XACK says which were still pending.
 local PROMOTE_MAX = 50
-local PENDING_STEP = 1000
 local worker, budget, asked, mode = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4]
 local first_stream = tonumber(ARGV[5])
 
-local function all_pending(stream, ...)
-  local found, from = {}, '-'
-  while from do
-    local some = pending(stream, from, '+', PENDING_STEP, ...)
-    for _, entry in ipairs(some) do found[#found + 1] = entry end
-    from = #some == PENDING_STEP and '(' .. some[#some][1]
-  end
-  return found
-end
-
 drain()
-local facts = call('HMGET', META, 'last', 'pause_until', 'fence', 'lease', 'v', 'paused')
-if facts[5] and facts[5] ~= '1' then error('LAYOUT role has layout ' .. facts[5] .. ', this version knows 1') end
-local last, pause_until, fence = tonumber(facts[1] or 0), tonumber(facts[2] or 0), tonumber(facts[3] or 0)
-local lease = tonumber(facts[4] or 0)
-
--- The lease is the role's: it changes only when no worker of the role has been here for as long as it lasts.
-if lease == 0 or now - last > lease then
-  if lease ~= asked then lease = asked; call('HSET', META, 'lease', text(lease), 'v', '1') end
-end
-
--- Nobody was here for half a lease, or the clock stepped: everybody gets a whole lease to renew before anything is
--- reclaimed. Only fetch writes `last`. Idle times are wall-clock times, so after a step back they start anew.
-local stepped_back = last > now
-if last == 0 or stepped_back or now - last > lease / 2 then
-  pause_until = now + lease
-  call('HSET', META, 'pause_until', text(pause_until))
-end
-call('HSET', META, 'last', now_text)
-if stepped_back then
-  for stream = 1, 3 do
-    for _, entry in ipairs(all_pending(KEYS[stream])) do
-      call('XCLAIM', KEYS[stream], GROUP, entry[2], 0, entry[1], 'IDLE', 0, 'JUSTID')
-    end
-  end
-end
+local role = keep_clock(asked)
 
 local position = 7
 local held = {}
@@ -78,7 +43,7 @@ for _, member in ipairs(promoted) do
   call('ZREM', DELAYED, member)
 end
 
-local next_fence = math.max(fence + 1, now_us)
+local next_fence = math.max(role.fence + 1, now_us)
 local delivered, left = {}, budget
 
 -- One that nobody here wrote would be refused at its claim, with all that are claimed beside it, again and again.
@@ -122,7 +87,7 @@ end
 local function reclaim(stream)
   local field = 'cursor' .. stream
   local cursor = call('HGET', META, field) or '0-0'
-  local found = redis.pcall('XAUTOCLAIM', KEYS[stream], GROUP, worker, lease, cursor, 'COUNT', left, 'JUSTID')
+  local found = redis.pcall('XAUTOCLAIM', KEYS[stream], GROUP, worker, role.lease, cursor, 'COUNT', left, 'JUSTID')
   if found.err then create_group(KEYS[stream]); return end
   for _, id in ipairs(found[2]) do deliver_again(stream, id) end
   if found[1] ~= cursor then call('HSET', META, field, found[1]) end
@@ -142,10 +107,10 @@ local order = {1, 2, 3}
 if first_stream > 1 then table.remove(order, first_stream); table.insert(order, 1, first_stream) end
 if mode == 'recover' then
   for stream = 1, 3 do recover(stream) end
-elseif budget > 0 and facts[6] == '1' then
+elseif budget > 0 and role.paused then
   call('DEL', BELL)  -- a paused role delivers nothing; what it has delivered goes on
 elseif budget > 0 then
-  if now >= pause_until then
+  if now >= role.pause_until then
     for _, stream in ipairs(order) do if left > 0 then reclaim(stream) end end
   end
   for _, stream in ipairs(order) do if left > 0 then read(stream) end end
@@ -155,4 +120,4 @@ elseif #promoted > 0 then ring(#promoted) end
 if #delivered > 0 then call('HSET', META, 'fence', text(next_fence - 1)) end
 local next_due = call('ZRANGE', DELAYED, 0, 0, 'WITHSCORES')[2]
 local wait = next_due and math.max(0, tonumber(next_due) - now) or -1
-return {text(lease), text(wait), delivered}
+return {text(role.lease), text(wait), delivered}

@@ -1,14 +1,15 @@
--- renew: keep the leases that are still this worker's. Does not write `last`: a worker that renews but does not fetch
--- must not hide that nobody fetches.
+-- renew: keep the leases that are still this worker's, and the role's clock, also when nothing is held: handlers that
+-- block a worker's loop hold up its fetches, not this.
 -- KEYS: the role's.
--- ARGV: worker, entries.
+-- ARGV: worker, lease ms asked for, entries.
 -- Reply: per entry MINE | OTHER (reclaimed: cancel it here) | ABSENT (acknowledged or lost: go on, the fence decides).
 -- Repeatable. Ownership is checked, since XCLAIM would take an entry back from its new owner.
-local worker = ARGV[1]
+local worker, asked = ARGV[1], tonumber(ARGV[2])
 
 drain()
+keep_clock(asked)
 local replies = {}
-for i = 2, #ARGV do
+for i = 3, #ARGV do
   local stream, id = split_entry(ARGV[i])
   local entry = pending(stream, id, id, 1)[1]
   if not entry then replies[#replies + 1] = 'ABSENT'

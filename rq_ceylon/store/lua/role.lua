@@ -4,6 +4,7 @@
 -- lineage of a copy is the entry it replaces, whose line of deliveries it continues ('-' for none); `supersedes` is the
 -- fence of a lost delivery, whose lease it ends.
 local DELAYED, META, BELL, QUARANTINE = KEYS[4], KEYS[5], KEYS[6], KEYS[7]
+local STREAMS = 3            -- of KEYS, the first ones
 local GROUP = 'workers'
 local BELL_MAX = 64          -- tokens; more idle workers than that wake within their blocking wait
 local QUARANTINE_MAX = 1000
@@ -35,6 +36,58 @@ local function pending(stream, ...)
   local found = redis.pcall('XPENDING', stream, GROUP, ...)
   if found.err then create_group(stream); return {} end
   return found
+end
+
+-- All pending entries of a stream, or (with a consumer's name) those of one consumer.
+local PENDING_STEP = 1000
+local function all_pending(stream, ...)
+  local found, from = {}, '-'
+  while from do
+    local some = pending(stream, from, '+', PENDING_STEP, ...)
+    for _, entry in ipairs(some) do found[#found + 1] = entry end
+    from = #some == PENDING_STEP and '(' .. some[#some][1]
+  end
+  return found
+end
+
+-- The role's clock, kept by every renewal and every fetch: reads the role's record and notes that a worker was here.
+-- A gap and the pause that follows from it are noted in one step: if `last` moved without the pause, the next fetch
+-- would take entries from workers that live and could not renew in the gap.
+-- `asked`: the lease (ms) to put in force where none is.
+local function keep_clock(asked)
+  local facts = call('HMGET', META, 'v', 'last', 'pause_until', 'lease', 'fence', 'paused')
+  if facts[1] and facts[1] ~= '1' then
+    error('LAYOUT role has layout ' .. facts[1] .. ', this version knows 1')
+  end
+  local last, lease = tonumber(facts[2] or 0), tonumber(facts[4] or 0)
+  local role = {pause_until = tonumber(facts[3] or 0), fence = tonumber(facts[5] or 0), paused = facts[6] == '1'}
+  local changes = {'last', now_text}
+  -- The lease is the role's: it changes only when no worker of the role has been here for as long as it lasts.
+  if lease == 0 or now - last > lease then
+    if lease ~= asked then
+      lease = asked
+      for _, word in ipairs({'lease', text(lease), 'v', '1'}) do changes[#changes + 1] = word end
+    end
+  end
+  role.lease = lease
+  -- No worker was here for half a lease, or the clock stepped back: every worker gets a whole lease to renew before
+  -- anything is reclaimed.
+  local stepped_back = last > now
+  if last == 0 or stepped_back or now - last > lease / 2 then
+    role.pause_until = now + lease
+    changes[#changes + 1] = 'pause_until'
+    changes[#changes + 1] = text(role.pause_until)
+  end
+  call('HSET', META, unpack(changes))
+  if stepped_back then
+    -- Idle times are wall-clock times, so after a step back they start anew.
+    for stream = 1, STREAMS do
+      for _, entry in ipairs(all_pending(KEYS[stream])) do
+        call('XCLAIM', KEYS[stream], GROUP, entry[2], 0, entry[1], 'IDLE', 0, 'JUSTID')
+      end
+    end
+  end
+  return role
 end
 
 local function acknowledge(stream, ids)
