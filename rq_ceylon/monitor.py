@@ -11,7 +11,6 @@ import asyncio
 import time
 from collections.abc import Awaitable
 from dataclasses import dataclass, field
-from functools import partial
 
 from loguru import logger
 
@@ -22,10 +21,11 @@ from rq_ceylon.models import GoalStatus, GoalView, GroupStatus, GroupView
 from rq_ceylon.presence import BEAT_S, Presence
 from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.codec import encode
-from rq_ceylon.store.connection import Connection
+from rq_ceylon.store.connection import Connection, until_reached
 from rq_ceylon.store.events import LOOK_S, EventHub, Watch
 from rq_ceylon.store.keys import Keys
 from rq_ceylon.store.statistics import GroupStatistics, summary
+from rq_ceylon.store.trouble import complain
 
 COALESCE_S = 0.02
 """Notifications that come within this time after a look are looked at together."""
@@ -84,20 +84,22 @@ class Monitor:
 
     async def run(self) -> None:
         """
-        Watch until stopped.
+        Watch until stopped. If Redis is not reachable at the start, wait for it.
 
         Raises:
-            RedisError: Redis is not reachable at the start, or not fit for this.
+            RedisError: Redis is not fit for this, or refuses this user.
         """
         connection, hub = Connection(self.url), EventHub(self.url, self.keys)
         try:
-            await connection.check()
+            await until_reached(connection.check, self._stop)
             # What has settled before is not news.
-            for view in await queries.groups(connection, self.keys):
+            for view in await until_reached(lambda: queries.groups(connection, self.keys), self._stop) or ():
                 settled = {goal.name for goal in view.goals if goal.settled}
                 self._groups[view.id] = _Watched(view.created_ms, announced=settled, finished=view.is_finished)
+            if self._stop.is_set():
+                return
             logger.info("Monitor {} watches namespace {}", self.name, self.keys.namespace)
-            maintenance = maintain(self.url, self.keys, partial(self._say, "maintenance"))
+            maintenance = maintain(self.url, self.keys)
             await self._until_stopped(self._watch(connection, hub), maintenance, self._beat())
             await connection.run(self.presence.farewell())
         except ConnectionLostError as error:
@@ -139,8 +141,10 @@ class Monitor:
                 try:
                     await self._look(connection, watch, {gid for gid in gids if gid}, everything=look_all)
                     rest_s = await self._judge_due(connection, watch)
-                except CeylonError as error:
-                    if not lost:
+                except Exception as error:
+                    if not isinstance(error, ConnectionLostError):
+                        complain("Groups cannot be watched now", error)
+                    elif not lost:
                         logger.warning("{}; trying again until it answers", error)
                     lost, gids = True, {None}
                     await asyncio.sleep(pause_s)
@@ -166,8 +170,13 @@ class Monitor:
         async for gid, view in queries.views(connection, self.keys, sorted(gids)):
             if view is None:
                 self._forget(gid)
-            else:
+                continue
+            try:
                 await self._read(connection, watch, view)
+            except ConnectionLostError:
+                raise
+            except Exception as error:  # of this group alone
+                complain(f"Group {gid} cannot be watched", error)
 
     def _forget(self, gid: str) -> None:
         self._deadlines.pop(gid, None)
@@ -220,9 +229,8 @@ class Monitor:
                 await judge(connection, self.keys, gid)
             except ConnectionLostError:
                 raise
-            except CeylonError as error:
-                if self._once(gid, str(error)):
-                    logger.error("Group {} cannot be judged, or those that wait for it not told: {}", gid, error)
+            except Exception as error:
+                complain(f"Group {gid} cannot be judged, or those that wait for it not told", error)
             del self._deadlines[gid]
             watch.tell(gid)
         nearest = min(self._deadlines.values(), default=now_ms + LOOK_S * 1000)
@@ -281,14 +289,9 @@ class Monitor:
                 try:
                     await connection.run(self.presence.beat(stopping=self._stop.is_set()))
                     await self._sample(connection)
-                except CeylonError as error:
-                    self._say("heartbeats and samples", error)
+                except Exception as error:
+                    complain("The heartbeat or a sample cannot be sent", error)
                 await asyncio.sleep(BEAT_S)
-
-    def _say(self, what: str, error: CeylonError) -> None:
-        # That Redis is away is said by the watching side.
-        if not isinstance(error, ConnectionLostError) and self._once("", what, str(error)):
-            logger.error("The monitor's {}: {}", what, error)
 
     async def _sample(self, connection: Connection) -> None:
         """

@@ -155,7 +155,7 @@ def said() -> Iterator[list[str]]:
     """
     What the package logs, each with its level: `INFO: message`. Nothing counts as said before.
     """
-    trouble.warn_once.cache_clear()
+    trouble.forget_said()
     lines: list[str] = []
     logger.enable("rq_ceylon")
     sink = logger.add(lines.append, format="{level}: {message}")

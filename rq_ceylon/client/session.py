@@ -22,13 +22,13 @@ from rq_ceylon.models import Durability, check_id
 from rq_ceylon.settings import masked
 from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.connection import Connection, until_answered
-from rq_ceylon.store.durability import confirming, unable
+from rq_ceylon.store.durability import CONFIRM_S, confirming, unable
 from rq_ceylon.store.events import EventHub
 from rq_ceylon.store.keys import Keys
 from rq_ceylon.store.scripts import Call, command
 
 ANSWER_S = 5.0
-"""How long a call is repeated while Redis does not answer."""
+"""How long a call is repeated while Redis does not answer, and how long one answer may take."""
 
 WARN_AGAIN_S = 60.0
 """A role that nobody serves is named in a warning this often at most, however many wait for it."""
@@ -41,7 +41,7 @@ class Session:
 
     def __init__(self, url: str, namespace: str, registry: Registry | None) -> None:
         self.url, self.keys, self.registry = url, Keys(check_id(namespace, "namespace")), registry
-        self._connection = Connection(url)
+        self._connection = Connection(url, answer_s=ANSWER_S)
         # Redis answers nothing else on a connection that waits for a replica or the disk.
         self._confirming = Connection(url)
         self.hub = EventHub(url, self.keys)
@@ -106,7 +106,7 @@ class Session:
             await maintenance.relay(self.connection, self.keys, gid, again=asks)
 
         try:
-            await until_answered(hand_over, ANSWER_S)
+            await until_answered(self.url, hand_over, ANSWER_S)
         except CeylonError as error:
             logger.warning("What follows in group {} is left to maintenance: {}", gid, error)
 
@@ -138,7 +138,8 @@ class Session:
         if again:
             calls += transitions.announce(self.keys, gid, ())
         connection = self.connection if durability == "none" else self._confirming
-        found = await connection.run_until_answered(calls, give_up_after=ANSWER_S, refusals=True)
+        limit_s = ANSWER_S if durability == "none" else ANSWER_S + CONFIRM_S
+        found = await connection.run_until_answered(calls, give_up_after=limit_s, refusals=True)
         pairs = [reply if isinstance(reply, tuple) else (reply, "") for reply in found]
         replies = [reply for reply, _ in pairs]
         announced = replies[:first] + replies[end + len(behind) :]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import collections
-from collections.abc import Callable
 from typing import Literal
 
 from loguru import logger
@@ -21,7 +20,7 @@ from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.keys import INDEX_SHARDS, Keys
 from rq_ceylon.store.scripts import Call, command
-from rq_ceylon.store.trouble import warn_once
+from rq_ceylon.store.trouble import complain, warn_once
 
 GROUPS_PER_STEP = 100
 AFTER_ERROR_S = 5.0
@@ -72,8 +71,8 @@ class Maintenance:
                 next_ms = await self._look(gid, now_ms)
             except ConnectionLostError:
                 raise
-            except CeylonError as error:
-                logger.error("Group {} cannot be looked after: {}", gid, error)
+            except Exception as error:  # of this group alone
+                complain(f"Group {gid} cannot be looked after", error)
                 next_ms = now_ms + STILL_MS
             if next_ms is not None:
                 next_looks[gid] = next_ms
@@ -129,17 +128,17 @@ class Maintenance:
         return min(max(0.05, (min(first, default=now_ms + MOVING_MS) - now_ms) / 1000), MOVING_MS / 1000)
 
 
-async def maintain(url: str, keys: Keys, on_error: Callable[[CeylonError], None]) -> None:
+async def maintain(url: str, keys: Keys) -> None:
     """
-    Maintain for as long as this runs.
+    Maintain for as long as this runs, whatever goes wrong in one step.
     """
     async with Connection(url) as connection:
         maintenance = Maintenance(connection, keys)
         while True:
             try:
                 pause_s = await maintenance.run_once()
-            except CeylonError as error:
-                on_error(error)
+            except Exception as error:
+                complain("Maintenance cannot go on now", error)
                 pause_s = AFTER_ERROR_S
             await asyncio.sleep(pause_s)
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Self, TypeVar
@@ -17,7 +16,7 @@ from loguru import logger
 
 from rq_ceylon.errors import CeylonError, ConnectionLostError, RedisError
 from rq_ceylon.settings import REMEDIES, masked, place_of
-from rq_ceylon.store.places import client_of, heeding_cancellation, servers_of, some_url
+from rq_ceylon.store.places import client_of, close, heeding_cancellation, servers_of, some_url
 from rq_ceylon.store.scripts import Call
 from rq_ceylon.store.server import is_throw_away
 from rq_ceylon.store.trouble import LOST, classified, unfit, warn_once
@@ -27,23 +26,69 @@ T = TypeVar("T")
 LOADING_S = 0.5
 """Between two looks at a server that still loads its data."""
 
+PAUSE_S, PAUSE_MAX_S = 0.1, 5.0
+"""Between two tries of a process that waits for Redis at its start: the first pause, which doubles, and the longest."""
 
-async def until_answered(send: Callable[[], Awaitable[T]], give_up_after: float | None) -> T:
+
+async def until_answered(url: str, send: Callable[[], Awaitable[T]], give_up_after: float | None) -> T:
     """
     Do what is safe to repeat again, with a growing, jittered pause, until Redis has answered.
 
     Args:
-        give_up_after: seconds after which the last ConnectionLostError is raised; None never gives up.
+        give_up_after: seconds until ConnectionLostError is raised, whatever is waited for meanwhile: an answer, a new
+            connection, or the calls of others ahead on the same connection. None never gives up.
     """
-    started, pause = time.monotonic(), 0.02
-    while True:
-        try:
-            return await send()
-        except ConnectionLostError:
-            if give_up_after is not None and time.monotonic() - started + pause > give_up_after:
-                raise
-        await asyncio.sleep(pause * random.uniform(0.5, 1.0))
-        pause = min(pause * 2, 1.0)
+    pause, lost = 0.02, None
+    try:
+        async with asyncio.timeout(give_up_after):
+            while True:
+                try:
+                    return await send()
+                except ConnectionLostError as error:
+                    lost = error
+                await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+                pause = min(pause * 2, 1.0)
+    except TimeoutError as error:
+        raise lost or classified(error, url) from error
+
+
+async def until_reached(begin: Callable[[], Awaitable[T]], stopped: asyncio.Event) -> T | None:
+    """
+    Begin the work of a process that outlives an absence of Redis: wait for a server that is not reachable yet, and say
+    so once.
+
+    Args:
+        begin: safe to repeat.
+        stopped: ends the waiting; then None is returned.
+
+    Raises:
+        RedisError: Redis refuses, which waiting would not change.
+    """
+
+    async def reach() -> T:
+        pause, is_waiting = PAUSE_S, False
+        while True:
+            try:
+                found = await begin()
+            except ConnectionLostError as error:
+                if not is_waiting:
+                    logger.warning("Waiting until Redis answers. {}", error)
+                is_waiting = True
+                await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+                pause = min(2 * pause, PAUSE_MAX_S)
+            else:
+                if is_waiting:
+                    logger.info("Redis answers now")
+                return found
+
+    reaching, stop = asyncio.create_task(reach()), asyncio.create_task(stopped.wait())
+    try:
+        await asyncio.wait([reaching, stop], return_when=asyncio.FIRST_COMPLETED)
+        return None if stopped.is_set() else reaching.result()
+    finally:
+        for task in (reaching, stop):
+            task.cancel()
+        await asyncio.gather(reaching, stop, return_exceptions=True)
 
 
 class Connection:
@@ -51,9 +96,13 @@ class Connection:
     One connection to Redis, or one to each node of a cluster. Who calls a node that has not answered yet waits for it.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, answer_s: float | None = None) -> None:
+        """
+        Args:
+            answer_s: how long one answer may take, and one step of connecting; None: 10 s.
+        """
         self.url = url
-        self._servers = servers_of(url)
+        self._servers = servers_of(url, answer_s)
 
     def node_of(self, key: str) -> str:
         """
@@ -84,8 +133,11 @@ class Connection:
         As `run`, but raise nothing: an error stands in the place of each reply that it took, ConnectionLostError where
         it is unknown whether the call has happened. In a cluster a broken node takes the replies of its own calls only.
         """
-        with heeding_cancellation():
-            replies = await self._servers.send(calls)
+        try:
+            with heeding_cancellation():
+                replies = await self._servers.send(calls)
+        except LOST as error:
+            replies = [error] * len(calls)
         for i, reply in enumerate(replies):
             if isinstance(reply, Exception):
                 replies[i] = classified(reply, self.url, _about(calls[i]))
@@ -106,7 +158,7 @@ class Connection:
             give_up_after: as `until_answered`.
             refusals: as `run`.
         """
-        return await until_answered(lambda: self.run(calls, refusals=refusals), give_up_after)
+        return await until_answered(self.url, lambda: self.run(calls, refusals=refusals), give_up_after)
 
     async def pop(self, keys: Sequence[str], timeout_s: float) -> bool:
         """
@@ -172,19 +224,36 @@ class ThreadConnection:
     over. To be used and closed by one thread.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, within_s: float) -> None:
+        """
+        Args:
+            within_s: how long one `run_each` may take, connecting included.
+        """
+        self._url, self.within_s = url, within_s
         self._runner = asyncio.Runner()
-        self._connection = Connection(url)
+        # One answer takes half of the time at most, so that time is left to hear the other nodes of a cluster.
+        self._connection = Connection(url, answer_s=within_s / 2)
 
     def run_each(self, calls: Sequence[Call]) -> list[Any]:
         """
-        As `Connection.run_each`.
+        As `Connection.run_each`, but it ends in time: what is not answered then counts as lost, and the next call opens
+        a new connection.
         """
-        return self._runner.run(self._connection.run_each(calls))
+        return self._runner.run(self._run_each(calls))
+
+    async def _run_each(self, calls: Sequence[Call]) -> list[Any]:
+        try:
+            async with asyncio.timeout(self.within_s):
+                return await self._connection.run_each(calls)
+        except TimeoutError as error:
+            return [classified(error, self._url)] * len(calls)
 
     def close(self) -> None:
         self._runner.run(self._connection.close())
         self._runner.close()
+
+
+UNHEARD = "Notifications do not come, so changes are noticed late"
 
 
 class _PubSub(redis.asyncio.client.PubSub):
@@ -204,7 +273,7 @@ async def subscribed(url: str) -> AsyncIterator[redis.asyncio.client.PubSub]:
 
     Raises:
         ConnectionLostError: it is lost, or was never there.
-        RedisError: refused, as by an ACL; said once as a warning, since who subscribes goes on without.
+        RedisError: refused, as by an ACL; the subscriber goes on without notifications, and says UNHEARD.
     """
     client = None
     try:
@@ -212,14 +281,9 @@ async def subscribed(url: str) -> AsyncIterator[redis.asyncio.client.PubSub]:
             client = client_of(await some_url(place_of(url)), socket_timeout=None)
             async with _PubSub(client.connection_pool) as pubsub:
                 yield pubsub
-    except ConnectionLostError:
-        raise
-    except RedisError as error:
-        warn_once(f"Notifications do not come, so changes are noticed late: {error}")
-        raise
     finally:
         if client is not None:
-            await client.aclose()
+            await close(client)
 
 
 @contextmanager
@@ -227,6 +291,8 @@ def _classifying(url: str, about: str) -> Iterator[None]:
     try:
         with heeding_cancellation():
             yield
+    except redis.DataError:
+        raise
     except (*LOST, redis.RedisError) as error:
         raise classified(error, url, about) from error
 

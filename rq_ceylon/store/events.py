@@ -12,13 +12,10 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
 
-from loguru import logger
-
-from rq_ceylon.errors import CeylonError
-from rq_ceylon.store.connection import subscribed
+from rq_ceylon.store.connection import UNHEARD, subscribed
 from rq_ceylon.store.keys import Keys
 from rq_ceylon.store.places import heed_cancellation
-from rq_ceylon.store.trouble import LOST
+from rq_ceylon.store.trouble import LOST, carrying, complain
 
 LOOK_S = 5.0
 """The longest anybody goes on without looking, should notifications be lost."""
@@ -142,7 +139,7 @@ class EventHub:
         # would connect again here, and leave the one that the listener may be opening.
         connection = self._pubsub.connection
         if connection is not None and connection.is_connected:
-            with contextlib.suppress(*LOST):
+            with contextlib.suppress(*LOST), carrying():
                 await getattr(self._pubsub, kind)(channel)
 
     async def _listen(self) -> None:
@@ -163,9 +160,9 @@ class EventHub:
                     async for message in pubsub.listen():
                         pause = 0.1
                         self._dispatch(message)
-            except CeylonError as error:
+            except Exception as error:
                 heed_cancellation()
-                logger.debug("Events: {}", error)
+                complain(UNHEARD, error)
             finally:
                 self._pubsub = None
             await asyncio.sleep(pause)

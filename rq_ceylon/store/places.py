@@ -28,7 +28,7 @@ from rq_ceylon.errors import ConnectionLostError, RedisError
 from rq_ceylon.settings import Address, Place, masked, place_of, shown_address
 from rq_ceylon.store import durability, scripts, server
 from rq_ceylon.store.scripts import Call
-from rq_ceylon.store.trouble import LOST, is_demotion, text_of
+from rq_ceylon.store.trouble import LOST, carrying, is_demotion, text_of
 
 ANSWER_S = 10.0
 """How long an answer may take. Scripts take milliseconds; a server that loads its data set says so at once."""
@@ -52,11 +52,12 @@ def heed_cancellation(before: int = 0) -> None:
 @contextlib.contextmanager
 def heeding_cancellation() -> Iterator[None]:
     """
-    Raise at the end a cancellation that arrived within, whatever came of it.
+    Raise at the end a cancellation that arrived within, whatever came of it. Other errors are those of `carrying`.
     """
     before = _cancellations()
     try:
-        yield
+        with carrying():
+            yield
     except Exception:
         heed_cancellation(before)
         raise
@@ -68,20 +69,34 @@ def _cancellations() -> int:
     return task.cancelling() if task is not None else 0
 
 
-def client_of(url: str, **options: Any) -> redis.asyncio.Redis:
+def client_of(url: str, answer_s: float | None = None, **options: Any) -> redis.asyncio.Redis:
     """
     redis-py's client of one server, with nothing repeated and nothing sent that was not asked for.
+
+    Args:
+        answer_s: how long one answer may take; None: ANSWER_S.
     """
+    answer_s = ANSWER_S if answer_s is None else answer_s
     defaults: dict[str, Any] = {
         "decode_responses": True,
+        # A record that is not UTF-8 must not take the replies beside it with it; it is refused where it is read.
+        "encoding_errors": "replace",
         "protocol": 2,
-        "socket_timeout": ANSWER_S,
-        "socket_connect_timeout": CONNECT_S,
+        "socket_timeout": answer_s,
+        "socket_connect_timeout": min(CONNECT_S, answer_s),
         "retry": Retry(NoBackoff(), 0),
         "retry_on_error": [],
         "health_check_interval": 0,
     }
     return redis.asyncio.Redis.from_url(url, **{**defaults, **options})
+
+
+async def close(client: redis.asyncio.Redis) -> None:
+    """
+    Close a client. A connection that breaks while it is closed is as gone as any other.
+    """
+    with contextlib.suppress(*LOST, redis.RedisError), heeding_cancellation():
+        await client.aclose()
 
 
 @cache
@@ -93,7 +108,10 @@ def _packing(kind: Any) -> Any:
 
     class Packing(kind):  # type: ignore[misc]
         def pack_command(self, name: str, *words: Any) -> list[bytes]:
-            return [hiredis.pack_command((*name.split(), *words))]
+            try:
+                return [hiredis.pack_command((*name.split(), *words))]
+            except Exception as error:  # a mistake of ours, which no new connection would mend
+                raise redis.DataError(f"{name} cannot be packed: {error}") from error
 
     return Packing
 
@@ -103,9 +121,9 @@ class Node:
     One connection to one server; one call or pipeline at a time.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, answer_s: float | None = None) -> None:
         self.url = url
-        self._client = client_of(url, single_connection_client=True)
+        self._client = client_of(url, answer_s, single_connection_client=True)
         pool = self._client.connection_pool
         pool.connection_class = _packing(pool.connection_class)  # type: ignore[arg-type]
         self._one_at_a_time = asyncio.Lock()
@@ -120,6 +138,8 @@ class Node:
         """
         try:
             replies: list[Any] = await self._alone(lambda: self._send_known(calls, asking))
+        except redis.DataError:
+            raise
         except (*LOST, redis.RedisError) as error:
             return [error] * len(calls)
         return replies
@@ -172,21 +192,24 @@ class Node:
                 finally:
                     # redis-py connected again for who had waited behind the one that broke; nobody else knows of it.
                     if self._is_closed:
-                        await self._client.aclose()
+                        await close(self._client)
 
     async def close(self) -> None:
         self._is_closed = True
-        await self._client.aclose()
+        await close(self._client)
 
 
-def servers_of(url: str) -> Primary | Cluster:
+def servers_of(url: str, answer_s: float | None = None) -> Primary | Cluster:
     place = place_of(url)
-    return Cluster(place) if place.kind == "cluster" else Primary(place)
+    return (Cluster if place.kind == "cluster" else Primary)(place, answer_s)
 
 
-async def some_url(place: Place) -> str:
+async def some_url(place: Place, answer_s: float | None = None) -> str:
     """
     Where one server is that can be asked right now: the server, the primary, or a node of the cluster.
+
+    Args:
+        answer_s: as `client_of`, of each Sentinel.
 
     Raises:
         ConnectionLostError: the Sentinels know no primary that lives.
@@ -196,16 +219,16 @@ async def some_url(place: Place) -> str:
         case "embedded":
             return server.shared().url
         case "sentinel":
-            return place.server_url(await _primary_address(place))
+            return place.server_url(await _primary_address(place, answer_s))
         case "cluster":
             return place.server_url(random.choice(place.addresses))
         case "server":
             return place.url
 
 
-async def _primary_address(place: Place) -> Address:
+async def _primary_address(place: Place, answer_s: float | None) -> Address:
     sentinels = Sentinel([])  # type: ignore[no-untyped-call]
-    sentinels.sentinels = [client_of(place.sentinel_url(address)) for address in place.addresses]
+    sentinels.sentinels = [client_of(place.sentinel_url(address), answer_s) for address in place.addresses]
     try:
         with heeding_cancellation():
             address: Address = await sentinels.discover_master(place.primary)
@@ -219,7 +242,8 @@ async def _primary_address(place: Place) -> Address:
         problem = f"the Sentinels know no primary {place.primary!r} that lives" if known else "no Sentinel answers"
         raise ConnectionLostError(f"Cannot reach Redis at {where} ({problem})") from error
     finally:
-        await sentinels.aclose()
+        for sentinel in sentinels.sentinels:
+            await close(sentinel)
 
 
 async def _names_known(sentinels: Sentinel) -> list[str]:
@@ -237,8 +261,8 @@ class Primary:
     `send` gives the reply or error of each call, in order; `pop` and `nodes` raise what redis-py raises.
     """
 
-    def __init__(self, place: Place) -> None:
-        self._place = place
+    def __init__(self, place: Place, answer_s: float | None = None) -> None:
+        self._place, self._answer_s = place, answer_s
         self._node: Node | None = None
         self._looking_up = asyncio.Lock()
 
@@ -268,7 +292,7 @@ class Primary:
     async def _reached(self) -> Node:
         async with self._looking_up:
             if self._node is None:
-                self._node = Node(await some_url(self._place))
+                self._node = Node(await some_url(self._place, self._answer_s), self._answer_s)
             return self._node
 
     async def _forget_demoted(self, node: Node, replies: Sequence[Any]) -> None:
@@ -296,8 +320,8 @@ class Cluster:
     nodes do not wait for it.
     """
 
-    def __init__(self, place: Place) -> None:
-        self._place = place
+    def __init__(self, place: Place, answer_s: float | None = None) -> None:
+        self._place, self._answer_s = place, answer_s
         self._owners: dict[int, Address] = {}
         self._doubtful: set[Address] = set()
         self._asking = asyncio.Lock()
@@ -362,7 +386,7 @@ class Cluster:
 
     def _node(self, address: Address) -> Node:
         if address not in self._nodes:
-            self._nodes[address] = Node(self._place.server_url(address))
+            self._nodes[address] = Node(self._place.server_url(address), self._answer_s)
         return self._nodes[address]
 
     async def _know_owners(self, keys: Sequence[str]) -> None:

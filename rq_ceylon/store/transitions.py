@@ -343,8 +343,20 @@ class CommitReply:
     more: bool = False
 
 
-def commit(keys: Keys, gid: str, worker: str, outcomes: Sequence[Committed], acks: Sequence[PageAck] = ()) -> Call:
-    args: list[Any] = [worker, RELAY_LEASE_MS, *_acks(acks)]
+def commit(
+    keys: Keys,
+    gid: str,
+    worker: str,
+    outcomes: Sequence[Committed],
+    acks: Sequence[PageAck] = (),
+    *,
+    relay_lease_ms: int = RELAY_LEASE_MS,
+) -> Call:
+    """
+    Args:
+        relay_lease_ms: how long the pages in the reply are left to the caller, who hands them over.
+    """
+    args: list[Any] = [worker, relay_lease_ms, *_acks(acks)]
     for o in outcomes:
         args += (f"{o.tid} {o.fence} {o.kind} {o.reason or '-'} {o.delay_ms} {o.run_ms}", o.blob)
     return Call("commit", keys.group(gid), args)

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import redis
@@ -17,7 +17,7 @@ from rq_ceylon.errors import CeylonError, ConnectionLostError, QueueFullError, R
 from rq_ceylon.settings import Place, masked, place_of, shown_address
 
 LOST = (redis.ConnectionError, redis.TimeoutError, OSError)
-"""What a broken connection raises."""
+"""A lost connection, as `carrying` lets it through."""
 
 FLOOR = {"redis": (6, 2), "valkey": (7, 2)}
 
@@ -45,12 +45,75 @@ _LOST_WORDS = {
 }
 
 
-@cache
+_said: dict[str, None] = {}
+SAID_MAX = 10_000
+"""So many messages are remembered; one of a group that broke days ago may be said again."""
+
+
+def _is_new(message: str) -> bool:
+    if message in _said:
+        return False
+    if len(_said) >= SAID_MAX:
+        del _said[next(iter(_said))]
+    _said[message] = None
+    return True
+
+
 def warn_once(message: str) -> None:
     """
     Log a warning, unless this process has logged the same before.
     """
-    logger.warning("{}", message)
+    if _is_new(message):
+        logger.warning("{}", message)
+
+
+def forget_said() -> None:
+    """
+    Let everything count as not said before.
+    """
+    _said.clear()
+
+
+@contextmanager
+def carrying() -> Iterator[None]:
+    """
+    Around everything that uses a connection: whatever fails within is a lost connection, unless Redis answered it.
+
+    The libraries below (uvloop, asyncio, ssl, redis-py) raise errors of many types when a connection breaks, and no
+    list of those types is complete. So an error is named only if it is *not* a loss: an answer of Redis, an error of
+    ours, or `redis.DataError`, a word that cannot be packed.
+
+    Raises:
+        redis.RedisError, OSError, CeylonError: nothing else.
+    """
+    try:
+        yield
+    except redis.exceptions.InvalidResponse as error:
+        raise redis.ConnectionError(f"what answers there does not speak the protocol of Redis: {error}") from error
+    except (redis.RedisError, OSError, CeylonError):
+        raise
+    except Exception as error:
+        kind = type(error).__name__
+        # It may be a mistake in the program too, so its traceback is shown, though it counts as a loss like any other.
+        if _is_new(f"loss {kind}"):
+            logger.opt(exception=error).warning("A connection to Redis failed with {}; it counts as lost", kind)
+        raise redis.ConnectionError(f"{kind}: {error}") from error
+
+
+def complain(what: str, error: Exception) -> None:
+    """
+    Log what failed in a loop that goes on: each refusal once, and each mistake of the program once with its traceback.
+    A lost connection is told only at the level debug, because the part that waits for Redis tells it to the user.
+
+    Args:
+        what: a sentence, `The heartbeat cannot be sent`.
+    """
+    if isinstance(error, ConnectionLostError):
+        logger.debug("{}: {}", what, error)
+    elif isinstance(error, CeylonError):
+        warn_once(f"{what}: {error}")
+    elif _is_new(f"{what}: {error!r}"):
+        logger.opt(exception=error).error("{}", what)
 
 
 def text_of(error: BaseException) -> str:

@@ -8,11 +8,14 @@ import asyncio
 import collections
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from loguru import logger
 
-from rq_ceylon.errors import ConnectionLostError
+from rq_ceylon.errors import CeylonError, ConnectionLostError
+from rq_ceylon.models import counted
 from rq_ceylon.store.connection import Connection
+from rq_ceylon.store.trouble import complain
 from rq_ceylon.worker.held import Step
 
 PAUSE_S, PAUSE_MAX_S = 0.02, 1.0
@@ -33,6 +36,7 @@ class Lanes:
         self._turns: dict[str, asyncio.Task[None]] = {}
         self._since: dict[str, float] = {}
         self._pauses: dict[str, float] = {}
+        self._losses: dict[str, int] = collections.defaultdict(int)
         self._failure: BaseException | None = None
 
     @property
@@ -98,7 +102,7 @@ class Lanes:
         lost, unanswered = None, []
         for step, reply in zip(steps, replies, strict=True):
             if not isinstance(reply, ConnectionLostError):
-                step.absorb(reply)
+                self._absorb(step, reply)
                 continue
             lost = reply
             if step.lost is None:
@@ -110,8 +114,16 @@ class Lanes:
             if pause == 0:
                 logger.warning("{}; trying again until {} answers", lost, node)
             self._pauses[node] = min(max(2 * pause, PAUSE_S), PAUSE_MAX_S)
+            self._losses[node] += 1
             self._on_answer()
             await asyncio.sleep(self._pauses[node])
         elif pause > 0:
-            logger.info("{} answers again", node)
+            logger.info("{} answers again, after {}", node, counted(self._losses.pop(node), "lost connection"))
         return unanswered
+
+    def _absorb(self, step: Step, reply: Any) -> None:
+        try:
+            step.absorb(reply)
+        except Exception as error:  # as a refusal, which costs this call alone and not the worker
+            complain("An answer of Redis cannot be read", error)
+            step.absorb(CeylonError(f"its answer cannot be read ({error!r})"))

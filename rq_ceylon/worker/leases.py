@@ -4,16 +4,35 @@ Keeps the leases of what this worker holds, from a thread of its own, so that a 
 
 from __future__ import annotations
 
+import collections
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from loguru import logger
 
-from rq_ceylon.errors import CeylonError
+from rq_ceylon.errors import CeylonError, ConnectionLostError
 from rq_ceylon.store import transitions
 from rq_ceylon.store.connection import ThreadConnection
 from rq_ceylon.store.keys import Keys
+from rq_ceylon.store.transitions import Committed, Delivery
+from rq_ceylon.store.trouble import complain
+
+ROUND_MAX_S = 10.0
+"""The longest time between two rounds, and the longest that one may take, however long the lease is."""
+
+PAUSE_S = 0.02
+"""The first pause after a round that was not answered; it doubles, up to a ninth of the lease."""
+
+
+class _Lease(NamedTuple):
+    """
+    Until when an entry may be renewed, and the delivery that runs under it, if one does.
+    """
+
+    until: float
+    running: Delivery | None
 
 
 class Leases:
@@ -21,8 +40,10 @@ class Leases:
     The entries that this worker holds, and until when each may be renewed: a frozen event loop must not keep a task for
     ever, so renewing stops at the limit of the attempt plus the grace.
 
-    Each round also keeps the clock of every role of the worker, since handlers that block the event loop hold up its
-    fetches.
+    A lost connection must cost no lease. A round begins each third of the lease and must be answered within another
+    third; one that is not is repeated at once, on a new connection, until one is. So a connection that goes silent
+    leaves at least a third of the lease to renew on the next. Each round also keeps the clock of every role of the
+    worker, since handlers that block the event loop hold up its fetches.
 
     Args:
         lease_ms: the lease to ask for in each of the roles.
@@ -32,23 +53,30 @@ class Leases:
         self._url, self._keys, self._worker = url, keys, worker
         self._on_lost: Callable[[str, str], object] = lambda role, entry: None
         self._lease_ms = dict.fromkeys(roles, lease_ms)
-        self._until: dict[tuple[str, str], float] = {}
+        self._held: dict[tuple[str, str], _Lease] = {}
         self._guard = threading.Lock()
         self._closed = False
+        self._stopping = False
+        self._noted: set[tuple[str, int]] = set()
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
         self.lease_s = 30.0
 
-    def hold(self, role: str, entry: str, until: float) -> None:
+    def hold(self, role: str, entry: str, until: float, running: Delivery | None = None) -> None:
         """
         Renew this entry until the given `time.monotonic()`.
+
+        Args:
+            running: the delivery that runs under it from now on.
         """
         with self._guard:
-            self._until[role, entry] = until
+            self._held[role, entry] = _Lease(until, running)
+        if self._stopping and running is not None:
+            self._wake.set()
 
     def drop(self, role: str, entry: str) -> None:
         with self._guard:
-            self._until.pop((role, entry), None)
+            self._held.pop((role, entry), None)
 
     def adopt(self, role: str, lease_ms: int) -> None:
         """
@@ -59,6 +87,15 @@ class Leases:
         if lease_s != self.lease_s:
             self.lease_s = lease_s
             self._wake.set()
+
+    def stopping(self) -> None:
+        """
+        Say in the records of what runs here that this worker was told to stop, so that losing it from now on counts no
+        crash. Any thread may call this, more than once; the lease thread writes the notes, even while a handler blocks
+        the event loop.
+        """
+        self._stopping = True
+        self._wake.set()
 
     def start(self, on_lost: Callable[[str, str], object]) -> None:
         """
@@ -79,23 +116,32 @@ class Leases:
             self._thread.join(timeout=2.0)
 
     def _run(self) -> None:
-        connection = ThreadConnection(self._url)
-        silent = False
+        connection = ThreadConnection(self._url, self._round_s)
+        unanswered = 0
         while True:
-            self._wake.wait(min(self.lease_s / 3, 10.0))
+            pause_s = min(PAUSE_S * 2**unanswered, self.lease_s / 9, 1.0) if unanswered else self._round_s
+            self._wake.wait(pause_s)
             self._wake.clear()
             if self._closed:
                 break
+            if connection.within_s != self._round_s:
+                connection.close()
+                connection = ThreadConnection(self._url, self._round_s)
             try:
                 self.renew(connection)
-                silent = False
-            except CeylonError as error:
-                if not silent:
+                self._note_stopping(connection)
+                unanswered = 0
+            except ConnectionLostError as error:
+                unanswered = min(unanswered + 1, 10)
+                if unanswered == 2:  # the first loss costs nothing
                     logger.warning("Leases cannot be renewed for now: {}", error)
-                silent = True
-            except Exception:  # a thread that ended here would let every lease run out
-                logger.exception("Leases could not be renewed in this round")
+            except Exception as error:  # a thread that ended here would let every lease run out
+                complain("Leases cannot be renewed in this round", error)
         connection.close()
+
+    @property
+    def _round_s(self) -> float:
+        return min(self.lease_s / 3, ROUND_MAX_S)
 
     def renew(self, connection: ThreadConnection) -> None:
         """
@@ -103,7 +149,7 @@ class Leases:
         """
         now = time.monotonic()
         with self._guard:
-            due = [held for held, until in self._until.items() if until > now]
+            due = [held for held, lease in self._held.items() if lease.until > now]
         asked: list[tuple[str, list[str]]] = []
         for role in self._lease_ms:
             entries = [entry for of, entry in due if of == role]
@@ -124,3 +170,32 @@ class Leases:
                     self._on_lost(role, entry)
         if lost is not None:
             raise lost
+
+    def _note_stopping(self, connection: ThreadConnection) -> None:
+        if not self._stopping:
+            return
+        with self._guard:
+            running = [lease.running for lease in self._held.values() if lease.running is not None]
+        by_group: dict[str, list[Delivery]] = collections.defaultdict(list)
+        for delivery in running:
+            if (delivery.role, delivery.fence) not in self._noted:
+                by_group[delivery.gid].append(delivery)
+        notes = [
+            (gid, some[first : first + transitions.COMMIT_TASKS_MAX])
+            for gid, some in by_group.items()
+            for first in range(0, len(some), transitions.COMMIT_TASKS_MAX)
+        ]
+        calls = [
+            transitions.commit(
+                self._keys,
+                gid,
+                self._worker,
+                [Committed(one.tid, one.fence, "stopping", "", 0, 0, b"") for one in some],
+                relay_lease_ms=0,  # nothing is handed over from here: what the reply offers stays open to all
+            )
+            for gid, some in notes
+        ]
+        for (_, some), reply in zip(notes, connection.run_each(calls), strict=True):
+            if isinstance(reply, CeylonError):
+                raise reply
+            self._noted.update((one.role, one.fence) for one in some)

@@ -6,20 +6,17 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import contextlib
 import time
 from collections.abc import Awaitable, Callable
 
-from loguru import logger
-
-from rq_ceylon.errors import CeylonError, ConnectionLostError
 from rq_ceylon.maintenance import maintain
 from rq_ceylon.presence import BEAT_S, Presence
 from rq_ceylon.store import queries
-from rq_ceylon.store.connection import Connection, subscribed
+from rq_ceylon.store.connection import UNHEARD, Connection, subscribed
 from rq_ceylon.store.keys import Keys
 from rq_ceylon.store.places import heed_cancellation
 from rq_ceylon.store.scripts import Call
+from rq_ceylon.store.trouble import complain
 from rq_ceylon.worker.executor import Executor
 from rq_ceylon.worker.neighbours import LOOK_S, Neighbours
 from rq_ceylon.worker.turn import Turns
@@ -60,11 +57,14 @@ class Lookout:
     def start(self) -> None:
         for name, body in (
             ("bell", self._listen_to_bells()),
-            ("heartbeat", self._every(self._beat_s, self._beat)),
-            ("looks", self._every(self._beat_s, self._look)),
+            ("heartbeat", self._every("The heartbeat cannot be sent", self._beat_s, self._beat)),
+            ("looks", self._every("Cancellations cannot be looked for", self._beat_s, self._look)),
             ("control", self._listen_to_control()),
-            ("neighbours", self._every(lambda: LOOK_S, self._look_at_neighbours)),
-            ("maintenance", maintain(self._url, self._keys, _say)),
+            (
+                "neighbours",
+                self._every("Dead neighbours cannot be looked for", lambda: LOOK_S, self._look_at_neighbours),
+            ),
+            ("maintenance", maintain(self._url, self._keys)),
         ):
             self._tasks.append(asyncio.create_task(body, name=name))
 
@@ -105,8 +105,9 @@ class Lookout:
             due = self._turns.next_due_s
             try:
                 await self._bells.pop(bells, BELL_S if due is None else min(BELL_S, max(due, 0.01)))
-            except CeylonError:
+            except Exception as error:
                 # The turn that follows meets the same trouble, says so, and waits.
+                complain("The bell cannot be heard, so work starts late", error)
                 await asyncio.sleep(BELL_S)
             self.idle.clear()
             self._on_bell()
@@ -122,17 +123,18 @@ class Lookout:
                         pause = 0.1
                         if message["type"] == "message":
                             await self._look()
-            except CeylonError:
+            except Exception as error:
                 heed_cancellation()
+                complain(UNHEARD, error)
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, 5.0)
 
-    async def _every(self, pause_s: Callable[[], float], body: Callable[[], Awaitable[None]]) -> None:
+    async def _every(self, what: str, pause_s: Callable[[], float], body: Callable[[], Awaitable[None]]) -> None:
         while True:
             try:
                 await body()
-            except ConnectionLostError as error:
-                _say(error)
+            except Exception as error:
+                complain(what, error)
             await asyncio.sleep(pause_s())
 
     def _beat_s(self) -> float:
@@ -156,9 +158,4 @@ class Lookout:
                 self._executor.cancel(*running[key], "cancelled")
 
     async def _look_at_neighbours(self) -> None:
-        with contextlib.suppress(CeylonError):  # then at the next look, or when the lease ends
-            await self._neighbours.bury_dead(self._connection)
-
-
-def _say(error: CeylonError) -> None:
-    logger.debug("Not for now: {}", error)  # the turns go on, and say what they meet
+        await self._neighbours.bury_dead(self._connection)

@@ -20,7 +20,7 @@ from rq_ceylon.presence import Presence, is_unroutable
 from rq_ceylon.settings import require_unix
 from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.codec import decode, task_parts
-from rq_ceylon.store.connection import Connection
+from rq_ceylon.store.connection import Connection, until_reached
 from rq_ceylon.store.keys import Keys
 from rq_ceylon.store.transitions import Committed
 from rq_ceylon.worker.executor import PLACE_S, START_S, Executor
@@ -142,6 +142,7 @@ class Worker:
         """
         Take nothing new, finish what runs within the grace, give the rest back. May be called twice, or before `run`.
         """
+        self.leases.stopping()
         self._stop.set()
         self._wake.set()
 
@@ -154,16 +155,20 @@ class Worker:
 
     async def run(self) -> None:
         """
-        Work until stopped.
+        Work until stopped. If Redis is not reachable at the start, wait for it.
 
         Raises:
-            RedisError: Redis is not reachable at the start, or not fit for this.
+            RedisError: Redis is not fit for this, or refuses this user.
         """
         loop, application = asyncio.get_running_loop(), AsyncExitStack()
         try:
-            await self.connection.check()
+            await until_reached(self.connection.check, self._stop)
+            if self._stop.is_set():
+                return
             self.executor.state = await application.enter_async_context(lifetime(self.registry))
-            await self.connection.run([*self.lookout.heartbeat(), *self.presence.advertise()])
+            await until_reached(
+                lambda: self.connection.run([*self.lookout.heartbeat(), *self.presence.advertise()]), self._stop
+            )
             self.leases.start(lambda role, entry: loop.call_soon_threadsafe(self._lost, role, entry))
             self.neighbours.enter(self.name, self.roles)
             roles, names = ", ".join(self.roles), ", ".join(self.registry.names())
@@ -273,7 +278,7 @@ class Worker:
         delivery = grant.held.delivery
 
         def hold(until: float) -> None:
-            self.leases.hold(delivery.role, delivery.entry, until + self.grace_s)
+            self.leases.hold(delivery.role, delivery.entry, until + self.grace_s, running=delivery)
 
         if not self.turns.holds(grant.held):  # lost before there was anything to cancel
             self._end(grant, Outcome("lost"))
@@ -372,12 +377,8 @@ class Worker:
     # ---- the end -----------------------------------------------------------------------------------------------------
     async def _shut_down(self) -> None:
         """
-        Say in the records of what runs that this worker is stopping, so that losing it now counts no crash; then wait.
+        Wait for what runs, for the grace; then cancel it.
         """
-        for held in self._running.values():
-            delivery = held.delivery
-            self.turns.finish(held, Committed(delivery.tid, delivery.fence, "stopping", "", 0, 0, b""))
-        self._wake.set()
         if self._running:
             logger.info("Stopping; {} may run for {:.0f} s more", counted(len(self._running), "task"), self.grace_s)
         try:
