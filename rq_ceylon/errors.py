@@ -5,9 +5,13 @@ Every error that rq_ceylon raises on purpose. Each message names what was wrong,
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from itertools import islice
+from pathlib import Path
+
+_PACKAGE = str(Path(__file__).parent)
 
 
 def guess(word: object, options: Iterable[str], otherwise: str = "", ask: str = 'did you mean "{}"?') -> str:
@@ -18,6 +22,16 @@ def guess(word: object, options: Iterable[str], otherwise: str = "", ask: str = 
     forms = dict.fromkeys((word[:64], word[:64].lower())) if isinstance(word, str) else ()
     near = next((found for form in forms for found in get_close_matches(form, known, 1)), None)
     return otherwise if near is None else ask.format(near)
+
+
+def error_at(error: BaseException) -> str:
+    """
+    An exception of users' code in one line: its type, its message, and the innermost line that is not ours.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "importlib" not in frame.filename and not frame.filename.startswith(_PACKAGE)]
+    at = f" (at {own[-1].filename}:{own[-1].lineno}: {own[-1].line})" if own else ""
+    return f"{type(error).__name__}: {error}{at}"
 
 
 class CeylonError(Exception):

@@ -121,9 +121,15 @@ class Commands:
         """
         Run a command in the background, in a session of its own.
         """
+        return self.launch("-m", "rq_ceylon.cli", name, *arguments, environ=environ)
+
+    def launch(self, *words: str, environ: Mapping[str, str] | None = None) -> Process:
+        """
+        Run this Python with such words in the background, in a session of its own.
+        """
         with self.log(len(self.started)).open("w") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "rq_ceylon.cli", name, *arguments],
+                [sys.executable, *words],
                 cwd=self.folder,
                 env=self.environ(environ),
                 stdin=subprocess.DEVNULL,

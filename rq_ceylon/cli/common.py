@@ -15,14 +15,17 @@ import sys
 import traceback
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
-from rq_ceylon.errors import AppImportError, CeylonError
+from rq_ceylon.errors import AppImportError, CeylonError, error_at
 
 if TYPE_CHECKING:
+    import asyncio
+
     from rq_ceylon.app import Ceylon
+    from rq_ceylon.process import Watch
     from rq_ceylon.settings import Settings
 
 T = TypeVar("T")
@@ -32,6 +35,9 @@ EXIT_CODES = """\b
 Exit codes: 0 goals achieved or outcome completed, 1 not, 2 usage or invalid
 file, 3 no Redis, 4 cannot import, 5 waited too long, 6 no worker for a role,
 130 Ctrl-C, 143 terminated."""
+
+CLEAN_UP_S = 1.0
+"""How long tasks that users' code has started beside its handlers may go on once they are cancelled at the end."""
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -200,14 +206,7 @@ def run_async(main: Coroutine[Any, Any, T]) -> T:
             loop.add_signal_handler(signal.SIGINT, interrupt)
         return await main
 
-    factory = None
-    try:
-        import uvloop
-
-        factory = uvloop.new_event_loop
-    except ImportError:
-        pass
-    with asyncio.Runner(loop_factory=factory) as runner:
+    with _runner() as runner:
         try:
             return runner.run(interruptible())
         except asyncio.CancelledError:
@@ -216,15 +215,54 @@ def run_async(main: Coroutine[Any, Any, T]) -> T:
             raise
 
 
-def on_signals(stop: Callable[[int], None]) -> None:
+def serve(main: Callable[[Watch], Coroutine[Any, Any, int]], *, grace_s: float = 0.0) -> NoReturn:
     """
-    SIGTERM and Ctrl-C call `stop` in the running loop.
+    Run a coroutine that returns the exit code, then end the process with it: for commands in which users' code runs.
+
+    Args:
+        main: gets the watch of this process, by which it hears signals.
+        grace_s: how long after a first signal it may go on; a watch ends the process soon after.
     """
     import asyncio
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        with contextlib.suppress(NotImplementedError):  # Windows: there Ctrl-C cancels
-            asyncio.get_running_loop().add_signal_handler(number, stop, number)
+    from rq_ceylon.process import ALLOWANCE_S, Watch
+
+    watch = Watch(grace_s)
+
+    async def to_the_end() -> int:
+        try:
+            return await main(watch)
+        finally:
+            left = asyncio.all_tasks() - {asyncio.current_task()}  # of users' code
+            for task in left:
+                task.cancel()
+            if left:
+                with watch.limit(ALLOWANCE_S, "a task that users' code left behind"):
+                    await asyncio.wait(left, timeout=CLEAN_UP_S)
+
+    # The runner is not closed: that would wait for the threads of the loop's executor.
+    runner = _runner()
+    try:
+        code = reported(runner.run)(to_the_end())
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    watch.leave(code)
+
+
+def _runner() -> asyncio.Runner:
+    """
+    A runner on uvloop where it is installed.
+    """
+    import asyncio
+
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.Runner()
+    return asyncio.Runner(loop_factory=uvloop.new_event_loop)
 
 
 def load_app(path: str) -> Ceylon:
@@ -248,9 +286,11 @@ def load_app(path: str) -> Ceylon:
                 f"application {path!r}: there is no module {error.name!r}; "
                 f"looked in {os.getcwd()} and the installed packages"
             ) from error
-        raise AppImportError(f"application {path!r}: {_last_line(error)}") from error
-    except Exception as error:
-        raise AppImportError(f"application {path!r} cannot be imported: {_last_line(error)}") from error
+        raise AppImportError(f"application {path!r}: {error_at(error)}") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # also a SystemExit, which would end the command without a word
+        raise AppImportError(f"application {path!r} cannot be imported: {error_at(error)}") from error
     try:
         app = pkgutil.resolve_name(path)
     except (AttributeError, ValueError) as error:
@@ -258,16 +298,6 @@ def load_app(path: str) -> Ceylon:
     if not isinstance(app, Ceylon):
         raise AppImportError(f"application {path!r} is a {type(app).__name__}, not a Ceylon; name the Ceylon() object")
     return app
-
-
-def _last_line(error: BaseException) -> str:
-    """
-    The user's line that failed, and the error.
-    """
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if "importlib" not in frame.filename and "rq_ceylon" not in frame.filename]
-    at = f" (at {own[-1].filename}:{own[-1].lineno}: {own[-1].line})" if own else ""
-    return f"{type(error).__name__}: {error}{at}"
 
 
 def set_up_logging(level: str, form: str) -> None:

@@ -4,11 +4,9 @@
 
 from __future__ import annotations
 
-import sys
-
 import click
 
-from rq_ceylon.cli.common import RedisOptions, command, load_app, logs, on_signals, run_async, where
+from rq_ceylon.cli.common import RedisOptions, command, load_app, logs, serve, where
 
 
 @command("ceylon-monitor")
@@ -27,19 +25,19 @@ def monitor(app: str | None, name: str | None, options: RedisOptions) -> None:
 
     Any number of monitors may run, or none: goals over counters are judged where tasks are counted.
     """
+    from rq_ceylon.process import Watch, stop_with_supervisor
+
     loaded = load_app(app) if app else None
     found = options.settings(loaded)
-    if sys.platform != "win32":  # there nobody starts it for a demo
-        from rq_ceylon.worker.supervisor import stop_with_supervisor
+    stop_with_supervisor()
 
-        stop_with_supervisor()
-
-    async def watch() -> None:
+    async def watch(beside: Watch) -> int:
         from rq_ceylon.monitor import Monitor
 
         registry = loaded.registry if loaded else None
         running = Monitor(found.redis_url, namespace=found.namespace, registry=registry, name=name)
-        on_signals(lambda _: running.stop())
+        beside.listen(lambda _: running.stop())
         await running.run()
+        return 0
 
-    run_async(watch())
+    serve(watch)

@@ -10,15 +10,18 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import click
 
+from rq_ceylon.process import CHILD_END_S, SUPERVISED
 from rq_ceylon.settings import require_unix, server_folder
 from rq_ceylon.store.server import EmbeddedServer
-from rq_ceylon.worker.supervisor import SUPERVISED
+
+GRACE_S = 25.0
+"""The grace of a worker that is told no other."""
 
 DEMO = """\
 name: Data Processing
@@ -68,7 +71,9 @@ def run_server(port: int | None) -> int:
     folder = server_folder()
     with EmbeddedServer.start(folder=folder, appendonly=True, port=port) as server:
         click.echo(f"Server at {server.url}, data in {folder}; Ctrl-C ends it", err=True)
-        _until_signal()
+        signals = _signals()
+        while not signals:
+            time.sleep(0.2)
     return 0
 
 
@@ -80,11 +85,13 @@ def run_up(app: str, concurrency: int | None) -> int:
     slots = ["-c", str(concurrency)] if concurrency else []
     with EmbeddedServer.start(folder=server_folder(), appendonly=True) as server, contextlib.ExitStack() as stack:
         environ = {**os.environ, "CEYLON_REDIS_URL": server.url}
-        worker = stack.enter_context(_running("worker", [app, *slots], environ))
-        stack.enter_context(_running("monitor", ["--app", app], environ))
+        signals = _signals()
+        worker = stack.enter_context(_running("worker", [app, *slots], environ, signals))
+        stack.enter_context(_running("monitor", ["--app", app], environ, signals))
         click.echo(f"Up: server at {server.url}, worker, monitor. Submit with app.client() or ceylon-submit.", err=True)
-        ended = _until_signal(worker)
-    return ended
+        while not signals and worker.poll() is None:
+            time.sleep(0.2)
+    return 0 if signals else worker.returncode
 
 
 def environ_of(server: EmbeddedServer) -> dict[str, str]:
@@ -108,18 +115,18 @@ def start(name: str, arguments: Sequence[str], environ: Mapping[str, str]) -> su
     )
 
 
-def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+def end(processes: Sequence[subprocess.Popen[bytes]], *, is_hurried: Callable[[], bool] = lambda: False) -> None:
     """
-    SIGTERM to all, SIGKILL to those that do not heed it.
+    SIGTERM to all, SIGKILL to those that outlive their grace, or at once when it is hurried.
     """
     for process in processes:
         process.send_signal(signal.SIGTERM)
-    for process in processes:
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    limit = time.monotonic() + GRACE_S + CHILD_END_S
+    while any(process.poll() is None for process in processes):
+        if is_hurried() or time.monotonic() > limit:
+            for process in processes:
+                process.kill()
+        time.sleep(0.02)
 
 
 def _command(name: str, arguments: Sequence[str]) -> list[str]:
@@ -127,13 +134,18 @@ def _command(name: str, arguments: Sequence[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def _running(name: str, arguments: Sequence[str], environ: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+def _running(
+    name: str, arguments: Sequence[str], environ: Mapping[str, str], signals: Sequence[int] = ()
+) -> Iterator[subprocess.Popen[bytes]]:
+    """
+    A command in the background while the block runs; a second one in `signals` kills it.
+    """
     click.echo(f"$ ceylon-{name} {' '.join(arguments)} &", err=True)
     process = start(name, arguments, environ)
     try:
         yield process
     finally:
-        end([process])
+        end([process], is_hurried=lambda: len(signals) > 1)
 
 
 def _foreground(name: str, arguments: Sequence[str], environ: Mapping[str, str]) -> int:
@@ -141,14 +153,11 @@ def _foreground(name: str, arguments: Sequence[str], environ: Mapping[str, str])
     return subprocess.run(_command(name, arguments), env=environ, check=False).returncode
 
 
-def _until_signal(process: subprocess.Popen[bytes] | None = None) -> int:
+def _signals() -> list[int]:
     """
-    Until Ctrl-C or SIGTERM, or until a process ends; returns its exit code then.
+    The numbers of the SIGTERMs and Ctrl-Cs from now on, as they come.
     """
-    stop = threading.Event()
+    heard: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    while not stop.wait(0.2):
-        if process is not None and process.poll() is not None:
-            return process.returncode
-    return 0
+        signal.signal(number, lambda number, _: heard.append(number))
+    return heard

@@ -9,7 +9,7 @@ import sys
 
 import click
 
-from rq_ceylon.cli.common import RedisOptions, command, load_app, logs, on_signals, run_async, where
+from rq_ceylon.cli.common import RedisOptions, command, load_app, logs, serve, where
 
 PROCESSES_MAX = 256
 
@@ -100,8 +100,8 @@ def worker(
     from rq_ceylon.errors import InvalidInputError
     from rq_ceylon.handlers import Registry
     from rq_ceylon.models import seconds
+    from rq_ceylon.process import CHILD_END_S, Watch, stop_with_supervisor
     from rq_ceylon.settings import require_unix
-    from rq_ceylon.worker.supervisor import Supervisor, stop_with_supervisor
 
     require_unix("ceylon-worker")
     loaded = load_app(app) if app else None
@@ -115,16 +115,18 @@ def worker(
         raise InvalidInputError(f"--lease: {lease!r} is too short; give at least 100ms")
     stop_with_supervisor()
 
-    async def supervise() -> int:
+    async def supervise(watch: Watch) -> int:
+        from rq_ceylon.worker.supervisor import Supervisor
+
         # A child is this very command with one process.
         children = [sys.executable, "-m", "rq_ceylon.cli", "worker", *sys.argv[1:], "--processes", "1"]
         supervisor = Supervisor(
-            children, processes=processes, url=found.redis_url, namespace=found.namespace, burst=burst
+            children, processes=processes, url=found.redis_url, namespace=found.namespace, burst=burst, grace_s=grace_s
         )
-        on_signals(supervisor.signal)
+        watch.listen(supervisor.signal)
         return await supervisor.run()
 
-    async def work() -> int:
+    async def work(watch: Watch) -> int:
         from rq_ceylon.worker import Worker
 
         is_async = not loaded or any(handler.kind == "async" for handler in registry.own())
@@ -152,8 +154,10 @@ def worker(
             else:
                 running.kill()
 
-        on_signals(stop)
+        watch.listen(stop)
         await running.run()
         return 128 + signals[-1] if len(signals) > 1 else running.exit_code
 
-    sys.exit(run_async(supervise() if processes != (1, 1) else work()))
+    if processes == (1, 1):
+        serve(work, grace_s=grace_s)
+    serve(supervise, grace_s=grace_s + CHILD_END_S)

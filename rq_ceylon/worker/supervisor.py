@@ -11,25 +11,27 @@ import os
 import signal
 import socket
 import subprocess
-import threading
 import time
+from asyncio.subprocess import Process
 from collections.abc import Sequence
 
 from loguru import logger
 
 from rq_ceylon.errors import CeylonError
 from rq_ceylon.models import WorkerView, counted
+from rq_ceylon.process import CHILD_END_S, SUPERVISED
 from rq_ceylon.store import queries
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.keys import Keys
 from rq_ceylon.worker.neighbours import Neighbours
 from rq_ceylon.worker.scale import Scale
 
-SUPERVISED = "CEYLON_SUPERVISED"
-"""Set for a child: its standard input is a pipe that closes when its supervisor is gone."""
-
 PAUSE_S, PAUSE_MAX_S, STEADY_S = 0.5, 30.0, 60.0
 """A child that ends at once is restarted after a growing pause; one that lived this long begins anew."""
+
+REPLACED = (0, 7)
+"""Exit codes of a child that has finished what it ran and wants to be replaced: it has run its number of tasks or needs
+too much memory (0), or too many of its threads hang (7)."""
 
 LOOK_S, QUIET_S = 2.0, 60.0
 """How often the load is looked at, and how long a child less must have sufficed before one is stopped."""
@@ -44,6 +46,7 @@ class Supervisor:
         processes: the fewest and the most children.
         url, namespace: where the load is seen, and what a dead child held is given back.
         burst: children that end by themselves with 0 are not restarted.
+        grace_s: how long running tasks of a child may go on; a child that lives `CHILD_END_S` longer is killed.
     """
 
     def __init__(
@@ -54,12 +57,14 @@ class Supervisor:
         url: str,
         namespace: str,
         burst: bool = False,
+        grace_s: float = 25.0,
     ) -> None:
         self.command, self.burst, self._scale = list(command), burst, Scale(*processes, QUIET_S)
+        self._grace_s = grace_s
         self.url, self.keys = url, Keys(namespace)
         self.exit_code = 0
         self._kept = 0
-        self._children: dict[int, subprocess.Popen[bytes]] = {}
+        self._children: dict[int, Process] = {}
         self._retired: set[int] = set()
         self._stop = asyncio.Event()
 
@@ -69,7 +74,7 @@ class Supervisor:
         """
         self._stop.set()
         for child in self._children.values():
-            child.send_signal(number)
+            self._tell(child, number)
 
     async def run(self) -> int:
         """
@@ -85,7 +90,7 @@ class Supervisor:
                     await self._follow_load(keepers)
         finally:
             for child in self._children.values():
-                child.kill()
+                _kill(child)
         return self.exit_code
 
     # ---- how many ----------------------------------------------------------------------------------------------------
@@ -129,7 +134,7 @@ class Supervisor:
     def _retire(self, pid: int) -> None:
         if child := self._children.get(pid):  # else it has just ended by itself
             self._retired.add(pid)
-            child.send_signal(signal.SIGTERM)
+            self._tell(child, signal.SIGTERM)
 
     async def _stops_within(self, seconds: float) -> bool:
         with contextlib.suppress(TimeoutError):
@@ -144,8 +149,14 @@ class Supervisor:
         pause, code = PAUSE_S, 0
         while not self._stop.is_set():
             began = time.monotonic()
-            child = self._start()
-            code = await asyncio.to_thread(child.wait)
+            try:
+                child = await self._start()
+            except OSError as error:  # out of processes, memory or descriptors: that may pass
+                logger.error("A worker process cannot be started, next attempt in {:.1f} s: {}", pause, error)
+                await self._stops_within(pause)
+                pause = min(pause * 2, PAUSE_MAX_S)
+                continue
+            code = await child.wait()
             assert child.stdin is not None
             child.stdin.close()
             del self._children[child.pid]
@@ -161,6 +172,9 @@ class Supervisor:
                 # Wrong options, no Redis, an application that cannot be imported: the same would happen again.
                 self.signal(signal.SIGTERM)
                 break
+            if code in REPLACED and not self.burst:
+                logger.info("Worker process {} ended with {}; another takes its place", child.pid, code)
+                continue
             pause = PAUSE_S if time.monotonic() - began > STEADY_S else min(pause * 2, PAUSE_MAX_S)
             logger.warning("Worker process {} ended with {}; restarting in {:.1f} s", child.pid, code, pause)
             await self._stops_within(pause)
@@ -169,15 +183,31 @@ class Supervisor:
         if self._kept == 0:
             self._stop.set()
 
-    def _start(self) -> subprocess.Popen[bytes]:
-        child = subprocess.Popen(
-            self.command,
+    async def _start(self) -> Process:
+        # The loop waits for it, on a thread or descriptor of its own: no number of children can be too many to watch.
+        child = await asyncio.create_subprocess_exec(
+            *self.command,
             stdin=subprocess.PIPE,
             start_new_session=True,
             env={**os.environ, SUPERVISED: "1"},
         )
         self._children[child.pid] = child
+        if self._stop.is_set():  # told while it was being started
+            self._tell(child, signal.SIGTERM)
         return child
+
+    def _tell(self, child: Process, number: int) -> None:
+        """
+        Send a signal to a child, and kill the child if it is still there when its own watch should have ended it.
+        """
+        with contextlib.suppress(ProcessLookupError):
+            child.send_signal(number)
+        asyncio.get_running_loop().call_later(self._grace_s + CHILD_END_S, self._kill_hung, child)
+
+    def _kill_hung(self, child: Process) -> None:
+        if child.returncode is None and self._children.get(child.pid) is child:
+            logger.error("Worker process {} did not end {:g} s after its grace; killing it", child.pid, CHILD_END_S)
+            _kill(child)
 
     async def _bury(self) -> None:
         """
@@ -190,16 +220,6 @@ class Supervisor:
             logger.warning("What the dead process held comes back when its lease ends: {}", error)
 
 
-def stop_with_supervisor() -> None:
-    """
-    In a child: end when the supervisor is gone, however it went.
-    """
-    if SUPERVISED not in os.environ:
-        return
-
-    def watch() -> None:
-        while os.read(0, 1024):
-            pass
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, name="ceylon-supervised", daemon=True).start()
+def _kill(child: Process) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        child.kill()

@@ -1,0 +1,254 @@
+"""
+How a process of ours hears signals and how it ends.
+
+The end of a process is never awaited from users' code. A thread beside the event loop, the watch, hears each signal
+even while a handler blocks the loop, and ends the process when the time for its end is over. A process that ends by
+itself joins no thread of users' code.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import os
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from loguru import logger
+
+ALLOWANCE_S = 5.0
+"""How long the end of a process may take beyond the grace: cancelled tasks clean up, what is left is given back, stop
+hooks run. It is also all that a second signal leaves."""
+
+LAST_LINE_S = 1.0
+"""How long the watch tries to write its last line: whoever holds the lock of the log may be what hangs."""
+
+CHILD_END_S = ALLOWANCE_S + LAST_LINE_S + 0.5
+"""How long beyond its grace a child may take before its parent kills it: time for the child's own watch to end it."""
+
+SUPERVISED = "CEYLON_SUPERVISED"
+"""Set for a child: its standard input is a pipe that closes when its parent is gone."""
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Watch:
+    """
+    The thread beside the event loop of one process. Create it in the main thread, at most once in a process.
+
+    Args:
+        grace_s: how long after the first signal the clean-up begins, which may take `ALLOWANCE_S`.
+        at_once: called in the watch's thread at the first signal, even while the loop is blocked.
+    """
+
+    def __init__(self, grace_s: float = 0.0, *, at_once: Callable[[], object] = lambda: None) -> None:
+        self._grace_s, self.at_once = grace_s, at_once
+        self._stop: Callable[[int], object] = lambda _: None
+        self._guard = threading.Lock()
+        self._signals: list[int] = []
+        self._told = 0
+        self._limits: dict[object, tuple[float, str]] = {}
+        self._what = "what runs in it"
+        self._code: int | None = None
+        self._near, self._far = socket.socketpair()
+        self._far.setblocking(False)
+        self._loop_fd = -1
+        self.handlers: dict[int, Any] = {}
+        _watching.append(self)
+        threading.Thread(target=self._run, name="ceylon-watch", daemon=True).start()
+
+    # ---- in the main thread ------------------------------------------------------------------------------------------
+    def listen(self, stop: Callable[[int], object]) -> None:
+        """
+        From now on each SIGTERM and SIGINT calls `stop` with its number in the running loop.
+        """
+        self._stop = stop
+        loop = asyncio.get_running_loop()
+        with contextlib.suppress(NotImplementedError):  # Windows: there Ctrl-C cancels the main task
+            for number in _SIGNALS:
+                loop.add_signal_handler(number, self._tell, number)
+                self.handlers[number] = signal.getsignal(number)
+            # What the loop would read comes to the watch first, which passes it on.
+            self._loop_fd = signal.set_wakeup_fd(self._far.fileno(), warn_on_full_buffer=False)
+
+    @contextlib.contextmanager
+    def limit(self, seconds: float, what: str) -> Iterator[None]:
+        """
+        End the process if the block takes longer than `seconds`; the last line then names `what`.
+        """
+        key = object()
+        with self._guard:
+            self._limits[key] = time.monotonic() + seconds, what
+        self._wake()
+        try:
+            yield
+        finally:
+            with self._guard:
+                del self._limits[key]
+
+    def leave(self, code: int) -> NoReturn:
+        """
+        End the process: run what is registered with `atexit`, flush, and join no thread.
+        """
+        self._code, self._loop_fd = code, -1
+        with self._guard:
+            self._what = "its atexit functions"
+            due = min([time.monotonic() + ALLOWANCE_S, *(due for due, _ in self._limits.values())])
+            self._limits = {self: (due, self._what)}
+        self._wake()
+        _end_children()
+        atexit._run_exitfuncs()
+        _flush()
+        os._exit(code)
+
+    def _tell(self, number: int) -> None:
+        self._told += 1
+        if self._told > len(self._signals):  # users' code has taken the loop's wakeup descriptor back
+            self._hear(number)
+            self._wake()
+        self._stop(number)
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # full, so the thread has reason enough to wake
+            self._far.send(b"\0")
+
+    # ---- in the watch's thread ---------------------------------------------------------------------------------------
+    def _run(self) -> None:
+        while True:
+            with self._guard:
+                due, what = min(self._limits.values(), default=(None, ""))
+            rest = None if due is None else due - time.monotonic()
+            if rest is not None and rest <= 0:
+                self._end(what)
+            self._near.settimeout(rest)
+            try:
+                heard = self._near.recv(64)
+            except TimeoutError:
+                continue
+            for number in heard:
+                if number in _SIGNALS:
+                    self._hear(number)
+            if any(heard) and self._loop_fd != -1:
+                with contextlib.suppress(OSError):  # full, so the loop has reason enough to wake; or the loop is over
+                    os.write(self._loop_fd, heard)
+
+    def _hear(self, number: int) -> None:
+        self._signals.append(number)
+        rest_s = ALLOWANCE_S if len(self._signals) > 1 else self._grace_s + ALLOWANCE_S
+        with self._guard:
+            # Each signal is a limit of its own: a later one never leaves more time than an earlier one.
+            self._limits[len(self._signals)] = time.monotonic() + rest_s, self._what
+        if len(self._signals) == 1:
+            try:
+                self.at_once()
+            except Exception:  # the watch must outlive it
+                logger.exception("What was to be done at once at signal {} failed", number)
+
+    def _end(self, what: str) -> NoReturn:
+        code = self._code
+        if code is None:
+            code = 128 + self._signals[-1] if self._signals else 1
+
+        def last_words() -> None:
+            logger.error("This process ends now: {} took too long to end{}", what, _whereabouts())
+            _end_children()
+            _flush()
+
+        last = threading.Thread(target=last_words, daemon=True)
+        last.start()
+        last.join(LAST_LINE_S)
+        os._exit(code)
+
+
+_watching: list[Watch] = []
+"""The watch of this very process."""
+
+
+@contextlib.contextmanager
+def limit(seconds: float, what: str) -> Iterator[None]:
+    """
+    `Watch.limit` of this process; nothing where none watches, as in a program that runs a worker of its own.
+    """
+    with _watching[0].limit(seconds, what) if _watching else contextlib.nullcontext():
+        yield
+
+
+def stop_with_supervisor() -> None:
+    """
+    In a child: end when the parent is gone, however it went.
+    """
+    if SUPERVISED not in os.environ:
+        return
+
+    def watch() -> None:
+        while os.read(0, 1024):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="ceylon-supervised", daemon=True).start()
+
+
+def _whereabouts() -> str:
+    """
+    Where the main thread stands if not in our code or in the event loop: a handler that blocks the loop is found by it.
+    """
+    frame = sys._current_frames()[threading.main_thread().ident or 0]
+    own = (str(Path(__file__).parent), str(Path(asyncio.__file__).parent), selectors.__file__)
+    if frame.f_code.co_filename.startswith(own):
+        return ""
+    return f"; its main thread is at {frame.f_code.co_filename}:{frame.f_lineno}, in {frame.f_code.co_name}"
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or there is none
+            stream.flush()
+
+
+def _end_children() -> None:
+    """
+    SIGTERM to children of `multiprocessing`, which `atexit` would wait for.
+    """
+    if (module := sys.modules.get("multiprocessing.process")) is not None:
+        for child in module.active_children():
+            child.terminate()
+
+
+# ---- forks -----------------------------------------------------------------------------------------------------------
+# A child that users' code forks must not keep our handlers: its SIGTERM would go down the wakeup descriptor that it
+# shares with us, and stop us instead of it. Signals are blocked in between, so that none arrives before the handlers
+# are the default ones.
+_forking = threading.local()
+
+
+def _before_fork() -> None:
+    if _watching:
+        _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+
+
+def _after_fork() -> None:
+    if (mask := _forking.__dict__.pop("mask", None)) is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _after_fork_in_child() -> None:
+    defaults: dict[int, Any] = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    for watch in _watching:
+        for number, handler in watch.handlers.items():
+            if signal.getsignal(number) is handler:  # else users' code has set one of its own
+                signal.signal(number, defaults[number])
+        signal.set_wakeup_fd(-1)
+    _watching.clear()
+    _after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
