@@ -85,7 +85,8 @@ __all__ = [  # noqa: RUF022, in the order of the table above
     "Worker",
 ]  # fmt: skip
 
-# A library is silent until its user asks: `logger.enable("rq_ceylon")`. The commands do.
+# The log of workers and monitors is silent until its user asks: `logger.enable("rq_ceylon")`. The commands do.
+# What a client must tell goes through the standard library's logger `rq_ceylon` instead, so that it is always heard.
 logger.disable("rq_ceylon")
 
 

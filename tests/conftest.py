@@ -5,6 +5,7 @@ A test runs on the embedded Valkey; marked `every_engine`, it runs on each of EN
 own, to kill it or to configure it, takes `start_server`.
 """
 
+import logging
 import os
 import shutil
 import tempfile
@@ -153,15 +154,32 @@ def commands(redis_url: str, tmp_path: Path) -> Iterator[Commands]:
 @pytest.fixture
 def said() -> Iterator[list[str]]:
     """
-    What the package logs, each with its level: `INFO: message`. Nothing counts as said before.
+    What the package logs, through loguru or the standard library, each with its level: `INFO: message`. Nothing counts
+    as said before.
     """
     trouble.forget_said()
     lines: list[str] = []
     logger.enable("rq_ceylon")
     sink = logger.add(lines.append, format="{level}: {message}")
+    handler = _Lines(lines)
+    logging.getLogger("rq_ceylon").addHandler(handler)
     yield lines
+    logging.getLogger("rq_ceylon").removeHandler(handler)
     logger.remove(sink)
     logger.disable("rq_ceylon")
+
+
+class _Lines(logging.Handler):
+    """
+    Adds what the standard library logs to a list, as loguru's sink does.
+    """
+
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__()
+        self._lines = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines.append(f"{record.levelname}: {record.getMessage()}\n")
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import asyncio
 
 import pytest
 import redis
-from commands import eventually
+from commands import Commands, eventually
 
 from rq_ceylon import Ceylon, CeylonError, InvalidInputError, NotFoundError, Task, TaskGroup, WaitTimeoutError
 from rq_ceylon.client import following
@@ -68,9 +68,32 @@ async def test_a_role_that_nobody_serves_is_named_once_for_all_who_wait(
     await asyncio.gather(*waiting, return_exceptions=True)
 
     assert sorted(said) == [
-        f"WARNING: Still waiting: no worker serves role '{role}' (no worker is running)\n"
+        f"WARNING: Still waiting: no worker serves role '{role}' (no worker is running); "
+        f"start one with: ceylon-worker MODULE:APP --role {role}\n"
         for role in ("grouped", "lone")
     ]
+
+
+def test_a_program_that_waits_in_vain_hears_why_without_any_set_up_of_logging(commands: Commands) -> None:
+    program = """
+from rq_ceylon import Ceylon, Task, WaitTimeoutError
+from rq_ceylon.client import following
+
+following.NO_WORKER_S = 0.1
+with Ceylon().sync_client() as client:
+    handle = client.submit(Task(role="lone"))
+    try:
+        handle.result(timeout=2)
+    except WaitTimeoutError:
+        handle.cancel()
+"""
+    ended = commands.python("-c", program)
+
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr == (
+        "Still waiting: no worker serves role 'lone' (no worker is running); "
+        "start one with: ceylon-worker MODULE:APP --role lone\n"
+    )
 
 
 async def test_who_asks_for_an_unknown_task_disturbs_nobody_else(app: Ceylon) -> None:

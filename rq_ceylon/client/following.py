@@ -8,13 +8,12 @@ every few seconds, begins anew after a lost connection, and tells everybody if t
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import Any
-
-from loguru import logger
 
 from rq_ceylon.errors import CeylonError, ConnectionLostError, NotFoundError
 from rq_ceylon.models import GroupStatus, GroupView, TaskResult, TaskStatus
@@ -22,6 +21,8 @@ from rq_ceylon.store import queries
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.events import LOOK_S, EventHub, Watch
 from rq_ceylon.store.keys import Keys
+
+log = logging.getLogger("rq_ceylon")
 
 NO_WORKER_S = 10.0
 """After so long a wait, the roles of what is waited for are told to whoever warns about those that nobody serves."""
@@ -178,7 +179,7 @@ class Follower:
                 is_away = False
             except ConnectionLostError as error:
                 if not is_away:
-                    logger.warning("Waiting for group {} goes on once Redis answers: {}", self._gid, error)
+                    log.warning("Waiting for group %s goes on once Redis answers: %s", self._gid, error)
                 fresh = is_away = True
                 await asyncio.sleep(RECONNECT_S)
                 continue

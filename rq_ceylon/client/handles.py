@@ -27,7 +27,8 @@ class TaskHandle(Generic[R]):
     `view()` look at it as it stands, `cancel()` ends it. Its `id` is good in any process: `client.task(id)`.
 
     Waiting survives a restart of Redis. Any number of handles may be waited for at once; those of one group share their
-    reads. A role that no worker serves is named in a warning after 10 s.
+    reads. After 10 s the standard library's logger `rq_ceylon` warns of a role that no worker serves; a program that
+    sets up no logging shows it on stderr.
     """
 
     def __init__(self, session: Session, gid: str, tid: str, handler: Handler[..., R] | None = None) -> None:

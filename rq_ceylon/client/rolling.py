@@ -6,13 +6,12 @@ goes with the next, so that many cost little.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
-
-from loguru import logger
 
 from rq_ceylon.client.session import Session
 from rq_ceylon.client.staging import ReadyTask, chain, new_id
@@ -22,6 +21,8 @@ from rq_ceylon.models import Durability
 from rq_ceylon.store import transitions
 from rq_ceylon.store.scripts import Call
 from rq_ceylon.store.transitions import GroupFacts, Page, PageAck, StagedTask
+
+log = logging.getLogger("rq_ceylon")
 
 ROLLING_TASKS_MAX, ROLLING_S = 1000, 60.0
 """A group takes no more tasks once it has so many, or is so old."""
@@ -108,7 +109,7 @@ class Rolling:
                 for waiting in batch:
                     _refuse(waiting, error)
                 if not batch:
-                    logger.warning("Left to maintenance: {}", error)
+                    log.warning("Left to maintenance: %s", error)
                 self._acks, self._to_seal = [], []
                 self._renew()
             # Who was answered just now and submits again at once shares the next round trip.

@@ -5,14 +5,13 @@ What all parts of a client share: where Redis is, one connection, one ear for ev
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
-
-from loguru import logger
 
 from rq_ceylon import maintenance
 from rq_ceylon.client.following import Follower, Following
@@ -26,6 +25,10 @@ from rq_ceylon.store.durability import CONFIRM_S, confirming, unable
 from rq_ceylon.store.events import EventHub
 from rq_ceylon.store.keys import Keys
 from rq_ceylon.store.scripts import Call, command
+
+log = logging.getLogger("rq_ceylon")
+"""What a client has to tell goes through the standard library: Python prints warnings to stderr where nobody has set up
+logging, so that a program that waits in vain is not mute."""
 
 ANSWER_S = 5.0
 """How long a call is repeated while Redis does not answer, and how long one answer may take."""
@@ -108,7 +111,7 @@ class Session:
         try:
             await until_answered(self.url, hand_over, ANSWER_S)
         except CeylonError as error:
-            logger.warning("What follows in group {} is left to maintenance: {}", gid, error)
+            log.warning("What follows in group %s is left to maintenance: %s", gid, error)
 
     async def send_part(
         self,
@@ -203,7 +206,7 @@ class Session:
             now = time.monotonic()
             if now - self._warned_at.get(role, -WARN_AGAIN_S) >= WARN_AGAIN_S:
                 self._warned_at[role] = now
-                logger.warning("Still waiting: {}", words)
+                log.warning("Still waiting: %s; start one with: ceylon-worker MODULE:APP --role %s", words, role)
 
 
 def _missing_words(role: str, served: set[str]) -> str:
