@@ -44,6 +44,10 @@ _TLS_OPTIONS = _TLS_FILES | {
     "ssl_min_version",
     "ssl_password",
 }
+_YES_OR_NO = {"yes", "no", "true", "false", "1", "0"}
+_TLS_VERSIONS = {"TLSv1_2": 771, "TLSv1_3": 772}
+"""The names of `ssl.TLSVersion`, and the numbers by which redis-py knows them."""
+
 SENTINEL_OPTIONS = {"sentinel_username": "username", "sentinel_password": "password"}
 """The user of the Sentinels themselves, who know none otherwise."""
 
@@ -83,7 +87,7 @@ def resolve(
     }
     for source, url in given.items():
         if url:
-            return Settings(_check_url(url, source), checked)
+            return Settings(check_url(url, source), checked)
     raise RedisError(f"No Redis is configured.\n{REMEDIES}")
 
 
@@ -162,7 +166,15 @@ def _running_server(environ: Mapping[str, str]) -> str | None:
     return socket_url(path) if found else None
 
 
-def _check_url(url: str, source: str) -> str:
+def check_url(url: str, source: str = "argument") -> str:
+    """
+    Return `url` if it may be used. It need not be reachable.
+
+    Raises:
+        InvalidInputError: it is none of the forms, or one of its options, or the value of one, is not known. The
+            message hides passwords.
+    """
+
     def refuse(problem: str) -> InvalidInputError:
         return InvalidInputError(f"Redis URL {masked(url)!r} (from: {source}): {problem}; use {_FORMS}")
 
@@ -177,9 +189,11 @@ def _check_url(url: str, source: str) -> str:
     known |= set(SENTINEL_OPTIONS) if place.kind == "sentinel" else set()
     if unknown := sorted(set(options) - known):
         raise refuse(f"the option {unknown[0]!r} is not known (known: {', '.join(sorted(known))})")
-    for name in sorted(_TLS_FILES & set(options)):
-        if not Path(options[name][-1]).is_file():
-            raise refuse(f"{name}: there is no file {options[name][-1]!r}")
+    for name, values in sorted(options.items()):
+        if len(values) > 1:  # redis-py would take the first without a word
+            raise refuse(f"the option {name!r} is given {len(values)} times")
+        if problem := _problem_of(name, values[0]):
+            raise refuse(f"{name}: {problem}")
     # redis-py takes a path that is no number for database 0, which may be another application's.
     databases = [place.database, *options.get("db", [])]
     if not all(database.isdecimal() and database.isascii() for database in databases):
@@ -187,6 +201,51 @@ def _check_url(url: str, source: str) -> str:
     if place.kind == "cluster" and any(int(database) for database in databases):
         raise refuse("a cluster has no database but 0")
     return url
+
+
+def _problem_of(name: str, value: str) -> str:
+    """
+    Why an option cannot have this value, and what to write; '' if it can. redis-py finds out when it connects, or takes
+    it for something else: any word that is not no for yes.
+    """
+    given = f"{value!r} is not usable"
+    match name:
+        case "ssl_ca_certs" | "ssl_certfile" | "ssl_keyfile":
+            return "" if Path(value).is_file() else f"there is no file {value!r}"
+        case "ssl_ca_path":
+            return "" if Path(value).is_dir() else f"there is no folder {value!r}"
+        case "socket_keepalive" | "ssl_check_hostname":
+            return "" if value.lower() in _YES_OR_NO else f"{given}; write yes or no"
+        case "socket_connect_timeout":
+            is_seconds = re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", value) and float(value) > 0
+            return "" if is_seconds else f"{given}; write a number of seconds, such as 5"
+        case "ssl_cert_reqs":
+            return "" if value in ("none", "optional", "required") else f"{given}; write none, optional or required"
+        case "ssl_min_version":
+            known = {*_TLS_VERSIONS, *map(str, _TLS_VERSIONS.values())}
+            return "" if value in known else f"{given}; write {' or '.join(_TLS_VERSIONS)}"
+        case "ssl_ciphers":
+            return "" if _are_ciphers(value) else f"{given}; write names that OpenSSL knows, such as ECDHE+AESGCM"
+        case "client_name":
+            return "" if re.fullmatch("[!-~]+", value) else f"{given}; write ASCII letters without spaces"
+    return ""
+
+
+def _are_ciphers(value: str) -> bool:
+    import ssl  # takes 10 ms, and few need it
+
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).set_ciphers(value)
+    except ssl.SSLError:
+        return False
+    return True
+
+
+def for_redis_py(url: str) -> str:
+    """
+    The URL as redis-py reads it: it knows versions of TLS by their numbers.
+    """
+    return re.sub(r"(?<=[?&]ssl_min_version=)\w+", lambda found: str(_TLS_VERSIONS.get(found[0], found[0])), url)
 
 
 Address = tuple[str, int]

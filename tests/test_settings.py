@@ -4,8 +4,10 @@ Where Redis is: which of several answers wins, what a URL may look like, and tha
 
 import os
 import socket
+import ssl
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -13,8 +15,10 @@ from click.testing import CliRunner
 
 from rq_ceylon import Ceylon
 from rq_ceylon.cli.common import RedisOptions, where
+from rq_ceylon.client import Client
 from rq_ceylon.errors import InvalidInputError, RedisError
-from rq_ceylon.settings import Settings, masked, place_of, resolve, server_folder, socket_path, socket_url
+from rq_ceylon.settings import Settings, check_url, masked, place_of, resolve, server_folder, socket_path, socket_url
+from rq_ceylon.store.places import client_of
 
 NOWHERE = {"CEYLON_SERVER_DIR": os.devnull}
 
@@ -103,7 +107,8 @@ def test_what_a_command_line_leaves_open_is_the_applications_own_and_the_environ
         "unix:///run/redis.sock",
         "unix://user:secret@/run/with%20space.sock?db=1",
         "redis://user@host?username=a&password=b&socket_connect_timeout=5&socket_keepalive=yes",
-        "rediss://host?ssl_cert_reqs=none&ssl_check_hostname=no&ssl_min_version=771&ssl_ciphers=x&ssl_password=y",
+        "rediss://host?ssl_cert_reqs=none&ssl_check_hostname=no&ssl_min_version=771&ssl_ciphers=ECDHE%2BAESGCM&ssl_password=y",
+        "rediss://host?ssl_min_version=TLSv1_2&ssl_check_hostname=False&ssl_cert_reqs=required",
         "redis+sentinel://a,b:26380,[::1]:26379/main",
         "redis+sentinel://user:secret@a:26379,b:26379/main/3?sentinel_username=s&sentinel_password=t",
         "rediss+sentinel://a/main/0",
@@ -144,6 +149,18 @@ def test_these_urls_are_taken_as_they_are(url: str) -> None:
         ("redis://a?ssl_ca_certs=x", "the option 'ssl_ca_certs' is not known"),
         ("redis://a?sentinel_password=", "the option 'sentinel_password' is not known"),
         ("rediss://a?ssl_ca_certs=/no/ca.pem", "ssl_ca_certs: there is no file '/no/ca.pem'"),
+        ("rediss://a?ssl_ca_path=/no/folder", "ssl_ca_path: there is no folder '/no/folder'"),
+        ("redis://a?socket_connect_timeout=abc", "socket_connect_timeout: 'abc' is not usable; write a number"),
+        ("redis://a?socket_connect_timeout=0", "socket_connect_timeout: '0' is not usable"),
+        ("redis://a?socket_connect_timeout=inf", "socket_connect_timeout: 'inf' is not usable"),
+        ("redis://a?socket_keepalive=maybe", "socket_keepalive: 'maybe' is not usable; write yes or no"),
+        ("redis://a?client_name=two%20words", "client_name: 'two words' is not usable"),
+        ("redis://a?client_name=x&client_name=y", "the option 'client_name' is given 2 times"),
+        ("rediss://a?ssl_check_hostname=off", "ssl_check_hostname: 'off' is not usable; write yes or no"),
+        ("rediss://a?ssl_cert_reqs=CERT_NONE", "ssl_cert_reqs: 'CERT_NONE' is not usable; write none, optional or req"),
+        ("rediss://a?ssl_min_version=1.2", "ssl_min_version: '1.2' is not usable; write TLSv1_2 or TLSv1_3"),
+        ("rediss://a?ssl_ciphers=x", "ssl_ciphers: 'x' is not usable; write names that OpenSSL knows"),
+        ("redis+cluster://a?socket_connect_timeout=", "socket_connect_timeout: '' is not usable"),
         ("embedded://folder", "embedded:// takes nothing more"),
     ],
 )
@@ -226,3 +243,27 @@ def test_servers_and_sentinels_get_each_what_is_theirs_of_a_url() -> None:
     cluster = place_of("redis+cluster://u:p@a,b:2?password=q")
     assert cluster.addresses == (("a", 6379), ("b", 2))
     assert cluster.server_url(("c", 3)) == "redis://u:p@c:3/0?password=q"
+
+
+def test_every_option_of_a_url_reaches_redis_py_as_it_is_meant() -> None:
+    own = "client_name=x&socket_connect_timeout=2.5&socket_keepalive=no"
+    tls = "ssl_min_version=TLSv1_2&ssl_check_hostname=false&ssl_cert_reqs=required&ssl_ciphers=ECDHE%2BAESGCM"
+    client = client_of(check_url(f"rediss://u:p@host:1/3?{own}&{tls}"))
+    found = client.connection_pool.connection_kwargs
+
+    assert {name: found[name] for name in ("client_name", "socket_connect_timeout", "socket_keepalive", "db")} == {
+        "client_name": "x",
+        "socket_connect_timeout": 2.5,
+        "socket_keepalive": False,
+        "db": 3,
+    }
+    connection: Any = client.connection_pool.make_connection()  # type: ignore[no-untyped-call]
+    context = connection.ssl_context.get()
+    assert context.minimum_version is ssl.TLSVersion.TLSv1_2
+    assert context.verify_mode is ssl.CERT_REQUIRED
+    assert not context.check_hostname
+
+
+def test_a_client_checks_its_url_before_it_connects() -> None:
+    with pytest.raises(InvalidInputError, match="socket_connect_timeout: 'abc' is not usable"):
+        Client("redis://host?socket_connect_timeout=abc")

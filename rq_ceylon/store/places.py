@@ -25,7 +25,7 @@ from redis.backoff import NoBackoff
 from redis.crc import key_slot
 
 from rq_ceylon.errors import ConnectionLostError, RedisError
-from rq_ceylon.settings import Address, Place, masked, place_of, shown_address
+from rq_ceylon.settings import Address, Place, for_redis_py, masked, place_of, shown_address
 from rq_ceylon.store import durability, scripts, server
 from rq_ceylon.store.scripts import Call
 from rq_ceylon.store.trouble import LOST, carrying, is_demotion, text_of
@@ -88,7 +88,7 @@ def client_of(url: str, answer_s: float | None = None, **options: Any) -> redis.
         "retry_on_error": [],
         "health_check_interval": 0,
     }
-    return redis.asyncio.Redis.from_url(url, **{**defaults, **options})
+    return redis.asyncio.Redis.from_url(for_redis_py(url), **{**defaults, **options})
 
 
 async def close(client: redis.asyncio.Redis) -> None:
