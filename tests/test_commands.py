@@ -22,6 +22,16 @@ from rq_ceylon.store.server import EmbeddedServer
 
 GROUP = "name: Two\ntasks:\n  a: {role: r, duration: 0}\n  b: {role: r, duration: 0, needs: a}\ngoal: completed >= 1\n"
 
+ADD = """\
+from rq_ceylon import Ceylon
+
+app = Ceylon()
+
+@app.task(role="resize")
+async def resize(width: int) -> int:
+    return width
+"""
+
 COUNTERS = {
     "total", "waiting", "pending", "in_progress", "completed", "failed", "cancelled", "attempts", "crashes"
 }  # fmt: skip
@@ -339,6 +349,45 @@ def test_a_worker_needs_a_role_or_an_application_that_names_one(commands: Comman
     assert_refused(commands.run("worker"), 2, "--role")
 
 
+def test_a_role_that_no_task_of_the_application_has_is_warned_of_once_with_the_nearest_name(commands: Commands) -> None:
+    (commands.folder / "jobs.py").write_text(ADD)
+    words = "No task of the application has the role 'resise' (they have: resize); did you mean \"resize\"?"
+
+    one = commands.run("worker", "jobs:app", "--role", "resise", "--role", "resize", "--burst")
+    two = commands.run("worker", "jobs:app", "--role", "resise", "--burst", "--processes", "2")
+
+    assert [one.returncode, two.returncode] == [0, 0]
+    assert [one.stderr.count(words), two.stderr.count(words)] == [1, 1]
+    assert "'resize'" not in one.stderr.replace(words, "")
+    assert_refused(commands.run("worker", "--role", "a,b"), 2, "--role: 'a,b'", "--role a --role b")
+
+
+def test_options_of_a_worker_with_several_processes_may_end_before_its_application(commands: Commands) -> None:
+    (commands.folder / "jobs.py").write_text(ADD)
+
+    ended = commands.run("worker", "--processes", "2", "--burst", "--", "jobs:app")
+
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("serves resize") == 2
+
+
+@pytest.mark.parametrize("name", ["queue", "redis", "click", "types"])
+def test_a_file_named_like_a_module_of_ours_takes_the_place_of_none(name: str, commands: Commands) -> None:
+    """
+    The application's own modules are still found beside it.
+    """
+    (commands.folder / f"{name}.py").write_text("MINE = 1\n")
+    (commands.folder / "helpers.py").write_text("WIDTH = 1\n")
+    (commands.folder / "jobs.py").write_text("import helpers\n" + ADD)
+    # As the installed script: its own folder is first on the path, not the working directory.
+    installed = "import sys; from rq_ceylon.cli import worker; worker(prog_name='ceylon-worker')"
+
+    ended = commands.python("-P", "-c", installed, "jobs:app", "--burst", "--processes", "2")
+
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("serves resize") == 2
+
+
 @pytest.mark.parametrize("command", [("worker", "-r", "r"), ("monitor", "--app")], ids=["worker", "monitor"])
 def test_an_application_that_cannot_be_used_is_refused_in_one_message(
     command: tuple[str, ...], commands: Commands, store: redis.Redis
@@ -349,6 +398,10 @@ def test_an_application_that_cannot_be_used_is_refused_in_one_message(
     assert_refused(commands.run(*command, "nowhere:app"), 4, "'nowhere:app'", "no module 'nowhere'")
     assert_refused(commands.run(*command, "jobs"), 4, "'jobs'", "module:app")
     assert_refused(commands.run(*command, "jobs:missing"), 4, "missing")
+    (commands.folder / "good.py").write_text(ADD)
+    assert_refused(commands.run(*command, "good:ap"), 4, "'ap'", "name the Ceylon() object of the module (good:app)")
+    assert_refused(commands.run(*command, "good.py:app"), 4, "'good.py:app' names a file", "write its module: good:app")
+    assert_refused(commands.run(*command, "src/good.py"), 4, "write its module: good:app, in the folder src")
     assert_refused(commands.run(*command, "jobs:no_app"), 4, "is a int, not a Ceylon")
     assert_refused(commands.run(*command, "broken:app"), 4, "broken.py:2: math.nothing()")
     assert store.keys("*") == []

@@ -38,6 +38,9 @@ file, 3 no Redis, 4 cannot import, 5 waited too long, 6 no worker for a role,
 
 CLEAN_UP_S = 1.0
 """How long tasks that users' code has started beside its handlers may go on once they are cancelled at the end."""
+PYTHON = [sys.executable, "-P", "-m", "rq_ceylon.cli"]
+"""Starts a command in a process of its own. -P: a file of the working directory that is called `queue.py` or `redis.py`
+must not take the place of the module of that name. An application is still found there, see `load_app`."""
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -275,9 +278,15 @@ def load_app(path: str) -> Ceylon:
     from rq_ceylon.app import Ceylon
 
     sys.path.insert(0, os.getcwd())
+    module, _, name = path.partition(":")
+    if "/" in module or (module.endswith(".py") and os.path.isfile(module)):
+        folder, file = os.path.split(module)
+        at = f", in the folder {folder}" if folder else ""
+        raise AppImportError(
+            f"application {path!r} names a file; write its module: {file.removesuffix('.py')}:{name or 'app'}{at}"
+        )
     if ":" not in path:
         raise AppImportError(f"application {path!r} does not name an object; write module:app, such as myjobs:app")
-    module, _, _ = path.partition(":")
     try:
         importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -294,7 +303,9 @@ def load_app(path: str) -> Ceylon:
     try:
         app = pkgutil.resolve_name(path)
     except (AttributeError, ValueError) as error:
-        raise AppImportError(f"application {path!r}: {error}; name the Ceylon() object of the module") from error
+        found = [name for name, value in vars(sys.modules[module]).items() if isinstance(value, Ceylon)]
+        there = f" ({module}:{found[0]})" if found else ""
+        raise AppImportError(f"application {path!r}: {error}; name the Ceylon() object of the module{there}") from error
     if not isinstance(app, Ceylon):
         raise AppImportError(f"application {path!r} is a {type(app).__name__}, not a Ceylon; name the Ceylon() object")
     return app

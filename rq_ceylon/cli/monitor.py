@@ -25,6 +25,7 @@ def monitor(app: str | None, name: str | None, options: RedisOptions) -> None:
 
     Any number of monitors may run, or none: goals over counters are judged where tasks are counted.
     """
+    from rq_ceylon.monitor import Monitor  # before anything of the application's folder is on the path
     from rq_ceylon.process import Watch, stop_with_supervisor
 
     loaded = load_app(app) if app else None
@@ -32,8 +33,6 @@ def monitor(app: str | None, name: str | None, options: RedisOptions) -> None:
     stop_with_supervisor()
 
     async def watch(beside: Watch) -> int:
-        from rq_ceylon.monitor import Monitor
-
         registry = loaded.registry if loaded else None
         running = Monitor(found.redis_url, namespace=found.namespace, registry=registry, name=name)
         beside.listen(lambda _: running.stop())

@@ -4,12 +4,19 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
-from rq_ceylon.cli.common import RedisOptions, command, load_app, logs, serve, where
+from rq_ceylon.cli.common import PYTHON, RedisOptions, command, load_app, logs, serve, where
+
+if TYPE_CHECKING:
+    from rq_ceylon.handlers import Registry
+    from rq_ceylon.process import Watch
 
 PROCESSES_MAX = 256
 
@@ -38,6 +45,34 @@ def _size(context: click.Context, parameter: click.Parameter, text: str | None) 
     if not found or not int(found[1]):
         raise click.BadParameter(f"{text!r} is not usable; give a size such as 500MB or 2GB")
     return int(found[1]) << 10 * " KMG".index(found[2].upper() or " ")
+
+
+def _child(arguments: Sequence[str]) -> list[str]:
+    """
+    A child is this very command with one process. Options end at `--`.
+    """
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    return [*PYTHON, "worker", *arguments[:end], "--processes", "1", *arguments[end:]]
+
+
+def _warn_of_unused(served: Sequence[str], registry: Registry) -> None:
+    """
+    Warn of a role that no task of the application has, which is most often a mistyped one.
+    """
+    from loguru import logger
+
+    from rq_ceylon.errors import guess
+
+    known = registry.roles()
+    for role in served:
+        if known and role not in known:
+            logger.warning(
+                "No task of the application has the role {!r} (they have: {}){}; only tasks that are sent to it by "
+                "name will run",
+                role,
+                ", ".join(known),
+                guess(role, known, ask='; did you mean "{}"?'),
+            )
 
 
 @command("ceylon-worker")
@@ -99,29 +134,38 @@ def worker(
     """
     from rq_ceylon.errors import InvalidInputError
     from rq_ceylon.handlers import Registry
-    from rq_ceylon.models import seconds
-    from rq_ceylon.process import CHILD_END_S, Watch, stop_with_supervisor
+    from rq_ceylon.models import check_id, seconds
+    from rq_ceylon.process import CHILD_END_S, SUPERVISED, stop_with_supervisor
     from rq_ceylon.settings import require_unix
+    from rq_ceylon.worker.supervisor import Supervisor
 
     require_unix("ceylon-worker")
+    for role in roles:
+        if "," in role:
+            each = " ".join(f"--role {one}" for one in role.split(",") if one)
+            raise InvalidInputError(f"--role: {role!r} is not usable; give each role its own: {each}")
+        check_id(role, "--role")
     loaded = load_app(app) if app else None
     registry = loaded.registry if loaded else Registry()
     found = options.settings(loaded)
     served = list(roles) or registry.roles()
     if not served:
         raise InvalidInputError("no role to serve: give --role ROLE, or an application whose tasks have roles")
+    if loaded and SUPERVISED not in os.environ:  # of several processes the supervisor says it
+        _warn_of_unused(served, registry)
     grace_s, lease_s = seconds(grace, "--grace"), seconds(lease, "--lease")
     if lease_s < 0.1:
         raise InvalidInputError(f"--lease: {lease!r} is too short; give at least 100ms")
     stop_with_supervisor()
 
     async def supervise(watch: Watch) -> int:
-        from rq_ceylon.worker.supervisor import Supervisor
-
-        # A child is this very command with one process.
-        children = [sys.executable, "-m", "rq_ceylon.cli", "worker", *sys.argv[1:], "--processes", "1"]
         supervisor = Supervisor(
-            children, processes=processes, url=found.redis_url, namespace=found.namespace, burst=burst, grace_s=grace_s
+            _child(sys.argv[1:]),
+            processes=processes,
+            url=found.redis_url,
+            namespace=found.namespace,
+            burst=burst,
+            grace_s=grace_s,
         )
         watch.listen(supervisor.signal)
         return await supervisor.run()
