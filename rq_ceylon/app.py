@@ -21,7 +21,7 @@ from rq_ceylon.client.sync import OF_PARENTS
 from rq_ceylon.errors import InvalidInputError
 from rq_ceylon.handlers import GoalCheck, Handler, Lifespan, Middleware, Registry
 from rq_ceylon.models import Duration, Task, check_id
-from rq_ceylon.settings import Settings, resolve
+from rq_ceylon.settings import Settings, configured, resolve
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -68,6 +68,12 @@ class Ceylon:
         The settings where a command line says something else of them; what it leaves open is the application's own.
         """
         return resolve(redis_url or self._redis_url, namespace=namespace or self._namespace)
+
+    def configured(self) -> tuple[str, str] | None:
+        """
+        The URL that the application or a variable gives, and which of them; see `rq_ceylon.settings.configured`.
+        """
+        return (self._redis_url, "the application") if self._redis_url else configured()
 
     # ---- registering -------------------------------------------------------------------------------------------------
     @overload

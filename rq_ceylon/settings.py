@@ -79,16 +79,24 @@ def resolve(
         RedisError: none of the four is there.
     """
     checked = check_id(namespace or environ.get("CEYLON_NAMESPACE") or DEFAULT_NAMESPACE, "namespace")
+    if found := configured(redis_url, environ=environ):
+        return Settings(check_url(*found), checked)
+    if running := _running_server(environ):
+        return Settings(check_url(running, "ceylon server"), checked)
+    raise RedisError(f"No Redis is configured.\n{REMEDIES}")
+
+
+def configured(redis_url: str | None = None, *, environ: Mapping[str, str] = os.environ) -> tuple[str, str] | None:
+    """
+    The URL that the argument or a variable gives, unchecked, and which of them; None if none does, so that this user's
+    `ceylon server` would be looked for.
+    """
     given = {
         "argument": redis_url,
         "CEYLON_REDIS_URL": environ.get("CEYLON_REDIS_URL"),
         "REDIS_URL": environ.get("REDIS_URL"),
-        "ceylon server": _running_server(environ),
     }
-    for source, url in given.items():
-        if url:
-            return Settings(check_url(url, source), checked)
-    raise RedisError(f"No Redis is configured.\n{REMEDIES}")
+    return next(((url, source) for source, url in given.items() if url), None)
 
 
 def masked(url: str) -> str:

@@ -112,6 +112,37 @@ def test_up_ends_with_the_code_of_a_worker_that_cannot_start(commands: Commands)
     assert "there is no module 'nowhere'" in ended.stderr
 
 
+def test_up_starts_no_server_beside_the_one_that_clients_would_use(commands: Commands, redis_url: str) -> None:
+    given = {"REDIS_URL": redis_url}
+    up = commands.start("ceylon", "up", "jobs:app", environ=given)
+    until(lambda: "Up: " in commands.said(up), "it is up")
+
+    ended = commands.run("submit", "group.yaml", "--wait=all", "--timeout", "30s", environ=given)
+    up.send_signal(signal.SIGINT)
+
+    assert ended.returncode == 0, ended.stderr
+    assert up.wait(30) == 0
+    assert f"Up: worker, monitor; Redis is {redis_url} (from: REDIS_URL), so no server was started." in commands.said(
+        up
+    )
+    assert not (commands.folder / "server").exists()
+
+
+def test_up_refuses_a_server_of_each_process_and_a_server_names_the_variable_that_outdoes_it(
+    commands: Commands,
+) -> None:
+    (commands.folder / "alone.py").write_text("from rq_ceylon import Ceylon\napp = Ceylon('embedded://')\n")
+
+    ended = commands.run("ceylon", "up", "alone:app")
+    server = commands.start("ceylon", "server", environ={"REDIS_URL": "redis://:secret@elsewhere"})
+    until(lambda: "Note: " in commands.said(server), "the server notes it")
+
+    assert ended.returncode == 2
+    assert "'embedded://' (from: the application) is a server of each process's own" in ended.stderr
+    note = "Note: REDIS_URL is set to redis://:***@elsewhere: where it is set, that one is used instead"
+    assert note in commands.said(server)
+
+
 def test_a_json_log_is_one_flat_object_per_line_whoever_logs(redis_url: str, tmp_path: Path) -> None:
     (tmp_path / "jobs.py").write_text(JOBS)
     tasks = "{a: {uses: add, with: {a: 1, b: 2}}, b: {uses: fail, with: {password: s3cret}}}"

@@ -345,6 +345,8 @@ def server(port: int | None) -> None:
 def up(app: str, concurrency: int | None) -> None:
     """
     Server, worker and monitor for one application together, for development. Ctrl-C ends all.
+
+    It starts no server where the application or a variable names a Redis: clients use that one too.
     """
     from rq_ceylon.cli.processes import run_up
 

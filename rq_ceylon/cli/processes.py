@@ -8,7 +8,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,8 +15,10 @@ from pathlib import Path
 
 import click
 
+from rq_ceylon.cli.common import PYTHON, load_app
+from rq_ceylon.errors import InvalidInputError
 from rq_ceylon.process import CHILD_END_S, SUPERVISED
-from rq_ceylon.settings import require_unix, server_folder
+from rq_ceylon.settings import check_url, configured, masked, place_of, require_unix, server_folder
 from rq_ceylon.store.server import EmbeddedServer
 
 GRACE_S = 25.0
@@ -71,6 +72,9 @@ def run_server(port: int | None) -> int:
     folder = server_folder()
     with EmbeddedServer.start(folder=folder, appendonly=True, port=port) as server:
         click.echo(f"Server at {server.url}, data in {folder}; Ctrl-C ends it", err=True)
+        if found := configured():
+            url, source = found
+            click.echo(f"Note: {source} is set to {masked(url)}: where it is set, that one is used instead", err=True)
         signals = _signals()
         while not signals:
             time.sleep(0.2)
@@ -79,19 +83,37 @@ def run_server(port: int | None) -> int:
 
 def run_up(app: str, concurrency: int | None) -> int:
     """
-    Server, worker and monitor until a signal.
+    Worker and monitor until a signal, with a server unless a Redis is configured: clients would use that one.
     """
     require_unix("ceylon up")
+    found = load_app(app).configured()
     slots = ["-c", str(concurrency)] if concurrency else []
-    with EmbeddedServer.start(folder=server_folder(), appendonly=True) as server, contextlib.ExitStack() as stack:
-        environ = {**os.environ, "CEYLON_REDIS_URL": server.url}
+    with contextlib.ExitStack() as stack:
+        if found is None:
+            server = stack.enter_context(EmbeddedServer.start(folder=server_folder(), appendonly=True))
+            environ, what = {**os.environ, "CEYLON_REDIS_URL": server.url}, f"server at {server.url}, worker, monitor"
+        else:
+            environ, what = dict(os.environ), f"worker, monitor; Redis is {_shared_by_all(*found)}"
         signals = _signals()
         worker = stack.enter_context(_running("worker", [app, *slots], environ, signals))
         stack.enter_context(_running("monitor", ["--app", app], environ, signals))
-        click.echo(f"Up: server at {server.url}, worker, monitor. Submit with app.client() or ceylon-submit.", err=True)
+        click.echo(f"Up: {what}. Submit with app.client() or ceylon-submit.", err=True)
         while not signals and worker.poll() is None:
             time.sleep(0.2)
     return 0 if signals else worker.returncode
+
+
+def _shared_by_all(url: str, source: str) -> str:
+    """
+    Raises:
+        InvalidInputError: the URL cannot be used, or means a server of each process.
+    """
+    if place_of(check_url(url, source)).kind == "embedded":
+        raise InvalidInputError(
+            f"ceylon up: {url!r} (from: {source}) is a server of each process's own, so that worker and client would "
+            "never meet; leave it out, and ceylon up starts one server for all"
+        )
+    return f"{masked(url)} (from: {source}), so no server was started"
 
 
 def environ_of(server: EmbeddedServer) -> dict[str, str]:
@@ -130,7 +152,7 @@ def end(processes: Sequence[subprocess.Popen[bytes]], *, is_hurried: Callable[[]
 
 
 def _command(name: str, arguments: Sequence[str]) -> list[str]:
-    return [sys.executable, "-m", "rq_ceylon.cli", name, *arguments]
+    return [*PYTHON, name, *arguments]
 
 
 @contextlib.contextmanager
