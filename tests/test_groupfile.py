@@ -602,7 +602,7 @@ name: x
         pytest.param(
             '{"name": "\\ud83d", "tasks": {"a": {}}}',
             [
-                "1:13: file: found invalid Unicode character escape code; correct the syntax",
+                "1:10: name: half of a surrogate pair; write the character itself",
             ],
             id="lone_surrogate_json",
         ),
@@ -847,10 +847,110 @@ def test_words_and_odd_numbers_stay_the_text_they_are() -> None:
 
 
 def test_numbers_truths_and_null_are_those_of_json() -> None:
-    text = "name: x\ntasks: {a: {with: {x: [0, -1, 1.5, 1e3, true, False, null, ~, , \"1\", 'true']}}}\n"
+    text = "name: x\ntasks: {a: {with: {x: [0, -1, 1.5, 1.0e3, true, False, null, ~, , \"1\", 'true']}}}\n"
     (task,) = loaded(text.replace(", ,", ","), "group.yaml").tasks
 
     assert task.arguments == {"x": [0, -1, 1.5, 1000.0, True, False, None, None, "1", "true"]}
+
+
+@pytest.mark.parametrize("number", ["3.10", "1.20", "2.00", "-0", "7222e52", "1e5", "1E7", "3.14159265358979323846"])
+def test_a_number_that_would_lose_what_its_text_says_is_refused(number: str) -> None:
+    value = json.loads(number)
+
+    for text in (
+        f"  a: {{with: {{v: {number}}}}}",
+        f"  a: {{matrix: {{v: [{number}]}}, with: {{x: 'v${{{{matrix.v}}}}'}}}}",
+    ):
+        (said,) = problems(f"name: x\ntasks:\n{text}\n")
+        assert f"{number} is {value!r} as a number; quote it if it is text, or write {value!r}" in said
+
+
+@pytest.mark.parametrize(
+    "number", ["0", "-1", "1.5", "2.0", "1e-4", "1.5e3", "2e+6", "0.1", "-0.0", "123456789012345678901"]
+)
+def test_a_number_that_can_be_nothing_else_is_one(number: str) -> None:
+    (task,) = loaded(f"name: x\ntasks: {{a: {{with: {{v: {number}}}}}}}").tasks
+
+    assert repr(task.arguments["v"]) == repr(json.loads(number))
+
+
+def test_in_json_a_number_is_a_number_and_only_quotes_make_text() -> None:
+    (task,) = loaded('{"name": "x", "tasks": {"a": {"with": {"v": [3.10, 7222e52, "3.10"]}}}}').tasks
+
+    assert task.arguments == {"v": [3.1, 7222e52, "3.10"]}
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.text(), JSON_VALUES, max_size=3), st.booleans(), st.sampled_from([None, 0, 1, "\t"]))
+def test_a_json_file_holds_what_json_says(
+    arguments: dict[str, object], escapes: bool, indent: int | str | None
+) -> None:
+    arguments = {key: value for key, value in arguments.items() if "${{" not in json.dumps(value)}
+    document = {"name": "x", "tasks": {"a": {"with": arguments}}}
+    text = json.dumps(document, ensure_ascii=escapes, indent=indent)
+    if "\ufeff" not in text[:1]:
+        (task,) = loaded(text).tasks
+        assert task.arguments == json.loads(text)["tasks"]["a"]["with"]
+
+
+@pytest.mark.parametrize(
+    "inside", ["\u2028", "\u2029", "\x85", "\x7f", "\ufeff", "\ufffe", "a\u2028  b", "#", " - ", ": "]
+)
+@pytest.mark.parametrize("key", ["k", "k" * 3000])
+def test_no_rule_of_yaml_holds_in_a_json_file(inside: str, key: str) -> None:
+    text = json.dumps({"name": "x", "tasks": {"a": {"with": {key + inside: inside}}}}, ensure_ascii=False)
+
+    (task,) = loaded(text, "group.json").tasks
+
+    assert task.arguments == {key + inside: inside}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"name": "x",}', "1:14: file: a key is expected here; write it as \"key\""),
+        ('{"name": "x" "tasks": 1}',
+         "1:14: file: a comma or } is expected here; separate values by commas, and close with }"),
+        ('{"name" "x"}', "1:9: file: a colon is expected behind a key; write :"),
+        ('{"name": [1 2]}', "1:13: file: a comma or ] is expected here; separate values by commas, and close with ]"),
+        ('{"name": x}', '1:10: file: no JSON value starts here; write "text", a number, true, false, null, [ or {'),
+        ('{\n "name": 01}', "2:11: file: a comma or } is expected here; separate values by commas, and close with }"),
+        ('{"name": "x\\q"}', "1:12: file: invalid \\escape; correct the text, or its escape"),
+        ('{"name": "x', "1:10: file: unterminated string starting at; correct the text, or its escape"),
+        ('{"name": "a\tb"}', "1:12: file: invalid control character at; correct the text, or its escape"),
+        ("", '1:1: file: no JSON value starts here; write "text", a number, true, false, null, [ or {'),
+        ("name: x", '1:1: file: no JSON value starts here; write "text", a number, true, false, null, [ or {'),
+        ('{"name": "x", "tasks": {"a": {}}}\n{"name": "y"}',
+         "2:1: file: the JSON value has ended before; remove what follows; a JSON file holds one group"),
+        ('{"name": "x",\n "name": "y", "tasks": {"a": {}}}', "2:2: name: duplicate key; keep one of them"),
+        ('{"name": "x", "tasks": {"a": {"duration": NaN}}}',
+         "1:43: tasks.a.duration: NaN is no number that JSON can hold; quote it if it is text"),
+        ('{"name": "x", "tasks": {"a": {"duration": 1e999}}}',
+         "1:43: tasks.a.duration: 1e999 is no number that JSON can hold; quote it if it is text"),
+        ('{"name": "\\ud800", "tasks": {"a": {}}}',
+         "1:10: name: half of a surrogate pair; write the character itself"),
+        ('{"name": "x",\n "tasks": {"a": {"rolle": 1}}}', '2:18: tasks.a.rolle: unknown key; did you mean "role"?'),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_json_file_is_told_with_its_place(text: str, expected: str) -> None:
+    with pytest.raises(GroupFileError) as caught:
+        load(text, "g.json")
+
+    assert caught.value.problems == [f"g.json:{expected}"]
+
+
+def test_the_search_ends_at_the_fiftieth_problem() -> None:
+    found = problems("name: x\ntasks:\n" + "".join(f"  t{n}: {{rolle: r}}\n" for n in range(1000)))
+
+    assert len(found) == 51
+    assert found[49].startswith("group.yaml:52:9: tasks.t49.rolle: unknown key")
+    assert found[50] == "group.yaml: the search ended after 50 problems; correct these first"
 
 
 def test_a_pair_of_surrogates_stays_text_where_single_quotes_say_so() -> None:
@@ -859,14 +959,14 @@ def test_a_pair_of_surrogates_stays_text_where_single_quotes_say_so() -> None:
     assert group.name == "\\ud83d\\ude00"
 
 
-def test_a_file_of_16_mib_is_read_and_a_larger_one_refused_before_it_is_read() -> None:
+def test_a_file_of_8_mib_is_read_and_a_larger_one_refused_before_it_is_read() -> None:
     text = "name: x\ntasks: {a: }\n#"
     room = reader.MAX_BYTES - len(text)
     padding = "é" * (room // 2) + "." * (room % 2)
 
     assert loaded(text + padding, "group.yaml").name == "x"
     assert problems(text + padding + ".") == [
-        "group.yaml:1:1: file: 16,777,217 bytes, more than 16,777,216; split it into several groups"
+        "group.yaml:1:1: file: 8,388,609 bytes, more than 8,388,608; split it into several groups"
     ]
 
 
@@ -874,7 +974,7 @@ def test_values_are_counted_so_that_a_small_file_cannot_fill_the_memory(monkeypa
     monkeypatch.setattr(reader, "MAX_VALUES", 10)
 
     assert problems("name: x\ntasks: {a: {with: {x: [1, 2, 3, 4, 5, 6]}}}\n") == [
-        "group.yaml:2:36: file: more than 10 values; split it into several groups"
+        "group.yaml:2:23: file: more than 10 keys and values; split it into several groups"
     ]
 
 

@@ -114,7 +114,7 @@ FILES: list[tuple[str, bytes | str, Sequence[str]]] = [
     ("very deep", "name: x\ntasks: {a: {with: {x: " + "[" * 3000 + "]" * 3000 + "}}}", ["nest"]),
     ("deep and cut", "[" * 100_000, ["nest"]),
     ("deep block", "- " * 5000, ["nest"]),
-    ("17 MiB", b"#" * 17 * 2**20, ["more than 16,777,216; split it into several groups"]),
+    ("9 MiB", b"#" * 9 * 2**20, ["more than 8,388,608; split it into several groups"]),
     ("many documents", "--- {}\n" * 200, ["more than 100 documents; use several files"]),
     ("payload of 2 MiB", f"name: x\ntasks: {{a: {{with: {{x: {'y' * 2**21}}}}}}}", ["store the data elsewhere"]),
     ("metadata of 2 MiB", f"name: x\ntasks: {{a: {{metadata: {{x: {'y' * 2**21}}}}}}}", ["store the data elsewhere"]),
