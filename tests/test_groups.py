@@ -3,13 +3,15 @@ Groups on groups, pauses, and needs that were not met, as their users see them.
 """
 
 import pytest
+from bench import Bench
 from commands import ROOT, Commands, eventually
 from test_worker import running, worker_of
 
 from rq_ceylon.app import Ceylon
 from rq_ceylon.client import Client
 from rq_ceylon.errors import InvalidInputError, NotFoundError
-from rq_ceylon.models import Goal, Task, TaskGroup
+from rq_ceylon.models import Goal, GroupStatus, Task, TaskGroup
+from rq_ceylon.store import transitions
 from rq_ceylon.store.scripts import command
 
 pytestmark = pytest.mark.anyio
@@ -122,5 +124,70 @@ def test_pause_and_resume_as_commands(commands: Commands) -> None:
     assert commands.run("ceylon", "pause", "--role", "processor").stdout == "role processor: paused\n"
     assert "processor (paused)" in commands.run("ceylon", "status").stdout
     assert commands.run("ceylon", "resume", "--role", "processor").stdout == "role processor: resumed\n"
+    assert commands.run("ceylon", "resume", "--role", "processor").stdout == "role processor: was not paused\n"
+    unknown = commands.run("ceylon", "pause", "--role", "procesor")
+    assert unknown.returncode == 2
+    assert "role 'procesor' is not known (there are: processor); did you mean \"processor\"?" in unknown.stderr
     refused = commands.run("ceylon", "pause")
     assert (refused.returncode, "give a GROUP or --role ROLE" in refused.stderr) == (2, True)
+
+
+REFUSALS = {
+    "waiting": "group g has not started: it waits for first and starts by itself; it can be {word}d then, or cancelled",
+    "staging": "group g is still being submitted; it can be {word}d once that is done",
+    "closing": "group g is closing: what runs comes to its end, nothing more starts",
+    "finished": "group g has finished (completed); there is nothing left to {word}",
+}
+
+
+@pytest.mark.parametrize("word", ["pause", "resume", "cancel"])
+@pytest.mark.parametrize("status", GroupStatus)
+def test_pause_resume_and_cancel_are_done_or_refused_in_a_sentence(
+    status: GroupStatus, word: str, commands: Commands, bench: Bench
+) -> None:
+    """
+    A group that has finished cannot be cancelled; only one that has started and is not closing can be paused.
+    """
+    _group_of(status, bench)
+
+    ended = commands.here("ceylon", word, "g", "--namespace", bench.keys.namespace)
+
+    if status in ("active", "paused") or (word == "cancel" and status != "finished"):
+        assert (ended.exit_code, ended.stderr) == (0, "")
+        assert ended.stdout.startswith("g: ")
+    else:
+        assert (ended.exit_code, ended.stdout) == (1, "")
+        assert ended.stderr == f"Error: {REFUSALS[status].format(word=word)}\n"
+
+
+def _group_of(status: GroupStatus, bench: Bench) -> None:
+    """
+    Group `g`, brought to this status.
+    """
+    match status:
+        case GroupStatus.STAGING:
+            bench.submit("g", last=False)
+        case GroupStatus.WAITING:
+            bench.submit("first")
+            bench.submit("g", depends_on=["first"])
+        case _:
+            bench.queued("g", ["a", "b"], goal=Goal("completed >= 1", on_achieved="drain"))
+    if status is GroupStatus.PAUSED:
+        bench.run(transitions.pause_group(bench.keys, "g"))
+    if status in (GroupStatus.CLOSING, GroupStatus.FINISHED):
+        first, second = bench.started("w", "g"), bench.started("w", "g")
+        bench.commit("w", first)
+        if status is GroupStatus.FINISHED:
+            bench.commit("w", second)
+
+
+def test_a_task_that_has_ended_cannot_be_cancelled_but_a_cancelled_one_is(commands: Commands, bench: Bench) -> None:
+    bench.queued("g", ["a", "b"])
+    bench.commit("w", bench.started("w", "g"))
+
+    def said(tid: str) -> tuple[int, str]:
+        ended = commands.here("ceylon", "cancel", f"g/{tid}", "--namespace", bench.keys.namespace)
+        return ended.exit_code, ended.output
+
+    assert said("a") == (1, "Error: task g/a has ended before (completed)\n")
+    assert said("b") == said("b") == (0, "g/b: cancelled\n")

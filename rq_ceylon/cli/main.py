@@ -18,7 +18,7 @@ from rq_ceylon.cli.files import graph, schema, validate
 
 if TYPE_CHECKING:
     from rq_ceylon.client import Client
-    from rq_ceylon.models import TaskView, WorkerView
+    from rq_ceylon.models import GroupView, TaskView, WorkerView
 
 JSON = click.option("--json", is_flag=True, help="Print JSON.")
 
@@ -260,13 +260,23 @@ async def results(client: Client, group: str, follow: bool) -> None:
 @ceylon.command()
 @click.argument("target", metavar="GROUP[/TASK]")
 @with_client
-async def cancel(client: Client, target: str) -> None:
+async def cancel(client: Client, target: str) -> int:
     """
     Cancel a group or a task: at once what has not started, by asking its worker what runs.
+
+    Exit code 1: it had ended before.
     """
-    _, _, tid = target.partition("/")
-    word = await (client.task(target).cancel() if tid else client.group(target).cancel())
-    click.echo(f"{target}: {word}")
+    if "/" not in target:
+        group = client.group(target)
+        view = await group.view()
+        problem = _why_not("cancel", view.status, view)
+        return _told(target, "" if problem else await group.cancel(), problem and f"group {target} {problem}")
+    task = client.task(target)
+    word = await task.cancel()
+    if word == "ended":  # also if it is cancelled and the answer that said so was lost
+        word = await task.status()
+    problem = f"task {target} has ended before ({word})" if word in ("completed", "failed") else ""
+    return _told(target, word, problem)
 
 
 ROLE = click.option("--role", metavar="ROLE", help="A role, for all groups.")
@@ -276,33 +286,90 @@ ROLE = click.option("--role", metavar="ROLE", help="A role, for all groups.")
 @click.argument("group", required=False)
 @ROLE
 @with_client
-async def pause(client: Client, group: str | None, role: str | None) -> None:
+async def pause(client: Client, group: str | None, role: str | None) -> int:
     """
     Start nothing more of a group or role; what runs goes on, and so do deadlines.
+
+    Exit code 1: the group has not started, or starts nothing more as it is.
     """
-    await _hold(client, group, role, "pause")
+    return await _hold(client, group, role, "pause")
 
 
 @ceylon.command()
 @click.argument("group", required=False)
 @ROLE
 @with_client
-async def resume(client: Client, group: str | None, role: str | None) -> None:
+async def resume(client: Client, group: str | None, role: str | None) -> int:
     """
     Go on after a pause.
+
+    Exit code 1: the group has not started, or starts nothing more.
     """
-    await _hold(client, group, role, "resume")
+    return await _hold(client, group, role, "resume")
 
 
-async def _hold(client: Client, group: str | None, role: str | None, word: Literal["pause", "resume"]) -> None:
+async def _hold(client: Client, group: str | None, role: str | None, word: Literal["pause", "resume"]) -> int:
     if group is not None and role is None:
         handle = client.group(group)
-        click.echo(f"{group}: {await (handle.pause() if word == 'pause' else handle.resume())}")
-    elif role is not None and group is None:
-        await (client.pause_role(role) if word == "pause" else client.resume_role(role))
-        click.echo(f"role {role}: {word}d")
-    else:
+        status = await (handle.pause() if word == "pause" else handle.resume())
+        problem = _why_not(word, status, await handle.view())
+        return _told(group, status, problem and f"group {group} {problem}")
+    if role is None or group is not None:
         raise click.UsageError(f"give a GROUP or --role ROLE: ceylon {word} 06h0ql7fl6apk73bpl93")
+    was_paused = await _is_paused(client, role)
+    await (client.pause_role(role) if word == "pause" else client.resume_role(role))
+    click.echo(f"role {role}: {'was not paused' if word == 'resume' and not was_paused else word + 'd'}")
+    return 0
+
+
+def _told(target: str, status: str, problem: str) -> int:
+    """
+    Tell how a group or task stands, or why nothing could be done; returns the exit code.
+    """
+    if problem:
+        say(f"Error: {problem}", err=True)
+        return 1
+    click.echo(f"{target}: {status}")
+    return 0
+
+
+def _why_not(word: Literal["pause", "resume", "cancel"], status: str, view: GroupView) -> str:
+    """
+    Why a group of this status cannot be paused, resumed or cancelled; '' if it can, or is so already.
+    """
+    if status == "finished":
+        return f"has finished ({view.outcome}); there is nothing left to {word}"
+    if word == "cancel" or status in ("active", "paused"):
+        return ""
+    match status:
+        case "waiting":
+            others = ", ".join(view.depends_on) or "another group"
+            return f"has not started: it waits for {others} and starts by itself; it can be {word}d then, or cancelled"
+        case "staging":
+            return f"is still being submitted; it can be {word}d once that is done"
+        case _:
+            return "is closing: what runs comes to its end, nothing more starts"
+
+
+async def _is_paused(client: Client, role: str) -> bool:
+    """
+    Raises:
+        NotFoundError: the role was never used, and no worker serves it.
+    """
+    from rq_ceylon.errors import NotFoundError, guess
+    from rq_ceylon.models import check_id
+    from rq_ceylon.store import queries
+
+    connection, keys = client.connection, client.keys
+    is_paused = (await queries.role_meta(connection, keys, check_id(role, "--role"))).get("paused") == "1"
+    known = {*await queries.role_names(connection, keys)}
+    known.update(name for worker in await client.workers() for name in worker.roles)
+    if role in known or is_paused:
+        return is_paused
+    there = f"there are: {', '.join(sorted(known)[:20])}" if known else "there is none yet"
+    raise NotFoundError(
+        f"role {role!r} is not known ({there})" + guess(role, sorted(known), ask='; did you mean "{}"?')
+    )
 
 
 @ceylon.command()

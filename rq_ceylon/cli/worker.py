@@ -198,6 +198,7 @@ def worker(
             else:
                 running.kill()
 
+        watch.at_once = running.leases.stopping  # written to the records even while a handler blocks the event loop
         watch.listen(stop)
         await running.run()
         return 128 + signals[-1] if len(signals) > 1 else running.exit_code
