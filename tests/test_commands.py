@@ -102,7 +102,7 @@ def test_without_redis_each_command_says_how_to_get_one(arguments: tuple[str, ..
 
 @pytest.mark.parametrize(
     "arguments",
-    [("submit", str(EXAMPLE)), ("worker", "-r", "r"), ("monitor",), ("ceylon", "groups")],
+    [("submit", str(EXAMPLE)), ("ceylon", "groups")],
     ids=lambda value: value[0],
 )
 def test_a_redis_that_is_not_there_is_said_at_once(arguments: tuple[str, ...], tmp_path: Path) -> None:
