@@ -18,11 +18,13 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from loguru import logger
+
+T = TypeVar("T")
 
 ALLOWANCE_S = 5.0
 """How long the end of a process may take beyond the grace: cancelled tasks clean up, what is left is given back, stop
@@ -78,6 +80,22 @@ class Watch:
                 self.handlers[number] = signal.getsignal(number)
             # What the loop would read comes to the watch first, which passes it on.
             self._loop_fd = signal.set_wakeup_fd(self._far.fileno(), warn_on_full_buffer=False)
+
+    def run(self, loop: asyncio.AbstractEventLoop, main: Coroutine[Any, Any, T]) -> T:
+        """
+        Run the loop until `main` has ended, and give what it returns. Users' code ends neither: a SystemExit in one of
+        its tasks, which leaves the loop through every other task, or a `loop.stop()`.
+        """
+        task = loop.create_task(main)
+        task.add_done_callback(lambda _: loop.stop())
+        while not task.done():
+            try:
+                loop.run_forever()
+            except BaseException as error:
+                if task.done() or (isinstance(error, KeyboardInterrupt) and not self.handlers):  # Ctrl-C at the start
+                    raise
+                logger.opt(exception=error).error("Users' code raised {} beside a handler", type(error).__name__)
+        return task.result()
 
     @contextlib.contextmanager
     def limit(self, seconds: float, what: str) -> Iterator[None]:

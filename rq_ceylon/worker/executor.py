@@ -63,7 +63,8 @@ class _Run:
 
     def __init__(self, attempt: Attempt, begun: Callable[[TaskContext], None], ended: Ended) -> None:
         self.attempt, self.begun, self.ended = attempt, begun, ended
-        self.task: asyncio.Task[Outcome] | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.outcome: Outcome | None = None
         self.is_over = False
         self._timer: asyncio.TimerHandle | None = None
 
@@ -149,7 +150,11 @@ class Executor:
             return
         run = _Run(attempt, begun, ended)
         self._running[run.key] = run
-        run.task = asyncio.get_running_loop().create_task(self._attempt(run))
+
+        async def attempt_it() -> None:
+            run.outcome = await self._attempt(run)
+
+        run.task = asyncio.get_running_loop().create_task(attempt_it())
         run.task.add_done_callback(partial(self._task_ended, run))
 
     def cancel(self, role: str, fence: int, why: StopReason) -> None:
@@ -317,16 +322,18 @@ class Executor:
         run.task.cancel()
         self._settle(run, self._raised(run, asyncio.CancelledError()))
 
-    def _task_ended(self, run: _Run, task: asyncio.Task[Outcome]) -> None:
+    def _task_ended(self, run: _Run, task: asyncio.Task[None]) -> None:
         if run.is_over:
             self._freed()
+        elif run.outcome is not None:  # also if it was cancelled in its last step: what it has done counts
+            self._settle(run, run.outcome)
         elif task.cancelled():  # before its first step
             self._settle(run, self._raised(run, asyncio.CancelledError()))
-        elif error := task.exception():
+        else:
+            error = task.exception()
+            assert error is not None
             logger.opt(exception=error).error("Task {} cannot be used", run.attempt.context.id)
             self._settle(run, run.attempt.failed("error", error))
-        else:
-            self._settle(run, task.result())
 
     def _settle(self, run: _Run, outcome: Outcome) -> None:
         """

@@ -1,0 +1,256 @@
+"""
+Users' code in a worker: however an attempt ends, it has an outcome and one line in the log, and the worker goes on.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import Commands, commands_on, until
+
+from rq_ceylon.app import Ceylon
+from rq_ceylon.client import SyncClient
+from rq_ceylon.models import Task, TaskGroup, TaskResult
+
+LIMIT_S = 60.0
+LAUNCH = """
+import sys
+loop, sys.argv[0] = sys.argv[1], "ceylon-worker"
+del sys.argv[1]
+if loop == "asyncio":
+    sys.modules["uvloop"] = None
+from rq_ceylon import cli
+from rq_ceylon.worker import executor
+executor.CLEANUP_S = 0.3
+cli.worker(prog_name="ceylon-worker")
+"""
+
+HEAD = """
+import asyncio, contextlib, multiprocessing, os, signal, sys, threading, time
+from rq_ceylon import Ceylon, FailTask
+
+app = Ceylon()
+KEPT = []
+
+async def soon(call):
+    await asyncio.sleep(0.01)
+    return call()
+
+def fail():
+    raise ValueError("bad")
+
+class OwnBase(BaseException):
+    pass
+"""
+
+ASYNC: dict[str, tuple[str, str]] = {
+    # name: how it ends, and what its attempt ends as: completed, or the type of its error
+    "returns": ("return 1", "completed"),
+    "raises": ("fail()", "ValueError"),
+    "raises_a_base_exception": ("raise OwnBase", "OwnBase"),
+    "raises_keyboard_interrupt": ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+    "raises_generator_exit": ("raise GeneratorExit", "GeneratorExit"),
+    "raises_stop_async_iteration": ("raise StopAsyncIteration", "StopAsyncIteration"),
+    "raises_stop_iteration": ("raise StopIteration", "RuntimeError"),
+    "raises_cancelled_error": ("raise asyncio.CancelledError", "CancelledError"),
+    "exits": ("sys.exit(3)", "SystemExit"),
+    "exits_below_gather": ("await asyncio.gather(soon(sys.exit), asyncio.sleep(9))", "SystemExit"),
+    "exits_in_a_task_group": (
+        """
+        async with asyncio.TaskGroup() as group:
+            group.create_task(soon(sys.exit))
+            await asyncio.sleep(9)
+        """,
+        "SystemExit",
+    ),
+    "exits_in_a_callback": (
+        """
+        asyncio.get_running_loop().call_soon(sys.exit)
+        await asyncio.sleep(0.05)
+        """,
+        "completed",
+    ),
+    "exits_in_a_task_that_it_left": ("KEPT.append(asyncio.create_task(soon(sys.exit)))", "completed"),
+    "fails_in_a_task_group": (
+        """
+        async with asyncio.TaskGroup() as group:
+            group.create_task(soon(fail))
+            await asyncio.sleep(9)
+        """,
+        "ExceptionGroup",
+    ),
+    "cancels_itself": (
+        """
+        asyncio.current_task().cancel()
+        await asyncio.sleep(9)
+        """,
+        "CancelledError",
+    ),
+    "cancels_itself_at_its_end": ("asyncio.current_task().cancel()", "completed"),
+    "swallows_its_cancellation": (
+        """
+        asyncio.current_task().cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(9)
+        """,
+        "completed",
+    ),
+    "counts_back_its_cancellation": (
+        """
+        asyncio.current_task().cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(9)
+        asyncio.current_task().uncancel()
+        """,
+        "completed",
+    ),
+    "runs_into_a_timeout_of_its_own": (
+        """
+        async with asyncio.timeout(0.01):
+            await asyncio.sleep(9)
+        """,
+        "TimeoutError",
+    ),
+    "raises_while_a_generator_closes": (
+        """
+        async def generated():
+            try:
+                yield 1
+            finally:
+                fail()
+
+        async for one in generated():
+            KEPT.append(one)
+            break
+        """,
+        "completed",
+    ),
+    "stops_the_loop": (
+        """
+        asyncio.get_running_loop().stop()
+        await asyncio.sleep(0.05)
+        """,
+        "completed",
+    ),
+    "returns_no_json": ("return object()", "InvalidInputError"),
+    "does_not_end": (
+        """
+        while True:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(9)
+        """,
+        "TimeoutError",
+    ),
+    "ends_late": ("await asyncio.sleep(60)", "TimeoutError"),
+    "freezes_the_loop": ("time.sleep(0.3)", "completed"),
+}
+PLAIN: dict[str, tuple[str, str]] = {
+    "returns": ("return 1", "completed"),
+    "raises": ("fail()", "ValueError"),
+    "raises_a_base_exception": ("raise OwnBase", "OwnBase"),
+    "raises_stop_iteration": ("raise StopIteration", "RuntimeError"),
+    "raises_keyboard_interrupt": ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+    "raises_generator_exit": ("raise GeneratorExit", "GeneratorExit"),
+    "exits": ("sys.exit(3)", "SystemExit"),
+    "returns_an_awaitable": ("return soon(lambda: 1)", "completed"),
+    "returns_an_awaitable_that_fails": ("return soon(fail)", "ValueError"),
+    "returns_no_json": ("return object()", "InvalidInputError"),
+    "does_not_end": ("time.sleep(60)", "TimeoutError"),
+    "leaves_a_thread": ("threading.Thread(target=time.sleep, args=[60]).start()", "completed"),
+    "ends_a_process_that_it_forked": (
+        """
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=[60])
+        child.start()
+        child.terminate()
+        child.join()
+        assert child.exitcode == -signal.SIGTERM, child.exitcode
+        """,
+        "completed",
+    ),
+}
+CPU: dict[str, tuple[str, str]] = {
+    "returns": ("return 1", "completed"),
+    "raises": ("fail()", "ValueError"),
+    "raises_keyboard_interrupt": ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+    "exits": ("sys.exit(3)", "SystemExit"),
+    "exits_at_once": ("os._exit(3)", "ChildProcessError"),
+    "is_killed": ("os.kill(os.getpid(), signal.SIGKILL)", "ChildProcessError"),
+    "is_terminated": ("os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)", "ChildProcessError"),
+    "closes_its_files": ("os.closerange(3, 50)", "ChildProcessError"),
+    "returns_no_json": ("return object()", "InvalidInputError"),
+    "does_not_end": ("time.sleep(60)", "TimeoutError"),
+}
+
+
+def source() -> str:
+    """
+    An application with a task for each ending.
+    """
+    functions = [HEAD]
+    for prefix, endings, head, rules in (
+        ("async", ASYNC, "async def", ""),
+        ("plain", PLAIN, "def", ""),
+        ("cpu", CPU, "def", ", cpu=True"),
+    ):
+        for name, (body, _) in endings.items():
+            timeout = "0.5s" if name in ("does_not_end", "ends_late") else "60s"
+            functions.append(f'@app.task(role="r", max_attempts=1, timeout="{timeout}"{rules})')
+            functions.append(f"{head} {prefix}_{name}():")
+            functions.append(textwrap.indent(textwrap.dedent(body), "    "))
+    return "\n".join(functions)
+
+
+def expected() -> dict[str, str]:
+    every = (("async", ASYNC), ("plain", PLAIN), ("cpu", CPU))
+    return {f"{prefix}_{name}": end for prefix, endings in every for name, (_, end) in endings.items()}
+
+
+@pytest.fixture
+def client(app: Ceylon) -> Iterator[SyncClient]:
+    with app.sync_client() as client:
+        yield client
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_every_attempt_ends_in_an_outcome_and_the_worker_goes_on(
+    loop: str, app: Ceylon, client: SyncClient, redis_url: str, tmp_path: Path
+) -> None:
+    (tmp_path / "jobs.py").write_text(source())
+    with commands_on(redis_url, tmp_path) as commands:
+        options = ["jobs:app", "--namespace", app.settings.namespace, "--grace", "1s", "--lease", "5s"]
+        worker = commands.launch("-c", LAUNCH, loop, *options)
+        names = list(expected())
+
+        group = client.submit(TaskGroup("every ending", [Task(id=name, uses=name, role="r") for name in names]))
+        group.wait("all", LIMIT_S)
+        after = client.submit(Task(uses="plain_returns", role="r"))
+
+        assert after.result(LIMIT_S) == 1
+        assert {result.task_id: end_of(result) for result in group.results()} == expected()
+        assert_one_line_each(commands, names)
+        assert {result.attempts for result in group.results()} == {1}
+        assert group.view().counters.crashes == 0
+        worker.send_signal(signal.SIGTERM)
+        until(lambda: worker.poll() is not None, "the worker has ended", 1 + 5 + 4)  # grace, clean-up, a busy machine
+        assert worker.returncode == 0, commands.said(worker)
+
+
+def end_of(result: TaskResult) -> str:
+    error: Any = result.error or {"type": result.status.value}
+    return str(error["type"])
+
+
+def assert_one_line_each(commands: Commands, names: Sequence[str]) -> None:
+    lines = commands.said(commands.started[0]).splitlines()
+    ended = [
+        found[1]
+        for line in lines
+        if (found := re.search(r"(\w+) \w+/\w+ (?:completed in|failed for good after)", line))
+    ]
+    assert sorted(ended) == sorted([*names, "plain_returns"])
