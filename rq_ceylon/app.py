@@ -19,7 +19,7 @@ from rq_ceylon.attempt import Backoff, TaskContext
 from rq_ceylon.client import Client, SyncClient, SyncTaskHandle, TaskHandle
 from rq_ceylon.client.sync import OF_PARENTS
 from rq_ceylon.errors import InvalidInputError
-from rq_ceylon.handlers import GoalCheck, Handler, Lifespan, Middleware, Registry
+from rq_ceylon.handlers import GoalCheck, Handler, Lifespan, Middleware, Registry, SubmitHook
 from rq_ceylon.models import Duration, Task, check_id
 from rq_ceylon.settings import Settings, configured, resolve
 
@@ -28,6 +28,7 @@ R = TypeVar("R")
 C = TypeVar("C")
 """What calling the function gives: R itself, or a coroutine of it."""
 G = TypeVar("G", bound=GoalCheck)
+S = TypeVar("S", bound=SubmitHook)
 H = TypeVar("H", bound=Callable[..., Any])
 
 
@@ -167,6 +168,14 @@ class Ceylon:
         Called with the context and the exception after an attempt failed.
         """
         self.registry.on_error.append(hook)
+        return hook
+
+    def on_submit(self, hook: S) -> S:
+        """
+        Called with each task before it is sent, by this application's clients; it may return metadata to travel with
+        the task, such as a trace's context. What the task says itself wins.
+        """
+        self.registry.on_submit.append(hook)
         return hook
 
     def lifespan(self, function: Callable[[], AsyncIterator[Any]] | Lifespan, /) -> Lifespan:

@@ -18,12 +18,13 @@ from pydantic_core import to_json
 
 from rq_ceylon.attempt import Backoff, TaskContext, check_max_attempts, type_names
 from rq_ceylon.errors import InvalidInputError, UnknownTaskError, guess
-from rq_ceylon.models import DEFAULT_ROLE, Duration, GroupView, check_id, check_priority, counted, seconds
+from rq_ceylon.models import DEFAULT_ROLE, Duration, GroupView, Task, check_id, check_priority, counted, seconds
 from rq_ceylon.values import BadValueError, JsonType
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
+SubmitHook = Callable[[Task], Mapping[str, Any] | None]
 Lifespan = Callable[[], AbstractAsyncContextManager[Any]]
 Middleware = Callable[[TaskContext], AbstractAsyncContextManager[Any]]
 GoalCheck = Callable[[GroupView], bool | Awaitable[bool | None] | None]
@@ -211,6 +212,7 @@ class Registry:
     Attributes:
         on_start, on_stop: called once per worker process, without arguments; may be async.
         on_error: called with the context and the exception after an attempt failed; may be async.
+        on_submit: called with each task before it is sent; the metadata that it returns travels with the task.
         middleware: called with the context for an async context manager around each attempt; the first is outermost.
         lifespan: called without arguments for an async context manager around the life of each process that runs
             handlers; what it yields is `context.state`.
@@ -221,6 +223,7 @@ class Registry:
         self.on_start: list[Callable[[], Any]] = []
         self.on_stop: list[Callable[[], Any]] = []
         self.on_error: list[Callable[[TaskContext, BaseException], Any]] = []
+        self.on_submit: list[SubmitHook] = []
         self.middleware: list[Middleware] = []
         self.lifespan: Lifespan | None = None
         self.goal_checks: dict[str, GoalCheck] = {}

@@ -5,6 +5,7 @@ What an application puts around its attempts and around the life of its processe
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -19,6 +20,7 @@ from rq_ceylon.app import Ceylon
 from rq_ceylon.attempt import TaskContext
 from rq_ceylon.errors import InvalidInputError
 from rq_ceylon.handlers import Handler
+from rq_ceylon.models import Task, TaskGroup
 from rq_ceylon.worker import Worker
 from rq_ceylon.worker.children import Children
 
@@ -131,6 +133,44 @@ async def test_a_middleware_that_hangs_ends_with_the_timeout_of_the_attempt(
     outcome = await run(job, hang, timeout=0.05, max_attempts=1)
 
     assert (outcome.kind, outcome.reason) == ("failed", "timeout")
+
+
+# ---- on its way ------------------------------------------------------------------------------------------------------
+async def test_what_on_submit_returns_travels_as_metadata_and_does_not_make_a_keyed_group_another_one(
+    app: Ceylon,
+) -> None:
+    numbers = itertools.count(1)
+
+    @app.on_submit
+    def trace(task: Task) -> dict[str, Any]:
+        return {"trace": next(numbers), "by": "hook"}
+
+    @app.task(role="r")
+    async def tell(context: TaskContext) -> dict[str, Any]:
+        return dict(context.metadata)
+
+    group = TaskGroup("g", [Task(uses="tell", role="r", metadata={"by": "task"})], key="once")
+    async with app.client() as client:
+        single = await client.submit(tell.bind())
+        first, second = await client.submit(group), await client.submit(group)
+        settings = app.settings
+        await Worker(
+            settings.redis_url, namespace=settings.namespace, registry=app.registry, roles=["r"], burst=True
+        ).run()
+
+        assert (first.id, second.repeated) == (second.id, True)
+        assert await single.result(10) == {"trace": 1, "by": "hook"}
+        assert [one.value async for one in first.results()] == [{"trace": 2, "by": "task"}]
+
+
+async def test_an_on_submit_hook_that_returns_no_metadata_is_refused(app: Ceylon) -> None:
+    @app.on_submit
+    def trace(task: Task) -> Any:
+        return "trace"
+
+    async with app.client() as client:
+        with pytest.raises(InvalidInputError, match="on_submit gave 'trace'"):
+            await client.submit(Task(uses="echo"))
 
 
 # ---- the life of a process -------------------------------------------------------------------------------------------

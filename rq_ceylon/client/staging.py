@@ -8,7 +8,7 @@ import base64
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, get_args
 
 from rq_ceylon.attempt import check_max_attempts
@@ -90,7 +90,7 @@ class StagedGroup:
             ready = stage(task, self._registry, tid, self.group.defaults, self.group.priority)
             self.roles.add(ready.role)
             self.count += 1
-            yield StagedTask(tid, ready.text, ready.needs)
+            yield StagedTask(tid, ready.text, ready.needs, ready.known)
         if not self.count:
             raise InvalidInputError(f"{self.what} has no tasks; give at least one")
 
@@ -120,10 +120,16 @@ class StagedGroup:
 
 class ReadyTask(NamedTuple):
     """
-    A task as it is sent, but for its id. `stream`: the number of its priority.
+    A task as it is sent, but for its id.
+
+    Attributes:
+        known: the text by which the same submission is known again, if that is another: without what `on_submit` hooks
+            added, which may differ each time.
+        stream: the number of its priority.
     """
 
     text: bytes
+    known: bytes
     role: str
     stream: int
     needs: Sequence[str]
@@ -161,10 +167,10 @@ def stage(
     rank = task.priority or defaults.priority or priority or (handler.priority if handler else None) or Priority.NORMAL
     rank = check_priority(rank, f"{where}: priority")
     body = {**_shared(task, where), "arguments": arguments or None, "needs": list(task.needs) or None}
-    try:
-        blob = encode(_present(body))
-    except ValueError as error:
-        raise InvalidInputError(f"{where}: it is not JSON ({error}); give plain values") from error
+    blob, known = _encoded(body, where), b""
+    if registry is not None and registry.on_submit:
+        metadata = {**_added(task, registry, where), **(task.metadata or {})}
+        blob, known = _encoded({**body, "metadata": metadata or None}, where), blob
     if len(blob) > PAYLOAD_BYTES_MAX:
         raise PayloadTooLargeError(
             f"{where}: its arguments are {len(blob):,} bytes, {PAYLOAD_BYTES_MAX:,} are allowed; "
@@ -173,7 +179,28 @@ def stage(
     delay_ms = _ms(defaults.delay if task.delay is None else task.delay, f"{where}: delay")
     expires_ms = _ms(defaults.expires if task.expires is None else task.expires, f"{where}: expires")
     text = task_text(role, STREAMS[rank], delay_ms, expires_ms, None, blob)
-    return ReadyTask(text, role, STREAMS[rank], list(dict.fromkeys(task.needs)), delay_ms)
+    known = known and task_text(role, STREAMS[rank], delay_ms, expires_ms, None, known)
+    return ReadyTask(text, known, role, STREAMS[rank], list(dict.fromkeys(task.needs)), delay_ms)
+
+
+def _encoded(body: dict[str, Any], where: str) -> bytes:
+    try:
+        return encode(_present(body))
+    except ValueError as error:
+        raise InvalidInputError(f"{where}: it is not JSON ({error}); give plain values") from error
+
+
+def _added(task: Task, registry: Registry, where: str) -> dict[str, Any]:
+    """
+    The metadata that `on_submit` hooks add.
+    """
+    added: dict[str, Any] = {}
+    for hook in registry.on_submit:
+        more = hook(task)
+        if more is not None and not isinstance(more, Mapping):
+            raise InvalidInputError(f"{where}: on_submit gave {more!r}; return an object of metadata, or None")
+        added |= more or {}
+    return added
 
 
 def _shared(task: Task, where: str) -> dict[str, Any]:
@@ -233,5 +260,5 @@ def chain(digest: bytes, tasks: Sequence[StagedTask]) -> bytes:
     """
     longer = hashlib.sha256(digest)
     for task in tasks:
-        longer.update(b"%b\0%b\0%b\0" % (task.tid.encode(), task.text, " ".join(task.needs).encode()))
+        longer.update(b"%b\0%b\0%b\0" % (task.tid.encode(), task.known or task.text, " ".join(task.needs).encode()))
     return longer.digest()

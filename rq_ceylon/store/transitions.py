@@ -138,12 +138,14 @@ def outbox_reply(gid: str, reply: list[Any]) -> OutboxReply:
 # ---- submit ----------------------------------------------------------------------------------------------------------
 class StagedTask(NamedTuple):
     """
-    A task ready for submission: its id, its text (see `codec.task_text`), and the ids it needs.
+    A task ready for submission: its id, its text (see `codec.task_text`), the ids it needs, and the text by which the
+    same submission is known again, if that is another.
     """
 
     tid: str
     text: bytes
     needs: Sequence[str] = ()
+    known: bytes = b""
 
     @property
     def size(self) -> int:
