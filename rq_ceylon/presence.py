@@ -21,9 +21,6 @@ from rq_ceylon.store.scripts import Call
 TTL_MS = 15_000
 BEAT_S = 5.0
 
-UNROUTABLE_MS = 3_600_000
-"""So long somebody may still come who knows a task that no live worker of its role knows."""
-
 
 class Presence:
     """
@@ -84,25 +81,20 @@ class Presence:
             facts["progress"] = progress
         return transitions.heartbeat(self._keys, self.name, facts, ttl_ms=TTL_MS, roles=self._roles)
 
-    def advertise(self) -> list[Call]:
-        """
-        Say, at the start, that the tasks known here are not unknown to their roles.
-        """
-        return transitions.known(self._keys, self._roles, self._facts["task_names"])
-
     def farewell(self) -> list[Call]:
         return transitions.farewell(self._keys, self.name)
 
 
 async def is_unroutable(connection: Connection, keys: Keys, role: str, task_name: str) -> bool:
     """
-    Has no live worker of the role known this task for an hour? The hour counts from the first time that one was asked
-    for it in vain, and anew once a worker that knows it has started.
+    Has no worker of the role that knows this task asked for it in an hour, and is none alive now?
     """
+    now_ms = await queries.server_ms(connection, keys)
+    since_ms = await queries.waiting_since_ms(connection, keys, role, task_name)
+    if since_ms is None or now_ms - since_ms < transitions.UNROUTABLE_MS:
+        return False
     for worker in await queries.workers(connection, keys):
         if role in worker.roles and task_name in worker.task_names:
+            await connection.run([transitions.postpone_overdue(keys, role, task_name, now_ms)])
             return False
-    now_ms = await queries.server_ms(connection, keys)
-    calls = transitions.unknown(keys, role, task_name, now_ms, ttl_ms=2 * UNROUTABLE_MS)
-    _, since_ms, _ = await connection.run(calls)
-    return now_ms - int(since_ms) >= UNROUTABLE_MS
+    return True

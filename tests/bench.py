@@ -13,7 +13,7 @@ from rq_ceylon.goals import compile_goals
 from rq_ceylon.models import Goal
 from rq_ceylon.store import scripts, transitions
 from rq_ceylon.store.codec import task_text
-from rq_ceylon.store.keys import Keys
+from rq_ceylon.store.keys import STREAMS, Keys
 from rq_ceylon.store.scripts import Call
 from rq_ceylon.store.transitions import Ack, Committed, Delivery, GroupFacts, Page, PageAck, StagedTask
 
@@ -93,7 +93,7 @@ class Bench:
         role: str = "p",
         acks: Sequence[str] = (),
         recover: Sequence[str] | None = None,
-        first: int = 1,
+        names: Sequence[str] = (),
     ) -> list[Delivery]:
         call = transitions.fetch(
             self.keys,
@@ -103,13 +103,45 @@ class Bench:
             lease_ms=LEASE_MS,
             acks=[Ack(entry, "completed") for entry in acks],
             recover=recover,
-            first=first,
+            names=names,
         )
         return list(transitions.fetch_reply(role, self.run(call)).deliveries)
 
     def renew(self, worker: str, *entries: str, role: str = "p") -> list[str]:
         answers: list[str] = self.run(transitions.renew(self.keys, role, worker, entries, lease_ms=LEASE_MS))
         return answers
+
+    def unknown(self, worker: str, delivery: Delivery, name: str = "name") -> str:
+        """
+        Claim a task whose name this worker does not know, and have it wait for one that does.
+        """
+        assert self.claim(worker, delivery) == ["GRANTED"]
+        verdict, pages = self.commit_with_pages(worker, delivery, "release")
+        for page in pages:
+            task = {(delivery.gid, delivery.tid): name}
+            horizon = self.run(transitions.enqueue(self.keys, page.role, [page], unknown=task))
+            self.run(transitions.outbox(self.keys, page.gid, acks=[PageAck(page, horizon)]))
+        self.fetch(worker, 0, role=delivery.role, acks=[delivery.entry])
+        return verdict
+
+    def waiting_names(self, worker: str, *, role: str = "p") -> list[str]:
+        """
+        What a fetch tells of the names that tasks wait for.
+        """
+        call = transitions.fetch(self.keys, role, worker, budget=0, lease_ms=LEASE_MS)
+        return sorted(transitions.fetch_reply(role, self.run(call)).names)
+
+    def probe(self, gid: str, horizon: str, *, role: str = "p", to_the_end: bool = False) -> list[str]:
+        """
+        The word, and what the role shows; of the first answer, or of all.
+        """
+        begin, shown = "", []
+        while True:
+            call = transitions.probe(self.keys, role, gid, horizon, begin)
+            word, begin, tids = transitions.probe_reply(self.run(call))
+            shown += tids
+            if word != "MORE" or not to_the_end:
+                return [word, *shown]
 
     def relay(self, gid: str) -> None:
         """
@@ -150,7 +182,7 @@ class Bench:
         Let every delivery look as old as this, as if nobody had renewed for so long, with the role being fetched from
         all the while.
         """
-        for stream in ("high", "normal", "low"):
+        for stream in STREAMS:
             key = self.keys.role_part(role, stream)
             if not self.redis.exists(key):
                 continue

@@ -2,6 +2,9 @@
 The protocol row by row: states, verdicts of claim and commit, what each script does when it is repeated.
 """
 
+import collections
+import random
+
 import pytest
 import redis
 from bench import LEASE_MS, Bench
@@ -597,6 +600,87 @@ def test_a_worker_gives_back_only_what_is_its_own(bench: Bench) -> None:
     assert bench.renew("w", taken.entry) == ["MINE"]
 
 
+def test_what_is_given_back_goes_before_all_that_waits_whatever_the_pause_of_reclaiming(bench: Bench) -> None:
+    for gid in ("low", "normal", "high"):
+        bench.queued(gid, ["a", "b"], priority={"high": 1, "normal": 2, "low": 3}[gid])
+    first = bench.fetch("v", 6)
+    bench.queued("later", ["a", "b"], priority=1)
+    bench.redis.hset(bench.keys.role_part("p", "meta"), "pause_until", 9_000_000_000_000)
+    bench.run(transitions.release_all(bench.keys, "p", "v"))
+    again = bench.fetch("w", 8)
+    assert sorted(delivery.lineage for delivery in again[:6]) == sorted(delivery.entry for delivery in first)
+    assert [delivery.gid for delivery in again[6:]] == ["later", "later"]
+
+
+def test_what_could_not_start_for_want_of_room_waits_at_the_end_the_second_time(bench: Bench) -> None:
+    bench.queued("g", ["a", "b"], priority=3)
+    (delivery,) = bench.fetch("v", 1)
+    for worker, leaving, others_first in (("v", False, False), ("w", True, False), ("x", False, True)):
+        bench.run(transitions.release(bench.keys, "p", worker, [delivery.entry], leaving=leaving))
+        if others_first:
+            assert [one.tid for one in bench.fetch("y", 1)] == ["b"]
+        (copy,) = bench.fetch("x" if worker == "w" else "w", 1)
+        assert (copy.tid, copy.lineage) == ("a", copy.lineage)
+        delivery = copy
+    assert delivery.entry.startswith("3:")
+    bench.run(transitions.release(bench.keys, "p", "w", [delivery.entry], leaving=True))
+    assert [one.entry[0] for one in bench.fetch("z", 1)] == ["4"]
+
+
+def test_a_release_that_arrives_once_more_takes_nothing_from_its_sender(bench: Bench) -> None:
+    bench.queued("g")
+    (delivery,) = bench.fetch("v")
+    call = transitions.release(bench.keys, "p", "v", [delivery.entry])
+    bench.run(call)
+    (copy,) = bench.fetch("v")
+    assert bench.claim("v", copy) == ["GRANTED"]
+    assert bench.run(call)[0] == 0
+    assert bench.renew("v", copy.entry) == ["MINE"]
+
+
+def test_a_task_of_unknown_name_waits_for_a_worker_that_knows_it_and_goes_to_it_at_once(bench: Bench) -> None:
+    bench.queued("g", ["b", "a"], priority=3)
+    bench.queued("h", ["c"], priority=1)
+    bench.queued("other", ["d"])
+    for delivery in bench.fetch("old"):
+        assert bench.unknown("old", delivery, {"other": "namesake"}.get(delivery.gid, "name")) == "OK"
+    bench.queued("backlog", ["x"], priority=1)
+    assert bench.waiting_names("old") == ["name", "namesake"]
+    assert [delivery.gid for delivery in bench.fetch("old", 1)] == ["backlog"]
+    assert bench.fetch("old") == []
+
+    (first,) = bench.fetch("new", 1, names=["name"])
+    assert (first.gid, first.tid, first.issue, first.lineage[0]) == ("h", "c", "2", "1")
+    assert bench.waiting_names("new") == ["name", "namesake"]
+    rest = bench.fetch("new", 10, names=["name"])
+    assert sorted(delivery.tid for delivery in rest) == ["a", "b"]
+    assert bench.claim("new", *rest) == ["GRANTED", "GRANTED"]
+    assert bench.waiting_names("new") == ["namesake"]
+    assert bench.fetch("new", 10, names=["name"]) == []
+
+
+def test_what_waits_by_name_is_given_to_any_worker_once_no_worker_that_knows_it_has_asked_for_an_hour(
+    bench: Bench,
+) -> None:
+    names = bench.keys.role_part("p", "names")
+    bench.queued("g", ["a", "b", "c"])
+    for delivery in bench.fetch("old"):
+        bench.unknown("old", delivery)
+    since = bench.redis.hget(names, "name")
+    bench.unknown("old", *bench.fetch("old", 1, names=["name"]))  # a worker that knows it is there
+    bench.redis.hset(names, "name", 1)
+    bench.fetch("new", 0, names=["name"])
+    assert bench.redis.hget(names, "name") >= since
+    assert bench.fetch("old") == []
+
+    bench.redis.hset(names, "name", 1)
+    assert len(bench.fetch("old", 2)) == 2
+    assert len(bench.fetch("old", 2)) == 1
+    assert bench.redis.hget(names, "name") == "1"  # for the worker that looks whether it is over
+    assert bench.fetch("old", 2) == []
+    assert bench.redis.hget(names, "name") is None
+
+
 def test_a_dead_workers_entries_are_given_back_in_its_name_and_its_consumer_goes(bench: Bench) -> None:
     bench.queued("g", ["a", "b"])
     bench.started("v", "g")
@@ -651,12 +735,35 @@ def test_a_role_whose_streams_were_wiped_is_built_anew(bench: Bench) -> None:
     assert [delivery.gid for delivery in bench.fetch("w")] == ["h"]
 
 
-def test_high_priority_goes_first_but_every_stream_gets_its_turn(bench: Bench) -> None:
+@pytest.mark.parametrize("slots", [1, 2, 4, 8, 100])
+def test_of_every_eight_deliveries_one_is_low_and_one_normal_however_many_are_read_at_once(
+    bench: Bench, slots: int
+) -> None:
     for gid, priority in (("low", 3), ("normal", 2), ("high", 1)):
-        bench.queued(gid, priority=priority)
-    assert [delivery.gid for delivery in bench.fetch("w", 2)] == ["high", "normal"]
-    bench.queued("high2", priority=1)
-    assert [delivery.gid for delivery in bench.fetch("w", 1, first=3)] == ["low"]
+        bench.queued(gid, [str(n) for n in range(400)], priority=priority)
+    bench.relay("low"), bench.relay("normal"), bench.relay("high")
+    rnd = random.Random(slots)
+    delivered: list[str] = []
+    while len(delivered) < 400:
+        # As after turns in which some tasks, or all, have ended.
+        some = bench.fetch("w", rnd.choice((slots, rnd.randint(1, slots))))
+        bench.fetch("w", 0, acks=[delivery.entry for delivery in some])
+        delivered += [delivery.gid for delivery in some]
+    counts = collections.Counter(delivered)
+    assert abs(counts["low"] - len(delivered) / 8) <= 1
+    assert abs(counts["normal"] - len(delivered) / 8) <= 1
+
+
+@pytest.mark.parametrize("alone", [1, 2, 3])
+def test_one_priority_alone_gets_all_there_is_in_order(bench: Bench, alone: int) -> None:
+    bench.queued("g", [str(n) for n in range(40)], priority=alone)
+    assert [delivery.tid for n in (1, 3, 16, 20) for delivery in bench.fetch("w", n)] == [str(n) for n in range(40)]
+
+
+def test_the_share_of_a_priority_that_has_nothing_goes_to_the_others(bench: Bench) -> None:
+    bench.queued("low", [str(n) for n in range(20)], priority=3)
+    bench.queued("high", [str(n) for n in range(20)], priority=1)
+    assert collections.Counter(delivery.gid for delivery in bench.fetch("w", 32)) == {"high": 20, "low": 12}
 
 
 def test_one_bell_token_per_entry_up_to_a_bound_and_none_when_all_is_read(bench: Bench) -> None:
@@ -1046,7 +1153,7 @@ def test_a_scan_rings_what_the_role_does_not_show_and_lists_what_runs(bench: Ben
     look = transitions.look_reply(bench.run(transitions.look(bench.keys, "g")))
     assert look is not None
     assert (look.status, look.in_outbox, look.open, list(look.horizons)) == ("active", 0, 3, ["p"])
-    shown = bench.run(transitions.probe(bench.keys, "p", "g", look.horizons["p"]))
+    shown = bench.probe("g", look.horizons["p"])
     assert shown == ["CLEAR", "a", "b", "c"]
     reply = bench.run(transitions.scan(bench.keys, "g", "p", look.pages, "0", ["CLEAR", "b"]))
     assert reply == ["OK", "active", "0", ["a", str(running.fence), "w"], "1"]
@@ -1066,21 +1173,46 @@ def test_a_scan_is_refused_if_a_page_was_written_since_the_look(bench: Bench, de
     assert bench.run(transitions.scan(bench.keys, "g", "p", pages_then, "0", ["CLEAR"]))[0] == "MOVED"
 
 
-def test_a_probe_says_busy_while_more_is_left_up_to_the_horizon_than_it_looks_at(bench: Bench) -> None:
+def test_a_probe_says_busy_while_more_waits_up_to_the_horizon_than_it_looks_at(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bench.queued("g", [str(n) for n in range(150)])
+    monkeypatch.setattr(transitions, "PROBE_ENTRIES", 100)
     horizon = transitions.look_reply(bench.run(transitions.look(bench.keys, "g"))).horizons["p"]  # type: ignore[union-attr]
-    assert bench.run(transitions.probe(bench.keys, "p", "g", horizon)) == ["BUSY"]
-    assert bench.run(transitions.probe(bench.keys, "p", "g", "0"))[0] == "CLEAR"
+    assert bench.probe("g", horizon)[0] == "BUSY"
+    assert bench.probe("g", "0")[0] == "CLEAR"
 
 
-def test_a_probe_counts_what_is_delayed_and_a_late_acknowledgement_moves_no_horizon_back(bench: Bench) -> None:
+def test_a_probe_looks_at_all_that_is_delivered_and_all_that_waits_by_name(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tids = [str(n) for n in range(30)]
+    bench.queued("g", tids)
+    bench.queued("other", tids)
+    bench.fetch("w", 60)
+    for delivery in bench.fetch("w", 0, recover=[])[:20]:
+        assert bench.unknown("w", delivery) == "OK"
+    horizon = bench.meta("g")["horizon:p"]
+    monkeypatch.setattr(transitions, "PROBE_ENTRIES", 7)
+    assert bench.probe("g", horizon)[0] == "MORE"
+    word, *shown = bench.probe("g", horizon, to_the_end=True)
+    assert word == "CLEAR"
+    assert sorted(shown, key=int) == tids
+    bench.redis.xdel(bench.keys.role_part("p", "normal"), bench.redis.xrange(bench.keys.role_part("p", "normal"))[0][0])
+    assert len(bench.probe("g", horizon, to_the_end=True)) == 30
+
+
+def test_a_probe_counts_what_is_delayed_and_a_late_acknowledgement_moves_no_horizon_back(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transitions, "PROBE_ENTRIES", 100)
     reply = bench.submit("g", [str(n) for n in range(150)], delay_ms=60_000)
     bench.ring(reply.pages)
     horizon = bench.meta("g")["horizon:p"]
-    assert bench.run(transitions.probe(bench.keys, "p", "g", horizon))[0] == "DUE"
+    assert bench.probe("g", horizon)[0] == "DUE"
     delayed = bench.keys.role_part("p", "delayed")
     bench.redis.zadd(delayed, dict.fromkeys(bench.redis.zrange(delayed, 0, -1), 1))
-    assert bench.run(transitions.probe(bench.keys, "p", "g", horizon)) == ["BUSY"]
+    assert bench.probe("g", horizon)[0] == "BUSY"
     bench.run(transitions.outbox(bench.keys, "g", acks=[PageAck(reply.pages[0], "1")]))
     assert bench.meta("g")["horizon:p"] == horizon
 

@@ -73,7 +73,7 @@ class Hand:
         The entries that the last turn acknowledged.
         """
         (fetch,) = [call for call in self.calls if call.script == "fetch"]
-        return [str(word) for word in fetch.args[6 + int(fetch.args[5]) :] if str(word).startswith("2:")]
+        return [str(word) for word in fetch.args[6 + int(fetch.args[5]) :][1:] if str(word).startswith("2:")]
 
 
 def test_an_entry_is_acknowledged_in_the_turn_after_its_commit_was_answered(bench: Bench) -> None:

@@ -17,6 +17,9 @@ from rq_ceylon.store.keys import Keys
 
 OPEN = ("active", "closing")
 
+PROBES = 100
+"""How often a role is asked in one look: for 50,000 entries that are delivered, or wait by their name."""
+
 
 class Reissue:
     """
@@ -56,9 +59,21 @@ class Reissue:
         """
         The roles that are clear up to the group's horizon, and what they answered; none if all its tasks are shown.
         """
-        calls = [transitions.probe(self._keys, role, gid, horizon) for role, horizon in seen.horizons.items()]
-        replies = await self._connection.run(calls)
-        clear = {role: reply for role, reply in zip(seen.horizons, replies, strict=True) if reply[0] != "BUSY"}
+        begins = dict.fromkeys(seen.horizons, "")
+        clear: dict[str, list[str]] = {role: ["MORE"] for role in begins}
+        for _ in range(PROBES):
+            calls = [
+                transitions.probe(self._keys, role, gid, seen.horizons[role], begin) for role, begin in begins.items()
+            ]
+            replies = await self._connection.run(calls)
+            for role, reply in zip(list(begins), replies, strict=True):
+                word, begins[role], tids = transitions.probe_reply(reply)
+                clear[role] = [word, *clear[role][1:], *tids]
+                if word != "MORE":
+                    del begins[role]
+            if not begins:
+                break
+        clear = {role: answer for role, answer in clear.items() if answer[0] in ("CLEAR", "DUE")}
         shown = {tid for _, *tids in clear.values() for tid in tids}
         if len(clear) < len(seen.horizons) or len(shown) < seen.open:
             return clear

@@ -10,11 +10,12 @@ from __future__ import annotations
 import zlib
 
 GROUP_PARTS = ("meta", "tasks", "claims", "results", "needs", "children", "outbox", "events")
-ROLE_PARTS = ("high", "normal", "low", "delayed", "meta", "bell", "quarantine")
+ROLE_PARTS = ("high", "normal", "low", "front", "delayed", "meta", "bell", "quarantine", "unknown", "names")
 INDEX_SHARDS = 16
 
-STREAMS = {"high": 1, "normal": 2, "low": 3}
-"""The number of a priority's stream, as entries are named: `2:1764000000000-0`."""
+STREAMS = {"high": 1, "normal": 2, "low": 3, "front": 4}
+"""The number of a stream, one of each priority and one for what goes first; entries are named by it:
+`2:1764000000000-0`."""
 
 
 class Keys:

@@ -411,6 +411,14 @@ async def lease_s(connection: Connection, keys: Keys, role: str) -> float:
     return int(lease_ms or 30_000) / 1000
 
 
+async def waiting_since_ms(connection: Connection, keys: Keys, role: str, task_name: str) -> int | None:
+    """
+    Since when (epoch ms) no worker that knows a name has asked for the tasks that wait for it; None if none wait.
+    """
+    (since_ms,) = await connection.run([command("HGET", keys.role_part(role, "names"), task_name)])
+    return None if since_ms is None else int(since_ms)
+
+
 async def role_names(connection: Connection, keys: Keys) -> list[str]:
     (names,) = await connection.run([command("SMEMBERS", keys.roles)])
     return sorted(names)
@@ -426,7 +434,7 @@ async def roles(connection: Connection, keys: Keys) -> list[RoleView]:
         streams = [keys.role_part(name, stream) for stream in STREAMS]
         calls += [command("XLEN", stream) for stream in streams]
         calls += [command("XINFO", "GROUPS", stream) for stream in streams]
-        calls.append(command("ZCARD", keys.role_part(name, "delayed")))
+        calls += [command("ZCARD", keys.role_part(name, part)) for part in ("unknown", "delayed")]
         calls.append(command("HGETALL", keys.role_part(name, "meta")))
     replies = iter(await connection.run(calls, refusals=True))
     serving: dict[str, list[WorkerView]] = collections.defaultdict(list)
@@ -437,12 +445,12 @@ async def roles(connection: Connection, keys: Keys) -> list[RoleView]:
     for name in names:
         entries = sum(_number(next(replies)) for _ in STREAMS)
         delivered = sum(_pending(next(replies)) for _ in STREAMS)
-        delayed, meta = _number(next(replies)), _fields(next(replies))
+        unknown, delayed, meta = _number(next(replies)), _number(next(replies)), _fields(next(replies))
         mine = serving[name]
         found.append(
             RoleView(
                 name=name,
-                queued=entries - delivered,
+                queued=entries - delivered + unknown,
                 delivered=delivered,
                 delayed=delayed,
                 workers=len(mine),

@@ -23,6 +23,9 @@ from rq_ceylon.store.scripts import Call, command, insist
 RELAY_LEASE_MS = 10_000
 """How long a page of the outbox is left to whoever got it in a reply, before a relay hands it over."""
 
+UNROUTABLE_MS = 3_600_000
+"""How long tasks wait for a worker that knows the name of their function before they fail as unroutable."""
+
 SUBMIT_TASKS_MAX = 500
 SUBMIT_BYTES_MAX = 4 * 1024 * 1024
 CLAIM_TASKS_MAX = 500
@@ -30,7 +33,7 @@ COMMIT_TASKS_MAX = 500
 
 T = TypeVar("T")
 
-PROBE_ENTRIES = 100
+PROBE_ENTRIES = 500
 SCAN_TASKS = 500
 
 
@@ -97,15 +100,33 @@ def _acks(acks: Sequence[PageAck]) -> list[Any]:
     return args
 
 
-def enqueue(keys: Keys, role: str, pages: Sequence[Page], *, insist: bool = True) -> Call:
+def enqueue(
+    keys: Keys,
+    role: str,
+    pages: Sequence[Page],
+    *,
+    insist: bool = True,
+    unknown: Mapping[tuple[str, str], str] | None = None,
+) -> Call:
     """
     Hand pages to their role; at `maxmemory` too, unless told not to insist.
+
+    Args:
+        unknown: tasks (group, task) that are to wait for a worker that knows the name of their function, and this name.
     """
     args: list[Any] = [int(insist)]
     for page in pages:
         _, _, due, items = page.text.split("|", 3)
+        if unknown:
+            items = " ".join(_with_name(item, page.gid, unknown) for item in items.split(" "))
         args += (page.gid, due, items)
     return Call("enqueue", keys.role(role), args)
+
+
+def _with_name(item: str, gid: str, unknown: Mapping[tuple[str, str], str]) -> str:
+    priority, tid, issue, *supersedes = item.split(",")
+    name = unknown.get((gid, tid))
+    return item if name is None else ",".join((priority, tid, issue, *(supersedes or [""]), name))
 
 
 def outbox(keys: Keys, gid: str, *, wanted: int = 0, again: bool = False, acks: Sequence[PageAck] = ()) -> Call:
@@ -389,18 +410,18 @@ def fetch(
     *,
     budget: int,
     lease_ms: int,
-    first: int = 1,
     acks: Iterable[Ack] = (),
     recover: Sequence[str] | None = None,
+    names: Sequence[str] = (),
 ) -> Call:
     """
     Args:
         budget: entries wanted; 0 to acknowledge only.
-        first: number of the stream to read first.
         recover: entries that this worker holds; given after a `fetch` that was not answered, None otherwise.
+        names: those that tasks wait for, as a reply told, and that this worker knows.
     """
-    args: list[Any] = [worker, budget, lease_ms, "read" if recover is None else "recover", first]
-    args += (len(recover or ()), *(recover or ()))
+    args: list[Any] = [worker, budget, lease_ms, "read" if recover is None else "recover", UNROUTABLE_MS]
+    args += (len(recover or ()), *(recover or ()), len(names), *names)
     by_outcome: dict[str, list[Ack]] = defaultdict(list)
     for ack in acks:
         by_outcome[ack.outcome].append(ack)
@@ -421,11 +442,13 @@ class FetchReply:
     Attributes:
         lease_ms: the lease in force, which is the role's.
         next_due_ms: until the next delayed entry is due; None if there is none.
+        names: some of the names that tasks wait for, as no worker that was given them knew them.
     """
 
     lease_ms: int
     next_due_ms: int | None
     deliveries: Sequence[Delivery]
+    names: Sequence[str] = ()
 
 
 def fetch_reply(role: str, reply: list[Any]) -> FetchReply:
@@ -437,7 +460,7 @@ def fetch_reply(role: str, reply: list[Any]) -> FetchReply:
         supersedes = more[1] if len(more) > 1 else "-"
         deliveries.append(Delivery(role, entry, gid, tid, issue, lineage, int(flat[i + 2]), supersedes))
     wait = int(reply[1])
-    return FetchReply(int(reply[0]), wait if wait >= 0 else None, deliveries)
+    return FetchReply(int(reply[0]), wait if wait >= 0 else None, deliveries, reply[3])
 
 
 def renew(keys: Keys, role: str, worker: str, entries: Sequence[str] = (), *, lease_ms: int) -> Call:
@@ -450,8 +473,12 @@ def renew(keys: Keys, role: str, worker: str, entries: Sequence[str] = (), *, le
     return Call("renew", keys.role(role), [worker, lease_ms, *entries])
 
 
-def release(keys: Keys, role: str, worker: str, entries: Sequence[str]) -> Call:
-    return Call("release", keys.role(role), [worker, *entries])
+def release(keys: Keys, role: str, worker: str, entries: Sequence[str], *, leaving: bool = False) -> Call:
+    """
+    Give back entries that were not started. The first time they go before all that waits; if they are given back once
+    more, and not because their worker is `leaving`, they wait at the end of their priority.
+    """
+    return Call("release", keys.role(role), [worker, "leaving" if leaving else "room", *entries])
 
 
 def release_all(keys: Keys, role: str, worker: str) -> Call:
@@ -578,17 +605,34 @@ def look_reply(reply: list[Any]) -> Look | None:
     return Look(reply[1], int(reply[2]), int(reply[3]), int(reply[4]), horizons)
 
 
-def probe(keys: Keys, role: str, gid: str, horizon: str) -> Call:
+def probe(keys: Keys, role: str, gid: str, horizon: str, begin: str = "") -> Call:
     """
-    Answers BUSY, or CLEAR and the group's tasks that the role shows; DUE and these if it says nothing of those to come.
+    Args:
+        begin: where the last reply said to begin, '' at the first call.
     """
-    return Call("probe", keys.role(role), [gid, horizon, PROBE_ENTRIES])
+    return Call("probe", keys.role(role), [gid, horizon, PROBE_ENTRIES, begin])
+
+
+class Probed(NamedTuple):
+    """
+    `word`: BUSY; MORE, to be asked again from `begin` on; CLEAR; DUE, which says nothing of what is to come. `tids`:
+    the group's tasks that the role shows.
+    """
+
+    word: Literal["BUSY", "MORE", "CLEAR", "DUE"]
+    begin: str
+    tids: Sequence[str]
+
+
+def probe_reply(reply: list[Any]) -> Probed:
+    word, begin, *tids = reply
+    return Probed(word, begin, tids)
 
 
 def scan(keys: Keys, gid: str, role: str, pages: int, cursor: str, answer: Iterable[str]) -> Call:
     """
     Args:
-        answer: what `probe` answered, not BUSY.
+        answer: CLEAR or DUE, as `probe` answered, and the tasks it showed.
     """
     return Call("reissue", keys.group(gid), ["scan", role, pages, cursor, SCAN_TASKS, *answer])
 
@@ -615,16 +659,11 @@ def farewell(keys: Keys, name: str) -> list[Call]:
     return [command("DEL", keys.worker(name)), command("SREM", keys.workers, name)]
 
 
-def unknown(keys: Keys, role: str, task_name: str, now_ms: int, *, ttl_ms: int) -> list[Call]:
+def postpone_overdue(keys: Keys, role: str, name: str, now_ms: int) -> Call:
     """
-    Note since when no live worker of a role knows a task; the second reply is that time (epoch ms).
+    Count anew since when no worker that knows a name has asked for the tasks that wait for it.
     """
-    key = keys.role_part(role, f"unknown:{task_name}")
-    return [command("SET", key, now_ms, "NX", "PX", ttl_ms), command("GET", key), command("PEXPIRE", key, ttl_ms)]
-
-
-def known(keys: Keys, roles: Iterable[str], task_names: Sequence[str]) -> list[Call]:
-    return [command("DEL", *(keys.role_part(role, f"unknown:{name}") for name in task_names)) for role in roles]
+    return command("HSET", keys.role_part(role, "names"), name, now_ms)
 
 
 SAMPLES_KEPT = 24 * 60

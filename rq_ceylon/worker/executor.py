@@ -140,10 +140,9 @@ class Executor:
         try:
             attempt = Attempt(self.registry, assignment, self.state)
         except UnknownTaskError as error:
-            outcome, delivery = unknown(assignment.claimed.releases, error), assignment.delivery
-            words = "Task {}/{} is given back for {:g} s: {}"
-            logger.warning(words, delivery.gid, delivery.tid, outcome.delay_ms / 1000, error)
-            ended(outcome)
+            delivery = assignment.delivery
+            logger.warning("Task {}/{} waits for a worker that knows it: {}", delivery.gid, delivery.tid, error)
+            ended(unknown(assignment.body["uses"], error))
             return
         except InvalidInputError as error:
             ended(invalid(error))

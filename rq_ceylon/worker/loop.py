@@ -105,6 +105,7 @@ class Worker:
             slots=slots,
             lease_ms=round(lease_s * 1000),
             leases=self.leases,
+            knows=registry.names(),
             may_send=self.lanes.is_open,
         )
         self.exit_code = 0
@@ -166,9 +167,7 @@ class Worker:
             if self._stop.is_set():
                 return
             self.executor.state = await application.enter_async_context(lifetime(self.registry))
-            await until_reached(
-                lambda: self.connection.run([*self.lookout.heartbeat(), *self.presence.advertise()]), self._stop
-            )
+            await until_reached(lambda: self.connection.run(self.lookout.heartbeat()), self._stop)
             self.leases.start(lambda role, entry: loop.call_soon_threadsafe(self._lost, role, entry))
             self.neighbours.enter(self.name, self.roles)
             roles, names = ", ".join(self.roles), ", ".join(self.registry.names())
@@ -211,12 +210,13 @@ class Worker:
 
     async def _rest(self) -> None:
         """
-        Until a node has answered, a task ends, a bell rings, or it is time to fetch again (every third of a lease).
+        Until a node has answered, a task ends, a bell rings, or it is time to give back what could not start, or to
+        fetch again (every third of a lease).
         """
         if self._free() > 0 and not self._stop.is_set() and self.turns.may_fetch():
             self.lookout.idle.set()
         try:
-            async with asyncio.timeout(LAST_WORD_S / 4 if self._grace_is_over else self.turns.lease_ms / 3000):
+            async with asyncio.timeout(LAST_WORD_S / 4 if self._grace_is_over else self.turns.rest_s):
                 await self._wake.wait()
         except TimeoutError:
             self.turns.ring()
@@ -291,7 +291,7 @@ class Worker:
         )
 
     def _ended(self, grant: Granted, body: Mapping[str, Any], outcome: Outcome) -> None:
-        if outcome.reason == UNKNOWN:
+        if outcome.reason.startswith(UNKNOWN):
             self._in_background(self._end_unknown(grant, body, outcome), grant)
         else:
             self._end(grant, outcome)

@@ -14,16 +14,13 @@ from pydantic_core import from_json, to_json
 from rq_ceylon.attempt import FailTask, RetryTask, StopReason, TaskContext, check_max_attempts, type_names
 from rq_ceylon.errors import InvalidInputError
 from rq_ceylon.handlers import DEFAULT_HANDLER, Handler, Registry
-from rq_ceylon.models import DEFAULT_MAX_ATTEMPTS, DEFAULT_TIMEOUT_S, seconds
+from rq_ceylon.models import DEFAULT_MAX_ATTEMPTS, DEFAULT_TIMEOUT_S, check_id, seconds
 from rq_ceylon.store.transitions import Claimed, Delivery
 
 TRACEBACK_MAX = 8192
 
-UNKNOWN = "unknown"
-"""The reason of a release because the handler is not registered here; its blob says what is."""
-
-UNKNOWN_FIRST_MS, UNKNOWN_CAP_MS = 5_000, 300_000
-"""How long such a task stays away: doubling with each release, so that another host or a new version gets it."""
+UNKNOWN = "unknown:"
+"""How the reason of a release begins because the handler is not registered here; its name follows."""
 
 BUSY = "busy"
 """The reason of a release because no thread or process became free in time: other workers may have one."""
@@ -77,12 +74,11 @@ class Outcome(NamedTuple):
         return f"{error['type']}: {error['message']}" if error else ""
 
 
-def unknown(releases: int, error: BaseException) -> Outcome:
+def unknown(name: str, error: BaseException) -> Outcome:
     """
-    The outcome of a task that nothing here can run, after so many releases.
+    The outcome of a task whose name is not registered here: it waits in its role for a worker that knows it.
     """
-    delay = min(UNKNOWN_CAP_MS, UNKNOWN_FIRST_MS * 2 ** min(releases, 10))
-    return Outcome("release", reason=UNKNOWN, delay_ms=delay, blob=to_json(error_of(error)))
+    return Outcome("release", reason=UNKNOWN + name, blob=to_json(error_of(error)))
 
 
 def invalid(error: Exception) -> Outcome:
@@ -125,9 +121,7 @@ class Attempt:
 
     def __init__(self, registry: Registry, assignment: Assignment, state: Any = None) -> None:
         worker, delivery, claimed, body, needs = assignment
-        uses = body.get("uses") or DEFAULT_HANDLER
-        if not isinstance(uses, str):
-            raise InvalidInputError(f"uses: {uses!r} is not usable; give the name of a task")
+        uses = check_id(body.get("uses") or DEFAULT_HANDLER, "uses")
         self.handler: Handler[..., Any] = registry.get(uses)
         self.timeout_s = (
             seconds(body.get("timeout") or 0, f"task {uses!r}: timeout") or self.handler.timeout_s or DEFAULT_TIMEOUT_S

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import collections
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from rq_ceylon.store.keys import Keys
 from rq_ceylon.store.transitions import Ack, Committed, Page, PageAck
 from rq_ceylon.worker.held import Granted, Held, Stage, Step
 from rq_ceylon.worker.leases import Leases
+from rq_ceylon.worker.outcome import UNKNOWN
 
 UNCLAIMED_S = 2.0
 """An entry that could not start for so long is given back: others may be idle."""
@@ -41,6 +42,7 @@ class Turns:
     Args:
         slots: how many tasks may run at once.
         lease_ms: the lease to ask for.
+        knows: names of the tasks that can be run here.
         may_send: whether calls on a key may be sent now; no turn has any on others.
 
     Attributes:
@@ -56,10 +58,12 @@ class Turns:
         slots: int,
         lease_ms: int,
         leases: Leases,
+        knows: Collection[str] = (),
         may_send: Callable[[str], bool],
     ) -> None:
         self.keys, self.worker, self.roles, self.slots, self.leases = keys, worker, list(roles), slots, leases
         self._lease_ms, self._may_send = dict.fromkeys(self.roles, lease_ms), may_send
+        self._knows = frozenset(knows)
         self.held: dict[tuple[str, str], Held] = {}
         self.granted: list[Granted] = []
         self.stopping, self.completed = False, 0
@@ -74,10 +78,12 @@ class Turns:
         self._recovering: set[str] = set()
         self._empty: set[str] = set()
         self._next_due_s: dict[str, float] = {}
+        self._waiting_names: dict[str, list[str]] = {}  # per role, those known here that tasks wait for
+        self._unknown: dict[Page, Mapping[str, str]] = {}  # task → name, of those in a page that nothing here knows
         self._asks_for_suspect = False
         self._top_fence = dict.fromkeys(self.roles, 0)
         self._recent: collections.deque[float] = collections.deque()
-        self._turn = 0
+        self._by_turns = list(self.roles)  # the one that was asked for entries last comes last
 
     # ---- what the loop asks ------------------------------------------------------------------------------------------
     @property
@@ -100,6 +106,19 @@ class Turns:
         Was there nothing for a free slot, at the last fetch of each role?
         """
         return len(self._empty) == len(self.roles)
+
+    @property
+    def rest_s(self) -> float:
+        """
+        How long there is nothing to say, unless something happens.
+        """
+        now = time.monotonic()
+        waits = [
+            held.since + UNCLAIMED_S - now
+            for held in self.held.values()
+            if held.stage is Stage.FETCHED and self._is_open(role=held.delivery.role)
+        ]
+        return max(0.0, min([self.lease_ms / 3000, *waits]))
 
     def running(self) -> list[Held]:
         return [held for held in self.held.values() if held.stage is Stage.RUNNING]
@@ -130,17 +149,29 @@ class Turns:
             or any(self._is_open(role=role) for role in self._to_enqueue)
             or any(self._may_fetch(role) for role in self._to_fetch)
             or self._has_waiting(free)
+            or any(self._is_open(role=role) for role in self._unstartable())
         )
 
     def _has_waiting(self, free: int) -> bool:
         """
-        Is there a fetched entry to claim, or, when stopping, to give back?
+        Is there a fetched entry to claim?
         """
         waiting = (held for held in self.held.values() if held.stage is Stage.FETCHED)
         if self.stopping:
-            return any(self._is_open(role=held.delivery.role) for held in waiting)
+            return False
         suspect = self._may_start_suspect()
         return free > 0 and any(self._is_open(gid=held.delivery.gid) for held in waiting if suspect or not held.later)
+
+    def _unstartable(self) -> dict[str, list[Held]]:
+        """
+        Per role what was fetched and is to be given back: it could not start in time, or, when stopping, never will.
+        """
+        limit = time.monotonic() - (0 if self.stopping else UNCLAIMED_S)
+        found: dict[str, list[Held]] = collections.defaultdict(list)
+        for held in self.held.values():
+            if held.stage is Stage.FETCHED and held.since <= limit:
+                found[held.delivery.role].append(held)
+        return found
 
     def _may_start_suspect(self) -> bool:
         return not self._asks_for_suspect and not any(
@@ -194,7 +225,6 @@ class Turns:
         """
         The calls of the next turn, with so many slots free.
         """
-        self._turn += 1
         return [
             *self._commits(),
             *self._claims(free),
@@ -238,56 +268,67 @@ class Turns:
                 suspect = False  # one claim at a time may start one
 
     def _releases(self) -> Iterable[Step]:
-        limit = time.monotonic() - (0 if self.stopping else UNCLAIMED_S)
-        for role in self.roles:
+        for role, some in self._unstartable().items():
             if not self._is_open(role=role):
                 continue
-            stale = [
-                held
-                for held in self.held.values()
-                if held.delivery.role == role and held.stage is Stage.FETCHED and held.since <= limit
-            ]
-            for held in stale:
+            for held in some:
                 held.stage = Stage.RELEASING
-            if stale:
-                call = transitions.release(self.keys, role, self.worker, [held.delivery.entry for held in stale])
-                yield Step(call, partial(self._released, stale))
+            entries = [held.delivery.entry for held in some]
+            call = transitions.release(self.keys, role, self.worker, entries, leaving=self.stopping)
+            yield Step(call, partial(self._released, some))
 
     def _fetches(self, free: int) -> Iterable[Step]:
         now = time.monotonic()
         while self._recent and self._recent[0] < now - RECENT_S:
             self._recent.popleft()
-        waiting = sum(held.stage is Stage.FETCHED for held in self.held.values())
-        claiming = sum(held.stage is Stage.CLAIMING for held in self.held.values())
-        budget = 0 if self.stopping else max(0, free - claiming + min(self.slots, len(self._recent)) - waiting)
-        budget = -(-budget // len(self.roles))
-        # Strictly high before normal before low would starve: every 8th turn begins with another stream.
-        first = {0: 3, 4: 2}.get(self._turn % 8, 1)
-        for role in self.roles:
-            if not self._may_fetch(role):
-                continue
-            self._fetching.add(role)
-            self._to_fetch.discard(role)
-            self._empty.discard(role)
-            self._next_due_s.pop(role, None)
-            acks, self._acks[role] = self._acks[role], []
-            recover = [entry for of, entry in self.held if of == role] if role in self._recovering else None
-            call = transitions.fetch(
-                self.keys,
-                role,
-                self.worker,
-                budget=budget,
-                lease_ms=self._lease_ms[role],
-                first=first,
-                acks=acks,
-                recover=recover,
-            )
-            yield Step(call, partial(self._fetched, role, budget), partial(self._fetch_lost, role, acks))
+        stages = collections.Counter(held.stage for held in self.held.values())
+        ahead = min(self.slots, len(self._recent)) - stages[Stage.FETCHED]
+        left = 0 if self.stopping else max(0, free - stages[Stage.CLAIMING] + ahead)
+        # What is given back here is for workers that are idle: not fetched again beside that.
+        releasing = {held.delivery.role for held in self.held.values() if held.stage is Stage.RELEASING}
+        roles = [role for role in self._by_turns if self._may_fetch(role)]
+        has_room = left > 0
+        for number, role in enumerate(roles):
+            # All roles together give no more than can start; where that is less than one each, they take turns.
+            budget = 0 if role in releasing else -(-left // (len(roles) - number))
+            left -= budget
+            if budget > 0:
+                self._by_turns.remove(role)
+                self._by_turns.append(role)
+                self._empty.discard(role)
+            if budget > 0 or not has_room:
+                self._to_fetch.discard(role)
+            elif not self._acks[role] and role not in self._recovering:
+                continue  # its turn comes
+            yield self._fetch(role, budget)
+
+    def _fetch(self, role: str, budget: int) -> Step:
+        self._fetching.add(role)
+        self._next_due_s.pop(role, None)
+        acks, self._acks[role] = self._acks[role], []
+        recover = [entry for of, entry in self.held if of == role] if role in self._recovering else None
+        names = self._waiting_names.get(role, [])
+        call = transitions.fetch(
+            self.keys,
+            role,
+            self.worker,
+            budget=budget,
+            lease_ms=self._lease_ms[role],
+            acks=acks,
+            recover=recover,
+            names=names,
+        )
+        return Step(call, partial(self._fetched, role, budget, names), partial(self._fetch_lost, role, acks))
 
     def _enqueues(self) -> Iterable[Step]:
         for role in [role for role in self._to_enqueue if self._is_open(role=role)]:
             some = self._to_enqueue.pop(role)
-            call = transitions.enqueue(self.keys, role, some)
+            # What follows here must be seen by a fetch before this role counts as empty.
+            self._empty.discard(role)
+            self._to_fetch.add(role)
+            unknown = [(page.gid, self._unknown.pop(page, {})) for page in some]
+            names = {(gid, tid): name for gid, tasks in unknown for tid, name in tasks.items()}
+            call = transitions.enqueue(self.keys, role, some, unknown=names)
             yield Step(call, partial(self._enqueued, some))
 
     def _deliveries(self) -> Iterable[Step]:
@@ -315,6 +356,7 @@ class Turns:
             elif outcome.kind != "stopping":
                 self.completed += verdict == "OK" and outcome.kind == "completed"
                 self._acknowledge(held, outcome.kind if verdict == "OK" else "stale", outcome.run_ms)
+        self._note_unknown(batch, answer.pages)
         self._take(answer.pages)
         if answer.more or "DONE" in answer.verdicts:
             self._relay(gid, again="DONE" in answer.verdicts)
@@ -344,7 +386,7 @@ class Turns:
                         self._relay(held.delivery.gid)
                     self._acknowledge(held, "stale", 0)
 
-    def _fetched(self, role: str, budget: int, reply: Any) -> None:
+    def _fetched(self, role: str, budget: int, names: Sequence[str], reply: Any) -> None:
         self._fetching.discard(role)
         if isinstance(reply, CeylonError):
             logger.error("Role {} cannot be read: {}", role, reply)
@@ -360,6 +402,9 @@ class Turns:
             self._next_due_s[role] = answer.next_due_ms / 1000
         if budget > 0 and not answer.deliveries:
             self._empty.add(role)
+        self._waiting_names[role] = [name for name in answer.names if name in self._knows]
+        if not self._knows.isdisjoint(answer.names) and not set(names).issuperset(self._waiting_names[role]):
+            self._to_fetch.add(role)
         now = time.monotonic()
         for delivery in answer.deliveries:
             self._top_fence[role] = max(self._top_fence[role], delivery.fence)
@@ -412,6 +457,19 @@ class Turns:
         Look through an outbox in the next turn; again: an answer that had pages for this worker may be lost.
         """
         self._to_relay[gid] = again or self._to_relay.get(gid, False)
+
+    def _note_unknown(self, batch: Sequence[tuple[Held, Committed]], pages: Iterable[Page]) -> None:
+        """
+        Of the pages of a commit, those of tasks that nothing here knows are enqueued by name. Where the answer with its
+        page is lost, the task goes to any worker once more.
+        """
+        names = {
+            outcome.tid: outcome.reason.removeprefix(UNKNOWN)
+            for _, outcome in batch
+            if outcome.reason.startswith(UNKNOWN)
+        }
+        if names:
+            self._unknown.update((page, names) for page in pages if not page.is_message)
 
     def _take(self, pages: Iterable[Page]) -> None:
         for page in pages:

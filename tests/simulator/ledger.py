@@ -193,6 +193,7 @@ class Ledger:
 
     def _saw_fetch(self, role: str, args: list[Any], reply: Any, worker: str, before: float, after: float) -> None:
         position = 6 + int(args[5])
+        position += 1 + int(args[position])
         while position < len(args):
             count = int(args[position + 1])
             entries = args[position + 2 : position + 2 + count]

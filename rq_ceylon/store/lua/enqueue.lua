@@ -1,16 +1,23 @@
 -- enqueue: hand outbox pages to a role.
 -- KEYS: the role's.
 -- ARGV: insist (1, or 0: may be refused at maxmemory), then per page: gid, due ms ('' now),
---       items 'priority,tid,issue[,fence it supersedes] ...'.
+--       items 'priority,tid,issue[,[fence it supersedes][,name]] ...'. With a name: this task has a name that the worker
+--       it was given to does not know; it waits by that name for one that does.
 -- Reply: the horizon, the largest entry ms or due ms that any of them got.
 -- Repeatable: it only doubles entries, and the claim decides.
 if ARGV[1] == '1' then drain() end
 local horizon, added = 0, 0
 for i = 2, #ARGV, 3 do
   local gid, due = ARGV[i], tonumber(ARGV[i + 1]) or 0
-  for priority, tid, issue, supersedes in string.gmatch(ARGV[i + 2], '([123]),([^, ]+),(%d+),?(%d*)') do
+  for priority, tid, issue, rest in string.gmatch(ARGV[i + 2], '([123]),([^, ]+),(%d+)(%S*)') do
+    local supersedes, name = string.match(rest, '^,?(%d*),?(.*)$')
     local task = gid .. ' ' .. tid .. ' ' .. issue .. (supersedes ~= '' and ' - ' .. supersedes or '')
-    if due > now then
+    if name ~= '' then
+      call('ZADD', UNKNOWN, 0, name .. ' ' .. priority .. ' ' .. task)
+      call('HSETNX', NAMES, name, now_text)
+      horizon = math.max(horizon, now)
+      added = added + 1
+    elseif due > now then
       call('ZADD', DELAYED, text(due), priority .. ' ' .. task)
       horizon = math.max(horizon, due)
     else

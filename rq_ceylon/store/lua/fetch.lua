@@ -1,31 +1,44 @@
 -- fetch: acknowledge, promote what is due, reclaim, read. The only script that delivers, so every delivery has a fence.
 -- KEYS: the role's.
--- ARGV: worker, budget, lease ms asked for, mode (read | recover), stream to read first (1..3),
+-- ARGV: worker, budget, lease ms asked for, mode (read | recover), ms after which a name that nobody knows is overdue,
 --       n, n entries that this worker holds (recover mode),
+--       n, n names that this worker knows, of those that tasks wait for,
 --       then per outcome: outcome, n, n entries to acknowledge, m, m histogram fields and increments.
--- Reply: lease ms in force, ms until the next due entry (-1 none), then per entry: entry, task, fence.
+-- Reply: lease ms in force, ms until the next due entry (-1 none), then per entry: entry, task, fence,
+--        then some of the names that tasks wait for.
 -- Not repeatable, since it reads. After a lost reply call it in recover mode, which gives this worker its own pending
 -- entries that it does not hold. Acknowledgements are counted once: XACK says which were still pending.
 local PROMOTE_MAX = 50
 local worker, budget, asked, mode = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4]
-local first_stream = tonumber(ARGV[5])
+local overdue_ms = tonumber(ARGV[5])
+local NAMES_MAX = 32   -- in one reply
+local SHARE = 8        -- of so many deliveries one is of low priority and one of normal, if any wait
 
 drain()
 local role = keep_clock(asked)
 
-local position = 7
+local position = 6
+local function listed()
+  local list = {}
+  for i = 1, tonumber(ARGV[position]) do list[i] = ARGV[position + i] end
+  position = position + #list + 1
+  return list
+end
 local held = {}
-for _ = 1, tonumber(ARGV[6]) do held[ARGV[position]] = true; position = position + 1 end
+for _, entry in ipairs(listed()) do held[entry] = true end
+local known = listed()
 
 while position <= #ARGV do
   local outcome, count = ARGV[position], tonumber(ARGV[position + 1])
-  local by_stream, acknowledged = {{}, {}, {}}, 0
+  local by_stream, acknowledged = {{}, {}, {}, {}}, 0
   for i = position + 2, position + 1 + count do
-    local stream, id = string.match(ARGV[i], '^([123]):(.+)$')
+    local stream, id = string.match(ARGV[i], '^([1234]):(.+)$')
     table.insert(by_stream[tonumber(stream)], id)
   end
-  for stream = 1, 3 do
-    if #by_stream[stream] > 0 then acknowledged = acknowledged + acknowledge(KEYS[stream], by_stream[stream]) end
+  for stream = 1, STREAMS do
+    if #by_stream[stream] > 0 then
+      acknowledged = acknowledged + acknowledge(KEYS[stream], by_stream[stream])
+    end
   end
   position = position + 2 + count
   local fields = tonumber(ARGV[position])
@@ -85,39 +98,105 @@ end
 
 -- The scan goes on where the last one stopped: renewed entries in front must not hide a dead one behind them.
 local function reclaim(stream)
-  local field = 'cursor' .. stream
-  local cursor = call('HGET', META, field) or '0-0'
+  local cursor = role.cursors[stream] or '0-0'
   local found = redis.pcall('XAUTOCLAIM', KEYS[stream], GROUP, worker, role.lease, cursor, 'COUNT', left, 'JUSTID')
   if found.err then create_group(KEYS[stream]); return end
   for _, id in ipairs(found[2]) do deliver_again(stream, id) end
-  if found[1] ~= cursor then call('HSET', META, field, found[1]) end
+  if found[1] ~= cursor then call('HSET', META, 'cursor' .. stream, found[1]) end
 end
 
-local function read(stream)
-  local found = redis.pcall('XREADGROUP', 'GROUP', GROUP, worker, 'COUNT', left, 'STREAMS', KEYS[stream], '>')
+-- Reads up to so many; returns whether there may be more.
+local function read(stream, count)
+  if count <= 0 then return false end
+  local ask = {'XREADGROUP', 'GROUP', GROUP, worker, 'COUNT', count, 'STREAMS', KEYS[stream], '>'}
+  local found = redis.pcall(unpack(ask))
   if found and found.err then
     create_group(KEYS[stream])
-    found = call('XREADGROUP', 'GROUP', GROUP, worker, 'COUNT', left, 'STREAMS', KEYS[stream], '>')
+    found = call(unpack(ask))
   end
-  if not found then return end
+  if not found then return false end
   for _, entry in ipairs(found[1][2]) do deliver(stream, entry[1], entry[2]) end
+  return #found[1][2] == count
 end
 
-local order = {1, 2, 3}
-if first_stream > 1 then table.remove(order, first_stream); table.insert(order, 1, first_stream) end
+-- Gives this worker tasks that wait by their name: they become entries of `front`, read before anything else can be.
+-- Only when `front` has been read to its end.
+local function take(name)
+  local waiting = call('ZRANGEBYLEX', UNKNOWN, '[' .. name .. ' ', '(' .. name .. '!', 'LIMIT', 0, left)
+  for _, member in ipairs(waiting) do
+    local priority, task = string.match(member, '^%S+ ([123]) (.+)$')
+    call('XADD', FRONT, '*', 'task', task .. ' ' .. priority .. ':' .. now_text .. '-0')
+    call('ZREM', UNKNOWN, member)
+  end
+  if #waiting > 0 then read(4, #waiting) end
+  return #waiting
+end
+
+-- What waits for a name that this worker knows is taken; what waits for one that no worker has asked for in an hour too:
+-- whoever is given that looks whether a live worker knows the name, and ends the task if none does.
+local function take_by_name()
+  local is_known = {}
+  for _, name in ipairs(known) do
+    is_known[name] = true
+    local wanted = left
+    if take(name) < wanted then call('HDEL', NAMES, name)
+    elseif call('HEXISTS', NAMES, name) == 1 then call('HSET', NAMES, name, now_text) end
+  end
+  local found = call('HRANDFIELD', NAMES, NAMES_MAX, 'WITHVALUES')
+  local names = {}
+  for i = 1, #found, 2 do
+    local name, since = found[i], tonumber(found[i + 1])
+    names[#names + 1] = name
+    -- The time stays on record until nothing waits, for the worker that is given these.
+    if not is_known[name] and left > 0 and now - since >= overdue_ms and take(name) == 0 then
+      call('HDEL', NAMES, name)
+    end
+  end
+  return names
+end
+
+-- High before normal before low, but for the share of the lower ones: of the deliveries by priority, which the role
+-- counts, every eighth is of low priority, if any waits, and every eighth of normal. So it is the same share with one
+-- slot and with a hundred, and however long tasks take.
+local function read_by_priority()
+  local function due(offset)
+    return math.floor((role.served + left + offset) / SHARE) - math.floor((role.served + offset) / SHARE)
+  end
+  local before, low, normal = left, due(0), due(SHARE / 2)
+  local more_low = low == 0 or read(3, low)
+  local more_high = left == normal or read(1, left - normal)
+  read(2, left)
+  if more_high then read(1, left) end
+  if more_low then read(3, left) end
+  role.served = role.served + before - left
+end
+
+local names = {}
 if mode == 'recover' then
-  for stream = 1, 3 do recover(stream) end
+  for stream = 1, STREAMS do recover(stream) end
 elseif budget > 0 and role.paused then
   call('DEL', BELL)  -- a paused role delivers nothing; what it has delivered goes on
-elseif budget > 0 then
-  if now >= role.pause_until then
-    for _, stream in ipairs(order) do if left > 0 then reclaim(stream) end end
+else
+  if budget > 0 then
+    local has_front = call('XLEN', FRONT) > 0
+    if now >= role.pause_until then
+      for stream = 1, STREAMS do
+        if left > 0 and (stream ~= 4 or has_front) then reclaim(stream) end
+      end
+    end
+    if has_front then read(4, left) end
   end
-  for _, stream in ipairs(order) do if left > 0 then read(stream) end end
-  if left > 0 then call('DEL', BELL) else ring(1) end
-elseif #promoted > 0 then ring(#promoted) end
+  if call('HLEN', NAMES) > 0 then names = take_by_name() end
+  read_by_priority()
+  if budget == 0 then
+    if #promoted > 0 then ring(#promoted) end
+  elseif left > 0 then call('DEL', BELL)
+  else ring(1) end
+end
 
-if #delivered > 0 then call('HSET', META, 'fence', text(next_fence - 1)) end
+if #delivered > 0 then
+  call('HSET', META, 'fence', text(next_fence - 1), 'served', text(role.served))
+end
 local next_due = call('ZRANGE', DELAYED, 0, 0, 'WITHSCORES')[2]
 local wait = next_due and math.max(0, tonumber(next_due) - now) or -1
-return {text(role.lease), text(wait), delivered}
+return {text(role.lease), text(wait), delivered, names}

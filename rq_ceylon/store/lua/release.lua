@@ -1,11 +1,14 @@
--- release: give unclaimed entries back, so that another worker gets them at once; or all that a dead worker held.
+-- release: give entries back, so that another worker gets them at once; or all that a dead worker held.
 -- KEYS: the role's.
--- ARGV: worker, then entries; or '*' for all of this worker's, after which its consumer is removed.
+-- ARGV: worker, then room entries...     they could not start here for want of room
+--                    leaving entries...  this worker takes nothing more
+--                    *                   all of this worker's, after which its consumer is removed
 -- Reply: how many were given back, and 1 if more are left to give back.
--- Repeatable: an entry given back is no longer this worker's. The copy keeps the lineage, so that a claim of it ends the
--- lease of whatever the original was claimed for.
+-- Repeatable: an entry given back is no longer this worker's, nor is it ever again, since what is given back is a copy:
+-- a release that arrives late takes nothing from a worker that got the copy. The copy keeps the lineage, so that a claim
+-- of it ends the lease of whatever the original was claimed for.
 local RELEASE_MAX = 500
-local worker = ARGV[1]
+local worker, why = ARGV[1], ARGV[2]
 
 drain()
 local given_back = 0
@@ -14,8 +17,14 @@ local function give_back(stream, id)
   if entry and entry[2][1] == 'task' then
     local facts, lineage, supersedes = string.match(entry[2][2], '^(%S+ %S+ %d+) ?(%S*) ?(%d*)$')
     if facts then
-      if lineage == '' or lineage == '-' then lineage = stream .. ':' .. id end
-      call('XADD', KEYS[stream], '*', 'task', facts .. ' ' .. lineage .. (supersedes ~= '' and ' ' .. supersedes or ''))
+      local to = FRONT
+      if lineage == '' or lineage == '-' then
+        lineage = stream .. ':' .. id
+      elseif why == 'room' then
+        -- Given back before: at the front it would go to and fro between workers that have no room.
+        to = KEYS[tonumber(string.sub(lineage, 1, 1))]
+      end
+      call('XADD', to, '*', 'task', facts .. ' ' .. lineage .. (supersedes ~= '' and ' ' .. supersedes or ''))
       given_back = given_back + 1
     end
   end
@@ -23,16 +32,17 @@ local function give_back(stream, id)
 end
 
 local more = '0'
-if ARGV[2] == '*' then
-  for stream = 1, 3 do
+if why == '*' then
+  for stream = 1, STREAMS do
     local entries = pending(KEYS[stream], '-', '+', RELEASE_MAX, worker)
     for _, entry in ipairs(entries) do give_back(stream, entry[1]) end
     -- XGROUP DELCONSUMER forgets what is still pending.
-    if #entries == RELEASE_MAX then more = '1' else redis.pcall('XGROUP', 'DELCONSUMER', KEYS[stream], GROUP, worker) end
+    if #entries == RELEASE_MAX then more = '1'
+    else redis.pcall('XGROUP', 'DELCONSUMER', KEYS[stream], GROUP, worker) end
   end
 else
-  for i = 2, #ARGV do
-    local stream, id = string.match(ARGV[i], '^([123]):(.+)$')
+  for i = 3, #ARGV do
+    local stream, id = string.match(ARGV[i], '^([1234]):(.+)$')
     local entry = pending(KEYS[tonumber(stream)], id, id, 1)[1]
     if entry and entry[2] == worker then give_back(tonumber(stream), id) end
   end

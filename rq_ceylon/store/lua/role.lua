@@ -1,10 +1,13 @@
 -- Shared by the scripts of the role slot.
--- KEYS: high normal low delayed meta bell quarantine, all of one role. Entries are named '<1..3>:<stream id>'.
+-- KEYS: high normal low front delayed meta bell quarantine unknown names, all of one role.
+-- Entries are named '<1..4>:<stream id>'. `front` holds what was delivered before and is to be delivered before all else.
 -- An entry has one field, `task`: 'gid tid issue lineage supersedes', the last two left out where there are none. The
--- lineage of a copy is the entry it replaces, whose line of deliveries it continues ('-' for none); `supersedes` is the
--- fence of a lost delivery, whose lease it ends.
-local DELAYED, META, BELL, QUARANTINE = KEYS[4], KEYS[5], KEYS[6], KEYS[7]
-local STREAMS = 3            -- of KEYS, the first ones
+-- lineage of a copy is the entry it replaces, whose line of deliveries it continues ('-' for none); its first digit is the
+-- task's priority. `supersedes` is the fence of a lost delivery, whose lease it ends.
+-- `unknown` holds tasks by the name of their function, 'name priority gid tid issue', all with score 0: no worker that
+-- was given them knew the name. `names`: name -> since when (ms) no worker that knows it has asked.
+local FRONT, DELAYED, META, BELL, QUARANTINE, UNKNOWN, NAMES = unpack(KEYS, 4)
+local STREAMS = 4            -- of KEYS, the first ones
 local GROUP = 'workers'
 local BELL_MAX = 64          -- tokens; more idle workers than that wake within their blocking wait
 local QUARANTINE_MAX = 1000
@@ -24,7 +27,7 @@ local function ring(entries)
 end
 
 local function split_entry(name)
-  local stream, id = string.match(name, '^([123]):(%d+%-%d+)$')
+  local stream, id = string.match(name, '^([1234]):(%d+%-%d+)$')
   return KEYS[tonumber(stream)], id
 end
 
@@ -55,12 +58,14 @@ end
 -- would take entries from workers that live and could not renew in the gap.
 -- `asked`: the lease (ms) to put in force where none is.
 local function keep_clock(asked)
-  local facts = call('HMGET', META, 'v', 'last', 'pause_until', 'lease', 'fence', 'paused')
+  local facts = call('HMGET', META, 'v', 'last', 'pause_until', 'lease', 'fence', 'paused', 'served',
+                     'cursor1', 'cursor2', 'cursor3', 'cursor4')
   if facts[1] and facts[1] ~= '1' then
     error('LAYOUT role has layout ' .. facts[1] .. ', this version knows 1')
   end
   local last, lease = tonumber(facts[2] or 0), tonumber(facts[4] or 0)
-  local role = {pause_until = tonumber(facts[3] or 0), fence = tonumber(facts[5] or 0), paused = facts[6] == '1'}
+  local role = {pause_until = tonumber(facts[3] or 0), fence = tonumber(facts[5] or 0), paused = facts[6] == '1',
+                served = tonumber(facts[7] or 0), cursors = {unpack(facts, 8)}}
   local changes = {'last', now_text}
   -- The lease is the role's: it changes only when no worker of the role has been here for as long as it lasts.
   if lease == 0 or now - last > lease then
