@@ -135,7 +135,8 @@ class Bench:
         """
         The word, and what the role shows; of the first answer, or of all.
         """
-        begin, shown = "", []
+        begin = ""
+        shown: list[str] = []
         while True:
             call = transitions.probe(self.keys, role, gid, horizon, begin)
             word, begin, tids = transitions.probe_reply(self.run(call))

@@ -207,13 +207,16 @@ async def test_a_result_that_is_no_json_or_too_large_fails_with_the_remedy() -> 
     assert "return a reference" in error_of(too_large)["message"]
 
 
-async def test_an_unknown_handler_gives_the_task_back_for_longer_each_time() -> None:
-    executor = Runs(Registry())
+async def test_a_task_of_an_unknown_name_is_given_back_at_once_to_wait_by_its_name() -> None:
+    outcome = await Runs(Registry()).run(assigned(releases=6))
 
-    outcomes = [await executor.run(assigned(releases=releases)) for releases in (0, 1, 2, 6, 50)]
+    assert (outcome.kind, outcome.reason, outcome.delay_ms) == ("release", UNKNOWN + "job", 0)
 
-    assert {(outcome.kind, outcome.reason) for outcome in outcomes} == {("release", UNKNOWN)}
-    assert [outcome.delay_ms for outcome in outcomes] == [5_000, 10_000, 20_000, 300_000, 300_000]
+
+async def test_a_name_that_no_task_can_have_waits_for_nobody() -> None:
+    outcome = await Runs(Registry()).run(assigned(uses="no such:thing at all"))
+
+    assert (outcome.kind, outcome.reason) == ("failed", "invalid")
 
 
 async def test_an_unknown_handler_is_answered_with_what_is_known_here() -> None:

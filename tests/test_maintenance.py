@@ -475,8 +475,9 @@ async def test_the_entry_of_a_task_that_has_ended_hides_no_lost_one(bench: Bench
 
 
 async def test_what_is_delayed_holds_up_nothing_that_its_role_has_lost_and_is_due(
-    bench: Bench, maintenance: Maintenance
+    bench: Bench, maintenance: Maintenance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(transitions, "PROBE_ENTRIES", 100)
     bench.submit("g", [str(n) for n in range(150)], part=1, last=False, digest="1", delay_ms=HOUR_MS)
     bench.submit("g", ["lost"], part=2, digest="2")
     bench.relay("g")
@@ -489,6 +490,33 @@ async def test_what_is_delayed_holds_up_nothing_that_its_role_has_lost_and_is_du
     assert queued_tasks(bench) == ["lost"]
     assert bench.redis.zcard(bench.keys.role_part("p", "delayed")) == 150
     assert int(bench.meta("g")["pages"]) == 4
+
+
+async def test_a_lost_entry_among_any_number_of_tasks_that_run_for_long_is_put_back_at_the_next_look(
+    bench: Bench, maintenance: Maintenance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transitions, "PROBE_ENTRIES", 20)
+    bench.queued("long", [str(n) for n in range(120)])
+    for delivery in bench.fetch("w", 120):
+        assert bench.claim("w", delivery) == ["GRANTED"]
+    bench.queued("g")
+    (delivery,) = bench.fetch("w", 1)
+    stream = bench.keys.role_part("p", "normal")
+    bench.redis.xack(stream, "workers", delivery.entry[2:])
+    bench.redis.xdel(stream, delivery.entry[2:])
+    make_due(bench, "g")
+    await maintenance.run_once()
+    assert [again.gid for again in bench.fetch("w")] == ["g"]
+
+
+async def test_tasks_that_wait_by_name_are_not_lost(bench: Bench, maintenance: Maintenance) -> None:
+    bench.queued("g", ["a", "b"])
+    for delivery in bench.fetch("old"):
+        bench.unknown("old", delivery)
+    make_due(bench, "g")
+    await maintenance.run_once()
+    assert bench.fetch("old") == []
+    assert len(bench.fetch("new", names=["name"])) == 2
 
 
 async def test_a_running_task_whose_worker_lives_and_has_it_is_left_to_it(

@@ -667,16 +667,17 @@ def test_what_waits_by_name_is_given_to_any_worker_once_no_worker_that_knows_it_
     for delivery in bench.fetch("old"):
         bench.unknown("old", delivery)
     since = bench.redis.hget(names, "name")
-    bench.unknown("old", *bench.fetch("old", 1, names=["name"]))  # a worker that knows it is there
+    bench.unknown("old", bench.fetch("old", 1, names=["name"])[0])
     bench.redis.hset(names, "name", 1)
     bench.fetch("new", 0, names=["name"])
     assert bench.redis.hget(names, "name") >= since
     assert bench.fetch("old") == []
 
-    bench.redis.hset(names, "name", 1)
-    assert len(bench.fetch("old", 2)) == 2
-    assert len(bench.fetch("old", 2)) == 1
-    assert bench.redis.hget(names, "name") == "1"  # for the worker that looks whether it is over
+    overdue = int(since) - 3_600_000
+    bench.redis.hset(names, "name", overdue)
+    assert [len(bench.fetch("old", 2)) for _ in range(3)] == [2, 1, 0]
+    assert bench.redis.hget(names, "name") == str(overdue)  # for the worker that looks whether the hour is over
+    bench.redis.hset(names, "name", overdue - 3_600_000)
     assert bench.fetch("old", 2) == []
     assert bench.redis.hget(names, "name") is None
 
@@ -741,7 +742,7 @@ def test_of_every_eight_deliveries_one_is_low_and_one_normal_however_many_are_re
 ) -> None:
     for gid, priority in (("low", 3), ("normal", 2), ("high", 1)):
         bench.queued(gid, [str(n) for n in range(400)], priority=priority)
-    bench.relay("low"), bench.relay("normal"), bench.relay("high")
+        bench.relay(gid)
     rnd = random.Random(slots)
     delivered: list[str] = []
     while len(delivered) < 400:

@@ -4,6 +4,7 @@ What a worker's turns say and leave unsaid, call by call, against a real server.
 
 from __future__ import annotations
 
+import collections
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +16,8 @@ from rq_ceylon.maintenance.relay import relay
 from rq_ceylon.store import transitions
 from rq_ceylon.store.scripts import Call
 from rq_ceylon.store.transitions import Committed
-from rq_ceylon.worker.held import Granted, Held
+from rq_ceylon.worker import turn
+from rq_ceylon.worker.held import Granted, Held, Stage
 from rq_ceylon.worker.leases import Leases
 from rq_ceylon.worker.turn import Turns
 
@@ -27,16 +29,19 @@ class Hand:
     A worker whose round trips are made by hand.
     """
 
-    def __init__(self, bench: Bench, name: str) -> None:
-        self.bench, self.name = bench, name
-        leases = Leases(url="", keys=bench.keys, worker=name, roles=["p"], lease_ms=LEASE_MS)
+    def __init__(
+        self, bench: Bench, name: str, *, roles: Sequence[str] = ("p",), slots: int = 4, knows: Sequence[str] = ()
+    ) -> None:
+        self.bench, self.name, self.slots = bench, name, slots
+        leases = Leases(url="", keys=bench.keys, worker=name, roles=roles, lease_ms=LEASE_MS)
         self.turns = Turns(
             keys=bench.keys,
             worker=name,
-            roles=["p"],
-            slots=4,
+            roles=roles,
+            slots=slots,
             lease_ms=LEASE_MS,
             leases=leases,
+            knows=knows,
             may_send=lambda key: True,
         )
         self.calls: list[Call] = []
@@ -49,7 +54,7 @@ class Hand:
             unanswered: replies to this script are lost, and it is sent again, if it may be.
         """
         self.calls = []
-        for step in self.turns.plan(4 - len(self.turns.running())):
+        for step in self.turns.plan(self.slots - len(self.turns.running())):
             self.calls.append(step.call)
             reply = self.bench.run(step.call)
             if step.call.script == unanswered and step.lost is not None:
@@ -64,9 +69,9 @@ class Hand:
         (grant,) = self.turn()
         return grant.held
 
-    def end(self, held: Held, kind: str = "completed") -> None:
+    def end(self, held: Held, kind: str = "completed", reason: str = "") -> None:
         delivery = held.delivery
-        self.turns.finish(held, Committed(delivery.tid, delivery.fence, kind, "", 0, 1, b"1"))
+        self.turns.finish(held, Committed(delivery.tid, delivery.fence, kind, reason, 0, 1, b"1"))
 
     def acknowledged(self) -> list[str]:
         """
@@ -324,3 +329,99 @@ def test_what_a_stopping_worker_has_not_started_is_given_back(bench: Bench) -> N
     assert worker.turn() == []
     assert worker.turns.is_idle()
     assert [delivery.tid for delivery in bench.fetch("other")] == ["a"]
+
+
+def test_a_task_of_unknown_name_waits_and_a_worker_that_knows_it_has_it_two_turns_later(bench: Bench) -> None:
+    bench.queued("g", ["a"])
+    old, new = Hand(bench, "old"), Hand(bench, "new", knows=["name"])
+    old.end(old.started(), "release", "unknown:name")
+    for _ in range(4):
+        old.turn()
+    assert old.turns.is_idle()
+    assert old.turn() == []
+    new.turns.ring()
+    new.turn()
+    assert new.turns.is_due(4)  # it has heard of the name
+    new.turn()
+    assert [held.delivery.tid for held in new.turns.held.values()] == ["a"]
+    (grant,) = new.turn()
+    assert grant.claimed.releases == 1
+    assert bench.waiting_names("old") == []
+
+
+def test_a_worker_without_a_free_slot_that_knows_a_name_does_not_ask_again_and_again(bench: Bench) -> None:
+    bench.queued("g", ["a"])
+    bench.unknown("old", bench.fetch("old")[0])
+    full = Hand(bench, "full", slots=0, knows=["name"])
+    for _ in range(3):
+        full.turn()
+    assert not full.turns.is_due(0)
+
+
+@pytest.mark.parametrize("unanswered", ["commit", "enqueue"])
+def test_a_task_of_unknown_name_is_with_its_role_though_an_answer_was_lost(bench: Bench, unanswered: str) -> None:
+    bench.queued("g", ["a"])
+    old = Hand(bench, "old")
+    old.end(old.started(), "release", "unknown:name")
+    for number in range(6):
+        for grant in old.turn(unanswered=unanswered if number < 2 else ""):
+            old.end(grant.held, "release", "unknown:name")
+    for _ in range(6):
+        old.turn()
+    assert len(bench.fetch("new", names=["name"])) >= 1
+
+
+def test_an_entry_that_could_not_start_for_two_seconds_is_given_back_and_not_fetched_beside_that(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.queued("g", ["a", "b"])
+    worker = Hand(bench, "w", slots=2)
+    worker.turn()
+    assert 1 < worker.turns.rest_s <= turn.UNCLAIMED_S or worker.turns.rest_s <= LEASE_MS / 3000
+    assert not worker.turns.is_due(0)
+    monkeypatch.setattr(turn, "UNCLAIMED_S", 0.0)
+    assert worker.turns.rest_s == 0
+    assert worker.turns.is_due(0)
+    worker.turns._recent.extend([time.monotonic()] * 2)  # as if it could read ahead
+    worker.slots = 0
+    worker.turn()
+    assert [call.script for call in worker.calls] == ["release"]
+    assert [delivery.tid for delivery in bench.fetch("idle")] == ["a", "b"]
+
+
+def test_all_roles_of_a_worker_together_give_no_more_than_can_start_and_each_gets_its_turn(bench: Bench) -> None:
+    roles = [f"r{number}" for number in range(5)]
+    for role in roles:
+        bench.queued(role, [str(n) for n in range(20)], role=role)
+    worker = Hand(bench, "w", roles=roles, slots=1)
+    ran: list[str] = []
+    for _ in range(60):
+        for grant in worker.turn():
+            ran.append(grant.held.delivery.role)
+            worker.turns._recent.clear()
+            worker.end(grant.held)
+            worker.turns._recent.clear()
+        assert len([held for held in worker.turns.held.values() if held.stage is not Stage.ENDED]) <= 1
+    counts = collections.Counter(ran)
+    assert set(counts) == set(roles)
+    assert max(counts.values()) - min(counts.values()) <= 2
+
+
+def test_a_worker_of_many_roles_with_one_slot_finds_the_one_that_has_a_task(bench: Bench) -> None:
+    roles = [f"r{number}" for number in range(8)]
+    bench.queued("g", role="r6")
+    worker = Hand(bench, "w", roles=roles, slots=1)
+    turns = 0
+    while not worker.turn():
+        turns += 1
+        assert turns < 12
+    assert [held.delivery.role for held in worker.turns.held.values()] == ["r6"]
+
+
+def test_a_worker_that_found_no_role_to_have_a_task_says_so_and_has_nothing_more_to_ask(bench: Bench) -> None:
+    worker = Hand(bench, "w", roles=["a", "b", "c"], slots=1)
+    for _ in range(3):
+        assert worker.turns.is_due(1)
+        worker.turn()
+    assert worker.turns.fetched_nothing
+    assert not worker.turns.is_due(1)

@@ -202,17 +202,36 @@ async def test_a_handler_that_leaves_does_not_take_the_worker_with_it(app: Ceylo
             await handle.result(LIMIT_S)
 
 
-async def test_a_task_unknown_here_is_left_to_a_worker_that_knows_it(app: Ceylon, client: Client) -> None:
-    group = await client.submit(TaskGroup("g", [Task(role="r", uses="nowhere")]))
-    async with running(worker_of(app)):
+async def test_a_task_unknown_here_waits_for_a_worker_that_knows_it_and_goes_to_it_within_a_second(
+    app: Ceylon, client: Client
+) -> None:
+    newer = Ceylon(app.settings.redis_url)
 
-        async def is_put_off() -> bool:
-            return (await group.task("1").view()).due_ms is not None
+    @newer.task(role="r")
+    async def renamed() -> str:
+        return "known"
 
-        await eventually(is_put_off, "the task is put off")
+    group = await client.submit(TaskGroup("g", [Task(id=str(n), role="r", uses="renamed") for n in range(5)]))
 
-    view = await group.task("1").view()
-    assert (view.status, view.attempt) == (TaskStatus.PENDING, 1)
+    async def waiting() -> bool:
+        (count,) = await client.connection.run([command("ZCARD", client.keys.role_part("r", "unknown"))])
+        return bool(count == 5)
+
+    async with running(worker_of(app)), running(worker_of(app)):
+        await eventually(waiting, "the tasks wait by their name")
+        (role,) = [role for role in await client.roles() if role.name == "r"]
+        assert (role.queued, role.delivered, role.delayed) == (5, 0, 0)
+        view = await group.task("1").view()
+        assert (view.status, view.attempt, view.due_ms) == (TaskStatus.PENDING, 1, None)
+        knowing = Worker(app.settings.redis_url, registry=newer.registry, namespace=client.keys.namespace, roles=["r"])
+        async with running(knowing):
+            assert (await group.wait("all", LIMIT_S)).counters.completed == 5
+            # Both kinds are there now: whoever is given it first, it starts soon.
+            for _ in range(5):
+                handle = await client.submit(Task(role="r", uses="renamed"))
+                assert await handle.result(timeout=3) == "known"
+    entries = await client.connection.run([command("HLEN", client.keys.role_part("r", "names"))])
+    assert entries == [0]
 
 
 # ---- cancelling ------------------------------------------------------------------------------------------------------
@@ -629,29 +648,40 @@ async def test_a_task_that_no_worker_has_known_for_an_hour_fails_and_one_unknown
     app: Ceylon, client: Client
 ) -> None:
     group = await client.submit(TaskGroup("g", [Task(id=name, uses=name, role="r") for name in ("old", "new")]))
-    await client.connection.run(transitions.unknown(client.keys, "r", "old", 1, ttl_ms=60_000))  # since 1970
-
     async with running(worker_of(app)):
+        await unknown_for_an_hour(client, "old")
         with pytest.raises(TaskFailedError, match="no task is registered as 'old'") as failed:
             await group.task("old").result(timeout=LIMIT_S)
         assert failed.value.reason == "unroutable"
-
-        async def is_given_back() -> bool:
-            return (await group.task("new").view()).due_ms is not None
-
-        await eventually(is_given_back, "what is unknown only since now is given back")
     assert await group.task("new").status() is TaskStatus.PENDING
 
 
-async def test_a_worker_that_knows_a_task_ends_the_hour_in_which_nobody_did(app: Ceylon, client: Client) -> None:
-    @app.task(role="r")
-    async def old() -> str:
-        return "known"
-
-    await client.connection.run(transitions.unknown(client.keys, "r", "old", 1, ttl_ms=60_000))
+async def test_a_task_known_to_a_live_worker_that_has_not_asked_for_an_hour_waits_another(
+    app: Ceylon, client: Client
+) -> None:
+    facts = {"kind": "worker", "roles": ["r"], "task_names": ["old"]}
+    await client.connection.run(transitions.heartbeat(client.keys, "busy", facts, ttl_ms=60_000))
+    handle = await client.submit(Task(uses="old", role="r"))
     async with running(worker_of(app)):
-        handle = await client.submit(old.bind())
-        assert await handle.result(timeout=LIMIT_S) == "known"
+        long_ago_ms = await unknown_for_an_hour(client, "old")
 
-    (_, since_ms, _) = await client.connection.run(transitions.unknown(client.keys, "r", "old", 2, ttl_ms=60_000))
-    assert since_ms == "2"
+        async def is_postponed() -> bool:
+            since_ms = await queries.waiting_since_ms(client.connection, client.keys, "r", "old")
+            return since_ms is not None and since_ms > long_ago_ms
+
+        await eventually(is_postponed, "the hour begins anew")
+    assert await handle.status() is TaskStatus.PENDING
+
+
+async def unknown_for_an_hour(client: Client, name: str) -> int:
+    """
+    Let a task wait for a worker that knows it, and have it waited for an hour. Returns since when.
+    """
+
+    async def is_waiting() -> bool:
+        return await queries.waiting_since_ms(client.connection, client.keys, "r", name) is not None
+
+    await eventually(is_waiting, f"{name} waits for a worker that knows it")
+    long_ago_ms = await queries.server_ms(client.connection, client.keys) - transitions.UNROUTABLE_MS
+    await client.connection.run([transitions.postpone_overdue(client.keys, "r", name, long_ago_ms)])
+    return long_ago_ms

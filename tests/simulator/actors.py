@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 ROLES = ("cpu", "io")
 
-KINDS = {"ok": 84, "slow": 4, "long": 1, "flaky": 6, "bad": 4, "poison": 1}
+KINDS = {"ok": 80, "slow": 4, "long": 1, "flaky": 6, "bad": 4, "poison": 1, "rare": 4}
 ATTEMPTS = 3
 
 
@@ -123,10 +123,12 @@ class WorkerActor(Actor):
     The event loop of a worker process.
     """
 
-    def __init__(self, simulation: Simulation, number: int, roles: tuple[str, ...]) -> None:
+    def __init__(self, simulation: Simulation, number: int, roles: tuple[str, ...], *, knows_all: bool) -> None:
+        self.knows_all = knows_all
         self.jobs: dict[tuple[str, int], tuple[Granted, float, str]] = {}
         super().__init__(simulation, f"w{number}")
-        self.process = Process(self, roles, self.random.choice((3, 5, 8)))
+        self.process = Process(self, roles, self.random.choice((1, 3, 5, 8)))
+        self.process.turns._knows = frozenset(("rare",) if knows_all else ())
         self.line.owner = self.process.name
         self.leases = LeaseActor(self)
         self._beat_ms = 0.0
@@ -185,9 +187,11 @@ class WorkerActor(Actor):
 
     def _outcome(self, grant: Granted, due_ms: float, kind: str) -> Committed | None:
         stopping = self.process.turns.stopping and self.random.random() < 0.3
-        now_ms, delay_ms = self.simulation.now_ms(), 0
+        now_ms, delay_ms, reason = self.simulation.now_ms(), 0, ""
         if grant.stop:
             word = "stopped"
+        elif kind == "rare" and not self.knows_all:
+            word, reason = "release", "unknown:rare"
         elif now_ms < due_ms and not stopping:
             return None
         elif stopping or (self.random.random() < 0.03 and not self.simulation.is_draining):
@@ -197,15 +201,17 @@ class WorkerActor(Actor):
             delay_ms = self.random.choice((0, 5, 25)) if word == "retry" else 0
         else:
             word = "completed"
+        reason = "error" if word == "failed" else reason
         delivery = grant.held.delivery
         blob = b"1" if word == "completed" else b'{"type":"E","message":"m","traceback":""}'
-        return Committed(delivery.tid, delivery.fence, word, "error" if word == "failed" else "", delay_ms, 1, blob)
+        return Committed(delivery.tid, delivery.fence, word, reason, delay_ms, 1, blob)
 
     def _drop(self, key: tuple[str, int]) -> None:
         del self.jobs[key]
         self.process._running.pop(key, None)
 
     def crash(self) -> None:
+        self.end()  # it may be its lease thread that struck, perhaps before it did anything itself
         self.simulation.worker_died(self)
 
 

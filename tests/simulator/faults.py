@@ -46,6 +46,7 @@ CRASH, LOSE = 0.004, 0.012
 
 _TIMES: list[tuple[Any, str, float]] = [
     (transitions, "RELAY_LEASE_MS", 40),
+    (transitions, "UNROUTABLE_MS", 400),
     (presence, "TTL_MS", LEASE_MS * 1.5),
     (turn, "UNCLAIMED_S", 0.05),
     (steps, "MOVING_MS", 40),

@@ -233,9 +233,12 @@ class Simulation:
         self._workers += 1
         workers = [actor for actor in self._cast.values() if isinstance(actor, WorkerActor)]
         served = {role for worker in workers for role in worker.process.roles}
-        all_roles = served < set(ROLES) or self.random.random() < 0.5
+        # Nor would what no worker knows.
+        known = {role for worker in workers if worker.knows_all for role in worker.process.roles}
+        all_roles = served < set(ROLES) or known < set(ROLES) or self.random.random() < 0.5
         roles = ROLES if all_roles else (self.random.choice(ROLES),)
-        worker = WorkerActor(self, self._workers, roles)
+        knows_all = known < set(ROLES) or self.random.random() < 0.3
+        worker = WorkerActor(self, self._workers, roles, knows_all=knows_all)
         self.enter(worker)
         self.enter(worker.leases)
 
@@ -438,7 +441,8 @@ class Simulation:
         self.is_draining = True
         for role in ROLES:
             streams = [self.keys.role_part(role, stream) for stream in STREAMS]
-            if self.raw.zcard(self.keys.role_part(role, "delayed")) or any(self.raw.xlen(key) for key in streams):
+            waiting = sum(self.raw.zcard(self.keys.role_part(role, part)) for part in ("delayed", "unknown"))
+            if waiting or any(self.raw.xlen(key) for key in streams):
                 return False
         return not any(self.raw.exists(self.keys.group_part(gid, "outbox")) for gid in self.ledger.accepted)
 

@@ -147,10 +147,9 @@ local function take_by_name()
   for i = 1, #found, 2 do
     local name, since = found[i], tonumber(found[i + 1])
     names[#names + 1] = name
-    -- The time stays on record until nothing waits, for the worker that is given these.
-    if not is_known[name] and left > 0 and now - since >= overdue_ms and take(name) == 0 then
-      call('HDEL', NAMES, name)
-    end
+    -- The time stays on record as long again: for the worker that is given these, and for tasks of this name to come.
+    local is_overdue = left > 0 and not is_known[name] and now - since >= overdue_ms
+    if is_overdue and take(name) == 0 and now - since >= 2 * overdue_ms then call('HDEL', NAMES, name) end
   end
   return names
 end
