@@ -119,3 +119,98 @@ def test_sigterm_ends_a_worker_whatever_its_handler_does(name: str, commands: Co
         assert all(words in said for words in LAST_LINES.get(name, ())), said
         assert "Traceback" not in said, said
         assert loop in said
+
+
+def served(commands: Commands, loop: str, body: str) -> Process:
+    """
+    A process whose main coroutine is that body, with a grace of an hour.
+    """
+    lines = ["import asyncio, os, signal, sys, time", *SERVED_HEAD[loop], "async def main(watch):"]
+    lines += [textwrap.indent(textwrap.dedent(body), "    "), "    return 0", "serve(main, grace_s=3600)"]
+    return commands.launch("-u", "-c", "\n".join(lines))
+
+
+SERVED_HEAD = {
+    loop: [
+        *(['sys.modules["uvloop"] = None'] if loop == "asyncio" else []),
+        "from rq_ceylon import process",
+        "from rq_ceylon.cli.common import serve",
+        f"process.ALLOWANCE_S = {ALLOWANCE_S}",
+    ]
+    for loop in LOOPS
+}
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_blocked_loop_keeps_neither_the_first_signal_nor_the_second_from_being_heard(
+    loop: str, commands: Commands
+) -> None:
+    process = served(
+        commands,
+        loop,
+        """
+        watch.at_once = lambda: print("heard at once")
+        watch.listen(lambda number: print("heard by the loop"))
+        print("blocks")
+        time.sleep(60)
+        """,
+    )
+    until(lambda: "blocks" in commands.said(process), "the loop is blocked")
+
+    process.send_signal(signal.SIGTERM)
+    until(lambda: "heard at once" in commands.said(process), "the first signal is heard")
+    process.send_signal(signal.SIGINT)
+
+    assert process.wait(LIMIT_S) == 130
+    assert commands.said(process).count("heard") == 1
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_signals_reach_the_loop_once_each_and_other_handlers_too(loop: str, commands: Commands) -> None:
+    process = served(
+        commands,
+        loop,
+        """
+        heard, ended = [], asyncio.Event()
+        watch.listen(heard.append)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, ended.set)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+        await asyncio.wait_for(ended.wait(), 1)
+        print([int(number) for number in heard])
+        """,
+    )
+
+    assert process.wait(LIMIT_S) == 0, commands.said(process)
+    assert commands.said(process).strip() == "[15, 2]"
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_forked_child_heeds_its_signals_and_its_parent_does_not(loop: str, commands: Commands) -> None:
+    process = served(
+        commands,
+        loop,
+        """
+        heard, (reader, writer) = [], os.pipe()
+        watch.listen(heard.append)
+        for number in [signal.SIGTERM, signal.SIGINT] * 20:
+            if (pid := os.fork()) == 0:
+                try:
+                    if number == signal.SIGINT:
+                        os.write(writer, b"!")
+                    time.sleep(60)
+                except KeyboardInterrupt:
+                    os._exit(2)
+                os._exit(1)
+            if number == signal.SIGINT:  # it is heard where the child can catch the exception, SIGTERM anywhere
+                os.read(reader, 1)
+            os.kill(pid, number)
+            _, status = os.waitpid(pid, 0)
+            print(os.waitstatus_to_exitcode(status))
+        await asyncio.sleep(0.1)
+        print(heard, signal.pthread_sigmask(signal.SIG_BLOCK, []))
+        """,
+    )
+
+    assert process.wait(LIMIT_S) == 0, commands.said(process)
+    assert commands.said(process).split("\n") == ["-15", "2"] * 20 + ["[] set()", ""]
