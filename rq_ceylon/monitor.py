@@ -11,13 +11,15 @@ import asyncio
 import time
 from collections.abc import Awaitable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from loguru import logger
 
+from rq_ceylon.checks import CHECK_S, CheckHangsError, Checks
 from rq_ceylon.errors import CeylonError, ConnectionLostError
-from rq_ceylon.handlers import GoalCheck, Registry, awaited
+from rq_ceylon.handlers import GoalCheck, Registry
 from rq_ceylon.maintenance import judge, maintain
-from rq_ceylon.models import GoalStatus, GoalView, GroupStatus, GroupView
+from rq_ceylon.models import GoalStatus, GoalView, GroupStatus, GroupView, counted
 from rq_ceylon.presence import BEAT_S, Presence
 from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.codec import encode
@@ -73,6 +75,7 @@ class Monitor:
         self._groups: dict[str, _Watched] = {}
         self._deadlines: dict[str, int] = {}
         self._said: set[tuple[str, ...]] = set()
+        self._checks = Checks()
         self._stop = asyncio.Event()
         self._minute: int | None = None
 
@@ -107,6 +110,7 @@ class Monitor:
                 raise
             logger.warning("Left without farewell: {}", error)
         finally:
+            self._checks.close()
             await hub.close()
             await connection.close()
 
@@ -258,29 +262,37 @@ class Monitor:
             elif running is not None and not running.done():
                 watched.again = True
             else:
-                task = asyncio.create_task(self._check(connection, view, goal.name, check))
+                task = asyncio.create_task(self._check(connection, view, goal, check))
                 task.add_done_callback(done)
                 watched.checks[goal.name] = task
 
-    async def _check(self, connection: Connection, view: GroupView, goal: str, check: GoalCheck) -> None:
+    async def _check(self, connection: Connection, view: GroupView, goal: GoalView, check: GoalCheck) -> None:
         """
         Ask a callable: true is achieved; else not yet, or failed once no task is left that could change it. One that
-        raises has said nothing, and is asked again.
+        raises or hangs has said nothing, and is asked again.
         """
-        try:
-            achieved = bool(await awaited(await asyncio.to_thread(check, view)))  # the thread only begins an async one
-        except Exception as error:
-            if self._once(view.id, goal, repr(error)):
-                logger.exception('Goal {} of "{}": its callable failed, which counts as not yet', goal, view.name)
+
+        def hangs() -> None:
+            if self._once(view.id, goal.name, "hangs"):
+                words = 'Goal {} of "{}": {} has not answered for {:g} s, which counts as not yet; {} by now'
+                hanging = counted(self._checks.hanging, "callable hangs", "callables hang")
+                logger.error(words, goal.name, view.name, goal.call, CHECK_S, hanging)
+
+        achieved = await self._checks.ask(str(goal.call), check, view, on_hang=hangs)
+        if isinstance(achieved, BaseException):
+            if not isinstance(achieved, CheckHangsError) and self._once(view.id, goal.name, repr(achieved)):
+                words = 'Goal {} of "{}": its callable failed, which counts as not yet'
+                logger.opt(exception=achieved).error(words, goal.name, view.name)
             return
         if achieved or (view.status is GroupStatus.CLOSING and view.counters.open == 0):
+            verdict: Literal["achieved", "failed"] = "achieved" if achieved else "failed"
             try:
-                await judge(connection, self.keys, view.id, goal=goal, verdict="achieved" if achieved else "failed")
+                await judge(connection, self.keys, view.id, goal=goal.name, verdict=verdict)
             except ConnectionLostError:
                 return  # said by the watching side, whose next look asks again
             except CeylonError as error:
-                if self._once(view.id, goal, str(error)):
-                    logger.error('Goal {} of "{}" cannot be settled: {}', goal, view.name, error)
+                if self._once(view.id, goal.name, str(error)):
+                    logger.error('Goal {} of "{}" cannot be settled: {}', goal.name, view.name, error)
 
     # ---- beside it ---------------------------------------------------------------------------------------------------
     async def _beat(self) -> None:

@@ -17,7 +17,7 @@ PACKAGE = "rq_ceylon"
 FLOORS: list[set[str]] = [
     {"errors", "settings", "models", "graph", "goals", "groupfile", "values", "attempt", "handlers"},
     {"store"},
-    {"maintenance", "presence", "audit", "process"},
+    {"maintenance", "presence", "audit", "process", "checks"},
     {"client", "worker", "monitor"},
     {"app"},
     {"task", "cli"},

@@ -5,6 +5,7 @@ The monitor: goals are announced once and judged in time, whoever else is about 
 import asyncio
 import contextlib
 import re
+import sys
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 from bench import Bench
-from commands import eventually
+from commands import LIMIT_S, eventually
 
 from rq_ceylon.errors import RedisError
 from rq_ceylon.handlers import GoalCheck, Registry
@@ -304,12 +305,14 @@ async def test_a_callable_goal_is_achieved_as_soon_as_its_callable_says_so(
 ) -> None:
     loop_thread = threading.get_ident()
     threads: dict[str, int] = {}
+    loops: set[asyncio.AbstractEventLoop] = set()
 
     def plain(view: GroupView) -> bool:
         threads["plain"] = threading.get_ident()
         return view.counters.completed >= 2
 
     async def on_loop(view: GroupView) -> bool | None:
+        loops.add(asyncio.get_running_loop())
         threads["on_loop"] = threading.get_ident()
         return view.counters.completed >= 2 or None
 
@@ -322,7 +325,8 @@ async def test_a_callable_goal_is_achieved_as_soon_as_its_callable_says_so(
         await until_said(said, "Goal achieved", 2)
 
     assert goal_of(bench, "g", "x") == goal_of(bench, "g", "y") == "achieved by callable"
-    assert threads["on_loop"] == loop_thread != threads["plain"]
+    assert loop_thread not in threads.values()
+    assert len(loops) == 1  # the same each time, so that what it keeps for its loop stays usable
 
 
 async def test_a_callable_goal_has_failed_when_all_tasks_ended_without_it(
@@ -361,21 +365,89 @@ async def test_a_callable_that_raises_is_logged_once_with_its_traceback_and_deci
     assert "in broken_check" in line
 
 
-async def test_a_callable_that_hangs_holds_up_nothing_else(
-    bench: Bench, redis_url: str, namespace: str, said: list[str]
+@pytest.mark.parametrize("kind", ["plain", "async", "async that blocks its loop"])
+async def test_a_callable_that_hangs_is_said_once_and_holds_up_nothing_else(
+    kind: str, bench: Bench, redis_url: str, namespace: str, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    let_go = asyncio.Event()
+    monkeypatch.setattr("rq_ceylon.monitor.LOOK_S", 0.05)
+    monkeypatch.setattr("rq_ceylon.monitor.CHECK_S", 0.2)
+    monkeypatch.setattr("rq_ceylon.checks.CHECK_S", 0.2)
+    let_go, asked = threading.Event(), []
 
-    async def hang(view: GroupView) -> bool:
-        await let_go.wait()
+    def plain(view: GroupView) -> bool:
+        asked.append(view.id)
+        return let_go.wait(LIMIT_S)
+
+    async def waiting(view: GroupView) -> bool:
+        asked.append(view.id)
+        while not let_go.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.01)
         return True
 
-    async with watching(redis_url, namespace, said, registry=registry(hang=hang)):
+    async def blocking(view: GroupView) -> bool:
+        return plain(view)
+
+    kinds: dict[str, GoalCheck] = {"plain": plain, "async": waiting, "async that blocks its loop": blocking}
+    made = registry(hang=kinds[kind], fine=lambda view: view.counters.completed >= 1)
+    async with watching(redis_url, namespace, said, registry=made):
         bench.queued("g", goal=Goal(call="hang"))
-        bench.queued("h", goal=Goal("completed >= 2", deadline="100ms", on_failed="cancel"), tasks=["a", "b"])
+        await until_said(said, "hang has not answered for 0.2 s")
+        goals = [Goal("completed >= 2", deadline="100ms", name="late"), Goal(call="fine", name="fine")]
+        bench.queued("h", ["a", "b"], goal=goals)
+        finish_all(bench, count=2)  # one of each
         await until_said(said, "Goal failed")
+        await until_said(said, "Goal achieved: fine")
+        assert asked == ["g"]
+
         let_go.set()
-        await until_said(said, "Goal achieved")
+        await until_said(said, "Goal achieved: goal")
+
+    assert len(about(said, "has not answered")) == 1
+    assert asked == ["g", "g"]  # the first answer came too late
+
+
+async def test_a_monitor_ends_at_once_though_a_callable_hangs(
+    bench: Bench, redis_url: str, namespace: str, said: list[str]
+) -> None:
+    let_go, asked = threading.Event(), threading.Event()
+
+    def hang(view: GroupView) -> bool:
+        asked.set()
+        return let_go.wait(600)
+
+    async with asyncio.timeout(LIMIT_S):
+        async with watching(redis_url, namespace, said, registry=registry(hang=hang)):
+            bench.queued("g", goal=Goal(call="hang"))
+            await eventually(asked.is_set, "it is asked")
+    let_go.set()
+
+
+async def test_a_callable_that_exits_has_failed_like_one_that_raises(
+    bench: Bench, redis_url: str, namespace: str, said: list[str]
+) -> None:
+    def plain(view: GroupView) -> bool:
+        sys.exit("of plain")
+
+    async def on_loop(view: GroupView) -> bool:
+        sys.exit("of on_loop")
+
+    async def below(view: GroupView) -> bool:
+        await asyncio.gather(on_loop(view))
+        return True
+
+    def fine(view: GroupView) -> bool:
+        return view.counters.completed >= 1
+
+    made = registry(plain=plain, on_loop=on_loop, below=below, fine=fine)
+    async with watching(redis_url, namespace, said, registry=made):
+        bench.queued("g", goal=[Goal(call=name, name=name) for name in made.goal_checks])
+        await until_said(said, "its callable failed", 3)
+        bench.queued("h", goal=Goal(call="fine", name="after"))
+        finish_all(bench)
+        await until_said(said, "Goal achieved: after")
+
+    assert sorted(line.split()[2] for line in about(said, "its callable failed")) == ["below", "on_loop", "plain"]
 
 
 async def test_a_callable_that_no_monitor_knows_is_said_once_and_left_to_those_who_know_it(

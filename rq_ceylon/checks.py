@@ -1,0 +1,160 @@
+"""
+Runs callables of goals beside the monitor. They are users' code: one that hangs must hold neither the monitor's event
+loop, nor other callables, nor the end of the process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import threading
+from collections import defaultdict
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from rq_ceylon.handlers import GoalCheck
+from rq_ceylon.models import GroupView
+
+CHECK_S = 30.0
+"""How long a callable may take over one goal; later it has said nothing."""
+
+PLACES = 16
+"""How many goals one callable is asked about at once. Those over which it hangs count, so hanging threads are bounded
+for each callable, and none takes a place of another."""
+
+
+class CheckHangsError(TimeoutError):
+    """
+    A callable did not answer within `CHECK_S`.
+    """
+
+
+class _Raised(NamedTuple):
+    """
+    An exception of users' code as a value: a SystemExit that left its task would end the event loop.
+    """
+
+    error: BaseException
+
+
+class Checks:
+    """
+    A callable is called in a daemon thread. What is async goes on in an event loop that belongs to this callable alone:
+    it meets the same loop each time, and may block no other.
+    """
+
+    def __init__(self) -> None:
+        self.hanging = 0
+        self._places: dict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(PLACES))
+        self._loops: dict[str, asyncio.AbstractEventLoop] = {}
+        self._guard = threading.Lock()
+
+    async def ask(
+        self, name: str, check: GoalCheck, view: GroupView, *, on_hang: Callable[[], object]
+    ) -> bool | BaseException:
+        """
+        Ask a callable about a goal. Returns once its code has ended, even if it took too long: until then it is not to
+        be asked about this goal again.
+
+        Args:
+            on_hang: called when it has taken too long; `hanging` is how many do so now, this one included.
+
+        Returns:
+            whether it says that the goal is achieved, or what it raised, or that it hung.
+        """
+        async with self._places[name]:
+            question = _Question(lambda: self._loop_of(name))
+            threading.Thread(target=question.ask, args=[check, view], name=f"check-{name}", daemon=True).start()
+            answer = asyncio.wrap_future(question.answer)
+            try:
+                done, _ = await asyncio.wait([answer], timeout=CHECK_S)
+                if not done:
+                    await self._outlast(question, answer, on_hang)
+                    return CheckHangsError(f"it did not answer within {CHECK_S:g} s")
+            finally:
+                answer.cancel()  # else a thread that ends later would tell a loop that is closed by then
+            found = answer.result()
+            return found.error if isinstance(found, _Raised) else found
+
+    async def _outlast(
+        self, question: _Question, answer: asyncio.Future[bool | _Raised], on_hang: Callable[[], object]
+    ) -> None:
+        self.hanging += 1
+        try:
+            on_hang()
+            question.cancel()
+            await asyncio.wait([answer])
+        finally:
+            self.hanging -= 1
+
+    def close(self) -> None:
+        """
+        End the loops as soon as what blocks them lets them.
+        """
+        for loop in self._loops.values():
+            loop.call_soon_threadsafe(loop.stop)
+        self._loops.clear()
+
+    def _loop_of(self, name: str) -> asyncio.AbstractEventLoop:
+        with self._guard:
+            if name not in self._loops:
+                self._loops[name] = loop = asyncio.new_event_loop()
+                threading.Thread(target=_run, args=[loop], name=f"checks-{name}", daemon=True).start()
+            return self._loops[name]
+
+
+class _Question:
+    """
+    One callable asked about one goal; `answer` gets a bool or `_Raised`, whenever its code has ended.
+    """
+
+    def __init__(self, loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+        self.answer: Future[bool | _Raised] = Future()
+        self.answer.set_running_or_notify_cancel()  # nobody who waits for it can cancel it
+        self._loop = loop
+        self._task: asyncio.Task[bool | _Raised] | None = None
+
+    def ask(self, check: GoalCheck, view: GroupView) -> None:
+        try:
+            found = check(view)
+            if inspect.isawaitable(found):
+                self._loop().call_soon_threadsafe(self._begin, found)
+            else:
+                self.answer.set_result(bool(found))
+        except BaseException as error:
+            self.answer.set_result(_Raised(error))
+
+    def cancel(self) -> None:
+        """
+        End it if it is async; a plain function cannot be ended.
+        """
+        if (task := self._task) is not None:
+            self._loop().call_soon_threadsafe(task.cancel)
+
+    def _begin(self, found: Awaitable[Any]) -> None:
+        async def body() -> bool | _Raised:
+            try:
+                return bool(await found)
+            except BaseException as error:
+                return _Raised(error)
+
+        def end(task: asyncio.Task[bool | _Raised]) -> None:
+            self.answer.set_result(_Raised(asyncio.CancelledError()) if task.cancelled() else task.result())
+
+        self._task = asyncio.get_running_loop().create_task(body())
+        self._task.add_done_callback(end)
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    asyncio.set_event_loop(loop)
+    is_stopped = False
+    while not is_stopped:
+        with suppress(SystemExit, KeyboardInterrupt):  # of a task below a callable: the callable hears of it as well
+            loop.run_forever()
+            is_stopped = True
+    for task in asyncio.all_tasks(loop):
+        task.cancel()
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
