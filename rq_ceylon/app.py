@@ -151,16 +151,18 @@ class Ceylon:
 
     def on_start(self, hook: H) -> H:
         """
-        Called once in every worker process before it takes work.
+        Called once in every worker process before it takes work. If it raises, the worker ends with exit code 1.
         """
-        self.registry.on_start.append(hook)
+        self.registry.hooks.append(("start", hook))
         return hook
 
     def on_stop(self, hook: H) -> H:
         """
-        Called once in every worker process after its last task.
+        Called once in every worker process after its last task, if all start hooks registered before it have run; the
+        last registered first. It may take 30 s, and after a signal no more than the grace and 5 s in all. If it raises,
+        the others are called all the same, and the worker ends with exit code 1.
         """
-        self.registry.on_stop.append(hook)
+        self.registry.hooks.append(("stop", hook))
         return hook
 
     def on_error(self, hook: H) -> H:
@@ -193,11 +195,11 @@ class Ceylon:
         Raises:
             InvalidInputError: the application has one.
         """
-        if self.registry.lifespan is not None:
+        if any(kind == "lifespan" for kind, _ in self.registry.hooks):
             raise InvalidInputError("lifespan: the application has one; put both into one function")
-        made = asynccontextmanager(function) if inspect.isasyncgenfunction(function) else function
-        self.registry.lifespan = cast(Lifespan, made)
-        return self.registry.lifespan
+        made: Any = asynccontextmanager(function) if inspect.isasyncgenfunction(function) else function
+        self.registry.hooks.append(("lifespan", made))
+        return cast(Lifespan, made)
 
     @overload
     def middleware(self, function: Callable[[TaskContext], AsyncIterator[None]], /) -> Middleware: ...

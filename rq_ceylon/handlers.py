@@ -210,22 +210,20 @@ class Registry:
     The handlers that a process knows, by name, and what else an application registers.
 
     Attributes:
-        on_start, on_stop: called once per worker process, without arguments; may be async.
+        hooks: called without arguments once per process that runs handlers, when it starts or stops; may be async. A
+            lifespan gives an async context manager around the life of the process; what that yields is `context.state`.
+            In the order of their registration.
         on_error: called with the context and the exception after an attempt failed; may be async.
         on_submit: called with each task before it is sent; the metadata that it returns travels with the task.
         middleware: called with the context for an async context manager around each attempt; the first is outermost.
-        lifespan: called without arguments for an async context manager around the life of each process that runs
-            handlers; what it yields is `context.state`.
         goal_checks: callables for goals, by name: True achieved, else not yet (at the end: failed); may be async.
     """
 
     def __init__(self) -> None:
-        self.on_start: list[Callable[[], Any]] = []
-        self.on_stop: list[Callable[[], Any]] = []
+        self.hooks: list[tuple[Literal["start", "stop", "lifespan"], Callable[[], Any]]] = []
         self.on_error: list[Callable[[TaskContext, BaseException], Any]] = []
         self.on_submit: list[SubmitHook] = []
         self.middleware: list[Middleware] = []
-        self.lifespan: Lifespan | None = None
         self.goal_checks: dict[str, GoalCheck] = {}
         self._handlers: dict[str, Handler[..., Any]] = dict(_BUILTINS)
 

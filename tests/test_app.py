@@ -163,7 +163,8 @@ def test_hooks_and_goal_checks_are_registered_and_stay_functions() -> None:
         return view.counters.completed > 1
 
     assert begin() == "begun"
-    assert (app.registry.on_start, app.registry.on_stop, app.registry.on_error) == ([begin], [end], [tell])
+    assert app.registry.hooks == [("start", begin), ("stop", end)]
+    assert app.registry.on_error == [tell]
     assert app.registry.goal_checks == {"enough": enough}
 
 

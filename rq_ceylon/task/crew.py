@@ -7,7 +7,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 from loguru import logger
 
@@ -41,6 +43,9 @@ class Crew:
         agents: who works; changes are followed. With a scale it is changed here too.
         registry: handlers that all agents know beside their own `execute_task`.
         scale: least and most agents of each role.
+
+    Attributes:
+        state: what the application's lifespan yielded; all agents share it.
     """
 
     def __init__(
@@ -51,6 +56,7 @@ class Crew:
         scale: tuple[int, int] | None,
     ) -> None:
         self._agents, self._client, self._registry = agents, client, registry
+        self.state: Any = None
         self._scales: dict[str, tuple[Scale, TaskExecutionAgent]] = {}
         if scale is not None:
             _check_scale(scale, agents)
@@ -125,8 +131,9 @@ class Crew:
             if handler.name != DEFAULT_HANDLER:
                 registry.add(handler)
         registry.add(agent.handler())
-        registry.on_error = self._registry.on_error
-        registry.on_start.append(ready.set)
+        registry.on_error, registry.middleware = self._registry.on_error, self._registry.middleware
+        registry.hooks.append(("lifespan", lambda: nullcontext(self.state)))
+        registry.hooks.append(("start", ready.set))
         worker = Worker(
             self._client.url,
             registry=registry,

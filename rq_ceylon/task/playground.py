@@ -14,13 +14,13 @@ from loguru import logger
 from rq_ceylon.app import Ceylon
 from rq_ceylon.client import Client
 from rq_ceylon.errors import CeylonError, RedisError
-from rq_ceylon.handlers import awaited
 from rq_ceylon.models import counted
 from rq_ceylon.settings import resolve
 from rq_ceylon.task.agent import TaskExecutionAgent
 from rq_ceylon.task.crew import Crew
 from rq_ceylon.task.data import TaskGroup, TaskMessage
 from rq_ceylon.task.manager import TaskManager
+from rq_ceylon.worker.hooks import Hooks
 
 CLOSE_S = 5.0
 """How long a playground that is left early waits to hear how its groups ended."""
@@ -64,23 +64,23 @@ class TaskPlayGround:
         url, namespace = self._place()
         async with Client(url, namespace=namespace, registry=self._app.registry) as client:
             crew = self._crew = Crew(agents, client, self._app.registry, scale)
-            self.task_manager.open(client)
             try:
-                for hook in self._app.registry.on_start:
-                    await awaited(hook())
-                await crew.start()
-                hands = counted(len(agents), "agent")
-                logger.info("Playground {} plays in namespace {} with {}", self.name, namespace, hands)
-                yield self
-                await self._drain(crew)
-            except BaseException:
-                await asyncio.create_task(self.force_close())  # in a cancelled task no call would reach Redis
-                raise
+                async with Hooks(self._app.registry) as hooks:
+                    crew.state = hooks.state
+                    self.task_manager.open(client)
+                    try:
+                        await crew.start()
+                        hands = counted(len(agents), "agent")
+                        logger.info("Playground {} plays in namespace {} with {}", self.name, namespace, hands)
+                        yield self
+                        await self._drain(crew)
+                    except BaseException:
+                        await asyncio.create_task(self.force_close())  # in a cancelled task no call would reach Redis
+                        raise
+                    finally:
+                        await crew.stop()
+                        await self.task_manager.close()
             finally:
-                await crew.stop()
-                await self.task_manager.close()
-                for hook in self._app.registry.on_stop:
-                    await awaited(hook())
                 self._crew = None
         completed = counted(len(self.task_manager.completed_tasks), "completed task")
         logger.info("Playground {} finished with {}", self.name, completed)

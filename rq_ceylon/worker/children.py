@@ -27,7 +27,7 @@ from pydantic_core import from_json, to_json
 from rq_ceylon.attempt import RetryTask, TaskContext, facts_of, type_names
 from rq_ceylon.errors import InvalidInputError
 from rq_ceylon.handlers import Handler, Registry
-from rq_ceylon.worker.lifetime import lifetime
+from rq_ceylon.worker.hooks import Hooks
 from rq_ceylon.worker.outcome import RemoteError, error_of
 from rq_ceylon.worker.wear import jittered, memory_in_use
 
@@ -312,7 +312,7 @@ class _Applications:
         if registry is None:
             return None
         if id(registry) not in self._states:
-            self._states[id(registry)] = self._runner.run(self._running.enter_async_context(lifetime(registry)))
+            self._states[id(registry)] = self._runner.run(self._running.enter_async_context(Hooks(registry))).state
         return self._states[id(registry)]
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Coroutine, Mapping, Sequence
-from contextlib import AsyncExitStack
 from functools import lru_cache, partial
 from typing import Any
 
@@ -25,9 +24,9 @@ from rq_ceylon.store.keys import Keys
 from rq_ceylon.store.transitions import Committed
 from rq_ceylon.worker.executor import PLACE_S, START_S, Executor
 from rq_ceylon.worker.held import Granted, Held, Stage
+from rq_ceylon.worker.hooks import Hooks
 from rq_ceylon.worker.lanes import Lanes
 from rq_ceylon.worker.leases import Leases
-from rq_ceylon.worker.lifetime import lifetime
 from rq_ceylon.worker.lookout import Lookout
 from rq_ceylon.worker.neighbours import Neighbours
 from rq_ceylon.worker.outcome import UNKNOWN, Assignment, Outcome, invalid
@@ -160,32 +159,37 @@ class Worker:
 
         Raises:
             RedisError: Redis is not fit for this, or refuses this user.
+            HookError: a start or stop hook raised.
         """
-        loop, application = asyncio.get_running_loop(), AsyncExitStack()
         try:
             await until_reached(self.connection.check, self._stop)
             if self._stop.is_set():
                 return
-            self.executor.state = await application.enter_async_context(lifetime(self.registry))
-            await until_reached(lambda: self.connection.run(self.lookout.heartbeat()), self._stop)
-            self.leases.start(lambda role, entry: loop.call_soon_threadsafe(self._lost, role, entry))
-            self.neighbours.enter(self.name, self.roles)
-            roles, names = ", ".join(self.roles), ", ".join(self.registry.names())
-            slots = counted(self.slots, "slot")
-            logger.info("Worker {} serves {} with {}: {}", self.name, roles, slots, names)
-            self.lookout.start()
-            try:
-                await self._work()
-            finally:
-                await self.lanes.close()
-                await self.lookout.stop()
-            await self._leave()
+            async with Hooks(self.registry) as hooks:
+                self.executor.state = hooks.state
+                try:
+                    await self._serve()
+                finally:
+                    self.leases.stop()
+                    self.neighbours.leave(with_farewell=False)
+                    await self.executor.close()
         finally:
-            self.leases.stop()
-            self.neighbours.leave(with_farewell=False)
-            await self.executor.close()
-            await application.aclose()
             await self.connection.close()
+
+    async def _serve(self) -> None:
+        loop = asyncio.get_running_loop()
+        await until_reached(lambda: self.connection.run(self.lookout.heartbeat()), self._stop)
+        self.leases.start(lambda role, entry: loop.call_soon_threadsafe(self._lost, role, entry))
+        self.neighbours.enter(self.name, self.roles)
+        roles, names = ", ".join(self.roles), ", ".join(self.registry.names())
+        logger.info("Worker {} serves {} with {}: {}", self.name, roles, counted(self.slots, "slot"), names)
+        self.lookout.start()
+        try:
+            await self._work()
+        finally:
+            await self.lanes.close()
+            await self.lookout.stop()
+        await self._leave()
 
     # ---- turns -------------------------------------------------------------------------------------------------------
     async def _work(self) -> None:
