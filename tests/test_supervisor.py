@@ -5,9 +5,12 @@ Worker processes follow the load: more while tasks queue, fewer once it is quiet
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import ROOT, eventually
@@ -114,6 +117,92 @@ async def test_what_a_killed_process_held_is_given_back_though_no_other_is_there
         await running
 
 
+# ---- one child -------------------------------------------------------------------------------------------------------
+def supervisor_of(*command: str, count: int = 1, **options: Any) -> Supervisor:
+    return Supervisor(command, processes=(count, count), url="unix:///nowhere.sock", namespace="n", **options)
+
+
+async def test_each_of_many_processes_is_replaced_when_it_dies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rq_ceylon.worker.supervisor.PAUSE_S", 0.01)
+    count = min(32, (os.cpu_count() or 1) + 4) + 2  # more than the loop's executor has threads
+    supervisor = supervisor_of("/bin/sleep", "600", count=count)
+    running = asyncio.create_task(supervisor.run())
+    try:
+        await eventually(lambda: len(supervisor._children) == count, "all have started")
+        first = set(supervisor._children)
+
+        for child in supervisor._children.values():
+            child.kill()
+
+        await eventually(lambda: len(set(supervisor._children) - first) == count, "all are replaced")
+    finally:
+        supervisor.signal(signal.SIGTERM)
+        assert await running == 0
+
+
+@pytest.mark.parametrize(
+    ("code", "burst", "at_once"), [(0, False, True), (7, False, True), (1, False, False), (7, True, False)]
+)
+async def test_a_process_that_wants_to_be_replaced_is_so_at_once(
+    code: int, burst: bool, at_once: bool, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rq_ceylon.worker.supervisor.PAUSE_S", 600.0)
+    monkeypatch.setattr("rq_ceylon.worker.supervisor.PAUSE_MAX_S", 600.0)
+    lives = tmp_path / "lives"
+    lives.touch()
+    script = f"echo >>{lives}; [ $(wc -l <{lives}) -gt 3 ] && exec sleep 600; exit {code}"
+    supervisor = supervisor_of("/bin/sh", "-c", script, burst=burst)
+    running = asyncio.create_task(supervisor.run())
+    try:
+        if at_once:
+            await eventually(lambda: (tmp_path / "lives").read_text().count("\n") == 4, "the fourth lives")
+        else:
+            await eventually(
+                lambda: [line for line in said if f"ended with {code}; restarting in 600.0 s" in line], "said"
+            )
+    finally:
+        supervisor.signal(signal.SIGTERM)
+        await running
+
+    assert lives.read_text() == "\n" * (4 if at_once else 1)
+
+
+async def test_in_burst_mode_a_process_that_has_ended_well_is_not_replaced(tmp_path: Path) -> None:
+    supervisor = supervisor_of("/bin/sh", "-c", f"echo >>{tmp_path}/lives", count=2, burst=True)
+
+    assert await asyncio.wait_for(supervisor.run(), 30) == 0
+    assert (tmp_path / "lives").read_text() == "\n\n"
+
+
+async def test_a_process_that_ignores_its_signal_is_killed_after_its_grace(
+    said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rq_ceylon.worker.supervisor.CHILD_END_S", 0.1)
+    script = f"trap '' TERM; touch {tmp_path}/deaf; while :; do sleep 600; done"
+    supervisor = supervisor_of("/bin/sh", "-c", script, grace_s=0.1)
+    running = asyncio.create_task(supervisor.run())
+    await eventually((tmp_path / "deaf").exists, "it ignores the signal")
+
+    supervisor.signal(signal.SIGTERM)
+
+    await asyncio.wait_for(running, 30)
+    assert [line for line in said if "did not end 0.1 s after its grace; killing it" in line]
+
+
+async def test_a_process_that_cannot_be_started_is_tried_again(
+    said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rq_ceylon.worker.supervisor.PAUSE_S", 0.01)
+    supervisor = supervisor_of("/nowhere/worker")
+    running = asyncio.create_task(supervisor.run())
+
+    await eventually(lambda: len([line for line in said if "cannot be started" in line]) >= 3, "it is tried again")
+    supervisor.signal(signal.SIGTERM)
+
+    await asyncio.wait_for(running, 30)
+
+
+# ---- how many --------------------------------------------------------------------------------------------------------
 def test_a_scale_grows_at_once_to_what_the_backlog_needs_while_half_of_the_slots_are_busy() -> None:
     scale = Scale(1, 8, quiet_s=10)
 

@@ -29,6 +29,9 @@ from rq_ceylon.worker.scale import Scale
 PAUSE_S, PAUSE_MAX_S, STEADY_S = 0.5, 30.0, 60.0
 """A child that ends at once is restarted after a growing pause; one that lived this long begins anew."""
 
+BURY_S = 2.0
+"""How long giving back what a dead child held may keep another from taking its place, or the supervisor from ending."""
+
 REPLACED = (0, 7)
 """Exit codes of a child that has finished what it ran and wants to be replaced: it has run its number of tasks or needs
 too much memory (0), or too many of its threads hang (7)."""
@@ -160,7 +163,7 @@ class Supervisor:
             assert child.stdin is not None
             child.stdin.close()
             del self._children[child.pid]
-            if code not in (0, 130, 143):
+            if code != 0:  # also after a signal: its watch may have ended it before it gave back what it held
                 await self._bury()
             if child.pid in self._retired:
                 self._retired.discard(child.pid)
@@ -214,10 +217,11 @@ class Supervisor:
         Give back at once what a dead child held.
         """
         try:
-            async with Connection(self.url) as connection:
+            async with asyncio.timeout(BURY_S), Connection(self.url) as connection:
                 await Neighbours(self.url, self.keys).bury_dead(connection)
-        except CeylonError as error:
-            logger.warning("What the dead process held comes back when its lease ends: {}", error)
+        except (CeylonError, TimeoutError) as error:
+            words = "What the dead process held comes back when its lease ends: {}"
+            logger.warning(words, str(error) or "Redis did not answer in time")
 
 
 def _kill(child: Process) -> None:
