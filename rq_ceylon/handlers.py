@@ -148,7 +148,9 @@ class Handler(Generic[P, R]):
         try:
             return to_json(self._plan.returns.write(value))
         except BadValueError as bad:
-            raise self._refusal(bad.described("result")) from None
+            raise self._refusal(bad.described("result")) from bad.__cause__
+        except Exception as error:  # of users' code, such as the `__eq__` of a value
+            raise self._refusal([f"result: it cannot be written: {type(error).__name__}: {error}"]) from error
 
     def load_result(self, value: Any) -> R:
         """
@@ -185,6 +187,7 @@ class Handler(Generic[P, R]):
     def _plan(self) -> _Plan:
         # Not at registration: by the first call all names that the annotations use are defined.
         hints = _hints(self.function)
+        unresolved = {name: str(one) for name, one in _annotations(self.function).items() if name not in hints}
         accepted = {}
         contexts = []
         more = None
@@ -192,16 +195,16 @@ class Handler(Generic[P, R]):
             if _is_context(hints.get(name)):
                 contexts.append(name)
             elif parameter.kind is parameter.VAR_KEYWORD:
-                more = JsonType(hints.get(name))
+                more = JsonType(hints.get(name), unresolved=unresolved.get(name, ""))
             else:
                 accepted[name] = parameter
         return _Plan(
             accepted=accepted,
             contexts=tuple(contexts),
             required=frozenset(name for name, one in accepted.items() if one.default is one.empty),
-            types={name: JsonType(hints.get(name)) for name in accepted},
+            types={name: JsonType(hints.get(name), unresolved=unresolved.get(name, "")) for name in accepted},
             more=more,
-            returns=JsonType(hints.get("return"), is_result=True),
+            returns=JsonType(hints.get("return"), is_result=True, unresolved=unresolved.get("return", "")),
         )
 
 
@@ -363,21 +366,26 @@ def _inner(function: Callable[..., Any]) -> Callable[..., Any]:
     return function if inspect.isroutine(function) else type(function).__call__
 
 
-def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+def _annotations(function: Callable[..., Any]) -> dict[str, Any]:
     """
-    The annotations as types. What cannot be resolved is left out: it counts as Any.
+    The annotations as they were written.
     """
     inner = _inner(function)
     if sys.version_info >= (3, 14):
         from annotationlib import Format, get_annotations
 
-        written = get_annotations(inner, format=Format.FORWARDREF)
-    else:
-        written = dict(getattr(inner, "__annotations__", None) or {})
+        return get_annotations(inner, format=Format.FORWARDREF)
+    return dict(getattr(inner, "__annotations__", None) or {})
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """
+    The annotations as types. What cannot be resolved is left out: it counts as Any.
+    """
     # TaskContext is often imported for type checkers only.
-    names = {"TaskContext": TaskContext, **getattr(inner, "__globals__", {})}
+    names = {"TaskContext": TaskContext, **getattr(_inner(function), "__globals__", {})}
     hints: dict[str, Any] = {}
-    for name, annotation in written.items():
+    for name, annotation in _annotations(function).items():
         with suppress(Exception):
             hints |= get_type_hints(SimpleNamespace(__annotations__={name: annotation}), names, include_extras=True)
     return hints

@@ -5,20 +5,22 @@ The executor: whatever a handler does becomes one outcome, and whatever goes on 
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import sys
 import threading
 import time
 from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator, Callable
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
 import cpu_jobs
 import pytest
 from commands import ROOT, eventually, is_alive
-from pydantic import BeforeValidator
-from pydantic_core import from_json
+from pydantic import BaseModel, BeforeValidator, field_serializer
+from pydantic_core import core_schema, from_json
 from runs import Body, Runs, assigned, error_of
 
 from rq_ceylon.attempt import Backoff, FailTask, RetryTask, StopReason, TaskContext
@@ -293,15 +295,73 @@ def careless(value: Any) -> Any:
     raise KeyError(value)
 
 
-async def test_what_a_users_type_raises_while_it_converts_is_an_error_of_the_attempt() -> None:
+async def test_what_a_users_type_raises_about_an_argument_is_an_error_of_the_attempt() -> None:
     async def take(a: Annotated[int, BeforeValidator(careless)]) -> None: ...
 
-    async def give() -> Annotated[int, BeforeValidator(careless)]:
-        return 1
+    outcome = await executor_of(take).run(assigned(arguments={"a": 1}))
 
-    for function, arguments in ((take, {"a": 1}), (give, {})):
-        outcome = await executor_of(function).run(assigned(arguments=arguments))
-        assert (outcome.kind, outcome.reason, error_of(outcome)["type"]) == ("retry", "error", "KeyError")
+    assert (outcome.kind, outcome.reason, error_of(outcome)["type"]) == ("retry", "error", "KeyError")
+
+
+class BytesAsText(BaseModel):
+    data: bytes
+
+
+class Unwritable(BaseModel):
+    a: int
+
+    @field_serializer("a")
+    def _written(self, value: int) -> str:
+        raise KeyError("no way to write this")
+
+
+class Hostile:
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        raise KeyError("no way to compare this")
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        write = core_schema.plain_serializer_function_ser_schema(lambda value: 1)
+        return core_schema.no_info_plain_validator_function(lambda value: cls(), serialization=write)
+
+
+@pytest.mark.parametrize(
+    ("annotation", "value", "words"),
+    [
+        (bytes, b"\xff", ""),
+        (BytesAsText, BytesAsText(data=b"\xff"), "base64"),
+        (Annotated[int, BeforeValidator(careless)], 1, "KeyError"),
+        (Unwritable, Unwritable(a=1), "no way to write this"),
+        (Hostile, Hostile(), "no way to compare this"),
+        (float, math.nan, "nan is not JSON"),
+        (None, {"at": date(2026, 1, 2)}, "a date is not JSON"),
+        (None, threading.Lock(), "a lock is not JSON"),
+        (None, "\ud800", "surrogate"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["async", "thread"])
+async def test_a_result_that_cannot_be_stored_fails_at_once_since_the_work_is_done(
+    kind: str, annotation: Any, value: Any, words: str
+) -> None:
+    async def on_the_loop() -> Any:
+        return value
+
+    def in_a_thread() -> Any:
+        return value
+
+    function: Any = on_the_loop if kind == "async" else in_a_thread
+    function.__annotations__["return"] = annotation
+
+    outcome = await executor_of(function, max_attempts=5).run(assigned())
+
+    if words:
+        assert (outcome.kind, outcome.reason) == ("failed", "invalid")
+        assert error_of(outcome)["message"].startswith("task 'job': result")
+        assert words in error_of(outcome)["message"]
+    else:
+        assert (outcome.kind, from_json(outcome.blob)) == ("completed", "_w==")
 
 
 async def test_on_error_is_told_of_each_failed_attempt_and_may_itself_fail() -> None:

@@ -30,9 +30,9 @@ class HookError(CeylonError):
 
 class Hooks:
     """
-    `async with Hooks(registry)`: start hooks run and the lifespan is entered on entry; the lifespan is left and stop hooks
-    run on exit. What was registered first starts first and stops last. A stop hook runs if all that was registered before
-    it has started, whatever becomes of the others.
+    `async with Hooks(registry)`: on entry start hooks run and the lifespan is entered; on exit the lifespan is left and
+    stop hooks run. What was registered first starts first and stops last. A stop hook runs if all that was registered
+    before it has started, whatever becomes of the others.
 
     Attributes:
         state: what the lifespan yielded; None without one.
