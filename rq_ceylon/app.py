@@ -8,18 +8,20 @@ import asyncio
 import atexit
 import inspect
 import os
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import cached_property, update_wrapper
-from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, cast, overload
+from types import MethodType
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, ParamSpec, Protocol, TypeVar, cast, overload
 
 from rq_ceylon.attempt import Backoff, TaskContext
 from rq_ceylon.client import Client, SyncClient, SyncTaskHandle, TaskHandle
 from rq_ceylon.client.sync import OF_PARENTS
 from rq_ceylon.errors import InvalidInputError
-from rq_ceylon.handlers import GoalCheck, Handler, Lifespan, Middleware, Registry, SubmitHook
+from rq_ceylon.handlers import GoalCheck, Handler, Lifespan, Middleware, Registry, SubmitHook, is_again
 from rq_ceylon.models import Duration, Task, check_id
 from rq_ceylon.settings import Settings, configured, resolve
 
@@ -120,7 +122,10 @@ class Ceylon:
         """
 
         def register(function: Callable[..., Any]) -> AppTask[..., Any, Any]:
-            handler: Handler[..., Any] = Handler(name or function.__name__, function, **rules)
+            called = name or getattr(function, "__name__", None)
+            if called is None:
+                raise InvalidInputError(f"{function!r} has no name of its own; give it one: app.task(name=...)")
+            handler: Handler[..., Any] = Handler(called, function, **rules)
             self.registry.add(handler)
             return AppTask(self, handler, Task(uses=handler.name))
 
@@ -142,9 +147,10 @@ class Ceylon:
 
         def register(check: G) -> G:
             called = check_id(name or getattr(check, "__name__", None), "goal check name")
-            taken = self.registry.goal_checks.setdefault(called, check)
-            if taken is not check:
+            taken = self.registry.goal_checks.get(called)
+            if taken is not None and not is_again(taken, check):
                 raise InvalidInputError(f"goal check {called!r}: the name is taken; give one of them another name")
+            self.registry.goal_checks[called] = check
             return check
 
         return register if check is None else register(check)
@@ -153,8 +159,7 @@ class Ceylon:
         """
         Called once in every worker process before it takes work. If it raises, the worker ends with exit code 1.
         """
-        self.registry.hooks.append(("start", hook))
-        return hook
+        return self._around("start", hook)
 
     def on_stop(self, hook: H) -> H:
         """
@@ -162,23 +167,20 @@ class Ceylon:
         last registered first. It may take 30 s, and after a signal no more than the grace and 5 s in all. If it raises,
         the others are called all the same, and the worker ends with exit code 1.
         """
-        self.registry.hooks.append(("stop", hook))
-        return hook
+        return self._around("stop", hook)
 
     def on_error(self, hook: H) -> H:
         """
         Called with the context and the exception after an attempt failed.
         """
-        self.registry.on_error.append(hook)
-        return hook
+        return _hooked(self.registry.on_error, hook)
 
     def on_submit(self, hook: S) -> S:
         """
         Called with each task before it is sent, by this application's clients; it may return metadata to travel with
         the task, such as a trace's context. What the task says itself wins.
         """
-        self.registry.on_submit.append(hook)
-        return hook
+        return _hooked(self.registry.on_submit, hook)
 
     def lifespan(self, function: Callable[[], AsyncIterator[Any]] | Lifespan, /) -> Lifespan:
         """
@@ -195,11 +197,15 @@ class Ceylon:
         Raises:
             InvalidInputError: the application has one.
         """
-        if any(kind == "lifespan" for kind, _ in self.registry.hooks):
-            raise InvalidInputError("lifespan: the application has one; put both into one function")
         made: Any = asynccontextmanager(function) if inspect.isasyncgenfunction(function) else function
-        self.registry.hooks.append(("lifespan", made))
-        return cast(Lifespan, made)
+        if any(kind == "lifespan" and not is_again(known, made) for kind, known in self.registry.hooks):
+            raise InvalidInputError("lifespan: the application has one; put both into one function")
+        return cast(Lifespan, self._around("lifespan", made))
+
+    def _around(self, kind: Literal["start", "stop", "lifespan"], hook: H) -> H:
+        hooks = self.registry.hooks
+        hooks[:] = [*(one for one in hooks if one[0] != kind or not is_again(one[1], hook)), (kind, hook)]
+        return hook
 
     @overload
     def middleware(self, function: Callable[[TaskContext], AsyncIterator[None]], /) -> Middleware: ...
@@ -223,8 +229,7 @@ class Ceylon:
         An exception of the handler is raised at the `yield`: it may be looked at or replaced, but not swallowed.
         """
         made = asynccontextmanager(function) if inspect.isasyncgenfunction(function) else function
-        self.registry.middleware.append(made)
-        return cast(Middleware, made)
+        return cast(Middleware, _hooked(self.registry.middleware, made))
 
     # ---- clients -----------------------------------------------------------------------------------------------------
     def client(self) -> Client:
@@ -302,19 +307,30 @@ class AppTask(Generic[P, R, C]):
     Attributes:
         function: as it was decorated.
         handler: with its rules, as workers see it.
+        app: where it was registered.
     """
 
-    def __init__(self, app: Ceylon, handler: Handler[P, R], options: Task) -> None:
-        self._app, self.handler, self._options = app, handler, options
-        self.function = handler.function
+    def __init__(
+        self, app: Ceylon, handler: Handler[P, R], options: Task, *, origin: AppTask[P, R, C] | None = None
+    ) -> None:
         update_wrapper(cast(Any, self), handler.function)
+        self.app, self.handler, self._options, self._origin = app, handler, options, origin
+        self.function = handler.function
+        if inspect.iscoroutinefunction(handler.function):
+            _mark_as_coroutine_function(self)
 
-    @property
-    def registry(self) -> Registry:
-        """What its application registers."""
-        return self._app.registry
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        # By name, as a function travels; what `using` made is made again from the one that has the name.
+        if self._origin is None:
+            return str(getattr(self, "__qualname__", self.handler.name))
+        return _with_options, (self._origin, self._options)
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> C:
+    def __get__(self, instance: object, owner: type | None = None) -> AppTask[P, R, C]:
+        # As a method it is called with its object; only its object's class knows that it is one.
+        is_called_on = instance is not None and self.handler.is_method
+        return cast(AppTask[P, R, C], MethodType(self, instance)) if is_called_on else self
+
+    def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> C:
         """
         The plain function, here and now (a coroutine function gives its coroutine).
         """
@@ -337,9 +353,9 @@ class AppTask(Generic[P, R, C]):
         The same with other options for the tasks it makes; see `Task`.
         """
         given = {name: value for name, value in locals().items() if name != "self" and value is not None}
-        return AppTask(self._app, self.handler, replace(self._options, **given))
+        return _with_options(self._origin or self, replace(self._options, **given))
 
-    def bind(self, *args: P.args, **kwargs: P.kwargs) -> Task:
+    def bind(self, /, *args: P.args, **kwargs: P.kwargs) -> Task:
         """
         A task for a group, with these arguments.
 
@@ -348,20 +364,46 @@ class AppTask(Generic[P, R, C]):
         """
         return replace(self._options, arguments=self.handler.arguments(*args, **kwargs))
 
-    async def aenqueue(self, *args: P.args, **kwargs: P.kwargs) -> TaskHandle[R]:
+    async def aenqueue(self, /, *args: P.args, **kwargs: P.kwargs) -> TaskHandle[R]:
         """
         Submit one task with these arguments.
         """
         task = self.bind(*args, **kwargs)
-        client = await self._app.implicit_client()
+        client = await self.app.implicit_client()
         return await client.submit(task)
 
-    def enqueue(self, *args: P.args, **kwargs: P.kwargs) -> SyncTaskHandle[R]:
+    def enqueue(self, /, *args: P.args, **kwargs: P.kwargs) -> SyncTaskHandle[R]:
         """
         The same without await; also inside a running event loop, which it blocks for a moment.
         """
         task = self.bind(*args, **kwargs)
-        return self._app.implicit_sync_client().submit(task)
+        return self.app.implicit_sync_client().submit(task)
+
+
+def _hooked(hooks: list[Any], hook: H) -> H:
+    # What a notebook's cell defined before it ran again is not called beside what it defines now.
+    hooks[:] = [*(known for known in hooks if not is_again(known, hook)), hook]
+    return hook
+
+
+def _with_options(task: AppTask[P, R, C], options: Task) -> AppTask[P, R, C]:
+    return AppTask(task.app, task.handler, options, origin=task)
+
+
+def _mark_as_coroutine_function(task: AppTask[..., Any, Any]) -> None:
+    """
+    Let `inspect.iscoroutinefunction` and that of asyncio say of a task what they say of its function.
+    """
+    one = cast(Any, task)
+    if sys.version_info >= (3, 12):
+        inspect.markcoroutinefunction(one)
+    else:
+        # inspect asks whatever looks like a function for the flags of its code; asyncio asks for a mark.
+        function = inspect.unwrap(cast(Any, task.function))
+        for name in ("__code__", "__defaults__", "__kwdefaults__"):
+            setattr(one, name, getattr(function, name, None))
+    if (mark := getattr(asyncio.coroutines, "_is_coroutine", None)) is not None:
+        one._is_coroutine = mark
 
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from loguru import logger
 
-from rq_ceylon.errors import InvalidInputError
+from rq_ceylon.errors import InvalidInputError, Portable
 from rq_ceylon.models import Duration, seconds
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Backoff:
         return random.uniform(delay / 2, delay) if self.jitter else delay
 
 
-class RetryTask(Exception):
+class RetryTask(Portable, Exception):
     """
     Raised by a handler: try again, after `delay` if given, else after the handler's backoff, while attempts are left.
     """
@@ -66,7 +66,7 @@ class RetryTask(Exception):
         self.reason = reason
 
 
-class FailTask(Exception):
+class FailTask(Portable, Exception):
     """
     Raised by a handler: the task has failed, and another attempt would not help.
     """
@@ -76,7 +76,7 @@ class FailTask(Exception):
         self.reason = reason
 
 
-class AttemptStoppedError(BaseException):
+class AttemptStoppedError(Portable, BaseException):
     """
     Raised by `TaskContext.check_cancelled`. Not an `Exception`, so that a handler's `except Exception` lets it through.
     """

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
+from typing import Any, cast
 
 _PACKAGE = str(Path(__file__).parent)
 
@@ -34,7 +35,21 @@ def error_at(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}{at}"
 
 
-class CeylonError(Exception):
+class Portable:
+    """
+    What makes an exception survive copying and pickling (by process pools, for example): it is made again from its
+    `args` and attributes, not by a call of its `__init__`, whose parameters are others.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _made_again, (type(self), cast(BaseException, self).args), vars(self).copy()
+
+
+def _made_again(kind: type[BaseException], args: tuple[Any, ...]) -> BaseException:
+    return kind.__new__(kind, *args)
+
+
+class CeylonError(Portable, Exception):
     """
     Base of all errors of this package.
     """

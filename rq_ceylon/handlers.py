@@ -38,7 +38,9 @@ class Handler(Generic[P, R]):
     One registered function and its rules. What is None is decided by the package's defaults.
 
     Attributes:
-        kind: async: a coroutine function, on the event loop; thread: a plain function; process: the same with cpu=True.
+        kind: async: a coroutine function, on the event loop; thread: a plain function, also one that wraps a coroutine
+            function (what it returns may be awaitable); process: a plain function with cpu=True.
+        is_method: it is called on an object, which no worker has; so it is called here, and no task is made of it.
         backoff: the wait between attempts, for exceptions that `retry` does not name.
         retry: for an exception type another backoff, or None: fail at once. The most specific type decides.
 
@@ -71,6 +73,7 @@ class Handler(Generic[P, R]):
         self.retry = dict(retry or {})
         self.kind = _kind(name, function, cpu=cpu)
         self._signature = _signature(name, function)
+        self.is_method = _is_method(function, self._signature)
         self._check_rules()
         if self.kind == "process":
             _check_process(name, function)
@@ -102,7 +105,7 @@ class Handler(Generic[P, R]):
         rules = {type_names(kind)[0]: rule for kind, rule in self.retry.items()} if self.retry else {}
         return next((rules[name] for name in types if name in rules), self.backoff)
 
-    def arguments(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def arguments(self, /, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """
         Bind a call as Python would and turn its arguments into JSON values, checked by the function's annotations.
         What is left to the function's defaults stays out.
@@ -110,6 +113,13 @@ class Handler(Generic[P, R]):
         Raises:
             InvalidInputError: naming every argument that is missing, unknown, of the wrong type or not JSON.
         """
+        if self.is_method:
+            raise self._refusal(
+                [
+                    "it is a method, and a worker has no object to call it on; decorate a plain function, "
+                    "or a method without self below @staticmethod"
+                ]
+            )
         positional = [name for name, one in self._plan.accepted.items() if one.kind is one.POSITIONAL_OR_KEYWORD]
         problems = []
         if len(args) > len(positional):
@@ -201,7 +211,8 @@ class Handler(Generic[P, R]):
         return _Plan(
             accepted=accepted,
             contexts=tuple(contexts),
-            required=frozenset(name for name, one in accepted.items() if one.default is one.empty),
+            required=frozenset(name for name, one in accepted.items() if one.default is one.empty)
+            - _supplied(self.function),
             types={name: JsonType(hints.get(name), unresolved=unresolved.get(name, "")) for name in accepted},
             more=more,
             returns=JsonType(hints.get("return"), is_result=True, unresolved=unresolved.get("return", "")),
@@ -233,12 +244,15 @@ class Registry:
     def add(self, handler: Handler[..., Any]) -> None:
         """
         Raises:
-            InvalidInputError: its name or an alias is taken. Only the built-in `default` and `echo` may be replaced.
+            InvalidInputError: its name or an alias is taken. Only the built-in `default` and `echo` may be replaced,
+                and a function by itself when its definition runs again (a notebook's cell, a reloaded module).
         """
         names = [handler.name, *handler.aliases]
         for position, name in enumerate(names):
             taken = handler if name in names[:position] else self._handlers.get(name)
-            if taken is not None and taken is not _BUILTINS.get(name):
+            if taken is None or taken is _BUILTINS.get(name):
+                continue
+            if name in names[:position] or not is_again(taken.function, handler.function):
                 raise InvalidInputError(
                     f"task {handler.name!r}: the name {name!r} is taken by {_described(taken.function)}; "
                     "give one of them another name"
@@ -278,6 +292,23 @@ class Registry:
         return sorted({handler.role or DEFAULT_ROLE for handler in self.own()})
 
 
+def is_again(known: Callable[..., Any], function: Callable[..., Any]) -> bool:
+    """
+    Whether a function is a known one whose definition ran again. Two definitions in one file are two functions.
+    """
+    one, other = (_inner(each) for each in (known, function))
+    if one is other:
+        return True
+    name = getattr(one, "__qualname__", "<")
+    if "<" in name or (one.__module__, name) != (other.__module__, getattr(other, "__qualname__", "")):
+        return False
+    (file, line), (new_file, new_line) = (
+        (code and code.co_filename, code and code.co_firstlineno)
+        for code in (getattr(each, "__code__", None) for each in (one, other))
+    )
+    return file != new_file or line == new_line
+
+
 class _Plan(NamedTuple):
     """
     What the annotations say: which parameters are arguments, which get the context, and their types.
@@ -311,7 +342,11 @@ def _kind(name: str, function: Callable[..., Any], *, cpu: bool) -> Literal["asy
     inner = _inner(function)
     if inspect.isgeneratorfunction(inner) or inspect.isasyncgenfunction(inner):
         raise InvalidInputError(f"task {name!r}: {_described(function)} yields; return one value instead")
-    is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+    called: Any = function
+    while isinstance(called, partial):
+        called = called.func
+    # Of a plain wrapper only a call tells whether it returns an awaitable: it may as well run what it wraps to its end.
+    is_async = inspect.iscoroutinefunction(called) or inspect.iscoroutinefunction(type(called).__call__)
     if is_async and cpu:
         raise InvalidInputError(f"task {name!r}: {_described(function)} is async; cpu=True needs a plain function")
     if cpu:
@@ -339,6 +374,12 @@ def _signature(name: str, function: Callable[..., Any]) -> inspect.Signature:
     return signature
 
 
+def _is_method(function: Callable[..., Any], signature: inspect.Signature) -> bool:
+    first = next(iter(signature.parameters), "")
+    holder = getattr(function, "__qualname__", "").rpartition(".")[0]
+    return first in ("self", "cls") and holder != "" and not holder.endswith("<locals>")
+
+
 def _check_process(name: str, function: Callable[..., Any]) -> None:
     """
     A child process imports the function by its name, so it must have one.
@@ -364,6 +405,20 @@ def _inner(function: Callable[..., Any]) -> Callable[..., Any]:
         function = function.func
     function = inspect.unwrap(function)
     return function if inspect.isroutine(function) else type(function).__call__
+
+
+def _supplied(function: Callable[..., Any]) -> frozenset[str]:
+    """
+    The arguments that decorators may supply: those that a wrapper names in its code, as in `function(session=...)`.
+    """
+    words: set[Any] = set()
+    while (wrapped := getattr(function, "__wrapped__", None)) is not None:
+        code = getattr(function, "__code__", None)
+        if code is not None and code.co_flags & inspect.CO_VARKEYWORDS:
+            for constant in code.co_consts:
+                words.update(constant if isinstance(constant, tuple) else [constant])
+        function = wrapped
+    return frozenset(word for word in words if isinstance(word, str))
 
 
 def _annotations(function: Callable[..., Any]) -> dict[str, Any]:

@@ -5,13 +5,16 @@ The application object: registering, making tasks of functions, and the side wit
 from __future__ import annotations
 
 import asyncio
+import inspect
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from typing import Any
 
 import pytest
@@ -417,3 +420,94 @@ def test_a_forked_child_goes_on_with_the_client_and_handles_of_its_parent_on_a_c
     ran = run_to_end(sys.executable, "-c", FORKED, app.settings.redis_url, app.settings.namespace)
 
     assert (ran.returncode, ran.stderr) == (0, "")
+
+
+# ---- what may be registered ------------------------------------------------------------------------------------------
+def test_a_method_is_called_on_its_object_and_makes_no_task() -> None:
+    task: Callable[[Any], Any] = Ceylon().task  # type checkers know functions only, not methods
+
+    class Service:
+        factor = 3
+
+        @task
+        def times(self, number: int = 1) -> int:
+            return self.factor * number
+
+        @classmethod
+        @task
+        def of_class(cls, number: int) -> int:
+            return number
+
+        @staticmethod
+        @task
+        def static(number: int) -> int:
+            return number
+
+    service: Any = Service()
+    assert (service.times(5), service.static.bind(5).arguments) == (15, {"number": 5})
+    for bind in (service.times.bind, service.times.enqueue, service.__class__.times.bind, service.of_class.bind):
+        with pytest.raises(InvalidInputError, match="is a method, and a worker has no object to call it on"):
+            bind(5)
+
+
+def test_what_has_no_name_is_told_to_take_one() -> None:
+    app, add = Ceylon(), partial(lambda number, more: number + more, more=1)
+
+    with pytest.raises(InvalidInputError, match=r"has no name of its own; give it one: app.task\(name=...\)"):
+        app.task(add)
+    assert app.task(name="add")(add).bind(1).arguments == {"number": 1}
+
+
+def defined(text: str, file: str) -> Any:
+    """
+    What a notebook does with a cell: it runs in the main module, and each version of it is a file of its own.
+    """
+    scope: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(text, file, "exec"), scope)  # noqa: S102
+    return scope["work"]
+
+
+def test_a_definition_that_runs_again_takes_the_place_of_the_one_before() -> None:
+    app = Ceylon()
+    cell = "def work(number: int = 0): return number + 1"
+    first = defined(cell, "cell 1")
+    for function in (first, defined(cell, "cell 1"), last := defined("\n" + cell, "cell 2")):
+        app.task(name="work", aliases=["former"])(function)
+        app.goal_check(name="check")(function)
+        app.on_start(function)
+
+    assert app.registry.get("work").function is app.registry.get("former").function is last
+    assert (app.registry.goal_checks, app.registry.on_start) == ({"check": last}, [last])
+
+
+def test_two_definitions_in_one_file_are_two_functions() -> None:
+    app = Ceylon()
+    app.task(defined("def work(): ...", "tasks.py"))
+
+    with pytest.raises(InvalidInputError, match="'work' is taken"):
+        app.task(defined("\n\ndef work(): ...", "tasks.py"))
+
+
+def test_python_says_of_a_task_what_it_says_of_its_function() -> None:
+    app = Ceylon()
+
+    @app.task
+    async def on_the_loop() -> None: ...
+
+    @app.task
+    def in_a_thread() -> None: ...
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # asyncio's own goes one day
+        for asks in (inspect.iscoroutinefunction, asyncio.iscoroutinefunction):
+            assert (asks(on_the_loop), asks(on_the_loop.using(role="r")), asks(in_a_thread)) == (True, True, False)
+    assert list(inspect.signature(on_the_loop).parameters) == []
+
+
+def test_any_argument_name_may_be_used() -> None:
+    app = Ceylon()
+
+    @app.task
+    def take(**options: int) -> None: ...
+
+    assert take.bind(**{"self": 1, "app": 2}).arguments == {"self": 1, "app": 2}

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from enum import StrEnum
-from functools import partial
+from functools import partial, wraps
 from types import FunctionType
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -391,7 +391,7 @@ def test_only_built_in_handlers_can_be_replaced_and_only_once() -> None:
     registry.add(mine)
 
     assert registry.get("default") is mine
-    assert "is taken by" in refusal(registry.add, Handler("default", loose))
+    assert "is taken by" in refusal(registry.add, Handler("default", resize))
     assert Registry().get("default") is not mine
 
 
@@ -465,3 +465,37 @@ def test_a_handler_used_from_many_threads_at_once_gives_one_answer() -> None:
         thread.join()
 
     assert answers == [{"path": "a", "width": 5, "tags": ["x"]}] * 8
+
+
+def with_session(function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, session="session", **kwargs)
+
+    return wrapper
+
+
+def test_an_argument_that_a_decorator_supplies_is_not_missing() -> None:
+    def report(year: int, session: str, other: str) -> str:
+        return f"{year} by {session}"
+
+    handler = Handler("report", with_session(report))
+
+    assert handler.arguments(year=2026, other="x") == {"year": 2026, "other": "x"}
+    assert "argument 'other' is missing" in refusal(handler.arguments, year=2026)
+    assert "argument 'session' is missing" in refusal(Handler("report", report).arguments, year=2026, other="x")
+
+
+def test_a_plain_wrapper_of_a_coroutine_function_is_called_as_the_plain_function_it_is() -> None:
+    """
+    It may return a coroutine, or run it to its end: `asyncio.run` in it would fail on the event loop.
+    """
+    handler = Handler("x", with_session(resize))
+
+    assert handler.kind == "thread"
+
+
+def test_an_annotation_for_type_checkers_only_is_named_where_its_value_cannot_pass() -> None:
+    def take(first: Missing) -> None: ...
+
+    assert "its annotation 'Missing' cannot be found at run time" in refusal(Handler("take", take).arguments, Opaque())

@@ -357,7 +357,8 @@ def _handler(
     found: Any = importlib.import_module(module)
     for part in qualname.split("."):
         found = getattr(found, part)
-    return Handler(name, getattr(found, "function", found)), getattr(found, "registry", None)
+    app = getattr(found, "app", None)  # of a function that `@app.task` has wrapped
+    return Handler(name, getattr(found, "function", found)), getattr(app, "registry", None)
 
 
 @cache

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic_core import from_json, to_json
 
 from rq_ceylon.attempt import FailTask, RetryTask, StopReason, TaskContext, check_max_attempts, type_names
-from rq_ceylon.errors import InvalidInputError
+from rq_ceylon.errors import InvalidInputError, Portable
 from rq_ceylon.handlers import DEFAULT_HANDLER, Handler, Registry
 from rq_ceylon.models import DEFAULT_MAX_ATTEMPTS, DEFAULT_TIMEOUT_S, check_id, seconds
 from rq_ceylon.store.transitions import Claimed, Delivery
@@ -88,7 +88,7 @@ def invalid(error: Exception) -> Outcome:
     return Outcome("failed", "invalid", blob=to_json(error_of(error)))
 
 
-class RemoteError(Exception):
+class RemoteError(Portable, Exception):
     """
     An exception of a child process, as text.
 
