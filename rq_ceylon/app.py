@@ -78,6 +78,13 @@ class Ceylon:
         """
         return (self._redis_url, "the application") if self._redis_url else configured()
 
+    def use(self, settings: Settings) -> None:
+        """
+        Take the place of what the application itself says of Redis and namespace. Workers and monitors call it before
+        they start, so that a task which submits others does so where its worker is.
+        """
+        self.settings = self.registry.settings = settings
+
     # ---- registering -------------------------------------------------------------------------------------------------
     @overload
     def task(

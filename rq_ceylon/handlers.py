@@ -19,6 +19,7 @@ from pydantic_core import to_json
 from rq_ceylon.attempt import Backoff, TaskContext, check_max_attempts, type_names
 from rq_ceylon.errors import InvalidInputError, UnknownTaskError, guess
 from rq_ceylon.models import DEFAULT_ROLE, Duration, GroupView, Task, check_id, check_priority, counted, seconds
+from rq_ceylon.settings import Settings
 from rq_ceylon.values import BadValueError, JsonType
 
 P = ParamSpec("P")
@@ -231,9 +232,12 @@ class Registry:
         on_submit: called with each task before it is sent; the metadata that it returns travels with the task.
         middleware: called with the context for an async context manager around each attempt; the first is outermost.
         goal_checks: callables for goals, by name: True achieved, else not yet (at the end: failed); may be async.
+        settings: of the worker or monitor that these handlers run in, for the processes of its `cpu=True` tasks; None:
+            each application goes by its own.
     """
 
     def __init__(self) -> None:
+        self.settings: Settings | None = None
         self.hooks: list[tuple[Literal["start", "stop", "lifespan"], Callable[[], Any]]] = []
         self.on_error: list[Callable[[TaskContext, BaseException], Any]] = []
         self.on_submit: list[SubmitHook] = []

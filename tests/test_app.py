@@ -477,7 +477,7 @@ def test_a_definition_that_runs_again_takes_the_place_of_the_one_before() -> Non
         app.on_start(function)
 
     assert app.registry.get("work").function is app.registry.get("former").function is last
-    assert (app.registry.goal_checks, app.registry.on_start) == ({"check": last}, [last])
+    assert (app.registry.goal_checks, app.registry.hooks) == ({"check": last}, [("start", last)])
 
 
 def test_two_definitions_in_one_file_are_two_functions() -> None:

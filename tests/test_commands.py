@@ -5,6 +5,7 @@ The commands as a user meets them: fast help, one message and one exit code for 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ import pytest
 import redis
 from commands import EXAMPLE, Commands, run_to_end, until
 
+from rq_ceylon import Ceylon, Goal, Task, TaskGroup
 from rq_ceylon.cli.main import _task_row
 from rq_ceylon.models import TaskResult, TaskStatus, TaskView
 from rq_ceylon.store.server import EmbeddedServer
@@ -405,3 +407,64 @@ def test_an_application_that_cannot_be_used_is_refused_in_one_message(
     assert_refused(commands.run(*command, "jobs:no_app"), 4, "is a int, not a Ceylon")
     assert_refused(commands.run(*command, "broken:app"), 4, "broken.py:2: math.nothing()")
     assert store.keys("*") == []
+
+
+# ---- tasks that submit tasks -----------------------------------------------------------------------------------------
+ENQUEUING = """
+from rq_ceylon import Ceylon, GroupView
+
+app = Ceylon("redis://127.0.0.1:1")  # where its developer has one
+other = Ceylon()
+
+@app.task
+def child(number: int) -> int:
+    return number + 1
+
+@other.task(name="child")
+def of_other(number: int) -> int: ...
+
+@app.task
+async def on_the_loop(number: int) -> str:
+    return (await child.aenqueue(number)).id
+
+@app.task
+def in_a_thread(number: int) -> str:
+    return child.enqueue(number).id
+
+@app.task(cpu=True)
+def in_a_process(number: int) -> str:
+    return child.enqueue(number).id
+
+@app.task
+def by_another_application(number: int) -> str:
+    return of_other.enqueue(number).id
+
+@app.task(cpu=True)
+def by_another_application_in_a_process(number: int) -> str:
+    return of_other.enqueue(number).id
+
+@app.goal_check
+def submits(view: GroupView) -> bool:
+    child.using(role="marked").enqueue(view.counters.completed)
+    return True
+"""
+
+
+def test_what_a_task_or_a_goal_submits_goes_where_its_worker_or_monitor_is(commands: Commands, redis_url: str) -> None:
+    (commands.folder / "enqueuing.py").write_text(ENQUEUING)
+    where = ["--redis", redis_url, "--namespace", "mine"]
+    nowhere = {"CEYLON_REDIS_URL": "", "HOME": str(commands.folder)}
+    commands.start("worker", "enqueuing:app", *where, environ=nowhere)
+    commands.start("monitor", "--app", "enqueuing:app", *where, environ=nowhere)
+    names = re.findall(r"def (\w+)\(number: int\) -> str", ENQUEUING)
+
+    with Ceylon(redis_url, namespace="mine").sync_client() as client:
+        for name in names:
+            parent = client.submit(Task(uses=name, arguments={"number": 1}, max_attempts=1))
+            assert client.task(parent.result(timeout=30)).result(timeout=30) == 2, name
+        client.submit(
+            TaskGroup("goal", [Task(uses="child", arguments={"number": 1})], goal=Goal(call="submits"))
+        ).wait()
+        assert {role.name for role in client.roles()} == {"default", "marked"}
+
+    assert len(names) == 5

@@ -29,7 +29,7 @@ STEPS: dict[str, set[str]] = {
     "models": {"errors"},
     "values": set(),
     "groupfile": {"errors", "models", "graph", "goals"},
-    "handlers": {"errors", "models", "values", "attempt"},
+    "handlers": {"errors", "models", "settings", "values", "attempt"},
 }
 """What a module of the ground floor may import of that floor; those not named: errors and models."""
 

@@ -64,6 +64,17 @@ class RedisOptions:
             return app.settings_with(redis_url=self.redis_url, namespace=self.namespace)
         return resolve(self.redis_url, namespace=self.namespace)
 
+    def bound(self, app: Ceylon | None) -> Settings:
+        """
+        The same for a process that runs users' code: what that submits goes where the process itself is. The
+        application is told; other applications and other processes that it starts find it in the environment.
+        """
+        settings = self.settings(app)
+        if app is not None:
+            app.use(settings)
+        os.environ.update(CEYLON_REDIS_URL=settings.redis_url, CEYLON_NAMESPACE=settings.namespace)
+        return settings
+
 
 def command(name: str) -> Callable[[F], click.Command]:
     """

@@ -29,7 +29,7 @@ def monitor(app: str | None, name: str | None, options: RedisOptions) -> None:
     from rq_ceylon.process import Watch, stop_with_supervisor
 
     loaded = load_app(app) if app else None
-    found = options.settings(loaded)
+    found = options.bound(loaded)
     stop_with_supervisor()
 
     async def watch(beside: Watch) -> int:

@@ -147,7 +147,7 @@ def worker(
         check_id(role, "--role")
     loaded = load_app(app) if app else None
     registry = loaded.registry if loaded else Registry()
-    found = options.settings(loaded)
+    found = options.bound(loaded)
     served = list(roles) or registry.roles()
     if not served:
         raise InvalidInputError("no role to serve: give --role ROLE, or an application whose tasks have roles")

@@ -7,41 +7,32 @@ the child's stdout and stderr are those of its worker.
 from __future__ import annotations
 
 import asyncio
-import ctypes
-import importlib
 import json
 import os
-import runpy
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Mapping
-from contextlib import AsyncExitStack, suppress
-from functools import cache
-from types import ModuleType
-from typing import Any, Self
+from contextlib import suppress
+from typing import Any
 
 from pydantic_core import from_json, to_json
 
-from rq_ceylon.attempt import RetryTask, TaskContext, facts_of, type_names
-from rq_ceylon.errors import InvalidInputError
-from rq_ceylon.handlers import Handler, Registry
-from rq_ceylon.worker.hooks import Hooks
-from rq_ceylon.worker.outcome import RemoteError, error_of
-from rq_ceylon.worker.wear import jittered, memory_in_use
+from rq_ceylon.attempt import TaskContext, facts_of
+from rq_ceylon.handlers import Handler
+from rq_ceylon.settings import Settings
+from rq_ceylon.worker.child import INVALID, PROGRESS, VALUE
+from rq_ceylon.worker.outcome import RemoteError
+from rq_ceylon.worker.wear import jittered
 
 _BOOT = (
     "import json, sys; path, argv, *rest = json.loads(sys.argv[1]); sys.path[:] = path; sys.argv[:] = argv; "
-    "from rq_ceylon.worker.children import serve; serve(*rest)"
+    "from rq_ceylon.worker.child import serve; serve(*rest)"
 )
 _LINE_BYTES_MAX = 2**31
-# A child's lines: `p [fraction, message]` while a task runs; then its bytes of memory and how the task ended:
-# `v memory result`, `e memory error`, or `i memory error` where the function did its work, but its result is none.
-_PROGRESS, _VALUE, _ERROR, _INVALID = b"p", b"v", b"e", b"i"
 
 
-# ---- in the worker ---------------------------------------------------------------------------------------------------
 class Children:
     """
     At most `count` processes at once: as many as there are processors to use, unless told otherwise.
@@ -49,16 +40,22 @@ class Children:
     Args:
         max_tasks, max_memory: a process that has run about so many tasks, or takes so many bytes, ends after its task,
             and the next one gets a new process.
+        settings: of the worker; an application uses them in these processes too. None: it goes by its own.
 
     Attributes:
         places: who calls `take` holds one.
     """
 
     def __init__(
-        self, count: int | None = None, *, max_tasks: int | None = None, max_memory: int | None = None
+        self,
+        count: int | None = None,
+        *,
+        max_tasks: int | None = None,
+        max_memory: int | None = None,
+        settings: Settings | None = None,
     ) -> None:
         self.places = asyncio.Semaphore(count or _processors())
-        self._max_tasks, self._max_memory = max_tasks, max_memory
+        self._max_tasks, self._max_memory, self._settings = max_tasks, max_memory, settings
         self._idle: list[Child] = []
         self._living: set[Child] = set()
 
@@ -110,6 +107,8 @@ class Children:
             except BaseException:
                 writer.close()  # should the process exist all the same, this ends it
                 raise
+        # Not among its arguments, which every user of the machine may see.
+        writer.write(to_json(self._settings) + b"\n")
         limit = None if self._max_tasks is None else jittered(self._max_tasks)
         child = Child(self, process, reader, writer, max_tasks=limit, max_memory=self._max_memory)
         self._living.add(child)
@@ -174,15 +173,15 @@ class Child:
         named = handler.name, function.__module__, function.__qualname__
         self._writer.write(to_json([*named, *_main(), raw, facts_of(context)]) + b"\n")
         kind, _, content = (await self.read()).partition(b" ")
-        while kind == _PROGRESS:
+        while kind == PROGRESS:
             context.progress(*from_json(content))
             kind, _, content = (await self.read()).partition(b" ")
         memory, _, content = content.partition(b" ")
         self._count(int(memory))
-        if kind == _VALUE:
+        if kind == VALUE:
             return content
         names, error, delay_s = from_json(content)
-        raise RemoteError(tuple(names), error, delay_s, is_invalid=kind == _INVALID)
+        raise RemoteError(tuple(names), error, delay_s, is_invalid=kind == INVALID)
 
     def _count(self, memory: int) -> None:
         if self._tasks_left is not None:
@@ -246,130 +245,3 @@ def _main() -> tuple[str | None, str | None]:
     main = sys.modules["__main__"]
     spec = getattr(main, "__spec__", None)
     return (spec.name, None) if spec is not None else (None, getattr(main, "__file__", None))
-
-
-# ---- in the child ----------------------------------------------------------------------------------------------------
-def serve(descriptor: int, parent: int) -> None:
-    """
-    Answer calls until the worker is gone, or hangs up.
-    """
-    _end_with(parent)
-    with socket.socket(fileno=descriptor) as connection, connection.makefile("rb") as requests:
-        connection.set_inheritable(False)
-        connection.sendall(b"\n")
-        with _Applications() as applications:
-            for request in requests:
-                kind, content = _run(applications, connection, *from_json(request))
-                connection.sendall(b"%s %d %s\n" % (kind, memory_in_use(), content))
-
-
-def _end_with(parent: int) -> None:
-    """
-    Let the kernel kill this process when its worker dies, whatever the task is doing then. Other systems have no such
-    call: there a child ends after its task.
-    """
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before
-        sys.exit(1)
-
-
-class _ChildContext(TaskContext):
-    """
-    The context of an attempt, in a child process.
-    """
-
-    connection: socket.socket
-
-    def progress(self, fraction: float | None = None, message: str = "") -> None:
-        super().progress(fraction, message)
-        self.connection.sendall(b"%s %s\n" % (_PROGRESS, to_json(self.reported)))
-
-
-class _Applications:
-    """
-    The applications whose functions ran here: each is started once, and stopped in the end. Their hooks are async: a
-    loop runs them, and stands still while a function runs.
-    """
-
-    def __init__(self) -> None:
-        self._runner = asyncio.Runner()
-        self._running = AsyncExitStack()
-        self._states: dict[int, Any] = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._runner.run(self._running.aclose())
-        self._runner.close()
-
-    def state(self, registry: Registry | None) -> Any:
-        """
-        What the lifespan of an application gave; started now, unless it runs already.
-        """
-        if registry is None:
-            return None
-        if id(registry) not in self._states:
-            self._states[id(registry)] = self._runner.run(self._running.enter_async_context(Hooks(registry))).state
-        return self._states[id(registry)]
-
-
-def _run(
-    applications: _Applications,
-    connection: socket.socket,
-    name: str,
-    module: str,
-    qualname: str,
-    main: str | None,
-    path: str | None,
-    raw: dict[str, Any],
-    facts: dict[str, Any],
-) -> tuple[bytes, bytes]:
-    try:
-        handler, registry = _handler(name, module, qualname, main, path)
-        context = _ChildContext(**facts, state=applications.state(registry))
-        context.connection = connection
-        value = handler.function(**handler.call_arguments(raw, context))
-        try:
-            return _VALUE, handler.dump_result(value)
-        except InvalidInputError as error:
-            return _INVALID, _told(error)
-    except BaseException as error:
-        return _ERROR, _told(error)
-
-
-def _told(error: BaseException) -> bytes:
-    delay_s = error.delay_s if isinstance(error, RetryTask) else None
-    return to_json([type_names(type(error)), error_of(error), delay_s])
-
-
-@cache
-def _handler(
-    name: str, module: str, qualname: str, main: str | None, path: str | None
-) -> tuple[Handler[..., Any], Registry | None]:
-    """
-    The function of this name, and what its application registers besides.
-    """
-    if module == "__main__":
-        _load_main(main, path)
-    found: Any = importlib.import_module(module)
-    for part in qualname.split("."):
-        found = getattr(found, part)
-    app = getattr(found, "app", None)  # of a function that `@app.task` has wrapped
-    return Handler(name, getattr(found, "function", found)), getattr(app, "registry", None)
-
-
-@cache
-def _load_main(name: str | None, path: str | None) -> None:
-    """
-    Make the worker's main module ours, under the name that multiprocessing gives it: what stands under
-    `if __name__ == "__main__"` does not run here.
-    """
-    main = ModuleType("__mp_main__")
-    if name is not None:
-        main.__dict__.update(runpy.run_module(name, run_name=main.__name__, alter_sys=True))
-    elif path is not None:
-        main.__dict__.update(runpy.run_path(path, run_name=main.__name__))
-    sys.modules["__main__"] = sys.modules[main.__name__] = main

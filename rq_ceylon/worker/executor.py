@@ -116,7 +116,7 @@ class Executor:
         self.hung, self.hung_max = 0, threads
         self.state: Any = None
         self._threads = asyncio.Semaphore(threads)
-        self._children = Children(max_tasks=max_tasks, max_memory=max_memory)
+        self._children = Children(max_tasks=max_tasks, max_memory=max_memory, settings=registry.settings)
         self._running: dict[tuple[str, int], _Run] = {}
         self._settled = asyncio.Event()
         self._hooks: set[asyncio.Task[None]] = set()

@@ -1,0 +1,161 @@
+"""
+What a child process of `cpu=True` tasks does; `children` is its worker's side.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import importlib
+import os
+import runpy
+import signal
+import socket
+import sys
+from contextlib import AsyncExitStack
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+from pydantic_core import from_json, to_json
+
+from rq_ceylon.attempt import RetryTask, TaskContext, type_names
+from rq_ceylon.errors import InvalidInputError
+from rq_ceylon.handlers import Handler
+from rq_ceylon.settings import Settings
+from rq_ceylon.worker.hooks import Hooks
+from rq_ceylon.worker.outcome import error_of
+from rq_ceylon.worker.wear import memory_in_use
+
+# A child's lines: `p [fraction, message]` while a task runs; then its bytes of memory and how the task ended:
+# `v memory result`, `e memory error`, or `i memory error` where the function did its work, but its result is none.
+PROGRESS, VALUE, ERROR, INVALID = b"p", b"v", b"e", b"i"
+
+
+def serve(descriptor: int, parent: int) -> None:
+    """
+    Answer calls until the worker is gone, or hangs up.
+    """
+    _end_with(parent)
+    with socket.socket(fileno=descriptor) as connection, connection.makefile("rb") as requests:
+        connection.set_inheritable(False)
+        connection.sendall(b"\n")
+        given = from_json(requests.readline())
+        child = _Child(connection, Settings(**given) if given else None)
+        try:
+            for request in requests:
+                kind, content = child.run(*from_json(request))
+                connection.sendall(b"%s %d %s\n" % (kind, memory_in_use(), content))
+        finally:
+            child.close()
+
+
+def _end_with(parent: int) -> None:
+    """
+    Let the kernel kill this process when its worker dies, whatever the task is doing then. Other systems have no such
+    call: there a child ends after its task.
+    """
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before
+        sys.exit(1)
+
+
+class _Child:
+    """
+    Runs functions. The application of a function is started before the first of them, and stopped in the end: its hooks
+    are async, and the loop that runs them stands still while a function runs.
+    """
+
+    def __init__(self, connection: socket.socket, settings: Settings | None) -> None:
+        self._connection, self._settings = connection, settings
+        self._runner = asyncio.Runner()
+        self._running = AsyncExitStack()
+        self._states: dict[int, Any] = {}
+
+    def run(
+        self,
+        name: str,
+        module: str,
+        qualname: str,
+        main: str | None,
+        path: str | None,
+        raw: dict[str, Any],
+        facts: dict[str, Any],
+    ) -> tuple[bytes, bytes]:
+        """
+        How a task ended, and its result or its error.
+        """
+        try:
+            handler, app = _found(name, module, qualname, main, path)
+            context = _ChildContext(**facts, state=self._state(app))
+            context.connection = self._connection
+            value = handler.function(**handler.call_arguments(raw, context))
+            try:
+                return VALUE, handler.dump_result(value)
+            except InvalidInputError as error:
+                return INVALID, _told(error)
+        except BaseException as error:
+            return ERROR, _told(error)
+
+    def _state(self, app: Any) -> Any:
+        """
+        What the lifespan of an application gave, which is started now unless it runs already.
+        """
+        if app is None:  # a function of no application
+            return None
+        if id(app) not in self._states:
+            if self._settings is not None:
+                app.use(self._settings)
+            hooks = self._runner.run(self._running.enter_async_context(Hooks(app.registry)))
+            self._states[id(app)] = hooks.state
+        return self._states[id(app)]
+
+    def close(self) -> None:
+        self._runner.run(self._running.aclose())
+        self._runner.close()
+
+
+class _ChildContext(TaskContext):
+    """
+    The context of an attempt whose worker is another process.
+    """
+
+    connection: socket.socket
+
+    def progress(self, fraction: float | None = None, message: str = "") -> None:
+        super().progress(fraction, message)
+        self.connection.sendall(b"%s %s\n" % (PROGRESS, to_json(self.reported)))
+
+
+def _told(error: BaseException) -> bytes:
+    delay_s = error.delay_s if isinstance(error, RetryTask) else None
+    return to_json([type_names(type(error)), error_of(error), delay_s])
+
+
+@cache
+def _found(name: str, module: str, qualname: str, main: str | None, path: str | None) -> tuple[Handler[..., Any], Any]:
+    """
+    The function, and the application that it belongs to, if any.
+    """
+    if module == "__main__":
+        _load_main(main, path)
+    found: Any = importlib.import_module(module)
+    for part in qualname.split("."):
+        found = getattr(found, part)
+    return Handler(name, getattr(found, "function", found)), getattr(found, "app", None)
+
+
+@cache
+def _load_main(name: str | None, path: str | None) -> None:
+    """
+    Make the worker's main module ours, under the name that multiprocessing gives it: what stands under
+    `if __name__ == "__main__"` does not run here.
+    """
+    main = ModuleType("__mp_main__")
+    if name is not None:
+        main.__dict__.update(runpy.run_module(name, run_name=main.__name__, alter_sys=True))
+    elif path is not None:
+        main.__dict__.update(runpy.run_path(path, run_name=main.__name__))
+    sys.modules["__main__"] = sys.modules[main.__name__] = main
