@@ -205,9 +205,13 @@ def test_a_second_lifespan_is_refused() -> None:
     async def one() -> AsyncIterator[None]:
         yield
 
+    @asynccontextmanager
+    async def another() -> AsyncIterator[None]:
+        yield
+
     app.lifespan(one)
     with pytest.raises(InvalidInputError, match="put both into one"):
-        app.lifespan(one)
+        app.lifespan(another)
 
 
 async def test_a_child_process_has_the_context_the_lifespan_and_tells_the_progress() -> None:
