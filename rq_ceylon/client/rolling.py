@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -35,11 +36,12 @@ FACTS = GroupFacts(name="single tasks", retention_ms=3_600_000)
 
 class _Waiting(NamedTuple):
     """
-    A task to be sent, and who hears its ids.
+    A task to be sent, who hears its ids, and since when (monotonic seconds) it waits.
     """
 
     task: ReadyTask
     ids: asyncio.Future[tuple[str, str]]
+    since: float
 
 
 @dataclass
@@ -63,6 +65,7 @@ class Rolling:
         self._session, self._durability = session, durability
         self._waiting: deque[_Waiting] = deque()
         self._group = _Group()
+        self._answered_at = 0.0
         # What the next turn carries beside tasks: acknowledgements of what was enqueued, groups to seal.
         self._acks: list[PageAck] = []
         self._to_seal: list[str] = []
@@ -75,7 +78,7 @@ class Rolling:
         Returns the ids of its group and of the task once Redis has it, and its role too.
         """
         ids: asyncio.Future[tuple[str, str]] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Waiting(task, ids))
+        self._waiting.append(_Waiting(task, ids, time.monotonic()))
         self._wake()
         return await ids
 
@@ -154,9 +157,12 @@ class Rolling:
         roles = None if group.part else {waiting.task.role for waiting in batch}
         expected = self._expected(group.gid, tasks, batch)
         entries = [transitions.enqueue(keys, page.role, [page], insist=False) for page in expected]
+        # A task that waited through a turn without an answer has waited for this one too.
+        limit_s = max(batch[0].since, self._answered_at) + self._session.answer_s - time.monotonic()
         replies, unconfirmed = await self._session.send_part(
-            group.gid, part, roles, before=calls, behind=entries, durability=self._durability
+            group.gid, part, roles, before=calls, behind=entries, durability=self._durability, limit_s=limit_s
         )
+        self._answered_at = time.monotonic()
         reply = transitions.submit_reply(group.gid, replies[len(calls)])
         if reply.word not in ("OK", "REPEAT"):
             # Sealed meanwhile, or Redis lost earlier parts: the same tasks open a new group.
@@ -201,7 +207,7 @@ class Rolling:
         connection, keys = self._session.connection, self._session.keys
         node = connection.node_of(keys.group_part(gid, "meta"))
         items: dict[str, list[str]] = {}
-        for task, (ready, _) in zip(tasks, batch, strict=True):
+        for task, (ready, *_) in zip(tasks, batch, strict=True):
             if not ready.delay_ms and connection.node_of(keys.role_part(ready.role, "meta")) == node:
                 items.setdefault(ready.role, []).append(f"{ready.stream},{task.tid},1")
         return [Page(gid, f"|{role}||{' '.join(some)}") for role, some in items.items()]

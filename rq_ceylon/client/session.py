@@ -44,7 +44,8 @@ class Session:
 
     def __init__(self, url: str, namespace: str, registry: Registry | None) -> None:
         self.url, self.keys, self.registry = check_url(url), Keys(check_id(namespace, "namespace")), registry
-        self._connection = Connection(url, answer_s=ANSWER_S)
+        self.answer_s = ANSWER_S
+        self._connection = Connection(url, answer_s=self.answer_s)
         # Redis answers nothing else on a connection that waits for a replica or the disk.
         self._confirming = Connection(url)
         self.hub = EventHub(url, self.keys)
@@ -89,7 +90,7 @@ class Session:
         """
         Send calls that are safe to repeat, for up to 5 s.
         """
-        return await self.connection.run_until_answered(calls, give_up_after=ANSWER_S)
+        return await self.connection.run_until_answered(calls, give_up_after=self.answer_s)
 
     async def relay(self, gid: str, *, again: bool = False, meet: bool = False) -> None:
         """
@@ -109,7 +110,7 @@ class Session:
             await maintenance.relay(self.connection, self.keys, gid, again=asks)
 
         try:
-            await until_answered(self.url, hand_over, ANSWER_S)
+            await until_answered(self.url, hand_over, self.answer_s)
         except CeylonError as error:
             log.warning("What follows in group %s is left to maintenance: %s", gid, error)
 
@@ -123,6 +124,7 @@ class Session:
         behind: Sequence[Call] = (),
         again: bool = False,
         durability: Durability = "none",
+        limit_s: float | None = None,
     ) -> tuple[list[Any], str]:
         """
         Announce a group and send a part of it. Returns the replies of `before`, of the part and of `behind`, and why it
@@ -133,6 +135,7 @@ class Session:
             before: calls that ride along.
             behind: calls that follow the part, and may be refused; their errors are among the replies.
             again: announce it behind the part too: maintenance may just be dropping an older group of its key.
+            limit_s: seconds until it gives up, None: 5; a confirmation takes longer by what it waits for.
         """
         announce = [] if roles is None else transitions.announce(self.keys, gid, roles, durability=durability)
         calls = [*announce, *before, confirming(part, durability)]
@@ -141,7 +144,8 @@ class Session:
         if again:
             calls += transitions.announce(self.keys, gid, ())
         connection = self.connection if durability == "none" else self._confirming
-        limit_s = ANSWER_S if durability == "none" else ANSWER_S + CONFIRM_S
+        limit_s = self.answer_s if limit_s is None else limit_s
+        limit_s += 0 if durability == "none" else CONFIRM_S
         found = await connection.run_until_answered(calls, give_up_after=limit_s, refusals=True)
         pairs = [reply if isinstance(reply, tuple) else (reply, "") for reply in found]
         replies = [reply for reply, _ in pairs]

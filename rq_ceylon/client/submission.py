@@ -13,6 +13,7 @@ from rq_ceylon.client.session import Session
 from rq_ceylon.client.staging import StagedGroup, chain, keyed_id, new_id
 from rq_ceylon.errors import (
     CeylonError,
+    ConnectionLostError,
     DurabilityError,
     GoalImpossibleError,
     GroupExistsError,
@@ -54,6 +55,8 @@ class Submission:
             await self._check_known(others)
         try:
             reply = await self._send_all(require_workers=require_workers)
+        except ConnectionLostError:
+            raise  # what is staged cannot be removed now; maintenance does it
         except BaseException:
             # Nothing half-written; but of a key another client may be staging the same: that one goes on, or the next
             # submission does, or maintenance removes what is left.

@@ -127,6 +127,7 @@ class Node:
         pool = self._client.connection_pool
         pool.connection_class = _packing(pool.connection_class)  # type: ignore[arg-type]
         self._one_at_a_time = asyncio.Lock()
+        self._silences = 0
         self._is_closed = False
 
     async def send(self, calls: Sequence[Call], *, asking: bool = False) -> list[Any]:
@@ -185,10 +186,17 @@ class Node:
         return await self._alone(lambda: execute(*words))
 
     async def _alone(self, work: Callable[[], Awaitable[Any]]) -> Any:
+        silences = self._silences
         with heeding_cancellation():
             async with self._one_at_a_time:
+                # What waited behind a call that got no answer in time is lost with it: else the waits would add up.
+                if self._silences != silences:
+                    raise redis.TimeoutError("no answer in time to the call ahead")
                 try:
                     return await work()
+                except (redis.TimeoutError, TimeoutError):
+                    self._silences += 1
+                    raise
                 finally:
                     # redis-py connected again for who had waited behind the one that broke; nobody else knows of it.
                     if self._is_closed:
