@@ -11,8 +11,10 @@ import collections
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from rq_ceylon.errors import RecordError
 from rq_ceylon.models import COUNTERS, GroupStatus
 from rq_ceylon.store import queries, transitions
+from rq_ceylon.store.codec import reading
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.keys import Keys
 from rq_ceylon.store.scripts import command
@@ -102,7 +104,13 @@ async def audit(connection: Connection, keys: Keys, gids: Sequence[str] = (), *,
         await queries.group(connection, keys, gid)
     stored = set() if gids else {gid async for some in queries.stored_groups(connection, keys) for gid in some}
     for gid in gids or sorted(indexed | stored):
-        records = await _steady(connection, keys, gid)
+        try:
+            with reading(f"group {gid!r}"):
+                records = await _steady(connection, keys, gid)
+                drift = _drift(gid, records) if records and records.meta else []
+        except RecordError as error:
+            found.drift.append(Drift(gid, "", "record", str(error), "one that can be read"))
+            continue
         if records is None:
             found.moving.append(gid)
             continue
@@ -110,7 +118,6 @@ async def audit(connection: Connection, keys: Keys, gids: Sequence[str] = (), *,
             continue
         found.groups += 1
         found.tasks += records.recount["total"]
-        drift = _drift(gid, records)
         if gid not in indexed:
             drift.append(Drift(gid, "", "index", "without it", "with it"))
         found.drift += await _repair(connection, keys, gid, records, drift) if repair and drift else drift

@@ -119,6 +119,12 @@ class QueueFullError(RedisError):
     """
 
 
+class RecordError(RedisError):
+    """
+    A record in Redis cannot be read: a newer version of rq-ceylon wrote it, or somebody else did.
+    """
+
+
 class DurabilityError(RedisError):
     """
     A submission is not as durable as it was to be. If `id` is empty, the server cannot make it so, and nothing was

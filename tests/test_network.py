@@ -207,7 +207,7 @@ async def test_no_single_connection_that_is_lost_at_any_moment_costs_a_task(
                 Worker(proxy.url, roles=[role], slots=3, **options) for proxy, role in zip(proxies, roles, strict=True)
             ]
             await stack.enter_async_context(at_work(*ours))
-            handle = await client.submit(TaskGroup("g", [work.bind().using(role=role) for role in roles for _ in "ab"]))
+            handle = await client.submit(TaskGroup("g", [work.using(role=role).bind() for role in roles for _ in "ab"]))
             await eventually(partial(_all_run, ours), "all run")
             await stack.enter_async_context(at_work(Worker(server.url, roles=roles, slots=100, **options)))
 
@@ -267,7 +267,7 @@ async def test_submissions_to_a_redis_that_hangs_give_up_together_and_not_one_be
         server.process.send_signal(signal.SIGSTOP)
         try:
             async with asyncio.timeout(5):  # one behind the other takes ten
-                calls = [work for _ in range(7) for work in (client.submit(Task()), handle.view())]
+                calls: list[Any] = [work for _ in range(7) for work in (client.submit(Task()), handle.view())]
                 calls += [client.submit(TaskGroup("g", [Task()])) for _ in range(7)]
                 found = await asyncio.gather(*calls, return_exceptions=True)
         finally:

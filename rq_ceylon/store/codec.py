@@ -4,15 +4,39 @@ The texts that travel in scripts' arguments and replies, packed and unpacked. JS
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from pydantic_core import from_json, to_json
 
+from rq_ceylon.errors import CeylonError, RecordError
 from rq_ceylon.models import COUNTERS, Counters, GoalStatus, Settled, TaskResult, TaskStatus
 
 COUNTER_NAMES = ("total", *COUNTERS, "attempts", "crashes")
 """The counters in the order in which a settled goal keeps them."""
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """
+    Around all that reads a record: whatever fails within means that the record is not one of this version's.
+
+    Args:
+        what: names the record, `group 'g'`.
+
+    Raises:
+        RecordError: nothing else.
+    """
+    try:
+        yield
+    except CeylonError:
+        raise
+    except Exception as error:
+        raise RecordError(
+            f"{what} cannot be read ({type(error).__name__}: {error}); a newer version of rq-ceylon wrote it (then "
+            "upgrade this one), or something else did"
+        ) from error
 
 
 def encode(value: Any) -> bytes:

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from rq_ceylon.errors import NotFoundError
+from rq_ceylon.errors import CeylonError, NotFoundError, RecordError
 from rq_ceylon.models import (
     GoalStatus,
     GoalView,
@@ -22,11 +22,12 @@ from rq_ceylon.models import (
     TaskView,
     WorkerView,
 )
-from rq_ceylon.store.codec import counters_of, decode, result_of, settled_of, task_parts
+from rq_ceylon.store.codec import counters_of, decode, reading, result_of, settled_of, task_parts
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.events import Event, event_of
 from rq_ceylon.store.keys import INDEX_SHARDS, STREAMS, Keys
 from rq_ceylon.store.scripts import Call, command
+from rq_ceylon.store.trouble import warn_once
 
 SCAN = 500
 RUNNING = "pcs"
@@ -69,27 +70,33 @@ async def look(
         calls += [command("HEXISTS", keys.group_part(gid, "tasks"), tid) for tid in (tids if doubtful else ())]
         calls.append(command("HMGET", keys.group_part(gid, "results"), *tids))
     meta, events, *rest = await connection.run(calls)
-    view = _view(gid, _fields(meta), int(events))
+    view = _view(gid, meta, events)
     if view is None:
         raise NotFoundError(
             f"group {gid!r} is not known in namespace {keys.namespace!r}; "
             "it was never submitted, or it was pruned after its retention"
         )
     *are_open, texts = rest or [()]
-    found = {tid: result_of(tid, text) for tid, text in zip(tids, texts, strict=True) if text}
+    found = _results(gid, tids, texts)
     missing = {tid for tid, is_open in zip(tids, are_open, strict=False) if not is_open and tid not in found}
     return view, found, missing
 
 
 async def views(connection: Connection, keys: Keys, gids: Sequence[str]) -> AsyncIterator[tuple[str, GroupView | None]]:
     """
-    Groups in the given order; None for those that are gone.
+    Groups in the given order; None for those that are gone, or cannot be read, which is said once.
     """
     for first in range(0, len(gids), 100):
         some = gids[first : first + 100]
-        replies = await connection.run([call for gid in some for call in _view_calls(keys, gid)])
+        calls = [call for gid in some for call in _view_calls(keys, gid)]
+        replies = await connection.run(calls, refusals=True)
         for gid, meta, events in zip(some, replies[::2], replies[1::2], strict=True):
-            yield gid, _view(gid, _fields(meta), int(events))
+            try:
+                view = _view(gid, meta, events)
+            except RecordError as error:
+                warn_once(f"Left out: {error}")
+                view = None
+            yield gid, view
 
 
 def _view_calls(keys: Keys, gid: str) -> list[Call]:
@@ -139,12 +146,20 @@ async def due_groups(connection: Connection, keys: Keys, now_ms: int, limit: int
 
 
 def _fields(reply: Any) -> dict[str, str]:
+    if isinstance(reply, CeylonError):
+        raise reply
     return reply if isinstance(reply, dict) else dict(zip(reply[::2], reply[1::2], strict=True))
 
 
-def _view(gid: str, meta: Mapping[str, str], events: int) -> GroupView | None:
-    if "status" not in meta:
-        return None
+def _view(gid: str, meta_reply: Any, events: Any) -> GroupView | None:
+    if isinstance(events, CeylonError):
+        raise events
+    with reading(f"group {gid!r}"):
+        meta = _fields(meta_reply)
+        return _group_view(gid, meta, int(events)) if "status" in meta else None
+
+
+def _group_view(gid: str, meta: Mapping[str, str], events: int) -> GroupView:
     undecided = {line.split("|")[0]: int(line.split("|")[3]) for line in meta.get("goals", "").split(";") if line}
     if meta["status"] == GroupStatus.WAITING:
         undecided = {}  # its deadlines are counted from its start
@@ -181,7 +196,8 @@ async def events(connection: Connection, keys: Keys, gid: str, start: int) -> li
     """
     first = max(start, 1) - 1
     (lines,) = await connection.run([command("LRANGE", keys.group_part(gid, "events"), first, first + SCAN - 1)])
-    return [event_of(first + 1 + i, line) for i, line in enumerate(lines)]
+    with reading(f"an event of group {gid!r}"):
+        return [event_of(first + 1 + i, line) for i, line in enumerate(lines)]
 
 
 async def new_events(
@@ -237,7 +253,8 @@ async def scan(connection: Connection, key: str) -> AsyncIterator[dict[str, str]
 
 async def some_tasks(connection: Connection, keys: Keys, gid: str, tids: Sequence[str]) -> list[TaskView]:
     """
-    These tasks, in this order; those that the group does not have are left out.
+    These tasks, in this order; those that the group does not have are left out, and those that cannot be read, which is
+    said once.
     """
     if not tids:
         return []
@@ -246,14 +263,28 @@ async def some_tasks(connection: Connection, keys: Keys, gid: str, tids: Sequenc
         + [command("HMGET", keys.group_part(gid, "meta"), "status", "defaults")]
     )
     status, defaults = replies[4]
-    shared = decode(defaults) if defaults else {}
+    with reading(f"the defaults of group {gid!r}"):
+        shared = decode(defaults) if defaults else {}
     closed = status in (GroupStatus.CLOSING, GroupStatus.FINISHED)
     found = []
     for tid, text, claim, needs, result in zip(tids, *replies[:4], strict=True):
-        if result:
-            found.append(_ended(result_of(tid, result)))
-        elif text:
-            found.append(_open(tid, text, claim, int(needs or 0), shared, closed=closed))
+        try:
+            with reading(f"task {gid}/{tid}"):
+                if result:
+                    found.append(_ended(result_of(tid, result)))
+                elif text:
+                    found.append(_open(tid, text, claim, int(needs or 0), shared, closed=closed))
+        except RecordError as error:
+            warn_once(f"Left out: {error}")
+    return found
+
+
+def _results(gid: str, tids: Sequence[str], texts: Sequence[str | None]) -> dict[str, TaskResult]:
+    found = {}
+    for tid, text in zip(tids, texts, strict=True):
+        if text:
+            with reading(f"the result of task {gid}/{tid}"):
+                found[tid] = result_of(tid, text)
     return found
 
 
@@ -317,8 +348,13 @@ async def running(connection: Connection, keys: Keys, gid: str) -> list[TaskView
 
 async def _with_progress(connection: Connection, keys: Keys, gid: str, views: list[TaskView]) -> list[TaskView]:
     names = sorted({view.worker for view in views if view.status is TaskStatus.IN_PROGRESS})
-    texts = await connection.run([command("GET", keys.worker(name)) for name in names])
-    said = {task: tuple(words) for text in texts if text for task, words in decode(text).get("progress", {}).items()}
+    said: dict[str, tuple[float | None, str]] = {}
+    for name, facts in (await _heartbeats(connection, keys, names)).items():
+        try:
+            with reading(f"the progress in the heartbeat of {name!r}"):
+                said |= {task: (part, words) for task, (part, words) in (facts or {}).get("progress", {}).items()}
+        except RecordError as error:
+            warn_once(f"Left out: {error}")
     return [replace(view, progress=said.get(f"{gid}/{view.id}", view.progress)) for view in views]
 
 
@@ -329,7 +365,7 @@ async def results(connection: Connection, keys: Keys, gid: str, tids: Sequence[s
     if not tids:
         return {}
     (texts,) = await connection.run([command("HMGET", keys.group_part(gid, "results"), *tids)])
-    return {tid: result_of(tid, text) for tid, text in zip(tids, texts, strict=True) if text}
+    return _results(gid, tids, texts)
 
 
 async def count_open(connection: Connection, keys: Keys, gid: str, tids: Iterable[str]) -> int:
@@ -345,7 +381,8 @@ async def needs(connection: Connection, keys: Keys, gid: str, tids: Sequence[str
     What those of these tasks need that have not ended; of the others it is no longer known.
     """
     (texts,) = await connection.run([command("HMGET", keys.group_part(gid, "tasks"), *tids)])
-    bodies = {tid: decode(task_parts(text)[-1]) for tid, text in zip(tids, texts, strict=True) if text}
+    with reading(f"a task of group {gid!r}"):
+        bodies = {tid: decode(task_parts(text)[-1]) for tid, text in zip(tids, texts, strict=True) if text}
     return {tid: body["needs"] for tid, body in bodies.items() if body.get("needs")}
 
 
@@ -357,10 +394,13 @@ async def stopping(connection: Connection, keys: Keys, wanted: Mapping[str, Sequ
     for gid, tids in wanted.items():
         calls.append(command("HGET", keys.group_part(gid, "meta"), "stop"))
         calls.append(command("HMGET", keys.group_part(gid, "claims"), *tids))
-    replies = iter(await connection.run(calls))
+    replies = iter(await connection.run(calls, refusals=True))
     found: set[tuple[str, str]] = set()
     for gid, tids in wanted.items():
         stop, claims = next(replies) == "1", next(replies)
+        if isinstance(claims, CeylonError):
+            warn_once(f"Tasks of group {gid!r} cannot be cancelled here: {claims}")
+            continue
         found.update((gid, tid) for tid, claim in zip(tids, claims, strict=True) if stop or (claim or "")[:1] == "c")
     return found
 
@@ -378,29 +418,65 @@ async def registered(connection: Connection, keys: Keys) -> dict[str, WorkerView
     All names that ever registered and did not say farewell; None where the heartbeat is gone.
     """
     (names,) = await connection.run([command("SMEMBERS", keys.workers)])
-    names = sorted(names)
-    texts = await connection.run([command("GET", keys.worker(name)) for name in names])
-    return {name: _worker(name, text) for name, text in zip(names, texts, strict=True)}
+    found = await _heartbeats(connection, keys, sorted(names))
+    return {name: None if facts is None else _worker(name, facts) for name, facts in found.items()}
 
 
-def _worker(name: str, text: str | None) -> WorkerView | None:
-    if text is None:
-        return None
-    # Another version's may lack fields: an unknown value is better than no list at all.
-    facts = decode(text)
-    return WorkerView(name, **{one.name: facts[one.name] for one in fields(WorkerView) if one.name in facts})
+async def _heartbeats(connection: Connection, keys: Keys, names: Sequence[str]) -> dict[str, dict[str, Any] | None]:
+    """
+    What the heartbeats of these workers and monitors say: None without one, {} where it cannot be read, which is said
+    once. Such a one lives all the same.
+    """
+    replies = await connection.run([command("GET", keys.worker(name)) for name in names], refusals=True)
+    found: dict[str, dict[str, Any] | None] = {}
+    for name, reply in zip(names, replies, strict=True):
+        try:
+            if isinstance(reply, CeylonError):
+                raise reply
+            with reading(f"the heartbeat of {name!r}"):
+                found[name] = None if reply is None else dict(decode(reply))
+        except RecordError as error:
+            warn_once(str(error))
+            found[name] = {}
+    return found
+
+
+def _worker(name: str, facts: Mapping[str, Any]) -> WorkerView:
+    # Another version's may lack fields, or mean something else by them: an unknown value is better than no list at all.
+    plain = WorkerView(name)
+    known = {one.name: facts[one.name] for one in fields(WorkerView) if one.name in facts and one.name != "name"}
+    fit = {field: value for field, value in known.items() if _is_alike(value, getattr(plain, field))}
+    if len(fit) < len(known):
+        warn_once(f"the heartbeat of {name!r} is read without: {', '.join(sorted(known.keys() - fit.keys()))}")
+    return replace(plain, **fit)
+
+
+def _is_alike(value: Any, plain: Any) -> bool:
+    """
+    Whether a value of a heartbeat is of the kind that its field holds: text, a number, a list of texts or a mapping of
+    texts to numbers.
+    """
+    match plain:
+        case bool() | str():
+            return type(value) is type(plain)
+        case int():
+            return type(value) is int
+        case tuple():
+            return isinstance(value, list) and all(isinstance(one, str) for one in value)
+        case _:
+            return isinstance(value, dict) and all(type(one) is int for one in value.values())
 
 
 async def low_marks(connection: Connection, keys: Keys, names: Iterable[str], role: str) -> dict[str, int | None]:
     """
     Per worker the fence in this role below which it holds nothing; None without a heartbeat.
     """
-    names = sorted(names)
-    texts = await connection.run([command("GET", keys.worker(name)) for name in names])
-    return {
-        name: decode(text).get("low_marks", {}).get(role, 0) if text else None
-        for name, text in zip(names, texts, strict=True)
-    }
+    marks: dict[str, int | None] = {}
+    for name, facts in (await _heartbeats(connection, keys, sorted(names))).items():
+        mine = facts.get("low_marks") if facts else None
+        mark = mine.get(role) if isinstance(mine, dict) else 0
+        marks[name] = None if facts is None else mark if isinstance(mark, int) else 0
+    return marks
 
 
 async def lease_s(connection: Connection, keys: Keys, role: str) -> float:
@@ -445,7 +521,15 @@ async def roles(connection: Connection, keys: Keys) -> list[RoleView]:
     for name in names:
         entries = sum(_number(next(replies)) for _ in STREAMS)
         delivered = sum(_pending(next(replies)) for _ in STREAMS)
-        unknown, delayed, meta = _number(next(replies)), _number(next(replies)), _fields(next(replies))
+        unknown, delayed = _number(next(replies)), _number(next(replies))
+        totals, is_paused = dict[str, int](), False
+        try:
+            with reading(f"role {name!r}"):
+                meta = _fields(next(replies))
+                totals = {key[6:]: int(value) for key, value in meta.items() if key.startswith("total:")}
+                is_paused = meta.get("paused") == "1"
+        except RecordError as error:
+            warn_once(f"Shown without its totals: {error}")
         mine = serving[name]
         found.append(
             RoleView(
@@ -456,8 +540,8 @@ async def roles(connection: Connection, keys: Keys) -> list[RoleView]:
                 workers=len(mine),
                 slots=sum(worker.slots for worker in mine),
                 busy=sum(len(worker.tasks) for worker in mine),
-                totals={key[6:]: int(value) for key, value in meta.items() if key.startswith("total:")},
-                paused=meta.get("paused") == "1",
+                totals=totals,
+                paused=is_paused,
             )
         )
     return found

@@ -13,7 +13,7 @@ from typing import Any
 import redis
 from loguru import logger
 
-from rq_ceylon.errors import CeylonError, ConnectionLostError, QueueFullError, RedisError
+from rq_ceylon.errors import CeylonError, ConnectionLostError, QueueFullError, RecordError, RedisError
 from rq_ceylon.settings import Place, masked, place_of, shown_address
 
 LOST = (redis.ConnectionError, redis.TimeoutError, OSError)
@@ -162,6 +162,8 @@ def classified(error: BaseException, url: str, about: str = "") -> CeylonError:
         return RedisError(f"Redis at {where} holds data of another version of rq-ceylon ({text}); upgrade this one")
     if wrong := _wrong_kind(text, place_of(url)) or _tls_problem(text):
         return RedisError(f"Redis at {where} {wrong}")
+    if "WRONGTYPE" in text:
+        return RecordError(f"Redis at {where} holds something else in place of a record ({about or text})")
     for code, plain in _PASSING.items():
         if code in text:
             return ConnectionLostError(f"Cannot reach Redis at {where} ({plain})")

@@ -377,7 +377,7 @@ class LoneClient(Actor):
         delay = self.random.choice((None, None, 0.02))
         self.left -= 1
         ready = stage(Task(uses="work", role=role, arguments={"kind": kind}, delay=delay), None)
-        return _Waiting(ready, _Accepted())  # type: ignore[arg-type]
+        return _Waiting(ready, _Accepted(), 0)  # type: ignore[arg-type]
 
 
 class Timer(Actor):

@@ -1,0 +1,128 @@
+"""
+Records that this version cannot read: a newer one wrote them, or something else did. They are left out, and named once;
+everything beside them is served, and no worker, monitor or command ends of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import redis
+from commands import LIMIT_S, Commands, eventually
+
+from rq_ceylon import Ceylon, Client, Goal, TaskGroup
+from rq_ceylon.errors import RecordError
+from rq_ceylon.monitor import Monitor
+from rq_ceylon.store.keys import Keys
+from rq_ceylon.worker.loop import Worker
+
+pytestmark = pytest.mark.anyio
+
+BAD_META: dict[str, Callable[[Any, str], Any]] = {
+    "an unknown status": lambda raw, key: raw.hset(key, "status", "hibernating"),
+    "a counter that is no number": lambda raw, key: raw.hset(key, mapping={"status": "active", "total": "many"}),
+    "goals in another form": lambda raw, key: raw.hset(key, mapping={"status": "active", "goals": "g"}),
+    "specs that are no JSON": lambda raw, key: raw.hset(key, mapping={"status": "active", "specs": "["}),
+    "specs of another form": lambda raw, key: raw.hset(key, mapping={"status": "active", "specs": "[7]"}),
+    "not UTF-8": lambda raw, key: raw.hset(key, "status", b"\xff"),
+    "a text": lambda raw, key: raw.set(key, "x"),
+}
+
+BAD_HEARTBEATS: dict[str, Callable[[Any, str], Any]] = {
+    "no JSON": lambda raw, key: raw.set(key, "{"),
+    "not UTF-8": lambda raw, key: raw.set(key, b"\xff"),
+    "another JSON": lambda raw, key: raw.set(key, "[1]"),
+    "a hash": lambda raw, key: raw.hset(key, "a", 1),
+    "fields of other kinds": lambda raw, key: raw.set(
+        key, json.dumps({"roles": 7, "slots": "x", "tasks": [1], "low_marks": [1], "task_names": {"a": 1}, "new": 1})
+    ),
+}
+
+
+def forge(raw: Any, keys: Keys) -> None:
+    """
+    Every bad record at once, beside what is good.
+    """
+    for number, bad in enumerate(BAD_META.values()):
+        gid = f"bad-{number}"
+        bad(raw, keys.group_part(gid, "meta"))
+        raw.zadd(keys.index_of(gid), {gid: 1})
+    for number, bad in enumerate(BAD_HEARTBEATS.values()):
+        name = f"odd-{number}"
+        bad(raw, keys.worker(name))
+        raw.sadd(keys.workers, name)
+    raw.set(keys.role_part("odd", "meta"), "x")
+    raw.sadd(keys.roles, "odd")
+
+
+async def test_everything_beside_a_record_that_cannot_be_read_is_served(
+    app: Ceylon, client: Client, redis_url: str, namespace: str, said: list[str]
+) -> None:
+    @app.task(role="r")
+    async def work() -> str:
+        return "done"
+
+    raw, keys = redis.Redis.from_url(redis_url), Keys(namespace)
+    forge(raw, keys)
+    monitor = Monitor(redis_url, namespace=namespace)
+    worker = Worker(redis_url, registry=app.registry, namespace=namespace, roles=["r"], lease_s=0.5)
+    running = [asyncio.create_task(part.run()) for part in (worker, monitor)]
+    handle = await client.submit(TaskGroup("good", [work.bind()], goal=Goal("completed >= 1", name="all")))
+    await handle.wait("all", LIMIT_S)
+    await eventually(lambda: any("Goal achieved: all" in line for line in said), "the monitor tells of the goal")
+
+    assert [view.id for view in await client.groups()] == [handle.id]
+    names = {view.name for view in await client.workers()}
+    assert names == {worker.name, monitor.name, *(f"odd-{number}" for number in range(len(BAD_HEARTBEATS)))}
+    assert {role.name for role in await client.roles()} == {"r", "odd"}
+    assert not [task for task in running if task.done()]
+    for part in (worker, monitor):
+        part.stop()
+    await asyncio.gather(*running)
+    for number in range(len(BAD_META)):
+        assert len([line for line in said if f"bad-{number}" in line and line.startswith("WARNING: Left out")]) == 1
+    assert not [line for line in said if "Traceback" in line]
+
+
+async def test_a_group_that_cannot_be_read_is_refused_in_words_where_it_is_asked_for(
+    client: Client, redis_url: str, namespace: str
+) -> None:
+    with redis.Redis.from_url(redis_url) as raw:
+        for number, bad in enumerate(BAD_META.values()):
+            gid = f"bad-{number}"
+            bad(raw, Keys(namespace).group_part(gid, "meta"))
+            with pytest.raises(RecordError, match=r"cannot be read|something else"):
+                await client.group(gid).view()
+
+
+async def test_results_and_events_that_cannot_be_read_are_refused_in_words(
+    app: Ceylon, client: Client, redis_url: str, namespace: str
+) -> None:
+    keys = Keys(namespace)
+
+    @app.task(role="r")
+    async def work() -> str:
+        return "done"
+
+    worker = Worker(redis_url, registry=app.registry, namespace=namespace, roles=["r"], burst=True)
+    handle = await client.submit(TaskGroup("g", [work.bind()]))
+    await worker.run()
+    with redis.Redis.from_url(redis_url) as raw:
+        raw.hset(keys.group_part(handle.id, "results"), "1", "completed|in|another|form")
+        raw.lset(keys.group_part(handle.id, "events"), 0, "another form")
+    for read in (handle.task("1").result(LIMIT_S), anext(handle.events())):
+        with pytest.raises(RecordError, match="cannot be read"):
+            await read
+
+
+def test_commands_show_what_they_can_read(commands: Commands, redis_url: str) -> None:
+    with redis.Redis.from_url(redis_url) as raw:
+        forge(raw, Keys("ceylon"))
+    for name, code in {"status": 0, "groups": 0, "workers": 0, "audit": 1}.items():
+        ended = commands.run("ceylon", name)
+        assert ended.returncode == code, (name, ended.stderr)
+        assert "Traceback" not in ended.stderr
