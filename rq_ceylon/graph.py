@@ -16,6 +16,9 @@ from typing import NoReturn
 from rq_ceylon.errors import InvalidInputError, guess
 
 MAX_NEEDS = 256
+FEWER_NEEDS = (
+    f"a task may need {MAX_NEEDS}; put it into a second group with depends_on, which waits for the whole first"
+)
 _SHOWN_IDS = 10
 
 
@@ -57,8 +60,7 @@ def _check(task_id: str, wanted: Sequence[str], needs: Mapping[str, Sequence[str
     if isinstance(wanted, str):
         raise InvalidInputError(f"{where}: the needs of {task_id!r} are the text {wanted!r}; give a list of ids")
     if len(wanted) > MAX_NEEDS:
-        remedy = f"a task may need {MAX_NEEDS}; put a task in between that gathers some of them"
-        raise InvalidInputError(f"{where}: {task_id!r} needs {len(wanted)} tasks; {remedy}")
+        raise InvalidInputError(f"{where}: {task_id!r} needs {len(wanted):,} tasks; {FEWER_NEEDS}")
     for other in wanted:
         if other == task_id:
             raise InvalidInputError(f"{where}: {task_id!r} needs itself; remove it from its needs")

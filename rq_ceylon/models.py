@@ -34,6 +34,12 @@ DEFAULT_TIMEOUT_S = 3600.0
 DEFAULT_MAX_ATTEMPTS = 3
 DEFAULT_RETENTION_S = 24 * 3600.0
 DEPENDS_ON_MAX = 64
+PAYLOAD_BYTES_MAX = 1024 * 1024
+"""Of one task as it is sent: its arguments, metadata and needs."""
+DEFAULTS_BYTES_MAX = 64 * 1024
+"""The defaults of a group travel with every delivery of its tasks."""
+DESCRIPTION_MAX = 10_000
+KEY_MAX = 1_000
 
 
 class TaskStatus(StrEnum):
@@ -113,9 +119,9 @@ def seconds(value: Duration, name: str) -> float:
             result = float(value)
         case timedelta():
             result = value.total_seconds()
-        case str() if _DURATION.fullmatch(value.strip()):
+        case str() if len(value) <= 100 and _DURATION.fullmatch(value.strip()):
             result = sum(float(number) * _UNIT_S[unit] for number, unit in _DURATION_PART.findall(value))
-        case str() if re.fullmatch(r"\d+(\.\d+)?", value.strip()):
+        case str() if len(value) <= 100 and re.fullmatch(r"\d+(\.\d+)?", value.strip()):
             result = float(value)
         case _:
             raise InvalidInputError(f"{name}: {value!r} is not a duration; {remedy}")

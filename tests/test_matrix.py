@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rq_ceylon.client import check_group
@@ -204,6 +204,160 @@ def test_values_of_a_matrix_are_not_read_again() -> None:
     assert task.arguments == {"x": "${{ matrix.n }}"}
 
 
+AXIS_VALUES = st.lists(
+    st.sampled_from(["a", "b", "a-b", "in/a", "0", "1", "2", "x y", ""]) | st.integers(-2, 3),
+    min_size=1,
+    max_size=4,
+    unique_by=json.dumps,
+)
+
+
+@settings(deadline=None)
+@given(AXIS_VALUES, AXIS_VALUES, st.data())
+def test_a_need_by_look_ups_is_the_combination_of_the_same_values_or_is_refused(
+    one: list[Any], two: list[Any], data: st.DataObject
+) -> None:
+    fewer = [data.draw(st.lists(st.sampled_from(values), min_size=1, unique_by=json.dumps)) for values in (one, two)]
+    document = {
+        "name": "x",
+        "tasks": {
+            "fetch": {"matrix": {"n": one, "m": two}, "with": {"n": "${{ matrix.n }}", "m": "${{ matrix.m }}"}},
+            "check": {
+                "matrix": {"m": fewer[1], "n": fewer[0]},
+                "needs": "fetch-${{ matrix.n }}-${{ matrix.m }}",
+                "with": {"n": "${{ matrix.n }}", "m": "${{ matrix.m }}"},
+            },
+        },
+    }
+
+    (group,) = load(json.dumps(document), "group.json")
+
+    arguments = {task.id: task.arguments for task in group.tasks}
+    for task in group.tasks:
+        for need in task.needs:
+            assert arguments[need] == task.arguments
+    assert len(arguments) == len(one) * len(two) + len(fewer[0]) * len(fewer[1])
+
+
+@settings(deadline=None)
+@given(AXIS_VALUES, AXIS_VALUES)
+def test_a_value_that_the_needed_task_has_not_is_never_another_one(have: list[Any], want: list[Any]) -> None:
+    tasks = {
+        "fetch": {"matrix": {"n": have}, "with": {"n": "${{ matrix.n }}"}},
+        "check": {"matrix": {"n": want}, "needs": ["fetch-${{ matrix.n }}"], "with": {"n": "${{ matrix.n }}"}},
+    }
+    try:
+        (group,) = load(json.dumps({"name": "x", "tasks": tasks}), "group.json")
+    except GroupFileError:
+        return
+    values = {task.id: task.arguments["n"] for task in group.tasks}
+
+    for task in group.tasks:
+        for need in task.needs:
+            assert str(values[need]) == str(task.arguments["n"])
+
+
+def test_a_need_is_found_by_its_values_though_each_matrix_numbers_its_own() -> None:
+    found = tasks("""
+  fetch: {matrix: {file: [in/a, in/b, in/c]}}
+  check: {matrix: {file: [in/b, in/c]}, needs: "fetch-${{ matrix.file }}"}
+  of-a-part: {matrix: {of: [{file: in/c}]}, needs: "fetch-${{ matrix.of.file }}"}
+  by-id: {needs: fetch-2}
+  by-name: {matrix: {what: [fetch-0, check]}, needs: "${{ matrix.what }}"}
+""")
+
+    assert {task.id: task.needs for task in found if not task.id.startswith("fetch")} == {  # type: ignore[union-attr]
+        "check-0": ["fetch-1"],
+        "check-1": ["fetch-2"],
+        "of-a-part-0": ["fetch-2"],
+        "by-id": ["fetch-2"],
+        "by-name-fetch-0": ["fetch-0"],
+        "by-name-check": ["check-0", "check-1"],
+    }
+
+
+# ---- include and exclude ---------------------------------------------------------------------------------------------
+def test_exclude_leaves_out_every_combination_that_it_fits() -> None:
+    found = tasks("""
+  t:
+    matrix:
+      os: [linux, windows]
+      n: {range: [1, 4]}
+      exclude: [{os: windows, n: 1}, {n: 3}]
+""")
+
+    assert ids(found) == ["t-linux-1", "t-linux-2", "t-windows-2"]
+
+
+def test_include_adds_values_where_it_fits_and_else_a_combination() -> None:
+    """
+    The example of the documentation of GitHub Actions, and its result.
+    """
+    found = tasks("""
+  t:
+    matrix:
+      fruit: [apple, pear]
+      animal: [cat, dog]
+      include:
+        - {color: green}
+        - {color: pink, animal: cat}
+        - {fruit: apple, shape: circle}
+        - {fruit: banana}
+        - {fruit: banana, animal: cat}
+""")
+
+    assert ids(found) == [f"t-{number}" for number in range(6)]
+    include: list[dict[str, Any]] = [
+        {"color": "green"},
+        {"color": "pink", "animal": "cat"},
+        {"fruit": "apple", "shape": "circle"},
+        {"fruit": "banana"},
+        {"fruit": "banana", "animal": "cat"},
+    ]
+    axes = [Axis("fruit", ["apple", "pear"]), Axis("animal", ["cat", "dog"])]
+    assert [values for values, _ in Matrix("t", axes, include=include).rows()] == [
+        {"fruit": "apple", "animal": "cat", "color": "pink", "shape": "circle"},
+        {"fruit": "apple", "animal": "dog", "color": "green", "shape": "circle"},
+        {"fruit": "pear", "animal": "cat", "color": "pink"},
+        {"fruit": "pear", "animal": "dog", "color": "green"},
+        {"fruit": "banana"},
+        {"fruit": "banana", "animal": "cat"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("matrix", "expected"),
+    [
+        ("os: [linux], n: ['1'], include: [{os: mac, n: '1'}]", ["t-linux-1", "t-mac-1"]),
+        ("os: [linux], include: [{os: linux, fast: true}]", ["t-linux"]),
+        ("os: [linux], include: [{os: mac, n: 1}, {os: mac, n: 2}]", ["t-0", "t-1", "t-2"]),
+        ("include: [{site: a, at: b}, {site: c, at: d}]", ["t-a-b", "t-c-d"]),
+        ("include: [{site: a}, {at: d}]", ["t-0", "t-1"]),
+        ("include: [{site: a/b}]", ["t-0"]),
+        ("n: [1, 2], exclude: [{n: 1}], include: [{n: 1}]", ["t-2", "t-1"]),
+        ("a: [" + "x" * 24 + "], b: [" + "y" * 24 + "], c: [" + "z" * 24 + "], include: [{d: 1}]", ["t-0"]),
+        ("of: [{k: 1, l: 2}, {k: 3}], exclude: [{of: {l: 2, k: 1}}]", ["t-1"]),
+    ],
+)
+def test_ids_of_chosen_combinations(matrix: str, expected: list[str]) -> None:
+    assert ids(tasks(f"  t: {{matrix: {{{matrix}}}}}")) == expected
+
+
+def test_needs_know_chosen_combinations_by_value() -> None:
+    found = tasks("""
+  build:
+    matrix: {os: [linux, mac], n: [1, 2], exclude: [{os: mac, n: 1}], include: [{os: bsd, n: 1}]}
+  test: {matrix: {os: [bsd, mac], n: [1, 2], exclude: [{os: mac, n: 1}, {os: bsd, n: 2}]},
+         needs: "build-${{ matrix.os }}-${{ matrix.n }}"}
+""")
+
+    assert [task.needs for task in found][4:] == [["build-bsd-1"], ["build-mac-2"]]
+    assert problems("""
+  build: {matrix: {os: [linux, mac], n: [1, 2], exclude: [{os: mac, n: 1}]}}
+  test: {matrix: {os: [mac], n: [1]}, needs: "build-${{ matrix.os }}-${{ matrix.n }}"}
+""") == ["46: tasks.test.needs[0]: no task has the id 'build-mac-1'; did you mean \"build\"?"]
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 FORMS = "write ${{ matrix.NAME }} in a task with a matrix, or $${{ for these characters themselves"
 RANGE = "write [first, end] or [first, end, step] in whole numbers; the end is not included"
@@ -273,7 +427,38 @@ VALUES = "where values are needed; write [first, second], or {range: [first, end
          "1: tasks: tasks need each other in a circle: a -> b -> a; remove one of these needs"),
         ("  a: {matrix: {n: {range: [0, 257]}}}\n  b: {needs: a}",
          "14: tasks.b.needs: it needs 257 tasks; a task may need 256; "
-         "put a task in between that gathers some of them"),
+         "put it into a second group with depends_on, which waits for the whole first"),
+        ("  a: {matrix: {n: [b c, 1]}}\n  b: {needs: a-1}\n  a-x: {matrix: {n: [2]}}\n  c: {needs: a-2}",
+         "14: tasks.c.needs[0]: no task has the id 'a-2'; did you mean \"a-x\"?"),
+        ("  a: {matrix: {n: [1, b c]}}\n  b: {needs: a-1}",
+         "14: tasks.b.needs[0]: 'a-1' can mean each of a-0, a-1; rename a task, or write other values"),
+        ("  a: {matrix: {n: [5, b c]}}\n  a-5: {}\n  b: {matrix: {n: [5]}, needs: 'a-${{ matrix.n }}'}",
+         "32: tasks.b.needs[0]: 'a-5' can mean each of a-0, a-5; rename a task, or write other values"),
+        ("  a: {matrix: {n: [b c, d e]}}\n  b: {matrix: {n: [0, 1]}, needs: 'a-${{ matrix.n }}'}",
+         "35: tasks.b.needs[0]: no task has the id 'a-0'; name a task of this group"),
+        ("  a: {matrix: {n: [1], exclude: [{n: 1}]}}",
+         "15: tasks.a.matrix: exclude leaves no combination; leave one, or remove the task"),
+        ("  a: {matrix: {n: [1], exclude: [{m: 1}]}}",
+         "35: tasks.a.matrix.exclude[0].m: 'm' is not an axis of this matrix; the axes are n"),
+        ("  a: {matrix: {n: ['3.1', x], exclude: [{n: 3.1}]}}",
+         "45: tasks.a.matrix.exclude[0].n: 3.1 is not '3.1', the value of the axis 'n'; write it alike"),
+        ("  a: {matrix: {n: ['3.1', x], include: [{n: 3.1, m: 1}]}}",
+         "45: tasks.a.matrix.include[0].n: 3.1 is not '3.1', the value of the axis 'n'; write it alike"),
+        ("  a: {matrix: {n: [1], exclude: [{n: 2}]}}",
+         "38: tasks.a.matrix.exclude[0].n: 2 is no value of the axis 'n'; name one, or remove this"),
+        ("  a: {matrix: {n: [1], exclude: {n: 2}}}",
+         "33: tasks.a.matrix.exclude: a mapping where combinations are needed; write [{axis: value}]"),
+        ("  a: {matrix: {n: [1], include: [1]}}",
+         "33: tasks.a.matrix.include: a list where combinations are needed; write [{axis: value}]"),
+        ("  a: {matrix: {include: []}}",
+         "25: tasks.a.matrix.include: an empty list where combinations are needed; write [{axis: value}]"),
+        ("  a: {matrix: {n: [1], include: [{2n: 1}]}}",
+         "35: tasks.a.matrix.include[0].2n: '2n' is not usable as a name; "
+         "use letters, digits, _ and -, not a digit first"),
+        ("  a: {matrix: {n: {range: [0, 10001]}, exclude: [{n: 1}]}}",
+         "15: tasks.a.matrix: 10,001 combinations; give a matrix with exclude or include at most 10,000"),
+        ("  a: {matrix: {n: [1, 2], include: [{n: 1, m: x}]}, with: {m: '${{ matrix.m }}'}}",
+         "63: tasks.a.with.m: matrix.m finds nothing in {'n': 2}; add it to the matrix"),
     ],
 )  # fmt: skip
 def test_each_mistake_is_told_with_its_place_and_a_remedy(text: str, says: str) -> None:

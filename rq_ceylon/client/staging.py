@@ -18,7 +18,11 @@ from rq_ceylon.graph import in_order
 from rq_ceylon.handlers import Registry
 from rq_ceylon.models import (
     DEFAULT_ROLE,
+    DEFAULTS_BYTES_MAX,
     DEPENDS_ON_MAX,
+    DESCRIPTION_MAX,
+    KEY_MAX,
+    PAYLOAD_BYTES_MAX,
     Duration,
     NeedPolicy,
     Priority,
@@ -31,8 +35,6 @@ from rq_ceylon.models import (
 from rq_ceylon.store.codec import encode, task_text
 from rq_ceylon.store.keys import STREAMS
 from rq_ceylon.store.transitions import SUBMIT_TASKS_MAX, GroupFacts, StagedTask, in_batches
-
-PAYLOAD_BYTES_MAX = 1024 * 1024
 
 
 def check_group(group: TaskGroup) -> None:
@@ -58,6 +60,14 @@ class StagedGroup:
     def __init__(self, group: TaskGroup, registry: Registry | None, *, gid: str) -> None:
         if not isinstance(group.name, str) or not 0 < len(group.name) <= 200:
             raise InvalidInputError(f"group: name: {group.name!r} is not usable; give 1 to 200 characters")
+        _check_text(group.description, "group: description", DESCRIPTION_MAX)
+        _check_text(group.key or "", "group: key", KEY_MAX)
+        defaults = _present(_shared(group.defaults, "defaults"))
+        if (size := len(_encoded(defaults, "defaults"))) > DEFAULTS_BYTES_MAX:
+            raise PayloadTooLargeError(
+                f"group: defaults: {size:,} bytes, {DEFAULTS_BYTES_MAX:,} are allowed; "
+                "give large values to the tasks that need them"
+            )
         self.group, self.gid = group, gid
         self.what = f"group {group.name!r}"
         self.goals = compile_goals(group.goal)
@@ -66,7 +76,7 @@ class StagedGroup:
             retention_ms=round(seconds(group.retention, "retention") * 1000),
             key=group.key or "",
             description=group.description,
-            defaults=_present(_shared(group.defaults, "defaults")),
+            defaults=defaults,
             goals=self.goals,
             depends_on=_others(group.depends_on, f"{self.what}: depends_on"),
             on_need_failed=_need_policy(group.on_need_failed, f"{self.what}: on_need_failed"),
@@ -167,10 +177,10 @@ def stage(
     rank = task.priority or defaults.priority or priority or (handler.priority if handler else None) or Priority.NORMAL
     rank = check_priority(rank, f"{where}: priority")
     body = {**_shared(task, where), "arguments": arguments or None, "needs": list(task.needs) or None}
-    blob, known = _encoded(body, where), b""
+    blob, known = _encoded(_present(body), where), b""
     if registry is not None and registry.on_submit:
         metadata = {**_added(task, registry, where), **(task.metadata or {})}
-        blob, known = _encoded({**body, "metadata": metadata or None}, where), blob
+        blob, known = _encoded(_present({**body, "metadata": metadata or None}), where), blob
     if len(blob) > PAYLOAD_BYTES_MAX:
         raise PayloadTooLargeError(
             f"{where}: its arguments are {len(blob):,} bytes, {PAYLOAD_BYTES_MAX:,} are allowed; "
@@ -181,13 +191,6 @@ def stage(
     text = task_text(role, STREAMS[rank], delay_ms, expires_ms, None, blob)
     known = known and task_text(role, STREAMS[rank], delay_ms, expires_ms, None, known)
     return ReadyTask(text, known, role, STREAMS[rank], list(dict.fromkeys(task.needs)), delay_ms)
-
-
-def _encoded(body: dict[str, Any], where: str) -> bytes:
-    try:
-        return encode(_present(body))
-    except ValueError as error:
-        raise InvalidInputError(f"{where}: it is not JSON ({error}); give plain values") from error
 
 
 def _added(task: Task, registry: Registry, where: str) -> dict[str, Any]:
@@ -201,6 +204,19 @@ def _added(task: Task, registry: Registry, where: str) -> dict[str, Any]:
             raise InvalidInputError(f"{where}: on_submit gave {more!r}; return an object of metadata, or None")
         added |= more or {}
     return added
+
+
+def _encoded(fields: dict[str, Any], where: str) -> bytes:
+    try:
+        return encode(fields)
+    except ValueError as error:
+        raise InvalidInputError(f"{where}: it is not JSON ({error}); give plain values") from error
+
+
+def _check_text(text: object, where: str, most: int) -> None:
+    if not isinstance(text, str) or len(text) > most:
+        what = f"has {len(text):,} characters" if isinstance(text, str) else f"is {text!r}"
+        raise InvalidInputError(f"{where}: it {what}; give text of at most {most:,}")
 
 
 def _shared(task: Task, where: str) -> dict[str, Any]:

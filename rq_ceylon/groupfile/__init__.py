@@ -9,12 +9,15 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from pydantic_core import to_json
+
 from rq_ceylon import goals
 from rq_ceylon.errors import guess
+from rq_ceylon.groupfile.matrix import MAX_COMBINATIONS
 from rq_ceylon.groupfile.reader import Document, Path, Problems, read
 from rq_ceylon.groupfile.shape import DefaultFields, GoalFields, GroupFields, shape
 from rq_ceylon.groupfile.tasks import read_tasks, read_texts
-from rq_ceylon.models import Goal, Task, TaskGroup
+from rq_ceylon.models import DEFAULTS_BYTES_MAX, DEPENDS_ON_MAX, Goal, Task, TaskGroup
 
 GROUP_ID = re.compile("[0-9a-v]{20}|k[0-9a-f]{20}")
 """What the ids of submitted groups look like; else `depends_on` names the key or name of a document further up."""
@@ -34,6 +37,8 @@ def load(text: str | bytes, filename: str) -> list[TaskGroup]:
     documents = read(text, problems)
     parts = [_parts(document) for document in documents]
     _check_groups(documents)
+    if (size := sum(len(fields["tasks"]) for fields in parts)) > MAX_COMBINATIONS:
+        documents[-1].add(("tasks",), f"{size:,} tasks up to here; give a file at most {MAX_COMBINATIONS:,}")
     if problems.found:
         problems.give_up()
     return [TaskGroup(**fields) for fields in parts]
@@ -64,12 +69,18 @@ def _parts(document: Document) -> dict[str, Any]:
     defaults = shape(
         document, DefaultFields, read_texts(document, ("defaults",), given.get("defaults"), None), ("defaults",)
     )
+    if defaults is not None and (size := len(to_json(defaults, exclude_none=True))) > DEFAULTS_BYTES_MAX:
+        what = f"{size:,} bytes, {DEFAULTS_BYTES_MAX:,} are allowed; give large values to the tasks that need them"
+        document.add(("defaults",), what)
     tasks, goal = read_tasks(document, given.get("tasks")), _goals(document, given.get("goal"))
     return dict(group or ()) | {"tasks": tasks, "goal": goal, "defaults": Task(**dict(defaults or ()))}
 
 
 def _goals(document: Document, data: Any) -> list[Goal]:
     found: list[Goal] = []
+    if isinstance(data, list) and len(data) > goals.MAX_GOALS:  # before any of them is read
+        document.add(("goal",), f"{len(data):,} goals; give a group at most {goals.MAX_GOALS}")
+        return []
     for at, value in enumerate(data if isinstance(data, list) else [] if data is None else [data]):
         path: Path = ("goal", at) if isinstance(data, list) else ("goal",)
         fields = shape(document, GoalFields, {"when": value} if isinstance(value, str) else value, path)
@@ -133,5 +144,5 @@ def _titles(document: Document) -> tuple[str | None, str | None]:
 
 def _depends_on(document: Document) -> Iterator[tuple[Path, str]]:
     data = document.value.get("depends_on") if isinstance(document.value, dict) else None
-    listed = data if isinstance(data, list) else [data]
+    listed = data[:DEPENDS_ON_MAX] if isinstance(data, list) else [data]
     return ((("depends_on", at), one) for at, one in enumerate(listed) if isinstance(one, str))

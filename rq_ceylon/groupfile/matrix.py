@@ -3,12 +3,17 @@ One task for every combination of a matrix: its axes, the ids of its tasks, and 
 
 A text may hold `${{ matrix.axis }}`, or `${{ matrix.axis.key }}` of a value that is a mapping: a plain look-up, nothing
 is computed. A text that is nothing else becomes the value itself. `$${{` stands for the characters `${{`.
+
+A need names a combination by the values of its axes. It is looked up by value, never by the words of another matrix:
+two axes that number their values need not number them alike.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import product
 from math import prod
 from typing import Any, NamedTuple
 
@@ -17,6 +22,8 @@ from pydantic_core import to_json
 from rq_ceylon.errors import InvalidInputError, guess
 
 MAX_COMBINATIONS = 1_000_000
+MAX_LISTED = 10_000
+"""A matrix with `exclude` or `include` is a list of combinations, and that list is kept."""
 MAX_AXES = 8
 MAX_WORD = 24
 MAX_ID = 64
@@ -25,8 +32,27 @@ MAX_BOUND = 10**15
 AXIS = "[A-Za-z_][A-Za-z0-9_-]*"
 _HOLE = re.compile(rf"\$\$\{{\{{|\$\{{\{{(?:\s*matrix\.({AXIS}(?:\.{AXIS})*)\s*\}}\}})?")
 _WORD = re.compile(rf"[A-Za-z0-9._:-]{{1,{MAX_WORD}}}")
+_INTEGER = re.compile("0|-?[1-9][0-9]{0,15}")
 
 Row = Mapping[str, Any]
+
+
+class Value(NamedTuple):
+    """
+    A piece of a need that is a value, where another piece is text as written.
+    """
+
+    value: Any
+
+
+Piece = str | Value
+
+
+def canonical(value: Any) -> str:
+    """
+    The same text for the same JSON value, in whatever order its keys stand.
+    """
+    return json.dumps(value, sort_keys=True)
 
 
 class Axis:
@@ -41,6 +67,9 @@ class Axis:
         self.name, self.values = name, values
         self.words: Sequence[str] | range = values if isinstance(values, range) else [as_text(one) for one in values]
         self._known = self.words if isinstance(self.words, range) else frozenset(self.words)
+        self._by_value: dict[str, list[int]] = {}
+        self._by_text: dict[str, list[int]] = {}
+        self.is_numbered = False
         if isinstance(self._known, frozenset) and not (
             len(self._known) == len(values) and all(map(_WORD.fullmatch, self._known))
         ):
@@ -48,6 +77,7 @@ class Axis:
 
     def number(self) -> None:
         self.words = self._known = range(len(self.values))
+        self.is_numbered = True
 
     def pairs(self) -> Iterable[tuple[Any, str]]:
         return zip(self.values, map(str, self.words), strict=True)
@@ -55,7 +85,46 @@ class Axis:
     def has(self, word: str) -> bool:
         if not isinstance(self._known, range):
             return word in self._known
-        return bool(re.fullmatch("0|-?[1-9][0-9]{0,15}", word)) and int(word) in self._known
+        return bool(_INTEGER.fullmatch(word)) and int(word) in self._known
+
+    def meant(self, pieces: Sequence[Piece]) -> Sequence[str]:
+        """
+        The words that some pieces of a need can mean: of a value those of the same value, else of one that reads the
+        same; of text as written also the word itself.
+        """
+        if len(pieces) == 1 and isinstance(pieces[0], Value):
+            return self._words_of(pieces[0].value)
+        text = joined(pieces)
+        found = [text] if self.has(text) else []
+        return [*found, *(word for word in self._words_of(text) if word != text)] if self.is_numbered else found
+
+    def _words_of(self, value: Any) -> list[str]:
+        return [str(self.words[at]) for at in self._places(value)]
+
+    def _places(self, value: Any) -> Sequence[int]:
+        """
+        Where this value stands; else where one stands that reads the same, such as the number 1 for the text "1".
+        """
+        if isinstance(self.values, range):
+            number = int(value) if isinstance(value, str) and _INTEGER.fullmatch(value) else value
+            return (self.values.index(number),) if type(number) is int and number in self.values else ()
+        if not self._by_value:
+            for at, one in enumerate(self.values):
+                self._by_value.setdefault(canonical(one), []).append(at)
+                self._by_text.setdefault(as_text(one), []).append(at)
+        return self._by_value.get(canonical(value)) or self._by_text.get(as_text(value)) or ()
+
+    def nearest(self, value: Any) -> Any:
+        """
+        This value of the axis, else one that reads the same.
+
+        Raises:
+            KeyError: there is neither.
+        """
+        places = self._places(value)
+        if not places:
+            raise KeyError(value)
+        return self.values[places[0]]
 
     @property
     def is_even(self) -> bool:
@@ -73,36 +142,130 @@ def _ends(words: Sequence[str] | range) -> Sequence[str | int]:
     return (words[0], words[-1]) if isinstance(words, range) else words
 
 
+def joined(pieces: Iterable[Piece]) -> str:
+    return "-".join(piece if isinstance(piece, str) else as_text(piece.value) for piece in pieces)
+
+
 class Matrix:
     """
     The combinations of some axes, the last axis fastest; the task `name` becomes one task for each.
 
+    Args:
+        exclude: combinations, or parts of them, that are left out.
+        include: values that are added to each combination they fit; what fits none is a combination of its own.
+
     Raises:
-        InvalidInputError: too many axes or combinations, or an id would be too long.
+        InvalidInputError: too many axes or combinations, an id would be too long, or none is left.
     """
 
-    def __init__(self, name: str, axes: Sequence[Axis]) -> None:
+    def __init__(
+        self, name: str, axes: Sequence[Axis], exclude: Sequence[Row] = (), include: Sequence[Row] = ()
+    ) -> None:
         self.name, self.axes = name, {axis.name: axis for axis in axes}
         self.checked: set[tuple[Sequence[str], bool]] = set()  # look-ups that find something in every value
+        self._longest: dict[Sequence[str], int] = {}
+        self._listed: list[tuple[Row, Row]] | None = None
+        self._ids: dict[str, int] = {}
+        self._by_words: dict[tuple[str, ...], list[str]] = {}
+        self.names = list(self.axes)
         if len(axes) > MAX_AXES:
             raise InvalidInputError(f"it: {len(axes)} axes; give a matrix at most {MAX_AXES}")
         if len(self) > MAX_COMBINATIONS:
             raise InvalidInputError(f"it: {len(self):,} combinations; give a matrix at most {MAX_COMBINATIONS:,}")
-        for axis in [axis for axis in axes if not axis.is_even][1:]:
+        rows: list[dict[str, Any]] = []
+        if exclude or include:
+            rows = self._chosen(exclude, include)
+            self.axes = _widened(self.axes, rows)
+        for axis in [axis for axis in self.axes.values() if not axis.is_even][1:]:
             axis.number()  # with two of them an id could be read in two ways: a, b-c and a-b, c
-        longest = "-".join((name, *(axis.longest for axis in axes)))
+        if exclude or include:
+            self._list(rows)
+        longest = max(self._ids, key=len, default="") or "-".join((name, *(axis.longest for axis in axes)))
         if len(longest) > MAX_ID:
             remedy = "shorten the task's name, or use fewer axes"
             raise InvalidInputError(f"it: {longest!r} has {len(longest)} characters, an id at most {MAX_ID}; {remedy}")
 
+    def _chosen(self, exclude: Sequence[Row], include: Sequence[Row]) -> list[dict[str, Any]]:
+        """
+        The combinations as CI systems choose them. `include` sees the combinations of the axes only: it never
+        overwrites the value of an axis, and adds nothing to a combination that it made itself.
+        """
+        if (size := len(self) + len(include)) > MAX_LISTED:
+            remedy = f"give a matrix with exclude or include at most {MAX_LISTED:,}"
+            raise InvalidInputError(f"it: {size:,} combinations; {remedy}")
+        texts = [[canonical(value) for value in axis.values] for axis in self.axes.values()]
+        places = {name: at for at, name in enumerate(self.axes)}
+        left_out = [[(places[key], canonical(value)) for key, value in one.items()] for one in exclude]
+        rows: list[dict[str, Any]] = []
+        codes: list[tuple[str, ...]] = []
+        if texts:
+            values = product(*(axis.values for axis in self.axes.values()))
+            for code, row in zip(product(*texts), values, strict=True):
+                if not any(all(code[at] == text for at, text in one) for one in left_out):
+                    codes.append(code)
+                    rows.append(dict(zip(self.axes, row, strict=True)))
+        made: list[dict[str, Any]] = []
+        for added in include:
+            wanted = [(places[key], canonical(value)) for key, value in added.items() if key in places]
+            more = {key: value for key, value in added.items() if key not in places}
+            fits = [fit for code, fit in zip(codes, rows, strict=True) if all(code[at] == text for at, text in wanted)]
+            for fit in fits:
+                fit.update(more)
+            if not fits:
+                made.append(dict(added))
+        if not rows and not made:
+            raise InvalidInputError("it: exclude leaves no combination; leave one, or remove the task")
+        return [*rows, *made]
+
+    def _list(self, rows: Sequence[dict[str, Any]]) -> None:
+        """
+        Keep these combinations, with ids of the words of the axes. If one has no value for an axis, an id would be too
+        long, or two would be the same, all are numbered instead, from 0.
+        """
+        words = [
+            {name: axis.meant([Value(row[name])])[0] for name, axis in self.axes.items() if name in row} for row in rows
+        ]
+        ids = [self.id(one) for one in words]
+        are_whole = all(len(one) == len(self.axes) for one in words)
+        self.is_numbered = not are_whole or len(set(ids)) < len(ids) or max(map(len, ids)) > MAX_ID
+        if self.is_numbered:
+            ids = [f"{self.name}-{at}" for at in range(len(rows))]
+            self._listed = [(row, {"": str(at)}) for at, row in enumerate(rows)]
+        else:
+            self._listed = list(zip(rows, words, strict=True))
+        self._ids = {task_id: at for at, task_id in enumerate(ids)}
+        for one, task_id in zip(words, ids, strict=True):
+            if len(one) == len(self.axes):
+                self._by_words.setdefault(tuple(one.values()), []).append(task_id)
+        self.names = list(dict.fromkeys([*self.axes, *(name for row in rows for name in row)]))
+
     def __len__(self) -> int:
+        if self._listed is not None:
+            return len(self._listed)
         return prod(len(axis.values) for axis in self.axes.values())
 
-    def rows(self, axes: Iterable[str] | None = None) -> Iterator[tuple[Row, Row]]:
+    def size(self, names: Iterable[str], *, ends: bool = False) -> int:
         """
-        Every combination of these axes, or of all: its values, and its words.
+        How many rows `rows` has.
         """
-        return _rows([self.axes[name] for name in (self.axes if axes is None else axes)], {}, {})
+        if self._listed is not None:
+            return len(self)
+        values = (self.axes[name].values for name in names)
+        return prod(2 if ends and isinstance(one, range) else len(one) for one in values)
+
+    def rows(self, axes: Iterable[str] | None = None, *, ends: bool = False) -> Iterator[tuple[Row, Row]]:
+        """
+        Every combination of these axes, or of all: its values, and its words. With `ends`, of a range only the first
+        and the last number: what holds for both holds in between, for all that a field may ask of a number.
+        """
+        if self._listed is not None:
+            return iter(self._listed)
+        chosen = [self.axes[name] for name in (self.axes if axes is None else axes)]
+        if ends:
+            chosen = [
+                Axis(one.name, list(_ends(one.values))) if isinstance(one.values, range) else one for one in chosen
+            ]
+        return _rows(chosen, {}, {})
 
     def id(self, words: Row) -> str:
         return "-".join((self.name, *words.values()))
@@ -111,8 +274,72 @@ class Matrix:
         """
         Whether a combination has this id.
         """
+        if self._listed is not None:
+            return task_id in self._ids
         start = f"{self.name}-"
-        return task_id.startswith(start) and _is_row(task_id[len(start) :].split("-"), [*self.axes.values()])
+        pieces = task_id[len(start) :].split("-")
+        return task_id.startswith(start) and any(True for _ in _readings(pieces, [*self.axes.values()], is_id=True))
+
+    def meant(self, pieces: Sequence[Piece]) -> set[str]:
+        """
+        The ids that a need can mean whose pieces behind the name of this task are these.
+        """
+        found = set[str]()
+        for words in _readings(pieces, [*self.axes.values()]):
+            if self._listed is None:
+                found.add("-".join((self.name, *words)))
+            else:
+                found.update(self._by_words.get(words, ()))
+        as_written = "-".join((self.name, *(piece for piece in pieces if isinstance(piece, str))))
+        if as_written in self._ids and not any(isinstance(piece, Value) for piece in pieces):
+            found.add(as_written)
+        return found
+
+    @property
+    def has_numbers(self) -> bool:
+        """
+        Some numbers in its ids are no values.
+        """
+        return self.is_numbered or any(axis.is_numbered for axis in self.axes.values())
+
+    is_numbered = False
+
+    def values_of(self, names: Sequence[str]) -> Iterator[Any]:
+        """
+        What a look-up may find, where all numbers of a range count as one. A KeyError or TypeError says that it finds
+        nothing in the value `self.missing`.
+        """
+        axis = self.axes.get(names[0])
+        if self._listed is not None:
+            for row, _ in self._listed:
+                self.missing = row.get(names[0], row)
+                yield _found(row, names)
+            return
+        assert axis is not None
+        for value in _ends(axis.values) if isinstance(axis.values, range) else axis.values:
+            self.missing = value
+            yield _found({names[0]: value}, names)
+
+    missing: Any = None
+
+    def longest(self, names: Sequence[str]) -> int:
+        """
+        How many bytes of JSON a look-up finds at most.
+        """
+        if names not in self._longest:
+            self._longest[names] = max(len(to_json(value)) for value in self.values_of(names))
+        return self._longest[names]
+
+
+def _widened(axes: Mapping[str, Axis], rows: Sequence[Row]) -> dict[str, Axis]:
+    """
+    The axes with the values that combinations have besides; without axes, all names are some.
+    """
+    wider = {}
+    for name in axes or dict.fromkeys(name for row in rows for name in row):
+        values = [*(axes[name].values if name in axes else ()), *(row[name] for row in rows if name in row)]
+        wider[name] = Axis(name, list({canonical(value): value for value in values}.values()))
+    return wider
 
 
 def _rows(axes: Sequence[Axis], values: Row, words: Row) -> Iterator[tuple[Row, Row]]:
@@ -128,11 +355,21 @@ def _rows(axes: Sequence[Axis], values: Row, words: Row) -> Iterator[tuple[Row, 
             yield pair
 
 
-def _is_row(pieces: Sequence[str], axes: Sequence[Axis]) -> bool:
+def _readings(pieces: Sequence[Piece], axes: Sequence[Axis], *, is_id: bool = False) -> Iterator[tuple[str, ...]]:
+    """
+    All ways to read pieces between dashes as one word for each axis; with `is_id`, only words themselves.
+    """
     if not axes:
-        return not pieces
+        if not pieces:
+            yield ()
+        return
     ends = range(1, len(pieces) - len(axes) + 2) if len(axes) > 1 else (len(pieces),)
-    return any(axes[0].has("-".join(pieces[:end])) and _is_row(pieces[end:], axes[1:]) for end in ends)
+    for end in ends:
+        some = pieces[:end]
+        words = axes[0].meant(some) if not is_id else [text] if axes[0].has(text := joined(some)) else []
+        for word in words:
+            for rest in _readings(pieces[end:], axes[1:], is_id=is_id):
+                yield (word, *rest)
 
 
 class Text(NamedTuple):
@@ -146,17 +383,44 @@ class Text(NamedTuple):
     def axes(self) -> list[str]:
         return list(dict.fromkeys(part[0] for part in self.parts if isinstance(part, tuple)))
 
-    def fill(self, values: Row, words: Row | None = None) -> Any:
+    def fill(self, values: Row) -> Any:
         """
-        The text for one combination. With `words`, as in ids: an axis stands for its word.
+        The text for one combination.
         """
-        if words is None and len(self.parts) == 1:
+        if len(self.parts) == 1:
             return _found(values, self.parts[0])
-        return "".join(part if isinstance(part, str) else self._said(part, values, words) for part in self.parts)
+        return "".join(part if isinstance(part, str) else as_text(_found(values, part)) for part in self.parts)
 
-    @staticmethod
-    def _said(names: tuple[str, ...], values: Row, words: Row | None) -> str:
-        return str(words[names[0]]) if words and len(names) == 1 else as_text(_found(values, names))
+    def pieces(self, values: Row) -> list[Piece]:
+        """
+        The text for one combination in pieces, between the dashes of what is written. A piece that is a look-up and
+        nothing else is the value, whatever is in it.
+        """
+        pieces: list[list[str | Value]] = [[]]
+        for part in self.parts:
+            if not isinstance(part, str):
+                pieces[-1].append(Value(_found(values, part)))
+                continue
+            first, *more = part.split("-")
+            pieces[-1].append(first)
+            pieces += [[one] for one in more]
+        found: list[Piece] = []
+        for piece in pieces:
+            some = [one for one in piece if one != ""]
+            is_value = len(some) == 1 and isinstance(some[0], Value)
+            found.append(some[0] if is_value else "".join(joined([one]) for one in some))
+        return found
+
+    @property
+    def is_alone(self) -> bool:
+        return len(self.parts) == 1
+
+    def longest(self, matrix: Matrix) -> int:
+        """
+        How many bytes it becomes at most.
+        """
+        sizes = (len(to_json(part)) if isinstance(part, str) else matrix.longest(part) for part in self.parts)
+        return sum(sizes)
 
 
 def _found(values: Row, names: Iterable[str]) -> Any:
@@ -209,24 +473,21 @@ _FORMS = "write ${{ matrix.NAME }} in a task with a matrix, or $${{ for these ch
 
 def _check(names: tuple[str, ...], matrix: Matrix, *, is_inside: bool) -> None:
     first = names[0]
-    if first not in matrix.axes:
-        remedy = guess(first, matrix.axes, f"the axes are {', '.join(matrix.axes)}")
+    if first not in matrix.names:
+        remedy = guess(first, matrix.names, f"the axes are {', '.join(matrix.names)}")
         raise InvalidInputError(f"it: matrix.{first} is not an axis of this task's matrix; {remedy}")
     if (names, is_inside) in matrix.checked:
         return
-    values = matrix.axes[first].values
-    if isinstance(values, range):  # all numbers alike
-        values = values[:1]
-    for value in values:
-        try:
-            found = _found({first: value}, names)
-        except (KeyError, TypeError):
-            where = f"matrix.{'.'.join(names)}"
-            raise InvalidInputError(f"it: {where} finds nothing in {value!r}; add it to the matrix") from None
-        if is_inside and isinstance(found, dict | list):
-            what = "mapping" if isinstance(found, dict) else "list"
-            remedy = "let the look-up be the whole text, or look up a part of it"
-            raise InvalidInputError(f"it: matrix.{'.'.join(names)} is a {what}, which cannot stand in a text; {remedy}")
+    where = f"matrix.{'.'.join(names)}"
+    try:
+        for found in matrix.values_of(names):
+            if is_inside and isinstance(found, dict | list):
+                what = "mapping" if isinstance(found, dict) else "list"
+                remedy = "let the look-up be the whole text, or look up a part of it"
+                raise InvalidInputError(f"it: {where} is a {what}, which cannot stand in a text; {remedy}")
+    except (KeyError, TypeError):
+        shown = f"{matrix.missing!r:.100}"
+        raise InvalidInputError(f"it: {where} finds nothing in {shown}; add it to the matrix") from None
     matrix.checked.add((names, is_inside))
 
 

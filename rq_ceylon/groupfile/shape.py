@@ -22,7 +22,7 @@ from pydantic_core import ErrorDetails
 
 from rq_ceylon import goals, graph, models
 from rq_ceylon.errors import InvalidInputError, guess
-from rq_ceylon.groupfile.matrix import AXIS, MAX_AXES, MAX_COMBINATIONS
+from rq_ceylon.groupfile.matrix import AXIS, MAX_AXES, MAX_COMBINATIONS, MAX_LISTED
 from rq_ceylon.groupfile.reader import Document, Path
 from rq_ceylon.models import Priority
 
@@ -36,10 +36,22 @@ def _seconds(value: Any) -> float:
     return models.seconds(value, "it")
 
 
-def _listed(value: Any) -> Any:
-    return value if isinstance(value, list) else [value]
+def _listed(most: int, remedy: str) -> BeforeValidator:
+    def check(value: Any) -> Any:
+        listed = value if isinstance(value, list) else [value]
+        if len(listed) > most:  # before any of them is looked at
+            raise InvalidInputError(f"it: {len(listed):,} of them; {remedy}")
+        return listed
+
+    return BeforeValidator(check)
 
 
+_COMBINATIONS = {
+    "anyOf": [
+        {"type": "array", "minItems": 1, "items": {"type": "object", "minProperties": 1}},
+        {"type": "null"},
+    ]
+}
 KINDS: dict[str, dict[str, Any]] = {
     "name": {
         "description": "1 to 64 letters, digits and `. _ : -`.",
@@ -76,10 +88,17 @@ KINDS: dict[str, dict[str, Any]] = {
     "matrix": {
         "description": "One axis per key, each a list of values or `{range: [first, end, step]}`, whose end is not "
         f"included. At most {MAX_AXES} axes, and {MAX_COMBINATIONS:,} tasks in a group. Axes are named by letters, "
-        "digits, `_` and `-`, and begin with no digit and no `-`.",
+        "digits, `_` and `-`, and begin with no digit and no `-`. `exclude` leaves out combinations, `include` adds "
+        f"values to combinations, or combinations; with one of them a matrix has at most {MAX_LISTED:,}.",
         "type": "object",
         "minProperties": 1,
-        "maxProperties": MAX_AXES,
+        "anyOf": [
+            {"maxProperties": MAX_AXES},
+            {"maxProperties": MAX_AXES + 1, "required": ["exclude"]},
+            {"maxProperties": MAX_AXES + 1, "required": ["include"]},
+            {"maxProperties": MAX_AXES + 2, "required": ["exclude", "include"]},
+        ],
+        "properties": {"exclude": _COMBINATIONS, "include": _COMBINATIONS},
         "propertyNames": {"pattern": f"^{AXIS}$"},
         "additionalProperties": {
             "anyOf": [
@@ -123,13 +142,10 @@ TaskId = Annotated[  # a number is an id as a number is a key
     BeforeValidator(lambda value: str(value) if type(value) is int else value),
     _kind("id"),
 ]
-Needs = Annotated[
-    list[TaskId], BeforeValidator(_listed), Field(max_length=graph.MAX_NEEDS), _listing("id", graph.MAX_NEEDS)
-]
+Needs = Annotated[list[TaskId], _listed(graph.MAX_NEEDS, graph.FEWER_NEEDS), _listing("id", graph.MAX_NEEDS)]
 Groups = Annotated[
     list[str],
-    BeforeValidator(_listed),
-    Field(max_length=models.DEPENDS_ON_MAX),
+    _listed(models.DEPENDS_ON_MAX, f"a group may depend on {models.DEPENDS_ON_MAX}; put a group in between"),
     _listing("string", models.DEPENDS_ON_MAX),
 ]
 Expression = Annotated[str, AfterValidator(lambda text: goals.parse(text, "it").text), _kind("expression")]
@@ -188,8 +204,8 @@ class GoalFields(BaseModel, extra="forbid", strict=True):
 
 class GroupFields(BaseModel, extra="forbid", strict=True):
     name: Annotated[str, Field(min_length=1, max_length=200)]
-    description: str = ""
-    key: Annotated[str, Field(min_length=1)] | None = None
+    description: Annotated[str, Field(max_length=models.DESCRIPTION_MAX)] = ""
+    key: Annotated[str, Field(min_length=1, max_length=models.KEY_MAX)] | None = None
     priority: Level | None = _else(Priority.NORMAL)
     retention: Seconds = models.DEFAULT_RETENTION_S
     defaults: SkipValidation[DefaultFields | None] = None
@@ -219,20 +235,34 @@ def shape(document: Document, model: type[BaseModel], data: Any, path: Path) -> 
         document.add(path, f"{shown(data)} where a mapping is needed; write key: value")
         return None
     keys = [field.alias or name for name, field in model.model_fields.items()]
+    given, unknown = data or {}, len(document.problems.found)
+    for key in [key for key in given if key not in keys]:
+        remedy = _ELSEWHERE.get(key) or guess(key, keys, "use one of " + ", ".join(keys))
+        document.add((*path, key), f"unknown key; {remedy}", at_key=True)
+    if len(document.problems.found) > unknown:
+        given = {key: value for key, value in given.items() if key in keys}
     try:  # a known key with nothing behind it counts as not given
-        return model.model_validate({k: v for k, v in (data or {}).items() if v is not None or k not in keys})
+        made = model.model_validate({key: value for key, value in given.items() if value is not None})
+        return made if len(document.problems.found) == unknown else None
     except ValidationError as error:
         for problem in error.errors(include_url=False):
-            at_key = problem["type"] == "extra_forbidden"
-            document.add((*path, *problem["loc"]), _explained(problem, keys), at_key=at_key)
+            document.add((*path, *problem["loc"]), _explained(problem))
     return None
 
 
-def _explained(problem: ErrorDetails, keys: list[str]) -> str:
+_ELSEWHERE = {
+    "strategy": "write matrix: without it",
+    "max-parallel": "a group cannot bound how many of its tasks run; give them a role whose workers have so many slots",
+    "fail-fast": "write goal: {when: completed >= 100%, fail_when: failed > 0, on_failed: cancel}",
+    "continue-on-error": "put such tasks into a group of their own, on which none depends",
+}
+_ELSEWHERE |= {name.replace("-", "_"): remedy for name, remedy in _ELSEWHERE.items()}
+"""What users of CI systems write, and how it is said here."""
+
+
+def _explained(problem: ErrorDetails) -> str:
     given, context = problem["input"], problem.get("ctx", {})
     match problem["type"]:
-        case "extra_forbidden":
-            return f"unknown key; {guess(problem['loc'][-1], keys, 'use one of ' + ', '.join(keys))}"
         case "missing":
             return "missing; add it"
         case "value_error":

@@ -5,10 +5,13 @@ The tasks of a group file: read and checked as written, a task with a matrix onc
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count, zip_longest
+from math import prod
 from typing import Any
+
+from pydantic_core import to_json
 
 from rq_ceylon import graph, models
 from rq_ceylon.errors import InvalidInputError, guess
@@ -16,10 +19,16 @@ from rq_ceylon.groupfile.matrix import (
     AXIS,
     MAX_BOUND,
     MAX_COMBINATIONS,
+    MAX_LISTED,
     Axis,
     Matrix,
+    Piece,
+    Row,
     Text,
+    as_text,
+    canonical,
     fill,
+    joined,
     read_text,
     texts_in,
 )
@@ -73,11 +82,38 @@ class _Names:
             if name in self.matrices and self.matrices[name].has(task_id):
                 yield name
 
-    def owner(self, task_id: str) -> str | None:
+    def has(self, task_id: str) -> bool:
         """
-        The entry that this id names, or one of whose combinations it names.
+        Whether a task as written, or a combination, has this id.
         """
-        return task_id if task_id in self.entries else next(self.made(task_id), None)
+        return task_id in self.entries or any(True for _ in self.made(task_id))
+
+    def meant(self, need: str | Text, values: Row) -> dict[str, str]:
+        """
+        What a need can mean: an id as written, which stands for all its combinations, or that of one combination. Each
+        with the entry it belongs to. More than one is a need that can be read in two ways.
+        """
+        if isinstance(need, str):
+            return self._meant(need.split("-"))
+        found = self._meant(pieces := need.pieces(values))
+        if not found:  # a value may be an id, or have dashes of its own; but a number in it numbers no other matrix
+            written = self._meant(joined(pieces).split("-"))
+            found = {
+                task_id: owner
+                for task_id, owner in written.items()
+                if need.is_alone or owner not in self.matrices or not self.matrices[owner].has_numbers
+            }
+        return found
+
+    def _meant(self, pieces: Sequence[Piece]) -> dict[str, str]:
+        text = joined(pieces)
+        found = {text: text} if text in self.entries else {}
+        if self.matrices:
+            for end in range(1, len(pieces)):
+                name = joined(pieces[:end])
+                if name in self.matrices:
+                    found.update(dict.fromkeys(self.matrices[name].meant(pieces[end:]), name))
+        return found
 
     def ids(self, named: str) -> Iterator[str]:
         """
@@ -111,15 +147,38 @@ class Tasks:
             same = self._needs(entry.needs) if is_same else []
             for values, words in entry.matrix.rows():
                 filled = {key: fill(value, values) for key, value in entry.open.items()}
-                needs = same if is_same else self._needs(_said(need, values, words) for need in entry.needs)
+                needs = same if is_same else self._needs(entry.needs, values)
                 yield Task(**entry.fixed, **filled, id=entry.matrix.id(words), needs=needs)
 
-    def _needs(self, needs: Any) -> list[str]:
-        return [task_id for need in needs for task_id in self._names.ids(need)]
+    def _needs(self, needs: Sequence[str | Text], values: Row | None = None) -> list[str]:
+        return [
+            task_id
+            for need in needs
+            for named in self._names.meant(need, values or {})
+            for task_id in self._names.ids(named)
+        ]
 
+    def samples(self) -> Iterator[Task]:
+        """
+        One task of each kind, without its needs: what no combination of a kind may have is refused where it is read.
+        """
+        for name in self._order:
+            entry = self._names.entries[name]
+            values = next(entry.matrix.rows())[0] if entry.matrix else {}
+            filled = {key: fill(value, values) for key, value in entry.open.items()}
+            yield Task(**entry.fixed, **filled, id=name)
 
-def _said(need: str | Text, values: Any, words: Any) -> str:
-    return need if isinstance(need, str) else str(need.fill(values, words))
+    def roles(self) -> Iterator[str | None]:
+        """
+        The roles of all tasks, each kind at least once.
+        """
+        for name in self._order:
+            entry = self._names.entries[name]
+            if entry.matrix is None or "role" not in entry.open:
+                yield entry.fixed.get("role")
+            else:
+                text = entry.open["role"]
+                yield from (text.fill(values) for values, _ in entry.matrix.rows(text.axes))
 
 
 def read_tasks(document: Document, data: Any) -> Sequence[Task] | Tasks:
@@ -166,6 +225,8 @@ def _read_entry(document: Document, names: _Names, at: int, key: str | None, val
         document.add((*path, "matrix"), "its tasks have no name to begin their ids with; add an id")
     if fields is not None:
         entry.fixed = {key: one for key, one in fields if key not in ("id", "needs", "matrix", *entry.open)}
+        if matrix is not None:
+            _check_size(document, entry, matrix)
         entry.needs = [text or need for need, text in zip_longest(fields.needs, texts)]
     names.add(entry)
 
@@ -196,6 +257,32 @@ def _read_open(
     return closed, texts
 
 
+def _check_size(document: Document, entry: _Entry, matrix: Matrix) -> None:
+    """
+    Bound what the look-ups of a task become before any is filled in: a text may look up a long value a thousand times.
+    """
+    free = [entry.open.get(key, entry.fixed.get(key)) for key in ("arguments", "metadata")]
+    size = sum(len(to_json(_closed(value))) for value in free if value)
+    size += sum(text.longest(matrix) for value in entry.open.values() for text in texts_in(value))
+    if size > models.PAYLOAD_BYTES_MAX:
+        what = f"its arguments become up to {size:,} bytes, {models.PAYLOAD_BYTES_MAX:,} are allowed"
+        document.add(entry.path, f"{what}; store the data elsewhere and pass a reference", at_key=True)
+
+
+def _closed(value: Any) -> Any:
+    """
+    A value without its look-ups.
+    """
+    match value:
+        case Text():
+            return ""
+        case dict():
+            return {key: _closed(one) for key, one in value.items()}
+        case list():
+            return [_closed(one) for one in value]
+    return value
+
+
 def read_texts(document: Document, path: Path, value: Any, matrix: Matrix | None) -> Any:
     match value:
         case str():
@@ -217,7 +304,9 @@ def _check_open(
     if isinstance(value, dict) and key in ("with", "metadata"):  # any values will do
         return
     assert matrix is not None
-    for values, _ in matrix.rows(dict.fromkeys(axis for text in texts_in(value) for axis in text.axes)):
+    axes = list(dict.fromkeys(axis for text in texts_in(value) for axis in text.axes))
+    document.spend(path, matrix.size(axes, ends=True))
+    for values, _ in matrix.rows(axes, ends=True):
         if shape(document, model, {key: fill(value, values)}, path[:-1]) is None:
             return
 
@@ -229,6 +318,8 @@ def _read_matrix(document: Document, path: Path, name: str, data: Any) -> Matrix
     known = len(document.problems.found)
     axes = []
     for key, given in data.items():
+        if key in CHOICES:
+            continue
         if not re.fullmatch(AXIS, key):
             what = f"{key!r} is not usable as an axis; use letters, digits, _ and -, not a digit first"
             document.add((*path, key), what, at_key=True)
@@ -241,11 +332,59 @@ def _read_matrix(document: Document, path: Path, name: str, data: Any) -> Matrix
             document.add((*path, key), f"{shown(given)} where values are needed; {remedy}")
     if len(document.problems.found) > known:
         return None
+    exclude, include = (_read_choice(document, path, key, data.get(key), axes) for key in CHOICES)
+    if len(document.problems.found) > known:
+        return None
+    if not axes and not include:
+        document.add(path, "it has no axis; write name: [first, second]")
+        return None
     try:
-        return Matrix(name, axes)
+        return Matrix(name, axes, exclude, include)
     except InvalidInputError as error:
         document.add(path, str(error).partition(": ")[2])
     return None
+
+
+CHOICES = ("exclude", "include")
+
+
+def _read_choice(document: Document, path: Path, choice: str, given: Any, axes: Sequence[Axis]) -> list[dict[str, Any]]:
+    """
+    What is left out of a matrix, or added. A value that reads like one of its axis, but is none, is refused: it would
+    fit nothing.
+    """
+    path = (*path, choice)
+    if given is None:
+        return []
+    if not isinstance(given, list) or not given or not all(isinstance(one, dict) and one for one in given):
+        document.add(path, f"{shown(given)} where combinations are needed; write [{{axis: value}}]")
+        return []
+    document.spend(path, len(given) * min(prod(len(axis.values) for axis in axes), MAX_LISTED))
+    known = {axis.name: axis for axis in axes}
+    for at, one in enumerate(given):
+        for key, value in one.items():
+            here = (*path, at, key)
+            if key not in known:
+                if choice == "exclude":
+                    remedy = guess(key, known, f"the axes are {', '.join(known)}")
+                    document.add(here, f"{key!r} is not an axis of this matrix; {remedy}", at_key=True)
+                elif not re.fullmatch(AXIS, key):
+                    what = f"{key!r} is not usable as a name; use letters, digits, _ and -, not a digit first"
+                    document.add(here, what, at_key=True)
+            else:
+                _check_choice(document, here, choice, known[key], value)
+    return given
+
+
+def _check_choice(document: Document, path: Path, choice: str, axis: Axis, value: Any) -> None:
+    try:
+        near = axis.nearest(value)
+    except KeyError:
+        if choice == "exclude":
+            document.add(path, f"{shown(value)} is no value of the axis {axis.name!r}; name one, or remove this")
+        return
+    if canonical(near) != canonical(value):
+        document.add(path, f"{shown(value)} is not {shown(near)}, the value of the axis {axis.name!r}; write it alike")
 
 
 def _read_range(document: Document, path: Path, name: str, given: Any) -> list[Axis]:
@@ -269,7 +408,7 @@ def _check_ids(document: Document, names: _Names) -> None:
     if (size := sum(map(names.size, names.entries))) > MAX_COMBINATIONS:
         document.add(("tasks",), f"{size:,} tasks; give a group at most {MAX_COMBINATIONS:,}")
         document.problems.give_up()
-    numbers = (number for number in map(str, count(1)) if names.owner(number) is None)
+    numbers = (number for number in map(str, count(1)) if not names.has(number))
     for entry in names.entries.values():
         if entry.name.startswith("#"):
             entry.name = next(numbers)
@@ -282,7 +421,10 @@ def _check_ids(document: Document, names: _Names) -> None:
             continue
         for dash in re.finditer("-", entry.name):
             begin = names.matrices.get(entry.name[: dash.start()])
-            if begin is not None and (twice := _shared(entry.matrix, begin)):
+            if begin is None:
+                continue
+            document.spend(entry.path, min(len(entry.matrix), len(begin)))
+            if twice := _shared(entry.matrix, begin):
                 what = f"it makes the id {twice!r}, as {begin.name!r} does; rename one"
                 document.add(entry.path, what, at_key=True)
 
@@ -302,27 +444,9 @@ def _check_needs(document: Document, names: _Names) -> list[str]:
     wanted: dict[str, list[str]] = {}
     for entry in names.entries.values():
         owners: dict[str, None] = {}
-        size = 0
-        for at, need in enumerate(entry.needs):
-            path = (*entry.path, "needs", at)
-            most = 0
-            for named in _each(need, entry.matrix):
-                owner = names.owner(named)
-                if owner is None:
-                    known = names.entries if len(document.problems.found) < _GUESSES else ()
-                    remedy = guess(named, known, "name a task of this group")
-                    document.add(path, f"no task has the id {named!r}; {remedy}")
-                    break
-                if owner == entry.name:
-                    what = "it needs itself" if entry.matrix is None else "its combinations would need each other"
-                    document.add(path, f"{what}; remove it from its needs")
-                    break
-                owners[owner] = None
-                most = max(most, names.size(named))
-            size += most
+        size = sum(_check_need(document, names, entry, at, owners) for at in range(len(entry.needs)))
         if size > graph.MAX_NEEDS:
-            remedy = f"a task may need {graph.MAX_NEEDS}; put a task in between that gathers some of them"
-            document.add((*entry.path, "needs"), f"it needs {size:,} tasks; {remedy}")
+            document.add((*entry.path, "needs"), f"it needs {size:,} tasks; {graph.FEWER_NEEDS}")
         wanted[entry.name] = list(owners)
     try:
         return graph.in_order(wanted, "tasks")
@@ -331,7 +455,33 @@ def _check_needs(document: Document, names: _Names) -> list[str]:
         return []
 
 
-def _each(need: str | Text, matrix: Matrix | None) -> Iterator[str]:
-    if isinstance(need, str) or matrix is None:
-        return iter((str(need),))
-    return (str(need.fill(values, words)) for values, words in matrix.rows(need.axes))
+def _check_need(document: Document, names: _Names, entry: _Entry, at: int, owners: dict[str, None]) -> int:
+    """
+    Note what is wrong with a need. Adds the entries that it names, and returns how many tasks it names at most.
+    """
+    need, path = entry.needs[at], (*entry.path, "needs", at)
+    rows: Iterable[tuple[Row, Row]] = [({}, {})]
+    if isinstance(need, Text) and entry.matrix is not None:
+        document.spend(path, entry.matrix.size(need.axes))
+        rows = entry.matrix.rows(need.axes)
+    most = 0
+    for values, _ in rows:
+        found = names.meant(need, values)
+        if len(found) != 1:
+            text = need if isinstance(need, str) else as_text(need.fill(values))
+            if found:
+                ways = ", ".join(sorted(found)[:3])
+                document.add(path, f"{text!r} can mean each of {ways}; rename a task, or write other values")
+            else:
+                known = names.entries if len(document.problems.found) < _GUESSES else ()
+                remedy = guess(text, known, "name a task of this group")
+                document.add(path, f"no task has the id {text!r}; {remedy}")
+            break
+        ((named, owner),) = found.items()
+        if owner == entry.name:
+            what = "it needs itself" if entry.matrix is None else "its combinations would need each other"
+            document.add(path, f"{what}; remove it from its needs")
+            break
+        owners[owner] = None
+        most = max(most, names.size(named))
+    return most
