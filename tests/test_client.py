@@ -489,6 +489,15 @@ async def test_a_group_whose_predecessor_is_dropped_while_it_is_submitted_stays_
         assert [view.id for view in await client.groups()] == [gid]
 
 
+async def test_every_role_of_single_tasks_is_listed_and_announced_once(app: Ceylon, trips: list[list[str]]) -> None:
+    async with app.client() as client:
+        for role in ("a", "b", "a", "b"):
+            await client.submit(Task(role=role))
+
+        assert [(role.name, role.queued) for role in await client.roles()] == [("a", 2), ("b", 2)]
+        assert sum("SADD" in trip for trip in trips) == 2
+
+
 async def test_an_idle_rolling_group_is_sealed_by_its_client(app: Ceylon, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rolling, "ROLLING_S", 0.05)
     async with app.client() as client:

@@ -54,6 +54,7 @@ class _Group:
     part: int = 0
     count: int = 0
     digest: bytes = b""
+    roles: set[str] = field(default_factory=set)
 
 
 class Rolling:
@@ -154,13 +155,20 @@ class Rolling:
             rolling=True,
             acks=own_acks,
         )
-        roles = None if group.part else {waiting.task.role for waiting in batch}
+        # A later part announces only roles that are new to the group: `status` lists what was announced.
+        roles = {waiting.task.role for waiting in batch} - group.roles
         expected = self._expected(group.gid, tasks, batch)
         entries = [transitions.enqueue(keys, page.role, [page], insist=False) for page in expected]
         # A task that waited through a turn without an answer has waited for this one too.
         limit_s = max(batch[0].since, self._answered_at) + self._session.answer_s - time.monotonic()
         replies, unconfirmed = await self._session.send_part(
-            group.gid, part, roles, before=calls, behind=entries, durability=self._durability, limit_s=limit_s
+            group.gid,
+            part,
+            roles or None,
+            before=calls,
+            behind=entries,
+            durability=self._durability,
+            limit_s=limit_s,
         )
         self._answered_at = time.monotonic()
         reply = transitions.submit_reply(group.gid, replies[len(calls)])
@@ -170,6 +178,7 @@ class Rolling:
             self._renew()
             return
         group.part, group.count, group.digest = group.part + 1, group.count + len(batch), digest
+        group.roles |= roles
         if reply.word == "REPEAT":
             await self._session.relay(group.gid, again=True)
         horizons = {page.role: horizon for page, horizon in zip(reversed(expected), reversed(replies), strict=False)}

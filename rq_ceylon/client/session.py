@@ -131,7 +131,8 @@ class Session:
         is not confirmed what the group has so far ('': it is).
 
         Args:
-            roles: of the part; None: the group was announced, and its entry in the index confirmed.
+            roles: to announce with the group; None: it was announced with all of them, and its entry in the index
+                confirmed.
             before: calls that ride along.
             behind: calls that follow the part, and may be refused; their errors are among the replies.
             again: announce it behind the part too: maintenance may just be dropping an older group of its key.
