@@ -160,6 +160,17 @@ def counted(number: int, one: str, many: str | None = None) -> str:
     return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
+def span_words(seconds: float) -> str:
+    """
+    A length of time, for people: `12 s`, `3 min 20 s`, `26 h 5 min`.
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
 @dataclass(kw_only=True)
 class Task:
     """

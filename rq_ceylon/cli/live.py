@@ -19,7 +19,7 @@ from rq_ceylon.cli.common import plain
 from rq_ceylon.client import is_over, not_over, succeeded
 from rq_ceylon.errors import WaitTimeoutError
 from rq_ceylon.goals import parse
-from rq_ceylon.models import GoalStatus, GoalView, GroupView, TaskView, counted
+from rq_ceylon.models import GoalStatus, GoalView, GroupView, TaskView, counted, span_words
 from rq_ceylon.store import queries
 from rq_ceylon.store.statistics import GroupStatistics
 
@@ -156,7 +156,7 @@ class Display:
             ("all", counters.open),
         ]:
             if self._rate and left:
-                pace.append(f"{what} in {_span(left / self._rate)}")
+                pace.append(f"{what} in {span_words(left / self._rate)}")
         lines = [_line(head), self._bar(view, width, set(marks.values())), _line(", ".join(pace)), *below]
         for line in lines:
             line.truncate(width, overflow="ellipsis")
@@ -216,14 +216,6 @@ def _marks(view: GroupView) -> dict[str, int]:
         if mark is not None:
             found[goal.name] = mark
     return found
-
-
-def _span(seconds: float) -> str:
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def settled_words(goal: GoalView) -> str:

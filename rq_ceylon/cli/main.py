@@ -172,15 +172,18 @@ async def groups(client: Client, json: bool) -> None:
 @with_client
 async def show(client: Client, target: str, json: bool) -> None:
     """
-    One group with its goals and tasks, or one task.
+    One group with its goals and tasks, or one task. DETAIL is the result, the error, how far it is, or why it waits.
     """
+    from rq_ceylon.client import why_waiting
     from rq_ceylon.store import statistics
 
     gid, _, tid = target.partition("/")
     view = await client.group(gid).view()
     tasks = [await client.task(target).view()] if tid else [task async for task in client.group(gid).tasks()]
+    why = await why_waiting(client, view, tasks)
     if json:
-        click.echo(to_json({"schema": 1, **group_facts(view), "tasks": [task_facts(gid, task) for task in tasks]}))
+        facts = [{**task_facts(gid, task), "waits": why.get(task.id)} for task in tasks]
+        click.echo(to_json({"schema": 1, **group_facts(view), "tasks": facts}))
         return
     if not tid:
         say(statistics.summary(view, await statistics.of_group(client.connection, client.keys, gid)))
@@ -191,17 +194,35 @@ async def show(client: Client, target: str, json: bool) -> None:
                 + (f" at {at.counters.completed} of {at.counters.total} completed, by {at.by}" if at else "")
             )
     _table(
-        ("TASK", "STATUS", "REASON", "ROLE", "ATTEMPT", "WORKER", "RUN MS", "RESULT"),
-        [_task_row(task) for task in tasks],
+        ("TASK", "STATUS", "REASON", "ROLE", "ATTEMPT", "WORKER", "RUN MS", "DETAIL"),
+        [_task_row(task, why.get(task.id, "")) for task in tasks],
     )
-    if tid and tasks[0].result and tasks[0].result.error:
-        say(tasks[0].result.error.get("traceback", "").rstrip())
+    if tid:
+        await _show_more(client, gid, tasks[0], why.get(tid, ""))
 
 
-def _task_row(task: TaskView) -> tuple[object, ...]:
+async def _show_more(client: Client, gid: str, task: TaskView, why: str) -> None:
+    """
+    What the row of one task has no room for.
+    """
+    from rq_ceylon.store import queries
+
+    if task.uses:
+        say(f"  function: {task.uses}")
+    if task.needs:
+        needs = (await queries.needs(client.connection, client.keys, gid, [task.id])).get(task.id, [])
+        ended = await queries.results(client.connection, client.keys, gid, needs)
+        say(f"  needs: {', '.join(need for need in needs if need not in ended)}")
+    if why:
+        say(f"  waits: {why}")
+    if task.result and task.result.error:
+        say(task.result.error.get("traceback", "").rstrip())
+
+
+def _task_row(task: TaskView, why: str = "") -> tuple[object, ...]:
     result = task.result
     fraction, message = task.progress
-    shown = " ".join(filter(None, ("" if fraction is None else f"{fraction:.0%}", message))) or "-"
+    shown = why or " ".join(filter(None, ("" if fraction is None else f"{fraction:.0%}", message))) or "-"
     if result is not None:
         error = result.error
         # What no handler raised, a poison say, has no type.

@@ -2,14 +2,15 @@
 Submits work and follows it.
 
 `session` is the connection that all share; `staging` turns tasks and groups into what is sent, `submission` sends
-groups, `rolling` single tasks; `following` waits; `handles` are what a submission gives; `client` is the door to all,
-and `sync` the same without await.
+groups, `rolling` single tasks; `following` waits, `waits` says why tasks do; `handles` are what a submission gives;
+`client` is the door to all, and `sync` the same without await.
 """
 
 from rq_ceylon.client.client import Client
 from rq_ceylon.client.handles import GroupHandle, TaskHandle, is_over, not_over, succeeded
 from rq_ceylon.client.staging import check_group
 from rq_ceylon.client.sync import SyncClient, SyncGroupHandle, SyncTaskHandle
+from rq_ceylon.client.waits import why_waiting
 
 __all__ = [
     "Client",
@@ -22,4 +23,5 @@ __all__ = [
     "is_over",
     "not_over",
     "succeeded",
+    "why_waiting",
 ]

@@ -204,7 +204,7 @@ class Session:
     async def _missing(self, roles: Iterable[str]) -> dict[str, str]:
         live = [one for one in await queries.workers(self.connection, self.keys) if not one.stopping]
         served = {role for one in live for role in one.roles}  # a monitor has none
-        return {role: _missing_words(role, served) for role in sorted(set(roles) - served)}
+        return {role: missing_words(role, served) for role in sorted(set(roles) - served)}
 
     async def _warn_of_missing(self, roles: Iterable[str]) -> None:
         for role, words in (await self._missing(roles)).items():
@@ -214,6 +214,9 @@ class Session:
                 log.warning("Still waiting: %s; start one with: ceylon-worker MODULE:APP --role %s", words, role)
 
 
-def _missing_words(role: str, served: set[str]) -> str:
+def missing_words(role: str, served: set[str]) -> str:
+    """
+    That no live worker serves a role, with the nearest of those that one does.
+    """
     serve = f"workers serve: {', '.join(sorted(served))}" if served else "no worker is running"
     return f"no worker serves role {role!r} ({serve})" + guess(role, sorted(served), ask='; did you mean "{}"?')
