@@ -9,7 +9,7 @@ import random
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from loguru import logger
 
@@ -56,6 +56,7 @@ class Backoff:
 class RetryTask(Portable, Exception):
     """
     Raised by a handler: try again, after `delay` if given, else after the handler's backoff, while attempts are left.
+    In a group of exceptions the longest delay counts.
     """
 
     delay_s: float | None = None
@@ -68,7 +69,8 @@ class RetryTask(Portable, Exception):
 
 class FailTask(Portable, Exception):
     """
-    Raised by a handler: the task has failed, and another attempt would not help.
+    Raised by a handler: the task has failed, and another attempt would not help. In a group of exceptions it counts if
+    no other member asks for another attempt.
     """
 
     def __init__(self, reason: str) -> None:
@@ -174,9 +176,42 @@ def check_max_attempts(value: object, name: str) -> int:
     return value
 
 
+class Said(NamedTuple):
+    """
+    What one exception says about the next attempt: the types whose rules it asks for, the most specific first, and the
+    delay of a `RetryTask`.
+    """
+
+    names: tuple[str, ...]
+    delay_s: float | None = None
+
+
+def said(error: BaseException) -> tuple[Said, ...]:
+    """
+    What an exception says; one of a group (`asyncio.TaskGroup` raises them) says what its members say. A rule for the
+    type of the group goes before those for the types of its members.
+    """
+    if not isinstance(error, BaseExceptionGroup):
+        return (Said(type_names(type(error)), error.delay_s if isinstance(error, RetryTask) else None),)
+    own = tuple(type_name(one) for one in type(error).__mro__ if issubclass(one, BaseExceptionGroup))
+    members = (one for member in error.exceptions for one in said(member))
+    return tuple(dict.fromkeys(Said(own + one.names, one.delay_s) for one in members))
+
+
+def says_stopped(error: BaseException) -> bool:
+    """
+    Whether the handler ended because `TaskContext.check_cancelled` told it to, be it in a group of exceptions.
+    """
+    return all(type_name(AttemptStoppedError) in one.names for one in said(error))
+
+
+def type_name(kind: type) -> str:
+    # In a child process the main module bears multiprocessing's name for it.
+    return f"{kind.__module__}.{kind.__qualname__}".replace("__mp_main__", "__main__")
+
+
 def type_names(kind: type[BaseException]) -> tuple[str, ...]:
     """
     The full names of an exception type and its bases, the most specific first.
     """
-    # In a child process the main module bears multiprocessing's name for it.
-    return tuple(f"{one.__module__}.{one.__qualname__}".replace("__mp_main__", "__main__") for one in kind.__mro__)
+    return tuple(map(type_name, kind.__mro__))

@@ -16,7 +16,7 @@ from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypeVar, cast, 
 
 from pydantic_core import to_json
 
-from rq_ceylon.attempt import Backoff, TaskContext, check_max_attempts, type_names
+from rq_ceylon.attempt import Backoff, FailTask, Said, TaskContext, check_max_attempts, type_name
 from rq_ceylon.errors import InvalidInputError, UnknownTaskError, guess
 from rq_ceylon.models import DEFAULT_ROLE, Duration, GroupView, Task, check_id, check_priority, counted, seconds
 from rq_ceylon.settings import Settings
@@ -98,13 +98,22 @@ class Handler(Generic[P, R]):
                     "give a Backoff, or None to fail at once"
                 )
 
-    def backoff_for(self, types: Iterable[str]) -> Backoff | None:
+    def wait_s(self, says: Iterable[Said], attempt: int) -> float | None:
         """
-        The rule for an exception, None to fail at once. It is given as `type_names` of it, since it may have been
-        raised in another process.
+        How long to wait before the attempt after this one, by what an exception says (see `said`, as it may have been
+        raised in another process); None: fail at once. Of several that speak the longest wait counts, and the task
+        fails at once only if all of them say so.
         """
-        rules = {type_names(kind)[0]: rule for kind, rule in self.retry.items()} if self.retry else {}
-        return next((rules[name] for name in types if name in rules), self.backoff)
+        rules = {type_name(kind): rule for kind, rule in self.retry.items()} if self.retry else {}
+        waits = []
+        for one in says:
+            if type_name(FailTask) in one.names:
+                continue
+            if one.delay_s is not None:
+                waits.append(one.delay_s)
+            elif (backoff := next((rules[name] for name in one.names if name in rules), self.backoff)) is not None:
+                waits.append(backoff.delay_s(attempt))
+        return max(waits, default=None)
 
     def arguments(self, /, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """

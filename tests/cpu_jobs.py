@@ -100,6 +100,14 @@ def hopeless() -> None:
     raise HopelessError("no use")
 
 
+def hopeless_group() -> None:
+    raise ExceptionGroup("both", [HopelessError("no use"), FailTask("neither")])
+
+
+def later_group() -> None:
+    raise ExceptionGroup("both", [RetryTask("2s"), ExceptionGroup("one", [RetryTask("7s")])])
+
+
 app = Ceylon("redis://127.0.0.1:1")
 
 

@@ -17,6 +17,7 @@ import pytest
 
 import rq_ceylon
 from rq_ceylon import Ceylon, FailTask, RetryTask, TaskFailedError
+from rq_ceylon.attempt import Said
 from rq_ceylon.errors import DurabilityError, GroupFileError, TaskCancelledError
 from rq_ceylon.values import BadValueError
 from rq_ceylon.worker.outcome import RemoteError
@@ -41,7 +42,7 @@ MADE: dict[type[BaseException], Callable[[], BaseException]] = {
     DurabilityError: lambda: DurabilityError("no replica", "g"),
     GroupFileError: lambda: GroupFileError(["a.yaml:1:1: x", "a.yaml:2:1: y"]),
     RetryTask: lambda: RetryTask("5s", "busy"),
-    RemoteError: lambda: RemoteError(("builtins.KeyError",), {"message": "no"}, 2.0),
+    RemoteError: lambda: RemoteError((Said(("builtins.KeyError",), 2.0),), {"message": "no"}),
     BadValueError: lambda: BadValueError("no").inside("a"),
     Refused: lambda: Refused(3, why="empty"),
 }

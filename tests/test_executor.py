@@ -684,6 +684,51 @@ async def test_a_fail_task_of_ones_own_ends_a_task_in_a_process_too() -> None:
     assert (outcome.kind, outcome.reason, error_of(outcome)["type"]) == ("failed", "error", "HopelessError")
 
 
+async def test_a_group_of_exceptions_means_the_same_from_a_process_as_from_the_loop() -> None:
+    hopeless = await executor_of(cpu_jobs.hopeless_group, cpu=True).run(assigned())
+    later = await executor_of(cpu_jobs.later_group, cpu=True).run(assigned())
+
+    assert (hopeless.kind, hopeless.reason, error_of(hopeless)["type"]) == ("failed", "error", "ExceptionGroup")
+    assert (later.kind, later.delay_ms) == ("retry", 7000)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "delay_ms"),
+    [
+        (FailTask("no account"), "failed", 0),
+        (KeyError("ruled"), "failed", 0),
+        (RetryTask("5s"), "retry", 5000),
+        (ValueError("other"), "retry", 1000),
+    ],
+)
+async def test_what_a_handler_says_in_a_task_group_counts(error: Exception, kind: str, delay_ms: int) -> None:
+    async def says() -> None:
+        raise error
+
+    async def work() -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(says())
+
+    outcome = await executor_of(work, retry={KeyError: None}).run(assigned())
+
+    assert (outcome.kind, outcome.reason, outcome.delay_ms) == (kind, "error", delay_ms)
+
+
+async def test_an_attempt_that_a_member_of_a_task_group_ends_has_timed_out() -> None:
+    async def work(context: TaskContext) -> None:
+        context.deadline = 0.0  # so that the handler sees it before the loop does
+
+        async def checks() -> None:
+            context.check_cancelled()
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(checks())
+
+    outcome = await executor_of(work, max_attempts=1).run(assigned())
+
+    assert (outcome.kind, outcome.reason) == ("failed", "timeout")
+
+
 async def test_a_cancelled_process_is_killed_with_the_programs_it_started(tmp_path: Path) -> None:
     path = tmp_path / "pids"
     executor = executor_of(cpu_jobs.start_a_program_and_sleep, cpu=True)

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import from_json, to_json
 
-from rq_ceylon.attempt import AttemptStoppedError, Backoff, FailTask, RetryTask, TaskContext, type_names
+from rq_ceylon.attempt import AttemptStoppedError, Backoff, FailTask, RetryTask, TaskContext, said, says_stopped
 from rq_ceylon.errors import InvalidInputError, UnknownTaskError
 from rq_ceylon.handlers import Handler, Registry
 
@@ -340,13 +340,65 @@ def test_a_backoff_that_cannot_be_used_is_refused(fields: dict[str, Any]) -> Non
     refusal(partial(Backoff, **fields))
 
 
-def test_the_most_specific_exception_type_decides_the_rule() -> None:
-    slow = Backoff("1m")
-    handler = Handler("x", loose, retry={OSError: slow, ConnectionError: None})
+def wait_s(handler: Handler[..., Any], *errors: Exception, attempt: int = 1) -> float | None:
+    error = errors[0] if len(errors) == 1 else ExceptionGroup("several", errors)
+    return handler.wait_s(said(error), attempt)
 
-    assert handler.backoff_for(type_names(ConnectionResetError)) is None
-    assert handler.backoff_for(type_names(FileNotFoundError)) is slow
-    assert handler.backoff_for(type_names(KeyError)) is handler.backoff
+
+def test_the_most_specific_exception_type_decides_the_rule() -> None:
+    slow = Backoff("1m", jitter=False)
+    handler = Handler("x", loose, retry={OSError: slow, ConnectionError: None}, backoff=Backoff("2s", jitter=False))
+
+    assert wait_s(handler, ConnectionResetError()) is None
+    assert wait_s(handler, FileNotFoundError(), attempt=2) == 120
+    assert wait_s(handler, KeyError(), attempt=3) == 8
+    assert wait_s(handler, RetryTask("5s")) == 5
+    assert wait_s(handler, FailTask("no")) is None
+
+
+class Many(ExceptionGroup[Exception]):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("errors", "expected"),
+    [
+        ([FailTask("a"), FailTask("b")], None),
+        ([FailTask("a"), ExceptionGroup("inner", [FailTask("b"), ConnectionResetError()])], None),
+        ([FailTask("a"), KeyError("b")], 2),
+        ([FailTask("a"), RetryTask("7s")], 7),
+        ([ConnectionResetError(), KeyError("b")], 2),
+        ([RetryTask("1s"), RetryTask("5s"), ExceptionGroup("inner", [RetryTask("9s")])], 9),
+        ([RetryTask("1s"), KeyError("b")], 2),
+        ([RetryTask(), KeyError("b")], 2),
+        ([FileNotFoundError(), KeyError("b")], 60),
+        ([Many("rule", [KeyError("b")]), KeyError("c")], 2),
+        ([Many("rule", [KeyError("b")]), Many("rule", [FileNotFoundError()])], None),
+    ],
+    ids=repr,
+)
+def test_a_group_of_exceptions_fails_at_once_only_if_all_say_so_and_waits_the_longest(
+    errors: list[Exception], expected: float | None
+) -> None:
+    rules = {OSError: Backoff("1m", jitter=False), ConnectionError: None, Many: None}
+    handler = Handler("x", loose, retry=rules, backoff=Backoff("2s", jitter=False))
+
+    assert wait_s(handler, *errors) == expected
+
+
+def test_a_rule_for_a_type_of_groups_goes_before_those_for_their_members() -> None:
+    handler = Handler("x", loose, retry={ExceptionGroup: None, KeyError: Backoff("1s")})
+
+    assert wait_s(handler, KeyError(), KeyError("b")) is None
+    assert wait_s(Handler("x", loose, retry={Exception: None}), KeyError(), KeyError("b")) is None
+
+
+def test_a_group_says_stopped_if_all_its_members_do() -> None:
+    stopped = AttemptStoppedError("over")
+
+    assert says_stopped(stopped)
+    assert says_stopped(BaseExceptionGroup("g", [stopped, BaseExceptionGroup("h", [stopped])]))
+    assert not says_stopped(BaseExceptionGroup("g", [stopped, KeyError()]))
 
 
 def test_the_exceptions_of_handlers_carry_what_they_say() -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic_core import from_json, to_json
 
-from rq_ceylon.attempt import RetryTask, TaskContext, type_names
+from rq_ceylon.attempt import TaskContext, said
 from rq_ceylon.errors import InvalidInputError
 from rq_ceylon.handlers import Handler
 from rq_ceylon.settings import Settings
@@ -130,8 +130,7 @@ class _ChildContext(TaskContext):
 
 
 def _told(error: BaseException) -> bytes:
-    delay_s = error.delay_s if isinstance(error, RetryTask) else None
-    return to_json([type_names(type(error)), error_of(error), delay_s])
+    return to_json([said(error), error_of(error)])
 
 
 @cache

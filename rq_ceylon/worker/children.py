@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic_core import from_json, to_json
 
-from rq_ceylon.attempt import TaskContext, facts_of
+from rq_ceylon.attempt import Said, TaskContext, facts_of
 from rq_ceylon.handlers import Handler
 from rq_ceylon.settings import Settings
 from rq_ceylon.worker.child import INVALID, PROGRESS, VALUE
@@ -180,8 +180,10 @@ class Child:
         self._count(int(memory))
         if kind == VALUE:
             return content
-        names, error, delay_s = from_json(content)
-        raise RemoteError(tuple(names), error, delay_s, is_invalid=kind == INVALID)
+        says, error = from_json(content)
+        raise RemoteError(
+            tuple(Said(tuple(names), delay_s) for names, delay_s in says), error, is_invalid=kind == INVALID
+        )
 
     def _count(self, memory: int) -> None:
         if self._tasks_left is not None:

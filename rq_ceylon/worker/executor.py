@@ -13,7 +13,7 @@ from typing import Any
 
 from loguru import logger
 
-from rq_ceylon.attempt import AttemptStoppedError, StopReason, TaskContext
+from rq_ceylon.attempt import StopReason, TaskContext, says_stopped
 from rq_ceylon.errors import InvalidInputError, PayloadTooLargeError, UnknownTaskError
 from rq_ceylon.handlers import Registry
 from rq_ceylon.worker.children import Children
@@ -362,7 +362,7 @@ class Executor:
         The outcome of an attempt that ended with an exception.
         """
         attempt, context = run.attempt, run.attempt.context
-        if context.stopped is None and isinstance(error, AttemptStoppedError):
+        if context.stopped is None and says_stopped(error):
             context.stopped = "timeout"  # the handler saw it before the loop did
         match context.stopped:
             case None if isinstance(error, _CannotStart):

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic_core import from_json, to_json
 
-from rq_ceylon.attempt import FailTask, RetryTask, StopReason, TaskContext, check_max_attempts, type_names
+from rq_ceylon.attempt import Said, StopReason, TaskContext, check_max_attempts, said
 from rq_ceylon.errors import InvalidInputError, Portable
 from rq_ceylon.handlers import DEFAULT_HANDLER, Handler, Registry
 from rq_ceylon.models import DEFAULT_MAX_ATTEMPTS, DEFAULT_TIMEOUT_S, check_id, seconds
@@ -93,16 +93,14 @@ class RemoteError(Portable, Exception):
     An exception of a child process, as text.
 
     Attributes:
-        names: the `type_names` of it.
+        says: what `said` tells of it.
         error: as `error_of` gives it.
         is_invalid: the function did its work, but what it returned cannot be a result.
     """
 
-    def __init__(
-        self, names: tuple[str, ...], error: dict[str, str], delay_s: float | None = None, *, is_invalid: bool = False
-    ) -> None:
+    def __init__(self, says: tuple[Said, ...], error: dict[str, str], *, is_invalid: bool = False) -> None:
         super().__init__(error["message"])
-        self.names, self.error, self.delay_s, self.is_invalid = names, error, delay_s, is_invalid
+        self.says, self.error, self.is_invalid = says, error, is_invalid
 
 
 class Attempt:
@@ -166,32 +164,21 @@ class Attempt:
 
     def timed_out(self) -> tuple[TimeoutError, Outcome]:
         error = TimeoutError(f"no result within {self.timeout_s:g} s")
-        return error, self._again_or_failed("timeout", error, type_names(TimeoutError), None)
+        return error, self._again_or_failed("timeout", error, said(error))
 
     def raised(self, error: BaseException) -> Outcome:
         """
         The outcome of an exception that the handler raised.
         """
-        names, delay_s = type_names(type(error)), None
-        if isinstance(error, RemoteError):
-            if error.is_invalid:
-                return self.failed("invalid", error)
-            names, delay_s = error.names, error.delay_s
-        elif isinstance(error, RetryTask):
-            delay_s = error.delay_s
-        if type_names(FailTask)[0] in names:
-            return self.failed("error", error)
-        return self._again_or_failed("error", error, names, delay_s)
+        if not isinstance(error, RemoteError):
+            return self._again_or_failed("error", error, said(error))
+        return self.failed("invalid", error) if error.is_invalid else self._again_or_failed("error", error, error.says)
 
-    def _again_or_failed(
-        self, reason: str, error: BaseException, names: tuple[str, ...], delay_s: float | None
-    ) -> Outcome:
-        backoff = self.handler.backoff_for(names)
-        if self.context.attempt >= self.context.max_attempts or (backoff is None and delay_s is None):
+    def _again_or_failed(self, reason: str, error: BaseException, says: tuple[Said, ...]) -> Outcome:
+        wait_s = self.handler.wait_s(says, self.context.attempt)
+        if wait_s is None or self.context.attempt >= self.context.max_attempts:
             return self.failed(reason, error)
-        if delay_s is None and backoff is not None:
-            delay_s = backoff.delay_s(self.context.attempt)
-        return Outcome("retry", reason, round((delay_s or 0) * 1000), self._run_ms(), _blob_of(error))
+        return Outcome("retry", reason, round(wait_s * 1000), self._run_ms(), _blob_of(error))
 
     def _run_ms(self) -> int:
         return 0 if self.began is None else round((time.monotonic() - self.began) * 1000)
