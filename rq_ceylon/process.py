@@ -20,11 +20,11 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 from loguru import logger
 
-T = TypeVar("T")
+from rq_ceylon.errors import CeylonError, error_at
 
 ALLOWANCE_S = 5.0
 """How long the end of a process may take beyond the grace: cancelled tasks clean up, what is left is given back, stop
@@ -78,23 +78,36 @@ class Watch:
             for number in _SIGNALS:
                 loop.add_signal_handler(number, self._tell, number)
                 self.handlers[number] = signal.getsignal(number)
-            # What the loop would read comes to the watch first, which passes it on.
-            self._loop_fd = signal.set_wakeup_fd(self._far.fileno(), warn_on_full_buffer=False)
+            self.take()
 
-    def run(self, loop: asyncio.AbstractEventLoop, main: Coroutine[Any, Any, T]) -> T:
+    def take(self) -> None:
         """
-        Run the loop until `main` has ended, and give what it returns. Users' code ends neither: a SystemExit in one of
-        its tasks, which leaves the loop through every other task, or a `loop.stop()`.
+        Have what the running loop would read of signals come to the watch first, which passes it on.
+        """
+        if (found := signal.set_wakeup_fd(self._far.fileno(), warn_on_full_buffer=False)) != self._far.fileno():
+            self._loop_fd = found
+
+    def run(self, main: Coroutine[Any, Any, int], loop: asyncio.AbstractEventLoop) -> int:
+        """
+        Run `main` to its end, although users' code may stop the loop before: by a SystemExit in a task that a handler has
+        started, with `gather` say, which is for the handler alone; or by `loop.stop()`.
+
+        Raises:
+            CeylonError: `main` itself let a SystemExit through.
         """
         task = loop.create_task(main)
         task.add_done_callback(lambda _: loop.stop())
         while not task.done():
             try:
                 loop.run_forever()
-            except BaseException as error:
-                if task.done() or (isinstance(error, KeyboardInterrupt) and not self.handlers):  # Ctrl-C at the start
-                    raise
-                logger.opt(exception=error).error("Users' code raised {} beside a handler", type(error).__name__)
+            except (SystemExit, KeyboardInterrupt) as error:
+                if isinstance(error, KeyboardInterrupt) and not self.handlers:
+                    raise  # a Ctrl-C that nobody listens for
+                if task.done():
+                    raise CeylonError(f"the process must end: {error_at(error)}") from error
+                logger.error("A task below a handler, hook or check tried to end the process: {}", error_at(error))
+            if self.handlers and not task.done():
+                loop.call_soon(self.take)  # a loop that is stopped lets go of the descriptor
         return task.result()
 
     @contextlib.contextmanager

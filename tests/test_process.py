@@ -136,6 +136,7 @@ SERVED_HEAD = {
         "from rq_ceylon import process",
         "from rq_ceylon.cli.common import serve",
         f"process.ALLOWANCE_S = {ALLOWANCE_S}",
+        "process.logger.enable('rq_ceylon')",
     ]
     for loop in LOOPS
 }
@@ -214,3 +215,41 @@ def test_a_forked_child_heeds_its_signals_and_its_parent_does_not(loop: str, com
 
     assert process.wait(LIMIT_S) == 0, commands.said(process)
     assert commands.said(process).split("\n") == ["-15", "2"] * 20 + ["[] set()", ""]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_task_of_users_code_that_exits_does_not_end_the_process(loop: str, commands: Commands) -> None:
+    process = served(
+        commands,
+        loop,
+        """
+        ended = asyncio.Event()
+        watch.listen(lambda number: ended.set())
+
+        async def exits():
+            sys.exit("mute?")
+
+        for _ in range(2):
+            print(await asyncio.gather(exits(), asyncio.sleep(0.01, "sleeps"), return_exceptions=True))
+        print("goes on")
+        await ended.wait()
+        print("ends")
+        """,
+    )
+    until(lambda: "goes on" in commands.said(process), "it goes on")
+
+    process.send_signal(signal.SIGTERM)
+
+    assert process.wait(LIMIT_S) == 0
+    said = commands.said(process).splitlines()
+    gathered = "[SystemExit('mute?'), 'sleeps']"
+    assert [line for line in said if "ERROR" not in line] == [gathered, gathered, "goes on", "ends"]
+    assert len([line for line in said if "tried to end the process: SystemExit: mute? (at <string>:" in line]) == 2
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_an_exit_that_does_end_the_process_is_never_mute(loop: str, commands: Commands) -> None:
+    process = served(commands, loop, "sys.exit(0)")
+
+    assert process.wait(LIMIT_S) == 1
+    assert "Error: the process must end: SystemExit: 0 (at <string>:" in commands.said(process)

@@ -202,6 +202,19 @@ async def test_a_process_that_cannot_be_started_is_tried_again(
     await asyncio.wait_for(running, 30)
 
 
+async def test_a_process_that_waits_for_redis_is_left_alone(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rq_ceylon.worker.supervisor.LOOK_S", 0.01)
+    supervisor = Supervisor(["/bin/sleep", "600"], processes=(1, 2), url="unix:///nowhere.sock", namespace="n")
+    running = asyncio.create_task(supervisor.run())
+    try:
+        await eventually(lambda: len([line for line in said if "load is not known" in line]) >= 3, "it looks")
+        (child,) = supervisor._children.values()
+        assert child.returncode is None
+    finally:
+        supervisor.signal(signal.SIGTERM)
+        assert await running == 0
+
+
 # ---- how many --------------------------------------------------------------------------------------------------------
 def test_a_scale_grows_at_once_to_what_the_backlog_needs_while_half_of_the_slots_are_busy() -> None:
     scale = Scale(1, 8, quiet_s=10)

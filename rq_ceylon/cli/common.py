@@ -257,7 +257,7 @@ def serve(main: Callable[[Watch], Coroutine[Any, Any, int]], *, grace_s: float =
     # The runner is not closed: that would wait for the threads of the loop's executor.
     runner = _runner()
     try:
-        code = reported(watch.run)(runner.get_loop(), to_the_end())
+        code = reported(watch.run)(to_the_end(), runner.get_loop())
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     except BaseException:
