@@ -89,8 +89,8 @@ class Watch:
 
     def run(self, main: Coroutine[Any, Any, int], loop: asyncio.AbstractEventLoop) -> int:
         """
-        Run `main` to its end, although users' code may stop the loop before: by a SystemExit in a task that a handler has
-        started, with `gather` say, which is for the handler alone; or by `loop.stop()`.
+        Run `main` to its end, although users' code may stop the loop before: by a SystemExit in a task that a handler
+        has started, with `gather` say, which is for the handler alone; or by `loop.stop()`.
 
         Raises:
             CeylonError: `main` itself let a SystemExit through.

@@ -5,6 +5,7 @@ How a process ends, whatever users' code does: hostile handlers in real workers,
 from __future__ import annotations
 
 import signal
+import subprocess
 import textwrap
 from collections.abc import Iterator
 
@@ -12,6 +13,7 @@ import pytest
 from commands import Commands, Process, until
 
 from rq_ceylon.app import Ceylon
+from rq_ceylon.cli import processes
 from rq_ceylon.client import SyncClient
 from rq_ceylon.models import Task
 
@@ -253,3 +255,14 @@ def test_an_exit_that_does_end_the_process_is_never_mute(loop: str, commands: Co
 
     assert process.wait(LIMIT_S) == 1
     assert "Error: the process must end: SystemExit: 0 (at <string>:" in commands.said(process)
+
+
+def test_a_second_signal_kills_the_commands_that_another_has_started() -> None:
+    words = ["/bin/sh", "-c", "trap '' TERM; echo deaf; exec sleep 600"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"deaf\n"
+
+        processes.end([process], is_hurried=lambda: True)
+
+    assert process.returncode == -signal.SIGKILL

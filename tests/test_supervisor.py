@@ -178,7 +178,7 @@ async def test_a_process_that_ignores_its_signal_is_killed_after_its_grace(
     said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rq_ceylon.worker.supervisor.CHILD_END_S", 0.1)
-    script = f"trap '' TERM; touch {tmp_path}/deaf; while :; do sleep 600; done"
+    script = f"trap '' TERM; touch {tmp_path}/deaf; exec sleep 600"
     supervisor = supervisor_of("/bin/sh", "-c", script, grace_s=0.1)
     running = asyncio.create_task(supervisor.run())
     await eventually((tmp_path / "deaf").exists, "it ignores the signal")

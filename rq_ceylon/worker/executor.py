@@ -29,8 +29,8 @@ START_S = 60.0
 """How long a child process may take to start."""
 
 CLEANUP_S = 3.0
-"""How long a coroutine may go on after it was cancelled; then it is cancelled once more and counts as hung. At the end of
-the process `ALLOWANCE_S` must leave time to give its task back."""
+"""How long a coroutine may go on after it was cancelled; then it is cancelled once more and counts as hung. Less than a
+process has for its end, so that there is time to give the task back."""
 
 HOOK_S = 30.0
 """How long an `on_error` hook may take."""
