@@ -201,10 +201,11 @@ def test_a_forked_child_heeds_its_signals_and_its_parent_does_not(loop: str, com
                 try:
                     if number == signal.SIGINT:
                         os.write(writer, b"!")
-                    while True:  # one long sleep would miss a signal that comes just before it begins
+                    for _ in range(1000):  # one long sleep would miss a signal that comes just before it begins
                         time.sleep(0.01)
                 except KeyboardInterrupt:
                     os._exit(2)
+                os._exit(1)
             if number == signal.SIGINT:  # it is heard where the child can catch the exception, SIGTERM anywhere
                 os.read(reader, 1)
             os.kill(pid, number)
