@@ -103,7 +103,7 @@ class Bench:
             lease_ms=LEASE_MS,
             acks=[Ack(entry, "completed") for entry in acks],
             recover=recover,
-            names=names,
+            names=dict.fromkeys(names, 1000),
         )
         return list(transitions.fetch_reply(role, self.run(call)).deliveries)
 
@@ -119,7 +119,7 @@ class Bench:
         verdict, pages = self.commit_with_pages(worker, delivery, "release")
         for page in pages:
             task = {(delivery.gid, delivery.tid): name}
-            horizon = self.run(transitions.enqueue(self.keys, page.role, [page], unknown=task))
+            horizon = self.run(transitions.enqueue(self.keys, page.role, [page], names=task))
             self.run(transitions.outbox(self.keys, page.gid, acks=[PageAck(page, horizon)]))
         self.fetch(worker, 0, role=delivery.role, acks=[delivery.entry])
         return verdict

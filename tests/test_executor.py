@@ -26,7 +26,9 @@ from runs import Body, Runs, assigned, error_of
 from rq_ceylon.attempt import AttemptStoppedError, Backoff, FailTask, RetryTask, StopReason, TaskContext
 from rq_ceylon.handlers import Handler, Registry
 from rq_ceylon.worker.children import Children
+from rq_ceylon.worker.executor import MANY
 from rq_ceylon.worker.outcome import BUSY, UNKNOWN, Outcome
+from rq_ceylon.worker.places import Places
 
 pytestmark = pytest.mark.anyio
 
@@ -457,6 +459,15 @@ async def test_a_plain_function_can_ask_whether_it_is_over() -> None:
 
 
 # ---- waiting for a place ---------------------------------------------------------------------------------------------
+@pytest.fixture
+def _a_place_is_free_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    Attempts ended here in the last moment, so that others may wait for their place.
+    """
+    monkeypatch.setattr(Places, "room", 1)
+
+
+@pytest.mark.usefixtures("_a_place_is_free_soon")
 async def test_waiting_for_a_thread_does_not_count_as_time_of_the_attempt() -> None:
     started, may_end = threading.Event(), threading.Event()
     begun: list[float] = []
@@ -484,6 +495,7 @@ async def test_waiting_for_a_thread_does_not_count_as_time_of_the_attempt() -> N
     assert begun[0] >= freed + 60
 
 
+@pytest.mark.usefixtures("_a_place_is_free_soon")
 @pytest.mark.parametrize("cpu", [False, True])
 async def test_a_task_that_waits_for_its_turn_can_be_cancelled(cpu: bool, tmp_path: Path) -> None:
     path = tmp_path / "pid"
@@ -514,6 +526,7 @@ async def test_a_task_that_waits_for_its_turn_can_be_cancelled(cpu: bool, tmp_pa
     await first
 
 
+@pytest.mark.usefixtures("_a_place_is_free_soon")
 async def test_others_take_the_place_of_a_thread_that_hangs_up_to_a_bound() -> None:
     may_end, ran = threading.Event(), []
 
@@ -539,6 +552,7 @@ async def test_others_take_the_place_of_a_thread_that_hangs_up_to_a_bound() -> N
     assert ran == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.usefixtures("_a_place_is_free_soon")
 async def test_a_task_whose_turn_does_not_come_is_given_back_and_spends_no_attempt(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -554,9 +568,43 @@ async def test_a_task_whose_turn_does_not_come_is_given_back_and_spends_no_attem
 
     outcome = await executor.run(assigned(fence=2))
 
-    assert (outcome.kind, outcome.reason, outcome.run_ms) == ("release", BUSY, 0)
+    assert (outcome.kind, outcome.reason, outcome.run_ms) == ("release", BUSY + "job", 0)
     may_end.set()
     assert (await first).kind == "completed"
+
+
+async def test_a_task_for_which_there_is_no_thread_is_given_back_at_once_to_wait_by_its_name() -> None:
+    may_end = threading.Event()
+
+    def block() -> None:
+        may_end.wait(10)
+
+    executor = executor_of(block, threads=1)
+    executor.registry.add(Handler("short", awaited_nothing))
+    first = asyncio.create_task(executor.run(assigned(fence=1)))
+    await asyncio.sleep(0)
+
+    second = await executor.run(assigned(fence=2))
+    quick = await executor.run(assigned(fence=3, uses="short"))
+
+    assert (second.kind, second.reason, second.delay_ms) == ("release", BUSY + "job", 0)
+    assert executor.shares(["job", "short"]) == {"job": 0, "short": MANY}
+    assert quick.kind == "completed"
+    may_end.set()
+    await first
+    assert executor.shares(["job"])["job"] >= 1
+
+
+async def awaited_nothing() -> None: ...
+
+
+async def test_free_threads_are_shared_out_among_the_names_that_need_one() -> None:
+    def nothing() -> None: ...
+
+    executor = executor_of(nothing, threads=5)
+    executor.registry.add(Handler("other", nothing))
+
+    assert sorted(executor.shares(["job", "other"]).values()) == [2, 3]
 
 
 # ---- processes -------------------------------------------------------------------------------------------------------
@@ -597,6 +645,7 @@ async def test_a_process_is_used_again_by_the_next_task() -> None:
     assert first == second
 
 
+@pytest.mark.usefixtures("_a_place_is_free_soon")
 async def test_no_more_processes_than_there_are_places_run_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -433,6 +433,38 @@ async def test_a_worker_with_one_long_task_holds_back_nothing_that_an_idle_one_c
     assert results == [idle.name] * 20
 
 
+async def test_workers_share_plain_functions_by_their_threads_and_what_waits_is_pending(
+    app: Ceylon, client: Client
+) -> None:
+    may_end = threading.Event()
+
+    @app.task(role="r")
+    def block(context: TaskContext) -> str:
+        may_end.wait(LIMIT_S)
+        return context.worker
+
+    @app.task(role="r")
+    async def quick() -> None: ...
+
+    first, second = worker_of(app, slots=30, threads=4), worker_of(app, slots=30, threads=4)
+    blocking = await client.submit(TaskGroup("blocking", [block.bind() for _ in range(20)]))
+    async with running(first), running(second):
+
+        async def are_shared() -> bool:
+            counters = (await blocking.view()).counters
+            return (counters.in_progress, counters.pending) == (8, 12)
+
+        await eventually(are_shared, "each worker runs as many as it has threads")
+        await (await client.submit(quick.bind())).result(LIMIT_S)
+        assert await are_shared()
+        may_end.set()
+        view = await blocking.wait("all", LIMIT_S)
+
+    ran_by = [result.value async for result in blocking.results()]
+    assert view.counters.completed == 20
+    assert min(ran_by.count(worker.name) for worker in (first, second)) >= 4
+
+
 async def test_a_thread_that_outlived_its_timeout_takes_nothing_from_other_tasks(app: Ceylon, client: Client) -> None:
     may_end = threading.Event()
 

@@ -106,26 +106,27 @@ def enqueue(
     pages: Sequence[Page],
     *,
     insist: bool = True,
-    unknown: Mapping[tuple[str, str], str] | None = None,
+    names: Mapping[tuple[str, str], str] | None = None,
 ) -> Call:
     """
     Hand pages to their role; at `maxmemory` too, unless told not to insist.
 
     Args:
-        unknown: tasks (group, task) that are to wait for a worker that knows the name of their function, and this name.
+        names: tasks (group, task) that are to wait by the name of their function for a worker that knows it and has
+            room for it, and this name.
     """
     args: list[Any] = [int(insist)]
     for page in pages:
         _, _, due, items = page.text.split("|", 3)
-        if unknown:
-            items = " ".join(_with_name(item, page.gid, unknown) for item in items.split(" "))
+        if names:
+            items = " ".join(_with_name(item, page.gid, names) for item in items.split(" "))
         args += (page.gid, due, items)
     return Call("enqueue", keys.role(role), args)
 
 
-def _with_name(item: str, gid: str, unknown: Mapping[tuple[str, str], str]) -> str:
+def _with_name(item: str, gid: str, names: Mapping[tuple[str, str], str]) -> str:
     priority, tid, issue, *supersedes = item.split(",")
-    name = unknown.get((gid, tid))
+    name = names.get((gid, tid))
     return item if name is None else ",".join((priority, tid, issue, *(supersedes or [""]), name))
 
 
@@ -412,16 +413,17 @@ def fetch(
     lease_ms: int,
     acks: Iterable[Ack] = (),
     recover: Sequence[str] | None = None,
-    names: Sequence[str] = (),
+    names: Mapping[str, int] | None = None,
 ) -> Call:
     """
     Args:
         budget: entries wanted; 0 to acknowledge only.
         recover: entries that this worker holds; given after a `fetch` that was not answered, None otherwise.
-        names: those that tasks wait for, as a reply told, and that this worker knows.
+        names: those that tasks wait for, as a reply told, and that this worker knows; for each, how many it takes.
     """
     args: list[Any] = [worker, budget, lease_ms, "read" if recover is None else "recover", UNROUTABLE_MS]
-    args += (len(recover or ()), *(recover or ()), len(names), *names)
+    known = [f"{count} {name}" for name, count in (names or {}).items()]
+    args += (len(recover or ()), *(recover or ()), len(known), *known)
     by_outcome: dict[str, list[Ack]] = defaultdict(list)
     for ack in acks:
         by_outcome[ack.outcome].append(ack)
@@ -442,7 +444,7 @@ class FetchReply:
     Attributes:
         lease_ms: the lease in force, which is the role's.
         next_due_ms: until the next delayed entry is due; None if there is none.
-        names: some of the names that tasks wait for, as no worker that was given them knew them.
+        names: some of the names by which tasks wait for a worker that knows them and has room for them.
     """
 
     lease_ms: int

@@ -24,6 +24,7 @@ from rq_ceylon.handlers import Handler
 from rq_ceylon.settings import Settings
 from rq_ceylon.worker.child import INVALID, PROGRESS, VALUE
 from rq_ceylon.worker.outcome import RemoteError
+from rq_ceylon.worker.places import Places
 from rq_ceylon.worker.wear import jittered
 
 _BOOT = (
@@ -54,7 +55,7 @@ class Children:
         max_memory: int | None = None,
         settings: Settings | None = None,
     ) -> None:
-        self.places = asyncio.Semaphore(count or _processors())
+        self.places = Places(count or _processors())
         self._max_tasks, self._max_memory, self._settings = max_tasks, max_memory, settings
         self._idle: list[Child] = []
         self._living: set[Child] = set()

@@ -5,8 +5,10 @@ Turns one assignment into an outcome. Runs users' code, and never touches Redis.
 from __future__ import annotations
 
 import asyncio
+import collections
 import inspect
-from collections.abc import Awaitable, Callable
+import random
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any
@@ -15,9 +17,10 @@ from loguru import logger
 
 from rq_ceylon.attempt import StopReason, TaskContext, says_stopped
 from rq_ceylon.errors import InvalidInputError, PayloadTooLargeError, UnknownTaskError
-from rq_ceylon.handlers import Registry
+from rq_ceylon.handlers import Handler, Registry
 from rq_ceylon.worker.children import Children
-from rq_ceylon.worker.outcome import BUSY, Assignment, Attempt, Outcome, invalid, unknown
+from rq_ceylon.worker.outcome import BUSY, NO_RESOURCES, Assignment, Attempt, Outcome, invalid, unknown
+from rq_ceylon.worker.places import Places
 from rq_ceylon.worker.threads import End, in_thread
 
 RESULT_BYTES_MAX = 1024 * 1024
@@ -40,6 +43,9 @@ HOOKS_LAST_S = 1.0
 
 HUNG_HOOKS_MAX = 8
 """So many threads of `on_error` hooks may hang before plain hooks are no longer called."""
+
+MANY = 100_000
+"""For how many coroutines there is room; slots bound them."""
 
 RETRY_START_MS = 1000
 """How long a task stays away that could not start, because the system has no more threads, processes or files."""
@@ -94,8 +100,9 @@ class Executor:
     `hung` counts those. Others take their place, up to `hung_max`; from then on each keeps its place until it ends.
 
     Args:
-        threads: how many plain functions at once. Others wait for a place, as do `cpu=True` ones, of which as many run
-            as there are processors. Waiting is not part of the attempt: its time begins with its handler.
+        threads: how many plain functions at once; of `cpu=True` ones as many as there are processors. A task for which
+            there is no place, nor one in a moment, is given back at once, to wait by its name for a worker that has
+            one. Waiting is not part of the attempt: its time begins with its handler.
         max_tasks, max_memory: a child process that has run so many tasks, or takes so many bytes, is replaced.
         on_freed: called when something that hung has ended.
 
@@ -116,7 +123,7 @@ class Executor:
         self.registry, self.on_freed = registry, on_freed
         self.hung, self.hung_max = 0, threads
         self.state: Any = None
-        self._threads = asyncio.Semaphore(threads)
+        self._threads = Places(threads)
         self._children = Children(max_tasks=max_tasks, max_memory=max_memory, settings=registry.settings)
         self._running: dict[tuple[str, int], _Run] = {}
         self._settled = asyncio.Event()
@@ -148,6 +155,10 @@ class Executor:
         except InvalidInputError as error:
             ended(invalid(error))
             return
+        places = self._places(attempt.handler)
+        if places is not None and places.room == 0:
+            ended(Outcome("release", reason=BUSY + attempt.context.uses))
+            return
         run = _Run(attempt, begun, ended)
         self._running[run.key] = run
 
@@ -156,6 +167,27 @@ class Executor:
 
         run.task = asyncio.get_running_loop().create_task(attempt_it())
         run.task.add_done_callback(partial(self._task_ended, run))
+
+    def shares(self, names: Sequence[str]) -> dict[str, int]:
+        """
+        How many tasks of each of these names can start here now: the free threads, or child processes, are shared out
+        among the names that need one.
+        """
+        by_places: dict[Places | None, list[str]] = collections.defaultdict(list)
+        for name in names:
+            handler = self.registry.find(name)
+            by_places[self._places(handler) if handler else None].append(name)
+        shares: dict[str, int] = {}
+        for places, some in by_places.items():
+            random.shuffle(some)  # where there are fewer places than names, it is the turn of others the next time
+            left = MANY if places is None else places.room
+            for number, name in enumerate(some):
+                shares[name] = left if places is None else -(-left // (len(some) - number))
+                left -= 0 if places is None else shares[name]
+        return shares
+
+    def _places(self, handler: Handler[..., Any]) -> Places | None:
+        return {"async": None, "thread": self._threads, "process": self._children.places}[handler.kind]
 
     def cancel(self, role: str, fence: int, why: StopReason) -> None:
         """
@@ -368,11 +400,11 @@ class Executor:
         match context.stopped:
             case None if isinstance(error, _CannotStart):
                 logger.warning("Task {} cannot start now: {}", context.id, error)
-                return Outcome("release", reason=BUSY, delay_ms=RETRY_START_MS)
+                return Outcome("release", reason=NO_RESOURCES, delay_ms=RETRY_START_MS)
             case None:
                 outcome = attempt.raised(error)
             case "timeout" if attempt.began is None:
-                return Outcome("release", reason=BUSY)
+                return Outcome("release", reason=BUSY + context.uses)
             case "timeout":
                 error, outcome = attempt.timed_out()
             case why:

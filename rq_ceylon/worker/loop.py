@@ -97,6 +97,10 @@ class Worker:
         self.leases = Leases(
             url=url, keys=self.keys, worker=self.name, roles=self.roles, lease_ms=round(lease_s * 1000)
         )
+        self._wake = asyncio.Event()
+        self.executor = Executor(
+            registry, threads=threads, max_tasks=max_tasks, max_memory=max_memory, on_freed=self._wake.set
+        )
         self.turns = Turns(
             keys=self.keys,
             worker=self.name,
@@ -105,6 +109,7 @@ class Worker:
             lease_ms=round(lease_s * 1000),
             leases=self.leases,
             knows=registry.names(),
+            shares=self.executor.shares,
             may_send=self.lanes.is_open,
         )
         self.exit_code = 0
@@ -114,11 +119,7 @@ class Worker:
         ]
         self._stop = asyncio.Event()
         self._cold = asyncio.Event()
-        self._wake = asyncio.Event()
         self._grace_is_over = False
-        self.executor = Executor(
-            registry, threads=threads, max_tasks=max_tasks, max_memory=max_memory, on_freed=self._wake.set
-        )
         self.neighbours = Neighbours(url, self.keys)
         self.lookout = Lookout(
             url,

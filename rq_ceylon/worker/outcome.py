@@ -22,8 +22,18 @@ TRACEBACK_MAX = 8192
 UNKNOWN = "unknown:"
 """How the reason of a release begins because the handler is not registered here; its name follows."""
 
-BUSY = "busy"
-"""The reason of a release because no thread or process became free in time: other workers may have one."""
+BUSY = "busy:"
+"""How the reason of a release begins because no thread or child process is free here; the name of the task follows."""
+
+NO_RESOURCES = "no-resources"
+"""The reason of a release because the system has no more threads, processes or files to give."""
+
+
+def waits_by_name(reason: str) -> str:
+    """
+    The name by which a released task is to wait in its role, for a worker that knows it and has room; '' for none.
+    """
+    return reason.partition(":")[2] if reason.startswith((UNKNOWN, BUSY)) else ""
 
 
 class Assignment(NamedTuple):

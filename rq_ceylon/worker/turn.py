@@ -23,13 +23,16 @@ from rq_ceylon.store.keys import Keys
 from rq_ceylon.store.transitions import Ack, Committed, Page, PageAck
 from rq_ceylon.worker.held import Granted, Held, Stage, Step
 from rq_ceylon.worker.leases import Leases
-from rq_ceylon.worker.outcome import UNKNOWN
+from rq_ceylon.worker.outcome import waits_by_name
 
 UNCLAIMED_S = 2.0
 """An entry that could not start for so long is given back: others may be idle."""
 
 RELAY_PAGES = 500
 """In one answer of an outbox: a commit whose answer was lost may have written so many, one for each retry."""
+
+ANY = 100_000
+"""As many tasks of a name as there are slots."""
 
 RECENT_S = 0.1
 """What finished within this time says how much to read ahead."""
@@ -43,6 +46,7 @@ class Turns:
         slots: how many tasks may run at once.
         lease_ms: the lease to ask for.
         knows: names of the tasks that can be run here.
+        shares: how many tasks of each of these names can start here now.
         may_send: whether calls on a key may be sent now; no turn has any on others.
 
     Attributes:
@@ -59,11 +63,12 @@ class Turns:
         lease_ms: int,
         leases: Leases,
         knows: Collection[str] = (),
+        shares: Callable[[Sequence[str]], dict[str, int]] = lambda names: dict.fromkeys(names, ANY),
         may_send: Callable[[str], bool],
     ) -> None:
         self.keys, self.worker, self.roles, self.slots, self.leases = keys, worker, list(roles), slots, leases
         self._lease_ms, self._may_send = dict.fromkeys(self.roles, lease_ms), may_send
-        self._knows = frozenset(knows)
+        self._knows, self._shares = frozenset(knows), shares
         self.held: dict[tuple[str, str], Held] = {}
         self.granted: list[Granted] = []
         self.stopping, self.completed = False, 0
@@ -79,7 +84,7 @@ class Turns:
         self._empty: set[str] = set()
         self._next_due_s: dict[str, float] = {}
         self._waiting_names: dict[str, list[str]] = {}  # per role, those known here that tasks wait for
-        self._unknown: dict[Page, Mapping[str, str]] = {}  # task → name, of those in a page that nothing here knows
+        self._by_name: dict[Page, Mapping[str, str]] = {}  # task → name, of those in a page that are to wait by name
         self._asks_for_suspect = False
         self._top_fence = dict.fromkeys(self.roles, 0)
         self._recent: collections.deque[float] = collections.deque()
@@ -307,7 +312,7 @@ class Turns:
         self._next_due_s.pop(role, None)
         acks, self._acks[role] = self._acks[role], []
         recover = [entry for of, entry in self.held if of == role] if role in self._recovering else None
-        names = self._waiting_names.get(role, [])
+        names = self._shares(self._waiting_names.get(role, []))
         call = transitions.fetch(
             self.keys,
             role,
@@ -326,9 +331,9 @@ class Turns:
             # What follows here must be seen by a fetch before this role counts as empty.
             self._empty.discard(role)
             self._to_fetch.add(role)
-            unknown = [(page.gid, self._unknown.pop(page, {})) for page in some]
-            names = {(gid, tid): name for gid, tasks in unknown for tid, name in tasks.items()}
-            call = transitions.enqueue(self.keys, role, some, unknown=names)
+            by_name = [(page.gid, self._by_name.pop(page, {})) for page in some]
+            names = {(gid, tid): name for gid, tasks in by_name for tid, name in tasks.items()}
+            call = transitions.enqueue(self.keys, role, some, names=names)
             yield Step(call, partial(self._enqueued, some))
 
     def _deliveries(self) -> Iterable[Step]:
@@ -356,7 +361,7 @@ class Turns:
             elif outcome.kind != "stopping":
                 self.completed += verdict == "OK" and outcome.kind == "completed"
                 self._acknowledge(held, outcome.kind if verdict == "OK" else "stale", outcome.run_ms)
-        self._note_unknown(batch, answer.pages)
+        self._note_names(batch, answer.pages)
         self._take(answer.pages)
         if answer.more or "DONE" in answer.verdicts:
             self._relay(gid, again="DONE" in answer.verdicts)
@@ -386,7 +391,7 @@ class Turns:
                         self._relay(held.delivery.gid)
                     self._acknowledge(held, "stale", 0)
 
-    def _fetched(self, role: str, budget: int, names: Sequence[str], reply: Any) -> None:
+    def _fetched(self, role: str, budget: int, names: Collection[str], reply: Any) -> None:
         self._fetching.discard(role)
         if isinstance(reply, CeylonError):
             logger.error("Role {} cannot be read: {}", role, reply)
@@ -458,18 +463,14 @@ class Turns:
         """
         self._to_relay[gid] = again or self._to_relay.get(gid, False)
 
-    def _note_unknown(self, batch: Sequence[tuple[Held, Committed]], pages: Iterable[Page]) -> None:
+    def _note_names(self, batch: Sequence[tuple[Held, Committed]], pages: Iterable[Page]) -> None:
         """
-        Of the pages of a commit, those of tasks that nothing here knows are enqueued by name. Where the answer with its
+        Of the pages of a commit, those of tasks that cannot run here are enqueued by name. Where the answer with its
         page is lost, the task goes to any worker once more.
         """
-        names = {
-            outcome.tid: outcome.reason.removeprefix(UNKNOWN)
-            for _, outcome in batch
-            if outcome.reason.startswith(UNKNOWN)
-        }
+        names = {outcome.tid: name for _, outcome in batch if (name := waits_by_name(outcome.reason))}
         if names:
-            self._unknown.update((page, names) for page in pages if not page.is_message)
+            self._by_name.update((page, names) for page in pages if not page.is_message)
 
     def _take(self, pages: Iterable[Page]) -> None:
         for page in pages:

@@ -2,7 +2,7 @@
 -- KEYS: the role's.
 -- ARGV: worker, budget, lease ms asked for, mode (read | recover), ms after which a name that nobody knows is overdue,
 --       n, n entries that this worker holds (recover mode),
---       n, n names that this worker knows, of those that tasks wait for,
+--       n, n names that this worker knows, of those that tasks wait for: 'count name', of which it takes so many,
 --       then per outcome: outcome, n, n entries to acknowledge, m, m histogram fields and increments.
 -- Reply: lease ms in force, ms until the next due entry (-1 none), then per entry: entry, task, fence,
 --        then some of the names that tasks wait for.
@@ -11,7 +11,7 @@
 local PROMOTE_MAX = 50
 local worker, budget, asked, mode = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4]
 local overdue_ms = tonumber(ARGV[5])
-local NAMES_MAX = 32   -- in one reply
+local NAMES_MAX = 64   -- in one reply
 local SHARE = 8        -- of so many deliveries one is of low priority and one of normal, if any wait
 
 drain()
@@ -121,8 +121,9 @@ end
 
 -- Gives this worker tasks that wait by their name: they become entries of `front`, read before anything else can be.
 -- Only when `front` has been read to its end.
-local function take(name)
-  local waiting = call('ZRANGEBYLEX', UNKNOWN, '[' .. name .. ' ', '(' .. name .. '!', 'LIMIT', 0, left)
+local function take(name, count)
+  if count <= 0 then return 0 end
+  local waiting = call('ZRANGEBYLEX', UNKNOWN, '[' .. name .. ' ', '(' .. name .. '!', 'LIMIT', 0, count)
   for _, member in ipairs(waiting) do
     local priority, task = string.match(member, '^%S+ ([123]) (.+)$')
     call('XADD', FRONT, '*', 'task', task .. ' ' .. priority .. ':' .. now_text .. '-0')
@@ -136,10 +137,12 @@ end
 -- whoever is given that looks whether a live worker knows the name, and ends the task if none does.
 local function take_by_name()
   local is_known = {}
-  for _, name in ipairs(known) do
+  for _, word in ipairs(known) do
+    local count, name = string.match(word, '^(%d+) (.+)$')
     is_known[name] = true
-    local wanted = left
-    if take(name) < wanted then call('HDEL', NAMES, name)
+    local wanted = math.min(left, tonumber(count))
+    if take(name, wanted) < wanted then call('HDEL', NAMES, name)
+    -- A worker that knows the name but has no room has asked for it too.
     elseif call('HEXISTS', NAMES, name) == 1 then call('HSET', NAMES, name, now_text) end
   end
   local found = call('HRANDFIELD', NAMES, NAMES_MAX, 'WITHVALUES')
@@ -149,7 +152,7 @@ local function take_by_name()
     names[#names + 1] = name
     -- The time stays on record as long again: for the worker that is given these, and for tasks of this name to come.
     local is_overdue = left > 0 and not is_known[name] and now - since >= overdue_ms
-    if is_overdue and take(name) == 0 and now - since >= 2 * overdue_ms then call('HDEL', NAMES, name) end
+    if is_overdue and take(name, left) == 0 and now - since >= 2 * overdue_ms then call('HDEL', NAMES, name) end
   end
   return names
 end
