@@ -12,7 +12,6 @@ import asyncio
 import atexit
 import contextlib
 import os
-import selectors
 import signal
 import socket
 import sys
@@ -20,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 from loguru import logger
@@ -48,7 +48,8 @@ class Watch:
 
     Args:
         grace_s: how long after the first signal the clean-up begins, which may take `ALLOWANCE_S`.
-        at_once: called in the watch's thread at the first signal, even while the loop is blocked.
+        at_once: called in the watch's thread at the first signal, even while the loop is blocked. It must not wait for
+            anything, as the watch does nothing meanwhile.
     """
 
     def __init__(self, grace_s: float = 0.0, *, at_once: Callable[[], object] = lambda: None) -> None:
@@ -123,7 +124,7 @@ class Watch:
             yield
         finally:
             with self._guard:
-                del self._limits[key]
+                self._limits.pop(key, None)
 
     def leave(self, code: int) -> NoReturn:
         """
@@ -229,13 +230,16 @@ def stop_with_supervisor() -> None:
 
 def _whereabouts() -> str:
     """
-    Where the main thread stands if not in our code or in the event loop: a handler that blocks the loop is found by it.
+    The line of users' code that the main thread is in, or of a package that they use: what blocks the loop is found by
+    it. Empty if there is none, as where the loop waits.
     """
-    frame = sys._current_frames()[threading.main_thread().ident or 0]
-    own = (str(Path(__file__).parent), str(Path(asyncio.__file__).parent), selectors.__file__)
-    if frame.f_code.co_filename.startswith(own):
-        return ""
-    return f"; its main thread is at {frame.f_code.co_filename}:{frame.f_lineno}, in {frame.f_code.co_name}"
+    frame: FrameType | None = sys._current_frames()[threading.main_thread().ident or 0]
+    ours, python = str(Path(__file__).parent), str(Path(os.__file__).parent)
+    while frame is not None and (file := frame.f_code.co_filename) != __file__:
+        if not file.startswith(ours) and (not file.startswith(python) or "site-packages" in file):
+            return f"; its main thread is at {file}:{frame.f_lineno}, in {frame.f_code.co_name}"
+        frame = frame.f_back
+    return ""
 
 
 def _flush() -> None:

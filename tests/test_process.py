@@ -155,7 +155,8 @@ def test_a_blocked_loop_keeps_neither_the_first_signal_nor_the_second_from_being
         watch.at_once = lambda: print("heard at once")
         watch.listen(lambda number: print("heard by the loop"))
         print("blocks")
-        time.sleep(60)
+        import threading
+        threading.Event().wait(60)  # a line of Python's own library, below the user's
         """,
     )
     until(lambda: "blocks" in commands.said(process), "the loop is blocked")
@@ -166,6 +167,7 @@ def test_a_blocked_loop_keeps_neither_the_first_signal_nor_the_second_from_being
 
     assert process.wait(LIMIT_S) == 130
     assert commands.said(process).count("heard") == 1
+    assert "its main thread is at <string>:" in commands.said(process)
 
 
 @pytest.mark.parametrize("loop", LOOPS)

@@ -26,7 +26,7 @@ class Scale:
         all slots are busy, the tasks that wait for one, and the monotonic time.
         """
         wanted = workers
-        # A backlog beside idle slots is not to be cured so: the role is paused, say.
+        # If tasks queue up while slots are idle, more workers will not help: the role may be paused.
         if queued and 2 * busy >= each * workers:
             wanted = max(workers, -(-(busy + queued) // each))
         sufficed = not queued and busy <= 0.75 * each * (workers - 1)
