@@ -130,6 +130,22 @@ def seconds(value: Duration, name: str) -> float:
     return result
 
 
+LEASE_MIN_S = 0.1
+
+
+def check_lease(value: Duration, name: str) -> float:
+    """
+    Return a lease in seconds.
+
+    Raises:
+        InvalidInputError: not a duration, or too short for a worker to renew it.
+    """
+    lease_s = seconds(value, name)
+    if lease_s < LEASE_MIN_S:
+        raise InvalidInputError(f"{name}: {value!r} is too short; give at least 100ms")
+    return lease_s
+
+
 def check_id(value: object, name: str) -> str:
     """
     Return `value` if it may serve as an id or name in Redis.

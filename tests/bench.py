@@ -109,7 +109,7 @@ class Bench:
 
     def renew(self, worker: str, *entries: str, role: str = "p") -> list[str]:
         answers: list[str] = self.run(transitions.renew(self.keys, role, worker, entries, lease_ms=LEASE_MS))
-        return answers
+        return answers[1:]
 
     def unknown(self, worker: str, delivery: Delivery, name: str = "name") -> str:
         """

@@ -4,7 +4,7 @@ Groups on groups, pauses, and needs that were not met, as their users see them.
 
 import pytest
 from bench import Bench
-from commands import ROOT, Commands, eventually
+from commands import ROOT, Commands, eventually, until
 from test_worker import running, worker_of
 
 from rq_ceylon.app import Ceylon
@@ -115,6 +115,18 @@ def test_a_file_of_groups_is_submitted_and_run_in_order(commands: Commands) -> N
     example = ROOT / "examples" / "pipeline.yaml"
     ended = commands.run("submit", str(example), "--wait=all", "--timeout", "25s")
     assert ended.returncode == 0, ended.stderr
+
+
+def test_the_lease_of_a_running_role_is_changed_by_a_command(commands: Commands) -> None:
+    commands.start("worker", "--role", "data", "--lease", "24h")
+    until(lambda: "data" in commands.run("ceylon", "status").stdout, "the role is served")
+    changed = "role data: lease 20s instead of 86400 s\n"
+    until(lambda: commands.run("ceylon", "lease", "data", "20s").stdout == changed, "its lease is in force")
+    assert commands.run("ceylon", "lease", "data", "1m").stdout == "role data: lease 1m instead of 20 s\n"
+    for words, error in ((("nobody", "30s"), "no worker ever served it"), (("data", "1ms"), "give at least 100ms")):
+        refused = commands.run("ceylon", "lease", *words)
+        assert refused.returncode == 2
+        assert error in refused.stderr
 
 
 def test_pause_and_resume_as_commands(commands: Commands) -> None:

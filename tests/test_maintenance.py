@@ -12,7 +12,7 @@ from bench import Bench
 from rq_ceylon.maintenance import reissue, steps
 from rq_ceylon.maintenance.relay import PAGES_PER_CALL, relay
 from rq_ceylon.maintenance.steps import MOVING_MS, STILL_MS, Maintenance, drop
-from rq_ceylon.models import Goal
+from rq_ceylon.models import Durability, Goal
 from rq_ceylon.store import transitions
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.keys import Keys
@@ -254,10 +254,11 @@ async def test_what_was_staged_and_never_completed_is_removed_after_an_hour(
     assert bench.redis.keys(bench.keys.group_part("g", "*")) == []
 
 
+@pytest.mark.parametrize("durability", ["none", "replica"])
 async def test_a_group_that_is_gone_leaves_the_index_but_not_before_its_client_had_time_to_write_it(
-    bench: Bench, maintenance: Maintenance
+    bench: Bench, maintenance: Maintenance, durability: Durability
 ) -> None:
-    for call in transitions.announce(bench.keys, "g", ["p"]):
+    for call in transitions.announce(bench.keys, "g", ["p"], durability=durability):
         bench.run(call)
 
     await maintenance.run_once()

@@ -263,6 +263,19 @@ def test_a_round_of_the_lease_thread_keeps_the_clock_of_every_role_though_nothin
     assert leases.lease_s == LEASE_MS / 1000
 
 
+def test_a_new_lease_of_a_role_reaches_a_lease_thread_before_anything_may_be_reclaimed_by_it(bench: Bench) -> None:
+    bench.queued("g")
+    (held,) = bench.fetch("w")
+    leases = Leases(url="", keys=bench.keys, worker="w", roles=["p"], lease_ms=LEASE_MS)
+    bench.age(LEASE_MS - 100)
+    now_ms = int(bench.redis.hget(bench.keys.role_part("p", "meta"), "last"))
+    bench.run(transitions.set_lease(bench.keys, "p", 100, now_ms))
+    assert bench.fetch("v") == []
+    leases.hold("p", held.entry, time.monotonic() + 60)
+    leases.renew(Direct(bench))  # type: ignore[arg-type]
+    assert leases.lease_s == 0.1
+
+
 def test_a_lease_is_renewed_until_its_limit_and_no_longer(bench: Bench) -> None:
     bench.queued("g", ["over", "kept"])
     over, kept = bench.fetch("w", 2)

@@ -329,6 +329,25 @@ async def resume(client: Client, group: str | None, role: str | None) -> int:
     return await _hold(client, group, role, "resume")
 
 
+@ceylon.command()
+@click.argument("role")
+@click.argument("duration")
+@with_client
+async def lease(client: Client, role: str, duration: str) -> None:
+    """
+    Change how long a worker of a role that stops responding keeps its tasks.
+
+    A running role keeps its lease whatever --lease new workers are started with; this changes it. Workers hear of it
+    within 10 s; until 30 s have passed, or the new lease, no task changes hands.
+
+    \b
+    Example:
+      ceylon lease gpu 30s
+    """
+    before_s = await client.set_lease(role, duration)
+    click.echo(f"role {role}: lease {duration} instead of {before_s:g} s")
+
+
 async def _hold(client: Client, group: str | None, role: str | None, word: Literal["pause", "resume"]) -> int:
     if group is not None and role is None:
         handle = client.group(group)

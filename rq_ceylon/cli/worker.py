@@ -134,7 +134,7 @@ def worker(
     """
     from rq_ceylon.errors import InvalidInputError
     from rq_ceylon.handlers import Registry
-    from rq_ceylon.models import check_id, seconds
+    from rq_ceylon.models import check_id, check_lease, seconds
     from rq_ceylon.process import CHILD_END_S, SUPERVISED, stop_with_supervisor
     from rq_ceylon.settings import require_unix
     from rq_ceylon.worker.supervisor import Supervisor
@@ -153,9 +153,7 @@ def worker(
         raise InvalidInputError("no role to serve: give --role ROLE, or an application whose tasks have roles")
     if loaded and SUPERVISED not in os.environ:  # of several processes the supervisor says it
         _warn_of_unused(served, registry)
-    grace_s, lease_s = seconds(grace, "--grace"), seconds(lease, "--lease")
-    if lease_s < 0.1:
-        raise InvalidInputError(f"--lease: {lease!r} is too short; give at least 100ms")
+    grace_s, lease_s = seconds(grace, "--grace"), check_lease(lease, "--lease")
     stop_with_supervisor()
 
     async def supervise(watch: Watch) -> int:

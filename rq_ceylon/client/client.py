@@ -11,9 +11,19 @@ from rq_ceylon.client.rolling import Rolling
 from rq_ceylon.client.session import Session
 from rq_ceylon.client.staging import stage
 from rq_ceylon.client.submission import Submission
-from rq_ceylon.errors import InvalidInputError
+from rq_ceylon.errors import InvalidInputError, NotFoundError
 from rq_ceylon.handlers import Registry
-from rq_ceylon.models import Durability, GroupView, RoleView, Task, TaskGroup, WorkerView, check_id
+from rq_ceylon.models import (
+    Durability,
+    Duration,
+    GroupView,
+    RoleView,
+    Task,
+    TaskGroup,
+    WorkerView,
+    check_id,
+    check_lease,
+)
 from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.durability import check_durability
 
@@ -161,3 +171,23 @@ class Client(Session):
 
     async def resume_role(self, role: str) -> None:
         await self.call(transitions.resume_role(self.keys, check_id(role, "role")))
+
+    async def set_lease(self, role: str, lease: Duration) -> float:
+        """
+        Put another lease in force in a role whose workers are running: how long one that stops responding keeps its
+        tasks. Workers hear of it within 10 s; until 30 s have passed, or the new lease, no task changes hands. Returns
+        the lease that was in force, in seconds.
+
+        Raises:
+            InvalidInputError: a bad role, or not a duration of 100 ms or more.
+            NotFoundError: no worker ever served this role.
+        """
+        lease_s = check_lease(lease, "lease")
+        meta = await queries.role_meta(self.connection, self.keys, check_id(role, "role"))
+        if "lease" not in meta:
+            raise NotFoundError(
+                f"role {role!r} has no lease: no worker ever served it; `ceylon status` lists the roles"
+            )
+        now_ms = await queries.server_ms(self.connection, self.keys)
+        await self.call([transitions.set_lease(self.keys, role, round(lease_s * 1000), now_ms)])
+        return int(meta["lease"]) / 1000

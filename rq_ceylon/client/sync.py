@@ -15,6 +15,7 @@ from rq_ceylon.client.handles import GroupHandle, TaskHandle
 from rq_ceylon.errors import CeylonError
 from rq_ceylon.models import (
     Durability,
+    Duration,
     GroupView,
     RoleView,
     Task,
@@ -164,6 +165,9 @@ class SyncClient:
 
     def resume_role(self, role: str) -> None:
         self.call(self.inner.resume_role(role))
+
+    def set_lease(self, role: str, lease: Duration) -> float:
+        return self.call(self.inner.set_lease(role, lease))
 
 
 class SyncTaskHandle(Generic[R]):

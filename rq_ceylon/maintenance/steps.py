@@ -111,9 +111,9 @@ class Maintenance:
         return min(due_ms, deadline_ms) if deadline_ms else due_ms
 
     async def _forget(self, gid: str, now_ms: int) -> int | None:
-        # Never looked at before: its client has announced it and is about to write it.
+        # Not looked at since its client announced it, which is about to write it.
         (score,) = await self._connection.run([command("ZSCORE", self._keys.index_of(gid), gid)])
-        if score is not None and float(score) == 0:
+        if score is not None and float(score) < transitions.ANNOUNCED_BELOW:
             return now_ms + STILL_MS
         # Another process has looked meanwhile, perhaps for the first time.
         if score is None or float(score) > now_ms:

@@ -257,6 +257,10 @@ def submit_reply(gid: str, reply: list[Any]) -> SubmitReply:
     return SubmitReply(word, *rest)
 
 
+ANNOUNCED_BELOW = 1
+"""A group whose score in the index is smaller was announced, and not looked at since."""
+
+
 def announce(
     keys: Keys, gid: str, roles: Iterable[str], *, durability: Durability = "none", insisting: bool = False
 ) -> list[Call]:
@@ -265,8 +269,8 @@ def announce(
     maintenance finds whatever follows.
 
     Args:
-        durability: of the entry in the index, which is then written whether or not it is there, since a confirmation
-            waits for a write.
+        durability: of the entry in the index, which then gets a score of its own below `ANNOUNCED_BELOW` whether or not
+            it is there, since a confirmation waits for a write, and the same score again is none.
         insisting: at the memory limit too.
     """
     write = insist if insisting else command
@@ -467,7 +471,8 @@ def fetch_reply(role: str, reply: list[Any]) -> FetchReply:
 
 def renew(keys: Keys, role: str, worker: str, entries: Sequence[str] = (), *, lease_ms: int) -> Call:
     """
-    Renew the leases of entries, and keep the role's clock; without entries the clock alone.
+    Renew the leases of entries, and keep the role's clock; without entries the clock alone. Answers the lease in force
+    (ms), then per entry MINE, OTHER or ABSENT.
 
     Args:
         lease_ms: the lease to ask for where the role has none in force.
@@ -526,6 +531,18 @@ def pause_role(keys: Keys, role: str) -> list[Call]:
 def resume_role(keys: Keys, role: str) -> list[Call]:
     bell = keys.role_part(role, "bell")
     return [command("HDEL", keys.role_part(role, "meta"), "paused"), command("RPUSH", bell, *"1" * 8)]
+
+
+LEASE_SETTLES_MS = 30_000
+"""Every lease thread has renewed within this time, whatever lease it knew, and knows the role's new one since."""
+
+
+def set_lease(keys: Keys, role: str, lease_ms: int, now_ms: int) -> Call:
+    """
+    Put another lease in force in a role. Nothing is reclaimed until its workers have heard of it.
+    """
+    pause_until = now_ms + max(lease_ms, LEASE_SETTLES_MS)
+    return command("HSET", keys.role_part(role, "meta"), "lease", lease_ms, "pause_until", pause_until)
 
 
 def prune(keys: Keys, gid: str, *, staging_ms: int) -> Call:

@@ -164,7 +164,9 @@ class Leases:
             if isinstance(replies, CeylonError):
                 lost = replies
                 continue
-            for entry, reply in zip(some, replies, strict=True):
+            lease_ms, *answers = replies
+            self.adopt(role, int(lease_ms))
+            for entry, reply in zip(some, answers, strict=True):
                 if reply == "OTHER":
                     self.drop(role, entry)
                     self._on_lost(role, entry)

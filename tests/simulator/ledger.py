@@ -205,7 +205,7 @@ class Ledger:
             self.records.append(Delivered(role, delivery.entry, worker, delivery.fence, recovery, before, after))
 
     def _saw_renew(self, role: str, args: list[Any], reply: Any, worker: str, before: float, _: float) -> None:
-        for entry, answer in zip(args[2:], reply, strict=True):
+        for entry, answer in zip(args[2:], reply[1:], strict=True):
             if answer == "MINE":
                 self.records.append(Renewed(role, entry, worker, before))
 

@@ -2,13 +2,13 @@
 -- block a worker's loop hold up its fetches, not this.
 -- KEYS: the role's.
 -- ARGV: worker, lease ms asked for, entries.
--- Reply: per entry MINE | OTHER (reclaimed: cancel it here) | ABSENT (acknowledged or lost: go on, the fence decides).
+-- Reply: lease ms in force, then per entry MINE | OTHER (reclaimed: cancel it here) | ABSENT (acknowledged or lost: go
+--        on, the fence decides).
 -- Repeatable. Ownership is checked, since XCLAIM would take an entry back from its new owner.
 local worker, asked = ARGV[1], tonumber(ARGV[2])
 
 drain()
-keep_clock(asked)
-local replies = {}
+local replies = {text(keep_clock(asked).lease)}
 for i = 3, #ARGV do
   local stream, id = split_entry(ARGV[i])
   local entry = pending(stream, id, id, 1)[1]
