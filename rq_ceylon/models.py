@@ -158,6 +158,19 @@ def check_id(value: object, name: str) -> str:
     return value
 
 
+def check_namespace(value: object) -> str:
+    """
+    Return `value` if it may serve as a namespace. It holds no colon: a user who may touch the keys `ceylon:team:*` must
+    not reach those of a namespace `team:prod`.
+
+    Raises:
+        InvalidInputError: it is not text of 1 to 64 letters, digits and `. _ -`.
+    """
+    if ":" in str(value):
+        raise InvalidInputError(f"namespace: {value!r} is not usable; use 1 to 64 letters, digits and . _ -")
+    return check_id(value, "namespace")
+
+
 def check_priority(value: str, name: str) -> Priority:
     """
     Raises:

@@ -11,13 +11,13 @@ import re
 import stat
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 from urllib.parse import parse_qs, parse_qsl, quote, unquote, urlencode, urlsplit
 
 from rq_ceylon.errors import InvalidInputError, RedisError
-from rq_ceylon.models import check_id
+from rq_ceylon.models import check_namespace
 
 DEFAULT_NAMESPACE = "ceylon"
 
@@ -48,6 +48,10 @@ _YES_OR_NO = {"yes", "no", "true", "false", "1", "0"}
 _TLS_VERSIONS = {"TLSv1_2": 771, "TLSv1_3": 772}
 """The names of `ssl.TLSVersion`, and the numbers by which redis-py knows them."""
 
+_OPEN_OPTIONS = {*_OPTIONS, *_TLS_OPTIONS, "sentinel_username"} - {"password", "ssl_password"}
+"""Those whose values messages may show."""
+
+_HOST = r"(\[[0-9a-fA-F:.%]*\]|[\w.-]*)(:\d{0,5})?"
 SENTINEL_OPTIONS = {"sentinel_username": "username", "sentinel_password": "password"}
 """The user of the Sentinels themselves, who know none otherwise."""
 
@@ -63,7 +67,7 @@ class Settings:
         namespace: keeps installations apart that share one Redis.
     """
 
-    redis_url: str
+    redis_url: str = field(repr=False)
     namespace: str = DEFAULT_NAMESPACE
 
 
@@ -78,7 +82,7 @@ def resolve(
         InvalidInputError: the URL or the namespace cannot be used.
         RedisError: none of the four is there.
     """
-    checked = check_id(namespace or environ.get("CEYLON_NAMESPACE") or DEFAULT_NAMESPACE, "namespace")
+    checked = check_namespace(namespace or environ.get("CEYLON_NAMESPACE") or DEFAULT_NAMESPACE)
     if found := configured(redis_url, environ=environ):
         return Settings(check_url(*found), checked)
     if running := _running_server(environ):
@@ -101,11 +105,20 @@ def configured(redis_url: str | None = None, *, environ: Mapping[str, str] = os.
 
 def masked(url: str) -> str:
     """
-    The URL with its password hidden, for messages. Works on malformed URLs too: it rather hides too much.
+    The URL as messages show it: only those of its parts that cannot hold a secret, and `***` for every other part.
+    Works on malformed URLs too.
     """
-    hidden = re.sub(r"(?<=password=)[^&#]*", "***", url)
+    front, mark, query = re.fullmatch(r"(.*?)(?:(\?)(?=\w+=)(.*))?", url, re.DOTALL).groups("")  # type: ignore[union-attr]
+    scheme, rest = re.fullmatch(r"([a-z][a-z+]*://)?(.*)", front, re.DOTALL).groups("")  # type: ignore[union-attr]
     # Up to the last @: a password may hold a / or @ that its owner forgot to quote.
-    return re.sub(r"(?<=://)([^/?#:@]*):.*@", r"\1:***@", hidden)
+    user, at, address = rest.rpartition("@")
+    name = re.match(r"([^/?#:@]*):", user) if scheme else None
+    shown = address if re.fullmatch(rf"{_HOST}(,{_HOST})*(/[^?#@:]*)?", address) else "***"
+    options = (item.partition("=") for item in query.split("&"))
+    values = [f"{key}={value if key in _OPEN_OPTIONS else '***'}" if eq else "***" for key, eq, value in options]
+    return "".join(
+        [scheme, f"{name[1]}:" if name else "", "***@" if at else "", shown, mark, "&".join(values if mark else [])]
+    )
 
 
 def server_folder(environ: Mapping[str, str] = os.environ) -> Path:
@@ -196,7 +209,9 @@ def check_url(url: str, source: str = "argument") -> str:
     known = _OPTIONS | (_TLS_OPTIONS if place.tls else set())
     known |= set(SENTINEL_OPTIONS) if place.kind == "sentinel" else set()
     if unknown := sorted(set(options) - known):
-        raise refuse(f"the option {unknown[0]!r} is not known (known: {', '.join(sorted(known))})")
+        # Else it may be a piece of a password with an unquoted ? or &.
+        named = f"the option {unknown[0]!r}" if re.fullmatch(r"[a-z_]+", unknown[0]) else "an option"
+        raise refuse(f"{named} is not known (known: {', '.join(sorted(known))})")
     for name, values in sorted(options.items()):
         if len(values) > 1:  # redis-py would take the first without a word
             raise refuse(f"the option {name!r} is given {len(values)} times")
@@ -271,7 +286,7 @@ class Place:
         tls: all of it speaks TLS.
     """
 
-    url: str
+    url: str = field(repr=False)
     kind: Literal["server", "sentinel", "cluster", "embedded"]
     addresses: tuple[Address, ...] = ()
     primary: str = ""
@@ -340,6 +355,8 @@ def place_of(url: str) -> Place:
                 raise InvalidInputError("embedded:// takes nothing more")
             return Place(url, "embedded")
         case "":
+            raise InvalidInputError("it has no scheme")
+        case _ if "://" not in url:  # then what stands before the colon may be a user or a password
             raise InvalidInputError("it has no scheme")
         case _:
             raise InvalidInputError(f"{parts.scheme}:// is not known")

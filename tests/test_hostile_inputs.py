@@ -5,6 +5,7 @@ nothing written.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,8 +15,11 @@ import pytest
 import redis
 from click.testing import CliRunner
 from commands import Commands
+from loguru import logger
 
 from rq_ceylon import cli
+from rq_ceylon.cli.common import set_up_logging
+from rq_ceylon.cli.facts import to_json
 
 MISSING = "redis://127.0.0.1:1"
 LONG = "x" * 65
@@ -206,7 +210,7 @@ PATHS = {
 
 URLS = {
     "redis": ["it has no scheme", "use redis://host:port/db"],
-    "localhost:6379": ["localhost:// is not known", "use redis://host:port/db"],
+    "localhost:6379": ["it has no scheme", "use redis://host:port/db"],
     "http://host": ["http:// is not known", "use redis://host:port/db"],
     "redis://": ["it names no host, or port 0", "use redis://host:port/db"],
     "redis://:6379": ["it names no host, or port 0", "use redis://host:port/db"],
@@ -372,3 +376,37 @@ def test_strange_but_usable_texts_are_taken_as_they_are(
     assert code == 0, stderr
     assert '"total":1' in stdout
     assert store.dbsize() is not None
+
+
+def test_no_text_of_others_can_look_like_a_record_of_the_log(capsys: pytest.CaptureFixture[str]) -> None:
+    forged = "no\n12:00:00.000 INFO    Worker w stopped\r\x1b[2J\x9b31m\u202e"
+    try:
+        set_up_logging("info", "text")
+        logger.error("a task failed: {}", forged)
+        try:
+            raise ValueError(forged)
+        except ValueError:
+            logger.exception("it failed")
+        lines = capsys.readouterr().err.split("\n")
+        set_up_logging("info", "json")
+        logger.error("a task failed: {}", forged)
+        (as_json,) = capsys.readouterr().err.splitlines()
+    finally:
+        logger.remove()
+        logger.disable("rq_ceylon")
+    first, second, *traceback, last = lines
+    assert first.endswith(r"a task failed: no\n12:00:00.000 INFO    Worker w stopped\r\x1b[2J\x9b31m\u202e")
+    assert second.endswith("it failed")
+    assert len(traceback) > 3
+    assert all(line.startswith("    ") for line in traceback)
+    assert last == ""
+    assert all(line.isprintable() for line in [*lines, as_json])
+    assert json.loads(as_json)["message"] == f"a task failed: {forged}"
+
+
+def test_json_output_steers_no_terminal() -> None:
+    value = {"r": "\x9b31m \u202e \x7f \u2028 \U000e0001 ä"}
+    shown = to_json(value)
+    assert shown.isprintable()
+    assert "ä" in shown
+    assert json.loads(shown) == value

@@ -18,6 +18,7 @@ from rq_ceylon.cli.common import RedisOptions, where
 from rq_ceylon.client import Client
 from rq_ceylon.errors import InvalidInputError, RedisError
 from rq_ceylon.settings import Settings, check_url, masked, place_of, resolve, server_folder, socket_path, socket_url
+from rq_ceylon.store.keys import Keys
 from rq_ceylon.store.places import client_of
 
 NOWHERE = {"CEYLON_SERVER_DIR": os.devnull}
@@ -125,7 +126,7 @@ def test_these_urls_are_taken_as_they_are(url: str) -> None:
 @pytest.mark.parametrize(
     ("url", "problem"),
     [
-        ("localhost:6379", "localhost:// is not known"),
+        ("localhost:6379", "it has no scheme"),
         ("//localhost", "it has no scheme"),
         ("http://localhost", "http:// is not known"),
         ("valkey://localhost", "valkey:// is not known"),
@@ -178,7 +179,7 @@ def test_any_other_url_is_refused_with_the_forms_that_are_not(url: str, problem:
     [
         ("redis://host:6379/0", "redis://host:6379/0"),
         ("redis://:secret@host:6379/0", "redis://:***@host:6379/0"),
-        ("redis://user:secret@host/0?protocol=3", "redis://user:***@host/0?protocol=3"),
+        ("redis://user:secret@host/0?protocol=3", "redis://user:***@host/0?protocol=***"),
         ("redis://user:secret@secret@host", "redis://user:***@host"),
         ("redis://user:secret/secret@host/0", "redis://user:***@host/0"),
         ("redis://user:1/secret@host/0", "redis://user:***@host/0"),
@@ -189,6 +190,19 @@ def test_any_other_url_is_refused_with_the_forms_that_are_not(url: str, problem:
             "unix:///run/a.sock?db=1&password=***&client_name=x",
         ),
         ("http://:secret@host", "http://:***@host"),
+        ("redis://secret@host", "redis://***@host"),
+        ("redis://user:secret", "redis://***"),
+        ("redis:/user:secret@host:6379/0", "***@host:6379/0"),
+        ("redis:user:secret@host:6379/0", "***@host:6379/0"),
+        ("user:secret@host:6379", "***@host:6379"),
+        ("secret:secret@host:6379", "***@host:6379"),
+        ("redis//user:secret@host:6379", "***@host:6379"),
+        ("redis:///:secret@host:6379/0", "redis://***@host:6379/0"),
+        ("redis://host/0?passwd=secret", "redis://host/0?passwd=***"),
+        ("redis://host/0?auth=secret&secret", "redis://host/0?auth=***&***"),
+        ("redis://host/0?passwd=secret@secret", "redis://host/0?passwd=***"),
+        ("redis://user:secret?x=secret@host", "redis://***?x=***"),
+        ("rediss://u:secret@h/0?ssl_passwords=secret", "rediss://u:***@h/0?ssl_passwords=***"),
         ("redis+cluster://u:secret@a:1,b:2", "redis+cluster://u:***@a:1,b:2"),
         (
             "rediss+sentinel://u:secret@a/m?sentinel_password=secret&ssl_password=secret",
@@ -199,9 +213,17 @@ def test_any_other_url_is_refused_with_the_forms_that_are_not(url: str, problem:
 def test_a_password_is_never_shown(url: str, shown: str) -> None:
     assert masked(url) == shown
     with pytest.raises(InvalidInputError) as caught:
-        resolve(url + "&db=x" if "?" in url else url + "?db=x", environ=NOWHERE)
-    assert shown in str(caught.value)
+        resolve(refused := url + "&db=x" if "?" in url else url + "?db=x", environ=NOWHERE)
+    assert masked(refused) in str(caught.value)
     assert "secret" not in str(caught.value)
+    assert "secret" not in repr(Settings(url))
+
+
+def test_a_namespace_holds_no_colon_as_a_user_of_its_beginning_could_reach_it() -> None:
+    with pytest.raises(InvalidInputError, match="namespace: 'team:prod' is not usable; use 1 to 64 letters"):
+        resolve("embedded://", namespace="team:prod", environ=NOWHERE)
+    with pytest.raises(InvalidInputError, match="namespace: 'team:prod' is not usable"):
+        Keys("team:prod")
 
 
 def test_the_server_folder_is_the_chosen_one_or_in_the_users_state_folder() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import json
 import logging
 import os
 import pkgutil
@@ -166,6 +167,15 @@ def plain(text: str, *, keep: str = "\n\t") -> str:
     return "".join(
         char if char.isprintable() or char in keep else char.encode("unicode_escape").decode() for char in text
     )
+
+
+def plain_json(text: str) -> str:
+    """
+    JSON that shows the same, in which what could steer a terminal is escaped.
+    """
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)
 
 
 def say(words: object, *, err: bool = False) -> None:
@@ -347,7 +357,13 @@ def set_up_logging(level: str, form: str) -> None:
 
 
 def _text_line(record: Any) -> str:
-    record["extra"]["shown"] = plain("\n".join([record["message"], *_traceback(record)]).rstrip())
+    """
+    A record is one line, so that no text of others can look like another record; a traceback follows it, indented.
+    """
+    lines = [plain(record["message"], keep="\t")]
+    for text in _traceback(record):
+        lines += [f"    {plain(line, keep='')}" for line in text.rstrip().split("\n")]
+    record["extra"]["shown"] = "\n".join(lines)
     return "<green>{time:HH:mm:ss.SSS}</green> <level>{level: <7}</level> {extra[shown]}\n"
 
 
@@ -363,7 +379,7 @@ def _json_line(record: Any) -> str:
     }
     if found := _traceback(record):
         facts["exception"] = found[0]
-    return to_json(facts, fallback=repr).decode() + "\n"
+    return plain_json(to_json(facts, fallback=repr).decode()) + "\n"
 
 
 def _traceback(record: Any) -> list[str]:

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from rq_ceylon.cli.common import plain_json
+
 if TYPE_CHECKING:
     from rq_ceylon.models import GroupView, TaskResult, TaskView
 
@@ -16,7 +18,7 @@ def to_json(value: Any) -> str:
     """
     from pydantic_core import to_json as dump
 
-    return dump(value).decode()
+    return plain_json(dump(value).decode())
 
 
 def group_facts(view: GroupView) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from rq_ceylon import maintenance
 from rq_ceylon.client.following import Follower, Following
 from rq_ceylon.errors import CeylonError, DurabilityError, NoWorkerError, QueueFullError, guess
 from rq_ceylon.handlers import Registry
-from rq_ceylon.models import Durability, check_id
+from rq_ceylon.models import Durability
 from rq_ceylon.settings import check_url, masked
 from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.connection import Connection, until_answered
@@ -43,7 +43,7 @@ class Session:
     """
 
     def __init__(self, url: str, namespace: str, registry: Registry | None) -> None:
-        self.url, self.keys, self.registry = check_url(url), Keys(check_id(namespace, "namespace")), registry
+        self.url, self.keys, self.registry = check_url(url), Keys(namespace), registry
         self.answer_s = ANSWER_S
         self._connection = Connection(url, answer_s=self.answer_s)
         # Redis answers nothing else on a connection that waits for a replica or the disk.

@@ -72,7 +72,7 @@ async def until_reached(begin: Callable[[], Awaitable[T]], stopped: asyncio.Even
                 found = await begin()
             except ConnectionLostError as error:
                 if not is_waiting:
-                    logger.warning("Waiting until Redis answers. {}", error)
+                    logger.warning("Waiting until Redis answers. {}", " ".join(str(error).split("\n")))
                 is_waiting = True
                 await asyncio.sleep(pause * random.uniform(0.5, 1.0))
                 pause = min(2 * pause, PAUSE_MAX_S)

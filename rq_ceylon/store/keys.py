@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import zlib
 
+from rq_ceylon.models import check_namespace
+
 GROUP_PARTS = ("meta", "tasks", "claims", "results", "needs", "children", "outbox", "events")
 ROLE_PARTS = ("high", "normal", "low", "front", "delayed", "meta", "bell", "quarantine", "unknown", "names")
 INDEX_SHARDS = 16
@@ -21,10 +23,13 @@ STREAMS = {"high": 1, "normal": 2, "low": 3, "front": 4}
 class Keys:
     """
     The keys of one namespace.
+
+    Raises:
+        InvalidInputError: the namespace cannot be used.
     """
 
     def __init__(self, namespace: str) -> None:
-        self.namespace = namespace
+        self.namespace = check_namespace(namespace)
         self.prefix = f"ceylon:{namespace}:"
         self.roles = f"{self.prefix}{{i}}:roles"
         self.workers = f"{self.prefix}{{i}}:workers"

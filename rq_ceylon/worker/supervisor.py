@@ -67,6 +67,7 @@ class Supervisor:
         self.url, self.keys = url, Keys(namespace)
         self.exit_code = 0
         self._kept = 0
+        self._began = 0.0
         self._children: dict[int, Process] = {}
         self._retired: set[int] = set()
         self._stop = asyncio.Event()
@@ -84,6 +85,7 @@ class Supervisor:
         Until all children have ended; returns the exit code.
         """
         fewest, most = self._scale.least, self._scale.most
+        self._began = time.monotonic()
         bounds = f"{fewest}" if fewest == most else f"{fewest} to {most}"
         logger.info("Supervisor {} runs {} worker processes", os.getpid(), bounds)
         try:
@@ -171,8 +173,9 @@ class Supervisor:
                 break
             if self._stop.is_set() or (self.burst and code == 0):
                 break
-            if code in (2, 3, 4):
-                # Wrong options, no Redis, an application that cannot be imported: the same would happen again.
+            # Wrong options, a Redis that refuses, an application that cannot be imported: the same would happen again.
+            # A Redis that served the children before may refuse for a while, as during a failover; others still run.
+            if code in (2, 4) or (code == 3 and time.monotonic() - self._began < STEADY_S):
                 self.signal(signal.SIGTERM)
                 break
             if code in REPLACED and not self.burst:
