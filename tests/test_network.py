@@ -31,6 +31,7 @@ from rq_ceylon.client import session
 from rq_ceylon.errors import ConnectionLostError, RedisError
 from rq_ceylon.monitor import Monitor
 from rq_ceylon.store.connection import Connection
+from rq_ceylon.store.events import EventHub
 from rq_ceylon.store.keys import Keys
 from rq_ceylon.store.scripts import command, digest
 from rq_ceylon.worker.loop import Worker
@@ -253,6 +254,22 @@ async def test_the_lease_thread_says_that_a_worker_is_stopping_though_a_handler_
         may_end.set()
         worker.stop()
         await asyncio.to_thread(thread.join, LIMIT_S)
+
+
+async def test_a_subscription_that_goes_silent_is_opened_anew(
+    fleet: Fleet, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rq_ceylon.store.connection.LISTEN_S", 0.1)
+    server, keys = fleet.start("appendonly yes"), Keys(namespace)
+    with proxy_to(server.port) as proxy:
+        hub = EventHub(proxy.url, keys)
+        async with hub.watch("g") as watch:
+            await watch.wait(0)
+            assert proxy.silence(lambda line: b"SUBSCRIBE" in line.sent) == 1
+            assert await watch.wait(LIMIT_S) == {None}  # as at each new connection
+            server.ask("PUBLISH", keys.events_channel("g"), "")
+            assert await watch.wait(LIMIT_S) == {"g"}
+        await hub.close()
 
 
 # ---- a Redis that hangs ----------------------------------------------------------------------------------------------

@@ -188,7 +188,7 @@ def test_what_others_wrote_cannot_steer_a_terminal(commands: Commands, client: S
     lines = plain(drawn)
     assert any(line.startswith(f"Name {SHOWN}\\nGoal achieved") for line in lines), "a name stays on its line"
     assert f"ValueError: one\n\ttwo {SHOWN}" in told[-1], "a traceback keeps its lines"
-    assert f"ValueError: one\n\ttwo {SHOWN}" in told[0], "and in the log"
+    assert f"ValueError: one\\n\ttwo {SHOWN}" in told[0], "and a record of the log stays on its line"
     exact = commands.json("ceylon", "show", f"{gid}/a", "--json")
     assert exact["group"]["name"] == name
     assert exact["tasks"][0]["error"]["message"] == f"one\n\ttwo {HOSTILE}"

@@ -253,6 +253,9 @@ class ThreadConnection:
         self._runner.close()
 
 
+LISTEN_S = 10.0
+"""A subscription on which nothing came for so long is asked whether it lives, and has as long to answer."""
+
 UNHEARD = "Notifications do not come, so changes are noticed late"
 
 
@@ -284,6 +287,26 @@ async def subscribed(url: str) -> AsyncIterator[redis.asyncio.client.PubSub]:
     finally:
         if client is not None:
             await close(client)
+
+
+async def heard(pubsub: redis.asyncio.client.PubSub) -> AsyncIterator[dict[str, Any]]:
+    """
+    What comes on a subscription. A connection can go silent without being closed, so it is asked now and then.
+
+    Raises:
+        redis.TimeoutError: it has gone silent.
+    """
+    is_asked = False
+    while True:
+        message = await pubsub.get_message(timeout=LISTEN_S)
+        if message is not None:
+            is_asked = False
+            yield message
+        elif is_asked:
+            raise redis.TimeoutError("no answer in time")
+        else:
+            await pubsub.ping()
+            is_asked = True
 
 
 @contextmanager

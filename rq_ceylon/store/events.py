@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
 
-from rq_ceylon.store.connection import UNHEARD, subscribed
+from rq_ceylon.store.connection import UNHEARD, heard, subscribed
 from rq_ceylon.store.keys import Keys
 from rq_ceylon.store.places import heed_cancellation
 from rq_ceylon.store.trouble import LOST, carrying, complain
@@ -157,7 +157,7 @@ class EventHub:
                     for watches in list(self._watches.values()):
                         for watch in list(watches):
                             watch.tell(None)
-                    async for message in pubsub.listen():
+                    async for message in heard(pubsub):
                         pause = 0.1
                         self._dispatch(message)
             except Exception as error:

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from rq_ceylon.maintenance import maintain
 from rq_ceylon.presence import BEAT_S, Presence
 from rq_ceylon.store import queries
-from rq_ceylon.store.connection import UNHEARD, Connection, subscribed
+from rq_ceylon.store.connection import UNHEARD, Connection, heard, subscribed
 from rq_ceylon.store.keys import Keys
 from rq_ceylon.store.places import heed_cancellation
 from rq_ceylon.store.scripts import Call
@@ -119,7 +119,7 @@ class Lookout:
                 async with subscribed(self._url) as pubsub:
                     await pubsub.subscribe(self._keys.control_channel)
                     heed_cancellation()
-                    async for message in pubsub.listen():
+                    async for message in heard(pubsub):
                         pause = 0.1
                         if message["type"] == "message":
                             await self._look()
