@@ -13,6 +13,7 @@ from commands import Commands, until
 from rq_ceylon.app import Ceylon
 from rq_ceylon.models import Task, TaskGroup
 from rq_ceylon.store.connection import Connection
+from rq_ceylon.store.keys import Keys
 from rq_ceylon.worker.neighbours import Neighbours
 
 pytestmark = pytest.mark.anyio
@@ -40,6 +41,19 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     return tmp_path
+
+
+def test_the_last_worker_to_leave_removes_the_folder_and_the_next_to_come_makes_it_again(folder: Path) -> None:
+    keys = Keys("ceylon")
+    one, other = Neighbours("redis://a", keys), Neighbours("redis://a", keys)
+    for _ in range(2):
+        one.enter("w1", ["r"])
+        other.enter("w2", ["r"])
+        (shared,) = (folder / f"ceylon-{os.getuid()}").iterdir()
+        one.leave()
+        assert [path.name for path in shared.iterdir()] == ["w2"]
+        other.leave()
+        assert not shared.exists()
 
 
 def test_a_killed_workers_tasks_restart_on_its_host_long_before_the_lease_ends(

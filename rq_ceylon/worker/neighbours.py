@@ -51,9 +51,8 @@ class Neighbours:
             self._folder.parent.mkdir(mode=0o700, exist_ok=True)
             if not is_private(self._folder.parent):
                 raise PermissionError(f"{self._folder.parent} is not yours alone")
-            self._folder.mkdir(mode=0o700, exist_ok=True)
             # Locked before it has its name: a neighbour must never find it free.
-            low, hidden = tempfile.mkstemp(dir=self._folder, prefix=".")
+            low, hidden = self._hidden_file()
             fcntl.flock(low, fcntl.LOCK_EX)
             os.write(low, json.dumps({"worker": worker, "roles": list(roles)}).encode())
             os.rename(hidden, self._folder / worker)
@@ -61,6 +60,20 @@ class Neighbours:
             logger.debug("No neighbours: {}", error)
             return
         self._mine = self._folder / worker, low
+
+    def _hidden_file(self) -> tuple[int, str]:
+        """
+        A new file in the folder, which the last neighbour to leave may just be removing.
+        """
+        for _ in range(10):
+            with contextlib.suppress(FileNotFoundError):
+                self._folder.mkdir(mode=0o700, exist_ok=True)
+                return tempfile.mkstemp(dir=self._folder, prefix=".")
+        raise FileNotFoundError(f"{self._folder} is removed again and again")
+
+    def _remove_if_empty(self) -> None:
+        with contextlib.suppress(OSError):  # not empty, or gone
+            self._folder.rmdir()
 
     def leave(self, *, with_farewell: bool = True) -> None:
         """
@@ -71,6 +84,7 @@ class Neighbours:
             self._mine = None
             if with_farewell:
                 path.unlink(missing_ok=True)
+                self._remove_if_empty()
             os.close(low)
 
     async def bury_dead(self, connection: Connection) -> None:
@@ -93,6 +107,7 @@ class Neighbours:
                 else:
                     await bury(connection, self._keys, facts["worker"], facts["roles"])
                 path.unlink(missing_ok=True)
+                self._remove_if_empty()
 
     def _others(self) -> list[Path]:
         mine = self._mine[0].name if self._mine else ""
