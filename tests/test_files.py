@@ -139,6 +139,104 @@ def test_waiting_for_a_file_waits_for_all_its_groups(commands: Commands) -> None
     assert [(group["name"], group["outcome"]) for group in found] == [("A", "completed"), ("B", "completed")]
 
 
+def sent(commands: Commands) -> list[str]:
+    return [one["group"]["name"] for one in commands.json("ceylon", "groups", "--json")["groups"]]
+
+
+@pytest.mark.parametrize(
+    ("second", "options", "code", "says"),
+    [
+        ("goal: completed >= 3", [], 2, 'goal "goal": completed >= 3 can never hold: the group has 1 task'),
+        ("defaults: {role: nobody}", ["--require-workers"], 6, "no worker serves role 'nobody'"),
+        ("depends_on: 06h0rb0itfv026ispq2k", [], 2, "group '06h0rb0itfv026ispq2k' is not known; submit it first"),
+        ("key: k\ndepends_on: 06h0rb0itfv026ispq2k", [], 2, "group '06h0rb0itfv026ispq2k' is not known"),
+        ("", ["--durability", "fsync"], 3, "durability: 'fsync' is not possible"),
+        ("defaults: {uses: greet}", ["--app", "greetings:app"], 2, "task 'greet': argument 'name' is missing"),
+    ],
+    ids=["goal", "workers", "depends_on", "depends_on of a keyed group", "durability", "arguments"],
+)
+def test_nothing_of_a_file_is_sent_before_all_of_it_is_judged(
+    commands: Commands, second: str, options: list[str], code: int, says: str
+) -> None:
+    (commands.folder / "greetings.py").write_text(
+        "from rq_ceylon import Ceylon\napp = Ceylon()\n@app.task\ndef greet(name: str) -> str: return name\n"
+    )
+    commands.start("worker", "-r", "r")
+
+    ended = commands.run(
+        "submit", "-", *options, stdin=f"{ONE}defaults: {{role: r}}\n---\nname: B\ntasks: {{x: }}\n{second}\n"
+    )
+
+    assert ended.returncode == code, ended.stderr
+    assert says in ended.stderr
+    assert (ended.stdout, sent(commands)) == ("", [])
+
+
+def test_a_file_with_keys_submitted_twice_is_the_same_or_refused_as_a_whole(commands: Commands) -> None:
+    keyed = f"{ONE}key: a\n---\nname: B\nkey: b\ndepends_on: A\ntasks: {{x: }}\n"
+    some = f"{ONE}key: c\n---\nname: D\ntasks: {{x: }}\n"
+    changed = f"{ONE}key: e\n---\nname: B\nkey: b\ntasks: {{y: }}\n"
+
+    first, again = commands.run("submit", "-", stdin=keyed), commands.run("submit", "-", stdin=keyed)
+    commands.run("submit", "-", stdin=some)
+    mixed = commands.run("submit", "-", stdin=some)
+    other = commands.run("submit", "-", stdin=changed)
+
+    assert first.returncode == again.returncode == 0, again.stderr
+    assert first.stdout == again.stdout
+    assert (mixed.returncode, mixed.stdout) == (2, "")
+    assert "group 'A' was submitted before under its key" in mixed.stderr
+    assert "group 'D' has no key and would run again; give every group of the file a key" in mixed.stderr
+    assert (other.returncode, other.stdout) == (2, "")
+    assert "group 'B': key 'b' was submitted before with other content" in other.stderr
+    assert sorted(sent(commands)) == ["A", "A", "B", "D"]
+
+
+def test_depends_on_takes_any_name(commands: Commands) -> None:
+    text = f"{ONE.replace('A', 'Nächtlicher Lauf')}---\nname: B\ndepends_on: Nächtlicher Lauf\ntasks: {{x: }}\n"
+
+    checked = commands.run("submit", "-", "--dry-run", stdin=text)
+    ended = commands.run("submit", "-", stdin=text)
+
+    assert checked.returncode == ended.returncode == 0, ended.stderr
+    statuses = [commands.json("ceylon", "show", gid, "--json")["group"]["status"] for gid in ended.stdout.split()]
+    assert statuses == ["active", "waiting"]
+
+
+def test_what_was_sent_is_told_when_the_waiting_ends_early(commands: Commands) -> None:
+    ended = commands.run("submit", "-", "--json", "--wait", "--timeout", "200ms", stdin=f"{ONE}---\n{ONE}")
+
+    assert ended.returncode == 5, ended.stderr
+    found = [json.loads(line)["group"] for line in ended.stdout.splitlines()]
+    assert [(group["name"], group["status"]) for group in found] == [("A", "active"), ("A", "active")]
+
+
+def test_a_group_that_is_kept_for_a_short_time_is_waited_for_from_the_start(commands: Commands) -> None:
+    text = "name: {}\ndefaults: {{role: r}}\nretention: {}\ntasks: {{x: {{duration: {}}}}}\n"
+    commands.start("worker", "-r", "r", "-c", "2")
+    commands.start("monitor")
+
+    stdin = f"{text.format('long', '1h', '3s')}---\n{text.format('short', 0, 0)}"
+    ended = commands.run("submit", "-", "--wait=all", "--json", stdin=stdin)
+
+    assert ended.returncode == 0, ended.stderr
+    found = [json.loads(line)["group"] for line in ended.stdout.splitlines()]
+    assert [(group["name"], group["outcome"]) for group in found] == [("long", "completed"), ("short", "completed")]
+
+
+def test_a_task_that_no_worker_of_its_role_knows_is_named_with_the_nearest(commands: Commands) -> None:
+    (commands.folder / "greetings.py").write_text(
+        "from rq_ceylon import Ceylon\napp = Ceylon()\n@app.task(role='r')\ndef greet(name: str) -> str: return name\n"
+    )
+    commands.start("worker", "greetings:app")
+    text = "name: A\ndefaults: {role: r}\ntasks: {x: {uses: gret, with: {name: 1}}}\n"
+
+    ended = commands.run("submit", "-", stdin=text)
+
+    assert ended.returncode == 0, ended.stderr
+    assert "Note: no live worker of role 'r' knows the task 'gret'; did you mean \"greet\"?" in ended.stderr
+
+
 # ---- validate --------------------------------------------------------------------------------------------------------
 def test_validate_says_what_a_file_holds_and_needs_no_redis(tmp_path: Path) -> None:
     ended = Commands("", tmp_path).run("ceylon", "validate", *map(str, EXAMPLES))

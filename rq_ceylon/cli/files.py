@@ -5,8 +5,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence, Sized
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import click
 
@@ -14,8 +16,10 @@ from rq_ceylon.cli.common import RedisOptions, plain, reported, run_async, where
 
 if TYPE_CHECKING:
     from rq_ceylon.graph import Drawing
+    from rq_ceylon.handlers import Registry
     from rq_ceylon.models import TaskGroup
 
+MAX_NAMED = 20
 GOALS_LATER = "whether a goal is possible is judged at the submission"
 """The one evaluator of goals runs in Redis, so nothing here can tell."""
 
@@ -42,25 +46,43 @@ def read_groups(file: str) -> list[TaskGroup]:
     return load(text, file)
 
 
-def in_words(groups: list[TaskGroup]) -> str:
+def planned(groups: Sequence[TaskGroup], namespace: str = "ceylon") -> list[tuple[TaskGroup, str]]:
     """
-    What a file holds, once all is checked that a submission checks before it sends.
+    The groups of a file with the ids they will have, and with ids for the names in `depends_on`. A group without a key
+    will get another id.
+    """
+    from rq_ceylon.client import keyed_id, new_id
+    from rq_ceylon.groupfile import resolved
+
+    made: list[tuple[TaskGroup, str]] = []
+    for group in groups:
+        gid = keyed_id(namespace, group.key) if group.key else new_id()
+        made.append((replace(group, depends_on=resolved(group, made)), gid))
+    return made
+
+
+def in_words(groups: Sequence[TaskGroup], registry: Registry | None = None) -> str:
+    """
+    What a file holds, once all is checked that a submission checks before it sends. Of a matrix one task is checked: a
+    file that says more of one is refused while it is read. With handlers, the arguments of every task.
 
     Raises:
         InvalidInputError: as `Client.submit`.
     """
     from rq_ceylon.client import check_group
     from rq_ceylon.goals import compile_goals
-    from rq_ceylon.models import DEFAULT_ROLE, counted
+    from rq_ceylon.groupfile import roles_of, samples
+    from rq_ceylon.models import counted
 
     tasks, goals, roles = 0, 0, set[str]()
-    for group in groups:
-        check_group(group)
+    for group, _ in planned(groups):
+        check_group(replace(group, tasks=samples(group)) if registry is None else group, registry)
         goals += len(compile_goals(group.goal))
-        for task in group.tasks:
-            tasks += 1
-            roles.add(task.role or group.defaults.role or DEFAULT_ROLE)
-    served = f"{counted(len(roles), 'role')} ({', '.join(sorted(roles))})"
+        tasks += len(cast("Sized", group.tasks))
+        roles.update(roles_of(group))
+    names = sorted(roles)
+    more = ", …" if len(names) > MAX_NAMED else ""
+    served = f"{counted(len(roles), 'role')} ({', '.join(names[:MAX_NAMED])}{more})"
     parts = [counted(len(groups), "group"), counted(tasks, "task"), served, counted(goals, "goal")]
     return ", ".join(parts) + (f"; {GOALS_LATER}" if goals else "")
 

@@ -34,10 +34,18 @@ RATE_S = 10.0
 
 
 async def follow(
-    client: Client, handle: GroupHandle, until: Literal["goal", "all"], limit_s: float | None, file: TextIO
+    client: Client,
+    handle: GroupHandle,
+    until: Literal["goal", "all"],
+    limit_s: float | None,
+    file: TextIO,
+    end: asyncio.Future[GroupView] | None = None,
 ) -> tuple[GroupView, int]:
     """
     Show a group on `file` until what is waited for is there. Ctrl-C only stops the watching.
+
+    Args:
+        end: how what is waited for was found, if it is there already: the group may be gone since.
 
     Returns:
         the group and the exit code: 0 if its goals were achieved or, without goals, all its tasks completed; else 1;
@@ -49,6 +57,10 @@ async def follow(
     current = asyncio.current_task()
     assert current is not None
     display = Display(client, file)
+    if end is not None and end.done():
+        view = end.result()
+        display.say(_last_words(view))
+        return view, 0 if succeeded(view) else 1
     view = await handle.view()
     try:
         async with asyncio.timeout(limit_s):

@@ -4,20 +4,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Sequence, Sized
+from typing import TYPE_CHECKING, Literal, cast
 
 import click
 
-from rq_ceylon.cli.common import RedisOptions, command, run_async, where
+from rq_ceylon.cli.common import RedisOptions, command, load_app, run_async, say, where
 from rq_ceylon.cli.facts import group_facts, to_json
-from rq_ceylon.cli.files import in_words, read_groups
+from rq_ceylon.cli.files import in_words, planned, read_groups
+from rq_ceylon.errors import CeylonError
 
 if TYPE_CHECKING:
     from rq_ceylon.client import Client, GroupHandle
-    from rq_ceylon.models import Durability, TaskGroup
+    from rq_ceylon.models import Durability, GroupView, TaskGroup
+
+INTERRUPTED = 130
 
 
 @command("ceylon-submit")
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
 @click.option("--key", metavar="KEY", help="Submitting the same content again under a key changes nothing.")
 @click.option("--durability", type=click.Choice(["none", "replica", "fsync"]), default="none", show_default=True,
               help="Wait until a replica has it, or until it is on the disk.")  # fmt: skip
+@click.option("--app", metavar="MODULE:APP", help="Check the arguments by the handlers of this application.")
 @where
 def submit(
     file: str,
@@ -41,6 +46,7 @@ def submit(
     require_workers: bool,
     key: str | None,
     durability: Durability,
+    app: str | None,
     options: RedisOptions,
 ) -> None:
     """
@@ -61,6 +67,7 @@ def submit(
         # `--wait FILE` would take the file for the value: say so, instead of "missing argument".
         raise InvalidInputError(f"--wait: {wait!r} is not known; write --wait, --wait=goal or --wait=all")
     limit = None if timeout is None else seconds(timeout, "--timeout")
+    loaded = load_app(app) if app else None
     groups = read_groups(file)
     if key is not None:
         if not key:
@@ -70,60 +77,115 @@ def submit(
         if len(groups) > 1:
             raise InvalidInputError(f"--key: {file} has {len(groups)} groups; write key: into each of them instead")
         groups[0].key = key
-    if dry_run or len(groups) > 1:
-        words = in_words(groups)
+    if dry_run or loaded is not None:
+        words = in_words(groups, loaded.registry if loaded else None)
     if dry_run:
         click.echo(f"{file}: valid: {words}; nothing was sent")
         return
-    found = options.settings()
+    found = options.settings(loaded)
 
     async def send() -> int:
         from rq_ceylon.client import Client
 
-        async with Client(found.redis_url, namespace=found.namespace) as client:
-            handles = await _submit(
-                client, groups, durability, require=require_workers, talk=not json, print_ids=wait is None
-            )
-            code, began = 0, time.monotonic()
-            for handle in handles:
-                view = await handle.view()
-                if wait is not None:
-                    from rq_ceylon.cli.live import follow
-
-                    until: Literal["goal", "all"] = "all" if wait == "all" else "goal"
-                    left = None if limit is None else max(0.0, round(limit - (time.monotonic() - began), 1))
-                    view, one_code = await follow(client, handle, until, left, sys.stderr)
-                    code = code or one_code
-                if json:
-                    click.echo(to_json({"schema": 1, **group_facts(view)}))
-            return code
+        registry = loaded.registry if loaded else None
+        async with Client(found.redis_url, namespace=found.namespace, registry=registry) as client:
+            sending = _Sending(client, groups, json=json, print_ids=wait is None and not json)
+            try:
+                await sending.submit(durability, require=require_workers)
+                if wait is None:
+                    return 0
+                return await sending.wait("all" if wait == "all" else "goal", limit)
+            finally:
+                await sending.tell_rest()
 
     sys.exit(run_async(send()))
 
 
-async def _submit(
-    client: Client, groups: Sequence[TaskGroup], durability: Durability, *, require: bool, talk: bool, print_ids: bool
-) -> list[GroupHandle]:
+class _Sending:
     """
-    Submit them in their order, since later ones may depend on earlier ones, and say which of their roles nobody serves.
+    The groups of one file: sent in their order, since later ones may depend on earlier ones, then waited for. What was
+    sent is told, whatever happens to the rest.
     """
-    from rq_ceylon.groupfile import resolved
-    from rq_ceylon.models import counted
 
-    handles: list[GroupHandle] = []
-    for group in groups:
-        group.depends_on = resolved(group, [(one, handle.id) for one, handle in zip(groups, handles, strict=False)])
-        handle = await client.submit(group, require_workers=require, durability=durability)
-        handles.append(handle)
-        if not talk:
-            continue
-        view = await handle.view()
-        tasks = counted(view.counters.total, "task")
+    def __init__(self, client: Client, groups: Sequence[TaskGroup], *, json: bool, print_ids: bool) -> None:
+        self.client, self.groups, self.json, self.print_ids = client, groups, json, print_ids
+        self.handles: list[GroupHandle] = []
+        self.told = 0
+
+    async def submit(self, durability: Durability, *, require: bool) -> None:
+        """
+        Judge all groups, then send them.
+        """
+        from rq_ceylon.client import check_groups
+        from rq_ceylon.groupfile import resolved
+
+        if len(self.groups) > 1:  # one group is refused as a whole anyway
+            ids = planned(self.groups, self.client.keys.namespace)
+            await check_groups(self.client, ids, require_workers=require, durability=durability)
+        sent: list[tuple[TaskGroup, str]] = []
+        for group in self.groups:
+            group.depends_on = resolved(group, sent)
+            handle = await self.client.submit(group, require_workers=require, durability=durability)
+            self.handles.append(handle)
+            sent.append((group, handle.id))
+            if self.print_ids:
+                click.echo(handle.id)
+            if not self.json:
+                await self._say_how(group, handle)
+
+    async def _say_how(self, group: TaskGroup, handle: GroupHandle) -> None:
+        from rq_ceylon.groupfile import roles_of, samples
+        from rq_ceylon.models import DEFAULT_ROLE, counted
+
+        tasks = counted(len(cast("Sized", group.tasks)), "task")
         repeated = f"Group {handle.id} was already submitted, with {tasks}"
         click.echo(repeated if handle.repeated else f"Submitted {tasks} as group {handle.id}", err=True)
-        roles = {task.role async for task in handle.tasks()} if view.counters.total <= 10_000 else set()
-        for words in await client.missing_roles(roles):
-            click.echo(f"Note: {words}", err=True)
-        if print_ids:
-            click.echo(handle.id)
-    return handles
+        registry, shared = self.client.registry, group.defaults
+        names: set[tuple[str, str]] = set()
+        roles = roles_of(group)
+        for task in samples(group):
+            if uses := task.uses or shared.uses:
+                handler = registry.find(uses) if registry else None
+                role = task.role or shared.role or (handler.role if handler else None) or DEFAULT_ROLE
+                names.add((role, uses))
+                roles.add(role)
+        for words in [*await self.client.missing_roles(roles), *await self.client.unknown_names(names)]:
+            say(f"Note: {words}", err=True)
+
+    async def wait(self, until: Literal["goal", "all"], limit_s: float | None) -> int:
+        """
+        Show one group after another until what is waited for is there. All are waited for from the start: one that is
+        kept for a short time only may be gone when its turn comes.
+        """
+        from rq_ceylon.cli.live import follow
+
+        began, code = time.monotonic(), 0
+        ends = [asyncio.ensure_future(handle.wait(until)) for handle in self.handles]
+        try:
+            for handle, end in zip(self.handles, ends, strict=True):
+                left = None if limit_s is None else max(0.0, round(limit_s - (time.monotonic() - began), 1))
+                view, one_code = await follow(self.client, handle, until, left, sys.stderr, end)
+                self._tell(view)
+                code = code or one_code
+                if one_code == INTERRUPTED:
+                    break
+        finally:
+            for end in ends:
+                end.cancel()
+            await asyncio.gather(*ends, return_exceptions=True)
+        return code
+
+    async def tell_rest(self) -> None:
+        """
+        The groups that were sent and of which nothing was told yet, as they stand.
+        """
+        for handle in self.handles[self.told :] if self.json else ():
+            try:
+                self._tell(await handle.view())
+            except CeylonError as error:
+                click.echo(to_json({"schema": 1, "group": {"id": handle.id}, "error": str(error)}))
+
+    def _tell(self, view: GroupView) -> None:
+        self.told += 1
+        if self.json:
+            click.echo(to_json({"schema": 1, **group_facts(view)}))

@@ -8,7 +8,8 @@ groups, `rolling` single tasks; `following` waits, `waits` says why tasks do; `h
 
 from rq_ceylon.client.client import Client
 from rq_ceylon.client.handles import GroupHandle, TaskHandle, is_over, not_over, succeeded
-from rq_ceylon.client.staging import check_group
+from rq_ceylon.client.staging import check_group, keyed_id, new_id
+from rq_ceylon.client.submission import check_groups
 from rq_ceylon.client.sync import SyncClient, SyncGroupHandle, SyncTaskHandle
 from rq_ceylon.client.waits import why_waiting
 
@@ -20,7 +21,10 @@ __all__ = [
     "SyncTaskHandle",
     "TaskHandle",
     "check_group",
+    "check_groups",
     "is_over",
+    "keyed_id",
+    "new_id",
     "not_over",
     "succeeded",
     "why_waiting",

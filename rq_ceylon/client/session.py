@@ -201,6 +201,20 @@ class Session:
             start = " ".join(["ceylon-worker", *(f"--role {role}" for role in missing)])
             raise NoWorkerError(f"{'; '.join(missing.values())}; start one with: {start}")
 
+    async def unknown_names(self, names: Iterable[tuple[str, str]]) -> list[str]:
+        """
+        Those of these handlers, each with its role, that no live worker of the role knows, in words: with the nearest
+        that one does. Nothing of roles that no worker serves.
+        """
+        live = [one for one in await queries.workers(self.connection, self.keys) if not one.stopping]
+        told = []
+        for role, name in sorted(set(names)):
+            known = {one for worker in live if role in worker.roles for one in worker.task_names}
+            if name not in known and any(role in worker.roles for worker in live):
+                near = guess(name, sorted(known), ask='; did you mean "{}"?')
+                told.append(f"no live worker of role {role!r} knows the task {name!r}{near}")
+        return told
+
     async def _missing(self, roles: Iterable[str]) -> dict[str, str]:
         live = [one for one in await queries.workers(self.connection, self.keys) if not one.stopping]
         served = {role for one in live for role in one.roles}  # a monitor has none

@@ -37,14 +37,17 @@ from rq_ceylon.store.keys import STREAMS
 from rq_ceylon.store.transitions import SUBMIT_TASKS_MAX, GroupFacts, StagedTask, in_batches
 
 
-def check_group(group: TaskGroup) -> None:
+def check_group(group: TaskGroup, registry: Registry | None = None) -> None:
     """
     All that a submission checks before it sends, without Redis. Consumes `group.tasks` if that is an iterator.
+
+    Args:
+        registry: handlers known here, which check the arguments of their tasks.
 
     Raises:
         InvalidInputError: as `Client.submit`.
     """
-    for _ in StagedGroup(group, None, gid=new_id()).parts():
+    for _ in StagedGroup(group, registry, gid=new_id()).parts():
         pass
 
 

@@ -25,7 +25,77 @@ from rq_ceylon.goals import impossible_words
 from rq_ceylon.maintenance import hand_over
 from rq_ceylon.models import Counters, Durability, GroupStatus, TaskGroup
 from rq_ceylon.store import queries, transitions
+from rq_ceylon.store.scripts import command
 from rq_ceylon.store.transitions import StagedTask, SubmitReply
+
+
+async def check_known(session: Session, gids: Sequence[str], where: str) -> None:
+    """
+    Raises:
+        NotFoundError: one of these groups is not, or no longer, there.
+    """
+    async for gid, view in queries.views(session.connection, session.keys, gids):
+        if view is None:
+            raise NotFoundError(f"{where}: group {gid!r} is not known; submit it first")
+
+
+async def check_groups(
+    session: Session,
+    groups: Sequence[tuple[TaskGroup, str]],
+    *,
+    require_workers: bool = False,
+    durability: Durability = "none",
+) -> None:
+    """
+    Judge several groups before the first is sent, as `Client.submit` judges each. Their tasks are gone through.
+
+    Args:
+        groups: each with the id it will have. Only those with a key keep that id; `depends_on` may name all.
+
+    Raises:
+        InvalidInputError: something in one of them cannot be used; or some were submitted before, under their keys, and
+            others have no key: these would run again.
+        NotFoundError: one depends on a group that is not known.
+        GoalImpossibleError, GroupExistsError, NoWorkerError, DurabilityError: as `Client.submit`.
+    """
+    roles: set[str] = set()
+    made = {gid for _, gid in groups}
+    known: list[str] = []
+    for group, gid in groups:
+        staged = StagedGroup(group, session.registry, gid=gid)
+        digest = staged.digest()
+        for part in staged.parts():
+            digest = chain(digest, part)
+        roles |= staged.roles
+        await session.require_durable(durability, gid)
+        meta = command("HMGET", session.keys.group_part(gid, "meta"), "status", "digest")
+        foreseen, (status, stored) = await session.call(
+            [transitions.foresee(session.keys, gid, staged.facts, staged.count), meta]
+        )
+        if foreseen[0] == "REFUSED":
+            raise _impossible(staged, foreseen[1])
+        if status in (None, GroupStatus.STAGING):
+            outside = [other for other in staged.facts.depends_on if other not in made]
+            await check_known(session, outside, f"{staged.what}: depends_on")
+            continue
+        if stored != digest.hex()[:32]:
+            raise GroupExistsError(f"{staged.what}: {_OTHER_CONTENT.format(group.key, gid)}; {_SAME_CONTENT}")
+        known.append(f"{staged.what} was submitted before under its key (group {gid})")
+    unkeyed = [group.name for group, _ in groups if not group.key]
+    if known and unkeyed:
+        remedy = "give every group of the file a key, or submit those without one from a file of their own"
+        raise InvalidInputError(f"{known[0]}, but group {unkeyed[0]!r} has no key and would run again; {remedy}")
+    if require_workers:
+        await session.require_workers(roles)
+
+
+_OTHER_CONTENT = "key {!r} was submitted before with other content (group {})"
+_SAME_CONTENT = "use another key, or submit the same content"
+
+
+def _impossible(staged: StagedGroup, name: str) -> GoalImpossibleError:
+    goal = next(goal for goal in staged.goals if goal.name == name)
+    return GoalImpossibleError(impossible_words(goal, Counters(total=staged.count, pending=staged.count)))
 
 
 class Submission:
@@ -51,8 +121,8 @@ class Submission:
         """
         await self._session.require_durable(self._durability, self.gid)
         others = self._staged.facts.depends_on
-        if others and not self._key:
-            await self._check_known(others)
+        if others and not (self._key and await self._is_known()):
+            await check_known(self._session, others, f"{self._staged.what}: depends_on")
         try:
             reply = await self._send_all(require_workers=require_workers)
         except ConnectionLostError:
@@ -75,10 +145,11 @@ class Submission:
         # Without a key nobody else writes this group: its answer was lost, and it was sent again.
         return reply.word != "REPEAT" or not self._key
 
-    async def _check_known(self, gids: Sequence[str]) -> None:
-        async for gid, view in queries.views(self._session.connection, self._session.keys, gids):
-            if view is None:
-                raise NotFoundError(f"{self._staged.what}: depends_on: group {gid!r} is not known; submit it first")
+    async def _is_known(self) -> bool:
+        """
+        Whether the group of this key was submitted: then the groups that it waited for may be gone.
+        """
+        return any([view async for _, view in queries.views(self._session.connection, self._session.keys, [self.gid])])
 
     async def _send_all(self, *, require_workers: bool) -> SubmitReply:
         parts = self._staged.parts()
@@ -115,9 +186,7 @@ class Submission:
             case "EXISTS", _:
                 raise GroupExistsError(await self._exists_words())
             case "REFUSED", "goal":
-                goal = next(goal for goal in self._staged.goals if goal.name == reply.name)
-                count = self._staged.count
-                raise GoalImpossibleError(impossible_words(goal, Counters(total=count, pending=count)))
+                raise _impossible(self._staged, reply.name)
             case "REFUSED", "duplicate":
                 raise InvalidInputError(f"{what}: two tasks have the id {reply.name!r}; ids are unique")
             case "REFUSED", _:
@@ -128,7 +197,7 @@ class Submission:
         raise RedisError(f"Redis lost earlier parts of {what} ({reply.word}); submit it again")
 
     async def _exists_words(self) -> str:
-        words = f"key {self._key!r} was submitted before with other content (group {self.gid})"
+        words = _OTHER_CONTENT.format(self._key, self.gid)
         with suppress(CeylonError):
             view = await queries.group(self._session.connection, self._session.keys, self.gid)
             if view.status is GroupStatus.STAGING:
@@ -136,7 +205,7 @@ class Submission:
                     f"{words}, which has not come to its end: another client is still sending it, or gave up; "
                     f"use another key, submit the same content, or remove it with: ceylon cancel {self.gid}"
                 )
-        return f"{words}; use another key, or submit the same content"
+        return f"{words}; {_SAME_CONTENT}"
 
     async def _drop(self) -> None:
         # Removes it only if it is still staging.

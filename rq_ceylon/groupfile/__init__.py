@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic_core import to_json
@@ -16,8 +16,8 @@ from rq_ceylon.errors import guess
 from rq_ceylon.groupfile.matrix import MAX_COMBINATIONS
 from rq_ceylon.groupfile.reader import Document, Path, Problems, read
 from rq_ceylon.groupfile.shape import DefaultFields, GoalFields, GroupFields, shape
-from rq_ceylon.groupfile.tasks import read_tasks, read_texts
-from rq_ceylon.models import DEFAULTS_BYTES_MAX, DEPENDS_ON_MAX, Goal, Task, TaskGroup
+from rq_ceylon.groupfile.tasks import Tasks, read_tasks, read_texts
+from rq_ceylon.models import DEFAULT_ROLE, DEFAULTS_BYTES_MAX, DEPENDS_ON_MAX, Goal, Task, TaskGroup
 
 GROUP_ID = re.compile("[0-9a-v]{20}|k[0-9a-f]{20}")
 """What the ids of submitted groups look like; else `depends_on` names the key or name of a document further up."""
@@ -60,6 +60,23 @@ def resolved(group: TaskGroup, submitted: Sequence[tuple[TaskGroup, str]]) -> li
     """
     names = {one.name: gid for one, gid in submitted} | {one.key: gid for one, gid in submitted if one.key}
     return [names.get(name, name) for name in group.depends_on]
+
+
+def samples(group: TaskGroup) -> Iterable[Task]:
+    """
+    The tasks of a group of a file, of those with a matrix one each, and without what it needs: all that may be wrong
+    with one combination only is refused by `load`.
+    """
+    return list(group.tasks.samples()) if isinstance(group.tasks, Tasks) else group.tasks
+
+
+def roles_of(group: TaskGroup) -> set[str]:
+    """
+    The roles of the tasks of a group of a file, as far as the file says.
+    """
+    tasks = group.tasks
+    roles = tasks.roles() if isinstance(tasks, Tasks) else (task.role for task in tasks)
+    return {role or group.defaults.role or DEFAULT_ROLE for role in roles}
 
 
 def _parts(document: Document) -> dict[str, Any]:

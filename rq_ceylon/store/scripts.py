@@ -11,7 +11,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-GROUP_SCRIPTS = ("submit", "claim", "commit", "outbox", "judge", "control", "depend", "reissue")
+GROUP_SCRIPTS = ("submit", "claim", "commit", "outbox", "judge", "control", "depend", "reissue", "foresee")
 ROLE_SCRIPTS = ("enqueue", "fetch", "renew", "release", "probe")
 
 

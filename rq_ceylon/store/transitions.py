@@ -501,6 +501,13 @@ def judge(keys: Keys, gid: str, *, goal: str = "", verdict: Literal["achieved", 
     return Call("judge", keys.group(gid), [goal, verdict])
 
 
+def foresee(keys: Keys, gid: str, facts: GroupFacts, total: int) -> Call:
+    """
+    Judge the goals of a group of so many tasks that is not there yet. Replies `OK`, or `REFUSED` and a goal's name.
+    """
+    return Call("foresee", keys.group(gid), [total, facts.programs()])
+
+
 def cancel_group(keys: Keys, gid: str) -> Call:
     return Call("control", keys.group(gid), ["cancel"])
 

@@ -1,0 +1,13 @@
+-- foresee: can each goal hold in some outcome of a group that is not submitted yet?
+-- KEYS: the group's.
+-- ARGV: how many tasks it has, goals (see goal_of).
+-- Reply: OK | REFUSED name, the first goal that cannot.
+-- Reads and writes nothing: `submit` judges the same when the group is there, but by then groups before it may run.
+group.status, group.open = 'staging', '0'
+for _, name in ipairs(NUMBERS) do group[name] = 0 end
+group.total, group.pending = tonumber(ARGV[1]), tonumber(ARGV[1])
+for line in string.gmatch(ARGV[2], '[^;]+') do
+  local goal = goal_of(line)
+  if verdict(goal.program) == 0 then return {'REFUSED', goal.name} end
+end
+return {'OK'}
