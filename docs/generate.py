@@ -22,7 +22,10 @@ import click
 import rq_ceylon
 from rq_ceylon import cli
 from rq_ceylon.groupfile import json_schema, reader
+from rq_ceylon.groupfile.matrix import MAX_COMBINATIONS
 from rq_ceylon.groupfile.shape import KINDS
+from rq_ceylon.groupfile.tasks import MAX_WRITTEN, NEED_COST
+from rq_ceylon.models import DEFAULTS_BYTES_MAX, PAYLOAD_BYTES_MAX
 
 HERE = Path(__file__).parent
 MADE = "<!-- Made by `python -m docs.generate` from the code. Change it there. -->\n"
@@ -247,8 +250,12 @@ def group_file() -> str:
     text += [
         "## A file\n",
         _filled(
-            f"At most {reader.MAX_BYTES // 2**20} MiB, {reader.MAX_VALUES:,} values, {reader.MAX_DOCUMENTS} groups, "
-            f"{reader.MAX_DEPTH} levels."
+            f"At most {reader.MAX_BYTES // 2**20} MiB, {reader.MAX_VALUES:,} keys and values, {reader.MAX_DOCUMENTS} "
+            f"groups, {MAX_WRITTEN:,} tasks as written, {MAX_COMBINATIONS:,} tasks made of matrices, "
+            f"{reader.MAX_DEPTH} levels; "
+            f"`defaults` of {DEFAULTS_BYTES_MAX // 1024} KiB, a task of {PAYLOAD_BYTES_MAX // 2**20} MiB. Where needs "
+            f"and fields differ by look-ups, up to {reader.MAX_WORK:,} combinations are checked, and a need counts as "
+            f"{NEED_COST}."
         ),
     ]
     return "\n".join(text)

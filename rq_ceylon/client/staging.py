@@ -219,7 +219,7 @@ def _encoded(fields: dict[str, Any], where: str) -> bytes:
 def _check_text(text: object, where: str, most: int) -> None:
     if not isinstance(text, str) or len(text) > most:
         what = f"has {len(text):,} characters" if isinstance(text, str) else f"is {text!r}"
-        raise InvalidInputError(f"{where}: it {what}; give text of at most {most:,}")
+        raise InvalidInputError(f"{where}: {what}; give text of at most {most:,}")
 
 
 def _shared(task: Task, where: str) -> dict[str, Any]:

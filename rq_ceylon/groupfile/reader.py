@@ -109,7 +109,7 @@ class Problems:
     def __init__(self, filename: str) -> None:
         self.filename = filename
         self.found: list[_Problem] = []
-        self.work = 0
+        self.work = self.tasks = 0
         self.events: Callable[[], Any] | None = None  # reads the file again, from its start
 
     def add(self, path: Path, what: str, mark: Any, *, number: int = 0, at_key: bool = False) -> None:

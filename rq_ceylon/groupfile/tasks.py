@@ -37,6 +37,10 @@ from rq_ceylon.groupfile.shape import ListedTask, TaskFields, shape, shown
 from rq_ceylon.models import Task
 
 _ATTRIBUTES = {"with": "arguments"}
+MAX_WRITTEN = 50_000
+"""Tasks as written, of all groups of a file; a matrix is one."""
+MAX_ROLES = 10_000
+NEED_COST = 4  # to look up a need takes as long as so many other checks
 _GUESSES = 10  # a guess is slow among many ids
 
 
@@ -189,6 +193,11 @@ def read_tasks(document: Document, data: Any) -> Sequence[Task] | Tasks:
         if data is not None:  # else the group's shape reports it
             document.add(("tasks",), f"{shown(data)} where tasks are needed; write one per key, or a list of them")
         return []
+    document.problems.tasks += len(data)
+    if document.problems.tasks > MAX_WRITTEN:
+        remedy = "write tasks alike with a matrix, or submit them from Python"
+        what = f"{document.problems.tasks:,} tasks are written up to here, {MAX_WRITTEN:,} are allowed; {remedy}"
+        document.problems.stop(("tasks",), what, None, number=document.number)
     names = _Names()
     for at, (key, value) in enumerate(data.items() if isinstance(data, dict) else ((None, value) for value in data)):
         _read_entry(document, names, at, key, value)
@@ -306,6 +315,9 @@ def _check_open(
     assert matrix is not None
     axes = list(dict.fromkeys(axis for text in texts_in(value) for axis in text.axes))
     document.spend(path, matrix.size(axes, ends=True))
+    if key == "role" and (size := matrix.size(axes)) > MAX_ROLES:
+        document.add(path, f"its look-ups name {size:,} roles, {MAX_ROLES:,} are allowed; use fewer values")
+        return
     for values, _ in matrix.rows(axes, ends=True):
         if shape(document, model, {key: fill(value, values)}, path[:-1]) is None:
             return
@@ -462,7 +474,7 @@ def _check_need(document: Document, names: _Names, entry: _Entry, at: int, owner
     need, path = entry.needs[at], (*entry.path, "needs", at)
     rows: Iterable[tuple[Row, Row]] = [({}, {})]
     if isinstance(need, Text) and entry.matrix is not None:
-        document.spend(path, entry.matrix.size(need.axes))
+        document.spend(path, NEED_COST * entry.matrix.size(need.axes))
         rows = entry.matrix.rows(need.axes)
     most = 0
     for values, _ in rows:

@@ -419,7 +419,7 @@ class Worker:
         logger.info("Worker {} stopped after {}", self.name, counted(self.completed, "completed task"))
 
 
-@lru_cache(1000)
+@lru_cache(32)  # each up to 64 KiB of JSON
 def _defaults(text: str) -> Mapping[str, Any]:
     return decode(text) if text else {}
 
