@@ -216,8 +216,9 @@ class Task:
         timeout: limit of one attempt; without one the handler's, else 1 h.
         max_attempts: attempts in all, the first included; without it the handler's, else 3.
         priority: which tasks of a role run first; without one the group's.
-        delay: earliest start, counted from the submission.
-        expires: latest start, counted from the submission; a task not started by then is cancelled (expired).
+        delay: earliest start, counted from the submission, also in a group that waits for others.
+        expires: latest start, counted from the submission, also in a group that waits for others; a task not started by
+            then is cancelled (expired).
         metadata: anything JSON; handed to the handler and shown, never interpreted.
     """
 
@@ -273,11 +274,12 @@ class TaskGroup:
         name: for people; need not be unique.
         tasks: any iterable; a generator is submitted in parts, in constant memory.
         goal: none, one, or several; an expression is short for a goal with that `when`.
-        key: makes the submission repeatable: the same key with the same content is the same group.
-        defaults: fields for tasks that leave them out.
+        key: makes the submission repeatable: the same key with the same content is the same group. At most 1,000
+            characters.
+        defaults: fields for tasks that leave them out; at most 64 KiB of JSON.
         priority: for tasks that name none.
         retention: how long the group is kept after it finished.
-        description: for people.
+        description: for people; at most 10,000 characters.
         depends_on: ids of groups that must complete before this one starts; should one of them end otherwise, this one
             is cancelled.
         on_need_failed: what becomes of a task that needs one that did not complete: it is cancelled (`skip`),
