@@ -403,8 +403,11 @@ class TaskResult:
     How a task ended. Times are server time, epoch ms; `value` is the JSON value that the handler returned.
 
     Attributes:
+        task_id: its id in its group.
         status: completed, failed or cancelled.
         reason: why, if not completed: error, timeout, poison, unroutable, invalid; closed, cancelled, expired, skipped.
+        attempts: how many were started.
+        ended_ms: None for a task that ended because its group closed before it started.
         wait_ms: from ready to started. `run_ms`: the last attempt, by the worker's monotonic clock.
         error: `{"type", "message", "traceback"}` of a failed task.
     """
@@ -427,11 +430,19 @@ class TaskResult:
 @dataclass(frozen=True, slots=True)
 class TaskView:
     """
-    A task as it stands; `result` once it ended. `due_ms` is set while it waits for a delay or a retry. `progress` is
-    what its handler last said, up to 5 s old: a fraction, if any, and a message.
+    A task as it stands.
+
+    Attributes:
+        task_id: its id in its group. `id` is the one that is good everywhere, as a handle's: `<group>/<task>`.
+        attempt: the attempt that runs or comes next; of a task that has ended, how many there were.
+        due_ms: set while it waits for a delay or a retry.
+        needs: how many tasks that it needs have not ended.
+        progress: what its handler last said, up to 5 s old: a fraction, if any, and a message.
+        result: set once it has ended.
     """
 
-    id: str
+    group_id: str
+    task_id: str
     status: TaskStatus
     role: str = ""
     uses: str = ""
@@ -444,6 +455,10 @@ class TaskView:
     needs: int = 0
     progress: tuple[float | None, str] = (None, "")
     result: TaskResult | None = None
+
+    @property
+    def id(self) -> str:
+        return f"{self.group_id}/{self.task_id}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -305,7 +305,7 @@ def test_a_group_is_submitted_and_followed_without_await(app: Ceylon) -> None:
         assert (last.is_finished, last.outcome) == (True, "completed")
         assert run.wait("all", timeout=20).counters.completed == 5
         assert sorted(result.value for result in run.results()) == [0, 2, 4, 6, 8]
-        assert {task.id for task in run.tasks()} == {"1", "2", "3", "4", "5"}
+        assert {task.task_id for task in run.tasks()} == {"1", "2", "3", "4", "5"}
         assert list(run.events())[-1].status == "finished"
         assert run.task("3").result(timeout=5) == 4
         again = client.group(run.id)
@@ -404,7 +404,7 @@ with Ceylon(sys.argv[1], namespace=sys.argv[2]).sync_client() as client:
     for _ in range(100):
         assert run.view().counters.total == run.task("1").view().attempt + 1 == 2
         assert [view.id for view in client.groups()] == [run.id]
-        assert [task.id for task in run.tasks()] == ["1", "2"]
+        assert [task.task_id for task in run.tasks()] == ["1", "2"]
     if is_child:
         os._exit(0)
     assert os.wait()[1] == 0

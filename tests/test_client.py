@@ -498,6 +498,21 @@ async def test_every_role_of_single_tasks_is_listed_and_announced_once(app: Ceyl
         assert sum("SADD" in trip for trip in trips) == 2
 
 
+async def test_a_task_has_one_id_for_handle_view_and_client(app: Ceylon) -> None:
+    async with app.client() as client:
+        handle = await client.submit(Task(role="p"))
+        view = await client.task(handle.id).view()
+
+        assert view.id == handle.id == f"{view.group_id}/{view.task_id}"
+        group = client.group(view.group_id)
+        assert {client.task(view.id).id, group.task(view.id).id, group.task(view.task_id).id} == {handle.id}
+        with pytest.raises(InvalidInputError, match="task id: 'other/1' is not usable"):
+            group.task("other/1")
+        for garbage in ("garbage", "a/", "/b", "a/b/c", ""):
+            with pytest.raises(InvalidInputError, match=r"group id|task id"):
+                client.task(garbage)
+
+
 async def test_an_idle_rolling_group_is_sealed_by_its_client(app: Ceylon, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rolling, "ROLLING_S", 0.05)
     async with app.client() as client:

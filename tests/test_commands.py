@@ -305,7 +305,9 @@ def test_a_group_that_runs_is_not_shown_as_finished_and_one_task_is_no_plural(co
 def test_a_failure_without_an_exception_is_shown_by_its_message_alone() -> None:
     poison = TaskResult("a", TaskStatus.FAILED, "poison", error={"type": "", "message": "poison", "traceback": ""})
 
-    *_, reason, _, _, _, _, shown = _task_row(TaskView("a", TaskStatus.FAILED, "r", reason="poison", result=poison))
+    *_, reason, _, _, _, _, shown = _task_row(
+        TaskView("g", "a", TaskStatus.FAILED, "r", reason="poison", result=poison)
+    )
 
     assert (reason, shown) == ("poison", "poison")
 

@@ -2,6 +2,8 @@
 Groups on groups, pauses, and needs that were not met, as their users see them.
 """
 
+import json
+
 import pytest
 from bench import Bench
 from commands import ROOT, Commands, eventually, until
@@ -191,6 +193,31 @@ def _group_of(status: GroupStatus, bench: Bench) -> None:
         bench.commit("w", first)
         if status is GroupStatus.FINISHED:
             bench.commit("w", second)
+
+
+@pytest.mark.parametrize("reason", ["cancelled", "closed"])
+def test_show_and_results_count_the_attempts_of_a_cancelled_task_alike(
+    reason: str, commands: Commands, bench: Bench
+) -> None:
+    """
+    One that was tried once and waited for its second attempt, and one that was never tried.
+    """
+    bench.queued("g", ["tried", "never"])
+    bench.commit("w", bench.started("w", "g"), "retry", delay_ms=60_000)
+    cancel = transitions.cancel_group(bench.keys, "g")
+    bench.run(cancel if reason == "closed" else transitions.cancel_tasks(bench.keys, "g", ["tried", "never"]))
+
+    where = ("--namespace", bench.keys.namespace)
+    shown = json.loads(commands.here("ceylon", "show", "g", "--json", *where).stdout)["tasks"]
+    results = [json.loads(line) for line in commands.here("ceylon", "results", "g", *where).stdout.splitlines()]
+
+    assert {one["id"]: (one["attempt"], one["reason"]) for one in shown} == {
+        "g/tried": (1, reason),
+        "g/never": (0, reason),
+    }
+    assert {one["id"]: (one["attempts"], one["reason"]) for one in results} == {
+        one["id"]: (one["attempt"], one["reason"]) for one in shown
+    }
 
 
 def test_a_task_that_has_ended_cannot_be_cancelled_but_a_cancelled_one_is(commands: Commands, bench: Bench) -> None:

@@ -246,7 +246,7 @@ def test_a_file_that_would_fill_the_machine_is_bounded(text: str, says: str, tmp
 
     ended = subprocess.run(
         [sys.executable, "-m", "rq_ceylon.cli", "ceylon", "validate", file],
-        preexec_fn=bound,  # noqa: PLW1509 (this process has no threads of its own here)
+        preexec_fn=bound,
         capture_output=True,
         text=True,
         timeout=300,

@@ -85,7 +85,7 @@ async def bench(redis_url: str, namespace: str) -> AsyncIterator[Bench]:
 
 
 async def statuses(bench: Bench, gid: str) -> dict[str, TaskStatus]:
-    return {view.id: view.status async for view in queries.tasks(bench.connection, bench.keys, gid)}
+    return {view.task_id: view.status async for view in queries.tasks(bench.connection, bench.keys, gid)}
 
 
 # ---- groups ----------------------------------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ async def test_every_state_of_an_open_group_is_told_apart(bench: Bench) -> None:
     await bench.commit("g", started["broken"], "failed", FAILURE)
     await bench.commit("g", started["again"], "retry", delay_ms=60_000)
 
-    found = {view.id: view async for view in queries.tasks(bench.connection, bench.keys, "g")}
+    found = {view.task_id: view async for view in queries.tasks(bench.connection, bench.keys, "g")}
 
     assert {tid: view.status for tid, view in found.items()} == {
         "done": TaskStatus.COMPLETED,
@@ -218,7 +218,7 @@ async def test_many_tasks_are_told_once_each_while_they_end(bench: Bench) -> Non
 
     seen: list[str] = []
     async for view in queries.tasks(bench.connection, bench.keys, "g"):
-        seen.append(view.id)
+        seen.append(view.task_id)
         if deliveries and len(seen) % 3 == 0:
             await bench.commit("g", deliveries.pop(), "completed")
 

@@ -132,7 +132,7 @@ async def test_a_position_that_is_taken_by_a_given_id_is_passed_over(app: Ceylon
     async with app.client() as client:
         run = await client.submit(TaskGroup("g", [Task(id="2"), Task(), Task(id="4"), Task()]))
 
-        assert {task.id async for task in run.tasks()} == {"2", "3", "4", "5"}
+        assert {task.task_id async for task in run.tasks()} == {"2", "3", "4", "5"}
 
 
 @pytest.mark.parametrize("turns", range(0, 60, 3))

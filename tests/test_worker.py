@@ -88,7 +88,7 @@ async def test_a_worker_serves_its_roles_and_no_other(app: Ceylon, client: Clien
 
     await asyncio.wait_for(worker_of(app, "a", "b", burst=True).run(), LIMIT_S)
 
-    status = {task.id: task.status async for task in group.tasks()}
+    status = {task.task_id: task.status async for task in group.tasks()}
     assert status == {"a": TaskStatus.COMPLETED, "b": TaskStatus.COMPLETED, "c": TaskStatus.PENDING}
 
 
@@ -134,7 +134,7 @@ async def test_a_task_not_started_in_time_is_cancelled_as_expired(app: Ceylon, c
 
     await asyncio.wait_for(worker_of(app, burst=True).run(), LIMIT_S)
 
-    found = {task.id: (task.status, task.reason) async for task in group.tasks()}
+    found = {task.task_id: (task.status, task.reason) async for task in group.tasks()}
     assert found["1"] == (TaskStatus.CANCELLED, "expired")
     assert found["2"][0] is TaskStatus.COMPLETED
 

@@ -41,13 +41,13 @@ def group_facts(view: GroupView) -> dict[str, Any]:
     return {"group": group, "goals": goals}
 
 
-def task_facts(gid: str, task: TaskView) -> dict[str, Any]:
+def task_facts(task: TaskView) -> dict[str, Any]:
     """
     A task as it stands, with its result once it has ended.
     """
     result = task.result
     return {
-        "id": f"{gid}/{task.id}",
+        "id": task.id,
         "status": task.status,
         "reason": task.reason,
         "role": task.role,

@@ -243,7 +243,7 @@ def settled_words(goal: GoalView) -> str:
 
 def _running_words(task: TaskView) -> str:
     fraction, message = task.progress
-    words = [f"{task.id} on {task.worker}", "" if fraction is None else f"{fraction:.0%}", message]
+    words = [f"{task.task_id} on {task.worker}", "" if fraction is None else f"{fraction:.0%}", message]
     return " ".join(word for word in words if word)
 
 

@@ -182,7 +182,7 @@ async def show(client: Client, target: str, json: bool) -> None:
     tasks = [await client.task(target).view()] if tid else [task async for task in client.group(gid).tasks()]
     why = await why_waiting(client, view, tasks)
     if json:
-        facts = [{**task_facts(gid, task), "waits": why.get(task.id)} for task in tasks]
+        facts = [{**task_facts(task), "waits": why.get(task.task_id)} for task in tasks]
         click.echo(to_json({"schema": 1, **group_facts(view), "tasks": facts}))
         return
     if not tid:
@@ -195,7 +195,7 @@ async def show(client: Client, target: str, json: bool) -> None:
             )
     _table(
         ("TASK", "STATUS", "REASON", "ROLE", "ATTEMPT", "WORKER", "RUN MS", "DETAIL"),
-        [_task_row(task, why.get(task.id, "")) for task in tasks],
+        [_task_row(task, why.get(task.task_id, "")) for task in tasks],
     )
     if tid:
         await _show_more(client, gid, tasks[0], why.get(tid, ""))
@@ -210,7 +210,7 @@ async def _show_more(client: Client, gid: str, task: TaskView, why: str) -> None
     if task.uses:
         say(f"  function: {task.uses}")
     if task.needs:
-        needs = (await queries.needs(client.connection, client.keys, gid, [task.id])).get(task.id, [])
+        needs = (await queries.needs(client.connection, client.keys, gid, [task.task_id])).get(task.task_id, [])
         ended = await queries.results(client.connection, client.keys, gid, needs)
         say(f"  needs: {', '.join(need for need in needs if need not in ended)}")
     if why:
@@ -229,7 +229,7 @@ def _task_row(task: TaskView, why: str = "") -> tuple[object, ...]:
         shown = ": ".join(filter(None, (error["type"], error["message"]))) if error else to_json(result.value)
     shown = plain(shown, keep="")
     return (
-        task.id,
+        task.task_id,
         task.status,
         task.reason or "-",
         task.role,
@@ -264,8 +264,6 @@ async def results(client: Client, group: str, follow: bool) -> None:
     """
     Results of the tasks that have ended, as JSON Lines.
     """
-    from rq_ceylon.models import TaskResult
-
     handle = client.group(group)
     if follow:
         async for result in handle.results():
@@ -273,9 +271,8 @@ async def results(client: Client, group: str, follow: bool) -> None:
         return
     await handle.view()  # an unknown group is an error, not an empty list
     async for task in handle.tasks():
-        if task.status.is_final:
-            result = task.result or TaskResult(task.id, task.status, task.reason, task.role)
-            click.echo(to_json(result_facts(group, result)))
+        if task.result is not None:
+            click.echo(to_json(result_facts(group, task.result)))
 
 
 @ceylon.command()

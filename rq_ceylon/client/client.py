@@ -132,16 +132,24 @@ class Client(Session):
     # ---- look up -----------------------------------------------------------------------------------------------------
     def task(self, task_id: str) -> TaskHandle[Any]:
         """
-        A task by its public id, `<gid>/<tid>`, from any process.
+        A task by its id, `<group>/<task>`, as handles and views give it, from any process. Asks nothing of Redis.
+
+        Raises:
+            InvalidInputError: it is no such id.
         """
         gid, _, tid = task_id.partition("/")
         if not tid:
-            raise InvalidInputError(f"task id {task_id!r} has no /; a task's id is <group>/<task>")
+            raise InvalidInputError(
+                f"task id {task_id!r} has no /; give <group>/<task>, such as 06h0ql7fl6apk73bpl93/1"
+            )
         return TaskHandle(self, check_id(gid, "group id"), check_id(tid, "task id"))
 
     def group(self, gid: str) -> GroupHandle:
         """
-        A group by its id, from any process.
+        A group by its id, from any process. Asks nothing of Redis.
+
+        Raises:
+            InvalidInputError: it cannot be the id of a group.
         """
         return GroupHandle(self, check_id(gid, "group id"))
 

@@ -222,8 +222,8 @@ class Follower:
             left = [tid for tid in some if tid not in found]
             if seen.status in CLOSED and left:
                 for task in await queries.some_tasks(self._connection, self._keys, self._gid, left):
-                    if task.status is TaskStatus.CANCELLED and task.result is None:
-                        self._tell(task.id, TaskResult(task.id, TaskStatus.CANCELLED, task.reason, task.role))
+                    if task.result is not None:  # also one that was never written: its group closed
+                        self._tell(task.task_id, task.result)
         assert view is not None
         return view
 

@@ -136,7 +136,13 @@ class GroupHandle:
         return GroupHandle(session, self.id, name=self.name, repeated=self.repeated)
 
     def task(self, tid: str) -> TaskHandle[Any]:
-        return TaskHandle(self._session, self.id, check_id(tid, "task id"))
+        """
+        A task of this group, by its id in the group or by the one that is good everywhere. Asks nothing of Redis.
+
+        Raises:
+            InvalidInputError: it cannot be the id of a task of this group.
+        """
+        return TaskHandle(self._session, self.id, check_id(tid.removeprefix(f"{self.id}/"), "task id"))
 
     async def view(self) -> GroupView:
         """
@@ -213,8 +219,8 @@ class GroupHandle:
                 told.add(result.task_id)
                 yield result
         async for task in self.tasks():
-            if task.id not in told:
-                yield task.result or TaskResult(task.id, task.status, task.reason, task.role)
+            if task.result is not None and task.task_id not in told:
+                yield task.result
         await self.view()  # had it gone meanwhile, these would not be all
 
     async def tasks(self) -> AsyncIterator[TaskView]:

@@ -29,7 +29,7 @@ async def why_waiting(session: Session, view: GroupView, tasks: Sequence[TaskVie
     workers = [one for one in await queries.workers(connection, keys) if one.roles and not one.stopping]
     roles = {role: await _of_role(session, role, workers) for role in sorted({task.role for task in waiting})}
     ours = _of_group(view)
-    return {task.id: "; ".join(_causes(task, ours, roles[task.role], workers, now_ms)) for task in waiting}
+    return {task.task_id: "; ".join(_causes(task, ours, roles[task.role], workers, now_ms)) for task in waiting}
 
 
 def _of_group(view: GroupView) -> list[str]:

@@ -223,7 +223,7 @@ async def task(connection: Connection, keys: Keys, gid: str, tid: str) -> TaskVi
     if not found:
         await group(connection, keys, gid)
         raise NotFoundError(f"group {gid!r} has no task {tid!r}; `ceylon show {gid}` lists its tasks")
-    return (await _with_progress(connection, keys, gid, found))[0]
+    return (await _with_progress(connection, keys, found))[0]
 
 
 async def tasks(connection: Connection, keys: Keys, gid: str) -> AsyncIterator[TaskView]:
@@ -271,9 +271,9 @@ async def some_tasks(connection: Connection, keys: Keys, gid: str, tids: Sequenc
         try:
             with reading(f"task {gid}/{tid}"):
                 if result:
-                    found.append(_ended(result_of(tid, result)))
+                    found.append(_ended(gid, result_of(tid, result)))
                 elif text:
-                    found.append(_open(tid, text, claim, int(needs or 0), shared, closed=closed))
+                    found.append(_open(gid, tid, text, claim, int(needs or 0), shared, closed=closed))
         except RecordError as error:
             warn_once(f"Left out: {error}")
     return found
@@ -288,9 +288,10 @@ def _results(gid: str, tids: Sequence[str], texts: Sequence[str | None]) -> dict
     return found
 
 
-def _ended(result: TaskResult) -> TaskView:
+def _ended(gid: str, result: TaskResult) -> TaskView:
     return TaskView(
-        id=result.task_id,
+        group_id=gid,
+        task_id=result.task_id,
         status=result.status,
         role=result.role,
         reason=result.reason,
@@ -302,30 +303,30 @@ def _ended(result: TaskResult) -> TaskView:
     )
 
 
-def _open(tid: str, text: str, claim: str | None, needs: int, defaults: Mapping[str, Any], *, closed: bool) -> TaskView:
+def _open(
+    gid: str, tid: str, text: str, claim: str | None, needs: int, defaults: Mapping[str, Any], *, closed: bool
+) -> TaskView:
     role, _, not_before, _, body = task_parts(text)
-    attempt, crashes, worker, started, due = 1, 0, "", None, not_before
+    attempt, attempts, crashes, worker, started, due = 1, 0, 0, "", None, not_before
     running = False
     if claim:
-        state, tries, _, holder, _, since, lost, _, retry_at, _, _ = claim.split("|")
+        state, tries, fence, holder, _, since, lost, _, retry_at, _, _ = claim.split("|")
         attempt, crashes, running = int(tries), int(lost), state in RUNNING
+        attempts = 0 if fence == "0" else attempt - (state == "r")  # as lua/group.lua counts them in a result
         due = int(retry_at) if retry_at else None
         if running:
             worker, started, due = holder, int(since), None
-    reason = ""
-    if running:
-        status = TaskStatus.IN_PROGRESS
-    elif closed:
-        status, reason, due = TaskStatus.CANCELLED, "closed", None
-    else:
-        status = TaskStatus.WAITING if needs else TaskStatus.PENDING
     uses = decode(body).get("uses") or defaults.get("uses") or ""
+    if closed and not running:  # closing a group writes no results of its own
+        result = TaskResult(tid, TaskStatus.CANCELLED, "closed", role, attempts=attempts, crashes=crashes)
+        return replace(_ended(gid, result), uses=uses)
+    status = TaskStatus.IN_PROGRESS if running else TaskStatus.WAITING if needs else TaskStatus.PENDING
     return TaskView(
-        id=tid,
+        group_id=gid,
+        task_id=tid,
         status=status,
         role=role,
         uses=uses,
-        reason=reason,
         attempt=attempt,
         crashes=crashes,
         worker=worker,
@@ -342,11 +343,11 @@ async def running(connection: Connection, keys: Keys, gid: str) -> list[TaskView
     ((_, found),) = await connection.run([command("HSCAN", keys.group_part(gid, "claims"), "0", "COUNT", SCAN)])
     tids = [tid for tid, claim in _fields(found).items() if claim.split("|", 1)[0] in RUNNING]
     views = [view for view in await some_tasks(connection, keys, gid, tids) if view.status is TaskStatus.IN_PROGRESS]
-    views = await _with_progress(connection, keys, gid, views)
+    views = await _with_progress(connection, keys, views)
     return sorted(views, key=lambda view: view.started_ms or 0)
 
 
-async def _with_progress(connection: Connection, keys: Keys, gid: str, views: list[TaskView]) -> list[TaskView]:
+async def _with_progress(connection: Connection, keys: Keys, views: list[TaskView]) -> list[TaskView]:
     names = sorted({view.worker for view in views if view.status is TaskStatus.IN_PROGRESS})
     said: dict[str, tuple[float | None, str]] = {}
     for name, facts in (await _heartbeats(connection, keys, names)).items():
@@ -355,7 +356,7 @@ async def _with_progress(connection: Connection, keys: Keys, gid: str, views: li
                 said |= {task: (part, words) for task, (part, words) in (facts or {}).get("progress", {}).items()}
         except RecordError as error:
             warn_once(f"Left out: {error}")
-    return [replace(view, progress=said.get(f"{gid}/{view.id}", view.progress)) for view in views]
+    return [replace(view, progress=said.get(view.id, view.progress)) for view in views]
 
 
 async def results(connection: Connection, keys: Keys, gid: str, tids: Sequence[str]) -> dict[str, TaskResult]:

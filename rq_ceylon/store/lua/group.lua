@@ -119,6 +119,7 @@ local function settle(tid, from, outcome, reason, role, claim, run, blob)
   local attempts, crashes, worker, started, wait = 0, 0, '', '', 0
   if claim then
     attempts, crashes, worker, started = claim.attempt, claim.crashes, claim.worker, claim.started
+    if claim.state == 'r' then attempts = attempts - 1 end    -- the attempt to come, which never started
     if claim.fence == '0' then attempts, started = 0, '' end  -- parked, never granted
     wait = started == '' and 0 or math.max(0, tonumber(started) - tonumber(string.match(claim.lineage, ':(%d+)') or started))
   end
