@@ -1,5 +1,5 @@
 """
-Statistics of a group, from its events, with log-2 histograms.
+Statistics of a group, from its events.
 """
 
 from __future__ import annotations
@@ -13,51 +13,8 @@ from rq_ceylon.models import GroupView
 from rq_ceylon.store import queries
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.events import Event
+from rq_ceylon.store.histogram import Histogram
 from rq_ceylon.store.keys import Keys
-
-
-@dataclass
-class Histogram:
-    """
-    Durations in ms by buckets of powers of two: bucket 0 is below 1 ms, bucket b is 2^(b-1) up to 2^b.
-    `max_ms`: none of them is longer.
-    """
-
-    buckets: Counter[int] = field(default_factory=Counter)
-    total_ms: int = 0
-    max_ms: int = 0
-
-    def add(self, ms: int) -> None:
-        self.buckets[max(ms, 0).bit_length()] += 1
-        self.total_ms += ms
-        self.max_ms = max(self.max_ms, ms)
-
-    @property
-    def count(self) -> int:
-        return sum(self.buckets.values())
-
-    @property
-    def mean_ms(self) -> float:
-        return self.total_ms / self.count if self.count else 0.0
-
-    def percentile_ms(self, share: float) -> float:
-        """
-        The duration that this share (0 to 1) does not exceed, interpolated inside its bucket: right to a factor of two,
-        and never above `max_ms`.
-        """
-        rank, seen = share * self.count, 0
-        for bucket in sorted(self.buckets):
-            count = self.buckets[bucket]
-            if seen + count >= rank:
-                low = 1 << bucket >> 1
-                high = min(2.0**bucket, max(low, self.max_ms))
-                return low + (high - low) * (rank - seen) / count
-            seen += count
-        return 0.0
-
-    def __str__(self) -> str:
-        p50, p95, p99 = (self.percentile_ms(share) for share in (0.5, 0.95, 0.99))
-        return f"mean {self.mean_ms:.0f} ms, p50 {p50:.0f}, p95 {p95:.0f}, p99 {p99:.0f}"
 
 
 @dataclass
@@ -133,9 +90,10 @@ def summary(view: GroupView, found: GroupStatistics) -> str:
     """
     counters = view.counters
     how, so_far = (f"finished as {view.outcome}", "") if view.is_finished else (f"is {view.status}", " so far")
+    pace = f" in {found.seconds:.1f} s ({found.rate:.1f}/s)" if found.seconds else ""
     lines = [
         f'Group "{view.name}" {how}: {counters.completed} completed, {counters.failed} failed, '
-        f"{counters.cancelled} cancelled{so_far} in {found.seconds:.1f} s ({found.rate:.1f}/s)"
+        f"{counters.cancelled} cancelled{so_far}{pace}"
     ]
     for name, role in sorted(found.roles.items()):
         if role.run.count:

@@ -17,6 +17,7 @@ from rq_ceylon.goals import CompiledGoal
 from rq_ceylon.models import Durability
 from rq_ceylon.store.codec import encode
 from rq_ceylon.store.durability import confirming
+from rq_ceylon.store.histogram import bucket_of
 from rq_ceylon.store.keys import Keys
 from rq_ceylon.store.scripts import Call, command, insist
 
@@ -435,7 +436,7 @@ def fetch(
         histograms: Counter[str] = Counter()
         for ack in some if outcome in ("completed", "failed") else ():
             for name, ms in (("run", ack.run_ms), ("wait", ack.wait_ms)):
-                histograms[f"{name}:{ms.bit_length()}"] += 1
+                histograms[f"{name}_times:{bucket_of(ms)}"] += 1
                 histograms[f"{name}_ms"] += ms
         args += (outcome, len(some), *(ack.entry for ack in some))
         args += (len(histograms), *(word for pair in histograms.items() for word in pair))
