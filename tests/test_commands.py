@@ -148,10 +148,11 @@ def test_a_server_that_evicts_is_refused_with_the_remedy(
     server = start_server()
     with redis.Redis.from_url(server.url) as store:
         store.config_set("maxmemory-policy", "allkeys-lru")
-        for arguments in (("submit", str(EXAMPLE)), ("worker", "-r", "r")):
+        for arguments in (("submit", str(EXAMPLE)), ("ceylon", "status"), ("worker", "-r", "r"), ("monitor",)):
             ended = Commands(server.url, tmp_path).run(*arguments)
 
             assert_refused(ended, 3, "allkeys-lru", "CONFIG SET maxmemory-policy noeviction")
+            assert len(ended.stderr.splitlines()) == 1, "no connection is left to be collected after its loop"
         assert store.keys("*") == []
 
 

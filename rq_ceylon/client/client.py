@@ -60,7 +60,12 @@ class Client(Session):
         Raises:
             RedisError: not reachable (nothing is retried), or too old, evicting, or of another kind.
         """
-        await self.connect()
+        try:
+            await self.connect()
+        except BaseException:
+            # `async with` closes only what was opened; a connection left open is collected after its loop has closed.
+            await self.disconnect()
+            raise
         return self
 
     async def close(self) -> None:
