@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import secrets
 import socket
 import time
@@ -40,7 +41,9 @@ class Presence:
         roles: Sequence[str] = (),
         slots: int = 0,
     ) -> None:
-        shown = check_id(name, "name") if name else socket.gethostname().split(".")[0]
+        # A host may be called what a name in Redis may not.
+        host = re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname().split(".")[0]) or "host"
+        shown = check_id(name, "name") if name else host
         self.name = check_id(f"{shown[:40]}-{os.getpid()}-{secrets.token_hex(4)}", "name")
         self._keys, self._roles = keys, roles
         self._facts: dict[str, Any] = {

@@ -124,12 +124,18 @@ def masked(url: str) -> str:
 def server_folder(environ: Mapping[str, str] = os.environ) -> Path:
     """
     Where this user's `ceylon server` keeps its data: CEYLON_SERVER_DIR, else `ceylon` in the user's state folder.
+
+    Raises:
+        InvalidInputError: this user has no home.
     """
-    if chosen := environ.get("CEYLON_SERVER_DIR"):
-        return Path(chosen).expanduser().absolute()
-    state = Path(environ.get("XDG_STATE_HOME", ""))
-    if not state.is_absolute():  # the XDG specification: a relative path is to be ignored
-        state = Path(environ.get("HOME") or Path.home()) / ".local" / "state"
+    try:
+        if chosen := environ.get("CEYLON_SERVER_DIR"):
+            return Path(chosen).expanduser().absolute()
+        state = Path(environ.get("XDG_STATE_HOME", ""))
+        if not state.is_absolute():  # the XDG specification: a relative path is to be ignored
+            state = Path(environ.get("HOME") or Path.home()) / ".local" / "state"
+    except RuntimeError:  # HOME is not set, and the system knows no user of this number, as in a container
+        raise InvalidInputError("this user has no home folder for the server's data; set CEYLON_SERVER_DIR") from None
     return state / "ceylon"
 
 
@@ -178,11 +184,11 @@ def require_unix(what: str) -> None:
 
 
 def _running_server(environ: Mapping[str, str]) -> str | None:
-    path = socket_path(server_folder(environ), environ)
     try:
+        path = socket_path(server_folder(environ), environ)
         # Someone else's socket at our path would be handed our tasks: only a folder of our own is trusted.
         found = is_private(path.parent) and stat.S_ISSOCK(path.lstat().st_mode)
-    except OSError:
+    except (OSError, InvalidInputError):  # no such folder, or no home where it could be
         return None
     return socket_url(path) if found else None
 

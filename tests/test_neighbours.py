@@ -12,6 +12,7 @@ from commands import Commands, until
 
 from rq_ceylon.app import Ceylon
 from rq_ceylon.models import Task, TaskGroup
+from rq_ceylon.presence import Presence
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.keys import Keys
 from rq_ceylon.worker.neighbours import Neighbours
@@ -54,6 +55,28 @@ def test_the_last_worker_to_leave_removes_the_folder_and_the_next_to_come_makes_
         assert [path.name for path in shared.iterdir()] == ["w2"]
         other.leave()
         assert not shared.exists()
+
+
+async def test_a_worker_has_no_neighbours_where_no_temporary_folder_can_be_written(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr("tempfile.gettempdir", none)
+    neighbours = Neighbours(redis_url, Keys("n"))
+
+    neighbours.enter("w", ["p"])
+    async with Connection(redis_url) as connection:
+        await neighbours.bury_dead(connection)
+    neighbours.leave()
+
+
+@pytest.mark.parametrize(("host", "shown"), [("my host_1.lan", "my-host_1"), ("häuschen", "h-uschen"), ("", "host")])
+def test_a_host_may_be_called_what_a_name_may_not(host: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: host)
+
+    assert Presence(Keys("n"), "worker", None, task_names=[]).name.startswith(f"{shown}-{os.getpid()}-")
 
 
 def test_a_killed_workers_tasks_restart_on_its_host_long_before_the_lease_ends(

@@ -236,6 +236,19 @@ def test_the_server_folder_is_the_chosen_one_or_in_the_users_state_folder() -> N
     assert server_folder(environ) == Path.cwd() / "here"
 
 
+def test_without_a_home_a_given_redis_is_used_and_a_missing_one_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+
+    assert resolve("redis://here", environ={}) == Settings("redis://here")
+    with pytest.raises(RedisError, match="No Redis is configured"):
+        resolve(environ={})
+    with pytest.raises(InvalidInputError, match="no home folder for the server's data; set CEYLON_SERVER_DIR"):
+        server_folder({})
+
+
 def test_a_socket_lies_in_its_folder_or_where_that_is_too_long_at_a_short_path_of_its_own() -> None:
     fits = Path("/" + "a" * 87)
     too_long = Path("/" + "a" * 88)

@@ -303,7 +303,10 @@ def _ping(at: Path) -> bytes:
 
 
 def _throw_away_folder() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="ceylon-"))
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="ceylon-"))
+    except OSError as error:
+        raise RedisError(f"No temporary folder for a server can be made: {error.strerror}; set TMPDIR") from error
     if not fits_socket(folder / "redis.sock"):
         folder.rmdir()
         folder = Path(tempfile.mkdtemp(prefix="ceylon-", dir="/tmp"))

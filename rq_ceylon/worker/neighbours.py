@@ -38,7 +38,11 @@ class Neighbours:
     def __init__(self, url: str, keys: Keys) -> None:
         self._keys = keys
         name = hashlib.sha256(f"{url}\0{keys.namespace}".encode()).hexdigest()[:16]
-        self._folder = Path(tempfile.gettempdir(), f"ceylon-{os.getuid()}", name)
+        try:
+            temporary = tempfile.gettempdir()
+        except FileNotFoundError:  # none can be written, as in a container whose file system is read-only
+            temporary = os.devnull  # no folder can be made below it, which `enter` takes for no neighbours
+        self._folder = Path(temporary, f"ceylon-{os.getuid()}", name)
         self._mine: tuple[Path, int] | None = None
 
     def enter(self, worker: str, roles: Sequence[str]) -> None:
