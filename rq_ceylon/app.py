@@ -13,7 +13,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from functools import cached_property, update_wrapper
+from functools import cached_property, partial, update_wrapper
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, ParamSpec, Protocol, TypeVar, cast, overload
 
@@ -55,7 +55,7 @@ class Ceylon:
     def __init__(self, redis_url: str | None = None, *, namespace: str | None = None) -> None:
         self._redis_url, self._namespace = redis_url, namespace
         self.registry = Registry()
-        self._clients: dict[tuple[int, int], tuple[Client, AsyncIterator[Client]]] = {}
+        self._clients: dict[tuple[int, asyncio.AbstractEventLoop], asyncio.Task[Client]] = {}
         self._sync: tuple[int, SyncClient] | None = None
         self._sync_guard = threading.Lock()
 
@@ -255,19 +255,20 @@ class Ceylon:
         """
         The client behind `aenqueue`: one per event loop and process.
         """
-        key = os.getpid(), id(asyncio.get_running_loop())
-        if key not in self._clients:
-            # An async generator, because a loop closes those that are left before it closes itself.
-            keeper = self._keep_client(key)
-            self._clients[key] = await anext(keeper), keeper
-        return self._clients[key][0]
+        loop = asyncio.get_running_loop()
+        key = os.getpid(), loop
+        opening = self._clients.get(key)
+        if opening is None:
+            _before_close(loop, partial(self._drop_client, *key))
+        if opening is None or _has_failed(opening):
+            # Known before it is open: calls that come meanwhile wait for the same one.
+            opening = self._clients[key] = loop.create_task(self.client().open())
+        return await asyncio.shield(opening)
 
-    async def _keep_client(self, key: tuple[int, int]) -> AsyncIterator[Client]:
-        async with self.client() as client:
-            try:
-                yield client
-            finally:
-                self._clients.pop(key, None)
+    async def _drop_client(self, pid: int, loop: asyncio.AbstractEventLoop) -> None:
+        opening = self._clients.pop((pid, loop), None)
+        if opening is not None and pid == os.getpid() and opening.done() and not _has_failed(opening):
+            await opening.result().close()
 
     def implicit_sync_client(self) -> SyncClient:
         """
@@ -385,6 +386,24 @@ class AppTask(Generic[P, R, C]):
         """
         task = self.bind(*args, **kwargs)
         return self.app.implicit_sync_client().submit(task)
+
+
+def _has_failed(task: asyncio.Task[Any]) -> bool:
+    return task.done() and (task.cancelled() or task.exception() is not None)
+
+
+def _before_close(loop: asyncio.AbstractEventLoop, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """
+    Run a coroutine when a loop is closed, by asyncio.run or by hand: then it runs no more, but still can.
+    """
+    close = loop.close
+
+    def close_after_last() -> None:
+        if not (loop.is_running() or loop.is_closed()):
+            loop.run_until_complete(last())
+        close()
+
+    loop.close = close_after_last  # type: ignore[method-assign]
 
 
 def _hooked(hooks: list[Any], hook: H) -> H:

@@ -392,13 +392,15 @@ class CompiledGoal:
         return {key: value for key, value in asdict(self).items() if value not in (None, "", 0)}
 
 
-def compile_goals(goal: Goal | str | Sequence[Goal | str]) -> list[CompiledGoal]:
+def compile_goals(goal: Goal | str | Sequence[Goal | str] | None) -> list[CompiledGoal]:
     """
     Check the goals of a group, name them, and compile their expressions.
 
     Raises:
         InvalidInputError: naming the goal, its field and the remedy.
     """
+    if goal is None:
+        return []
     if isinstance(goal, Goal | str):
         goal = [goal]
     if not isinstance(goal, Sequence):

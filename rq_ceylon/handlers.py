@@ -18,7 +18,7 @@ from pydantic_core import to_json
 
 from rq_ceylon.attempt import Backoff, FailTask, Said, TaskContext, check_max_attempts, type_name
 from rq_ceylon.errors import InvalidInputError, UnknownTaskError, guess
-from rq_ceylon.models import DEFAULT_ROLE, Duration, GroupView, Task, check_id, check_priority, counted, seconds
+from rq_ceylon.models import DEFAULT_ROLE, Duration, GroupView, Task, check_id, check_priority, check_timeout, counted
 from rq_ceylon.settings import Settings
 from rq_ceylon.values import BadValueError, JsonType
 
@@ -67,7 +67,7 @@ class Handler(Generic[P, R]):
         self.function = function
         self.aliases = tuple(check_id(alias, f"task {name!r}: alias") for alias in aliases)
         self.role = None if role is None else check_id(role, f"task {name!r}: role")
-        self.timeout_s = None if timeout is None else seconds(timeout, f"task {name!r}: timeout")
+        self.timeout_s = None if timeout is None else check_timeout(timeout, f"task {name!r}: timeout")
         self.max_attempts = max_attempts
         self.priority = None if priority is None else check_priority(priority, f"task {name!r}: priority")
         self.backoff = backoff or Backoff()
@@ -83,8 +83,6 @@ class Handler(Generic[P, R]):
         return f"<Handler {self.name}: {_described(self.function)}>"
 
     def _check_rules(self) -> None:
-        if self.timeout_s == 0:
-            raise InvalidInputError(f"task {self.name!r}: timeout: 0 leaves no time; leave it out for the default")
         if self.max_attempts is not None:
             check_max_attempts(self.max_attempts, f"task {self.name!r}: max_attempts")
         for kind, rule in self.retry.items():

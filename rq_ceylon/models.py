@@ -146,6 +146,19 @@ def check_lease(value: Duration, name: str) -> float:
     return lease_s
 
 
+def check_timeout(value: Duration, name: str) -> float:
+    """
+    The limit of an attempt in seconds.
+
+    Raises:
+        InvalidInputError: not a duration, or 0, which leaves no time.
+    """
+    limit = seconds(value, name)
+    if not limit:
+        raise InvalidInputError(f"{name}: {value!r} leaves no time; leave it out for the default")
+    return limit
+
+
 def check_id(value: object, name: str) -> str:
     """
     Return `value` if it may serve as an id or name in Redis.
@@ -288,7 +301,7 @@ class TaskGroup:
 
     name: str
     tasks: Iterable[Task]
-    goal: Goal | str | Sequence[Goal | str] = ()
+    goal: Goal | str | Sequence[Goal | str] | None = ()
     _: KW_ONLY
     key: str | None = None
     defaults: Task = field(default_factory=Task)

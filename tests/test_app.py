@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
 import sys
 import threading
 import warnings
@@ -34,6 +35,7 @@ from rq_ceylon import (
     WaitTimeoutError,
     Worker,
 )
+from rq_ceylon.settings import Settings
 
 
 @dataclass
@@ -323,13 +325,82 @@ async def test_the_sync_side_works_inside_a_running_loop(app: Ceylon) -> None:
         assert task_of(app, "double").enqueue(4).result(timeout=20) == 8
 
 
-def test_a_client_that_was_closed_says_so_or_connects_anew(app: Ceylon) -> None:
-    client = app.sync_client().open()
-    client.close()
+def threads() -> int:
+    return sum(thread.name == "ceylon-client" for thread in threading.enumerate())
+
+
+def test_a_closed_client_and_its_handles_say_so_and_it_may_be_opened_again(app: Ceylon) -> None:
+    before = threads()
+    client = app.sync_client()
+    with pytest.raises(CeylonError, match="not open"):
+        client.groups()
+    with client.open():  # twice is once
+        handle = client.submit(task_of(app, "double").bind(1))
+        events = client.group(handle.id.partition("/")[0]).events()
     client.close()
 
-    with pytest.raises(CeylonError, match="not open"):
-        app.sync_client().task("g/1")
+    for use in (client.groups, handle.view, handle.result, lambda: next(events)):
+        with pytest.raises(CeylonError, match="not open, or was closed"):
+            use()
+    assert threads() == before
+    with client:
+        assert handle.status() == "pending"
+    assert threads() == before
+
+
+@pytest.mark.anyio
+async def test_a_closed_async_client_is_refused_and_an_open_one_opened_once(app: Ceylon) -> None:
+    async with app.client() as client:
+        async with asyncio.timeout(20):
+            assert await client.open() is client
+        handle = await client.submit(task_of(app, "double").bind(1))
+
+    for use in (client.open, client.groups, handle.view, handle.result):
+        with pytest.raises(CeylonError, match=r"was closed; make another: app.client\(\)"):
+            await use()
+
+
+@pytest.mark.anyio
+async def test_the_first_concurrent_submissions_of_a_loop_share_one_client(app: Ceylon) -> None:
+    double = task_of(app, "double")
+
+    handles = await asyncio.gather(*(double.aenqueue(number) for number in range(20)))
+
+    assert len({id(handle._session) for handle in handles}) == 1
+    assert len({handle.id for handle in handles}) == 20
+
+
+@pytest.mark.anyio
+async def test_the_client_of_a_loop_is_opened_anew_after_it_could_not_be(redis_url: str, namespace: str) -> None:
+    app = make_app("redis://127.0.0.1:1", namespace)
+    double = task_of(app, "double")
+    for error in await asyncio.gather(double.aenqueue(1), double.aenqueue(2), return_exceptions=True):
+        assert isinstance(error, RedisError)
+
+    app.use(Settings(redis_url, namespace))
+
+    assert await (await double.aenqueue(1)).status() == "pending"
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_the_clients_of_loops_that_come_and_go_leave_nothing_behind(app: Ceylon, *, by_hand: bool) -> None:
+    async def enqueue() -> int:
+        await task_of(app, "double").aenqueue(1)
+        return len(os.listdir("/dev/fd"))
+
+    def once() -> int:
+        if not by_hand:
+            return asyncio.run(enqueue())
+        loop = asyncio.new_event_loop()
+        try:
+            return loop.run_until_complete(enqueue())
+        finally:
+            loop.close()
+
+    opened = [once() for _ in range(5)]
+
+    assert len(set(opened)) == 1
+    assert app._clients == {}
 
 
 def test_what_a_process_enqueued_right_before_it_was_gone_is_in_its_queue(app: Ceylon) -> None:

@@ -366,6 +366,13 @@ async def test_a_delay_of_nothing_is_one_that_was_given(app: Ceylon) -> None:
         assert [(role.queued, role.delayed) for role in await client.roles()] == [(1, 1)]
 
 
+async def test_a_group_may_say_that_it_has_no_goal(app: Ceylon) -> None:
+    async with app.client() as client:
+        group = await client.submit(TaskGroup("a", [Task()], goal=None))
+
+        assert not (await group.view()).goals
+
+
 async def test_what_cannot_be_used_is_refused_and_nothing_is_written(app: Ceylon) -> None:
     async with app.client() as client:
         bad: list[tuple[Any, type[Exception], str]] = [
@@ -380,6 +387,9 @@ async def test_what_cannot_be_used_is_refused_and_nothing_is_written(app: Ceylon
             (Task(arguments={"x": "y" * 2_000_000}), PayloadTooLargeError, "reference"),
             (Task(role="no good"), InvalidInputError, "role"),
             (Task(priority="urgent"), InvalidInputError, "high, normal or low"),
+            (Task(timeout=0), InvalidInputError, "timeout: 0 leaves no time; leave it out for the default"),
+            (TaskGroup("g", [Task(timeout="0s")]), InvalidInputError, "timeout: '0s' leaves no time"),
+            (TaskGroup("g", [Task()], defaults=Task(timeout=0.0)), InvalidInputError, "defaults: timeout: 0.0 leaves"),
             (Task(max_attempts=0), InvalidInputError, "max_attempts"),
             (Task(max_attempts=True), InvalidInputError, "max_attempts"),
         ]

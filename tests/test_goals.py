@@ -425,7 +425,7 @@ def test_a_deadline_is_in_milliseconds_and_never_rounded_to_none(deadline: Any, 
 @pytest.mark.parametrize(
     ("goal", "says"),
     [
-        (None, "goal: None is not a goal"),
+        (7, "goal: 7 is not a goal"),
         ({"when": "completed > 1"}, "is not a goal; give an expression, a Goal, or a list of them"),
         ([5], "goal: 5 is not a goal"),
         (Goal(), 'goal "goal": neither when nor call is given'),

@@ -1100,3 +1100,11 @@ def test_the_example_of_the_tutorial_asks_for_five_of_ten() -> None:
             failure_message="Failed to complete minimum required tasks.",
         )
     ]
+
+
+@pytest.mark.parametrize("text", ["tasks: {a: {timeout: 0}}", "tasks: {a: {}}\ndefaults: {timeout: 0s}"])
+def test_a_task_of_a_file_may_not_have_no_time(text: str) -> None:
+    (problem,) = problems(f"name: x\n{text}\n")
+
+    assert "timeout: " in problem
+    assert "greater than 0" in problem

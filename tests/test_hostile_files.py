@@ -150,7 +150,8 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
     "exclude of a wrong value": (CI + "    matrix: {n: [a, b], exclude: [{n: c}]}", "'c' is no value of the axis 'n'"),
     "exclude of all": (CI + "    matrix: {n: [a], exclude: [{n: a}]}", "exclude leaves no combination"),
     "include of a mapping": (CI + "    matrix: {n: [a], include: {n: b}}", "write [{axis: value}]"),
-    "a look-up that some have not": (CI + "    matrix: {n: [a, b], include: [{n: a, m: 1}]}\n    with: {v: '${{ matrix.m }}'}",
+    "a look-up that some have not": (CI + "    matrix: {n: [a, b], include: [{n: a, m: 1}]}\n"
+                                          "    with: {v: '${{ matrix.m }}'}",
                                      "matrix.m finds nothing in {'n': 'b'}"),
     "a need by number": ("name: x\ntasks:\n  f: {matrix: {n: [a/b, c/d]}}\n"
                          "  t: {matrix: {i: [0, 1]}, needs: 'f-${{ matrix.i }}'}", "no task has the id 'f-0'"),
@@ -188,7 +189,7 @@ def test_what_would_be_misread_is_one_clear_message(text: str | bytes, says: str
 
 def test_users_of_python_have_the_same_limits() -> None:
     many = TaskGroup("x", [Task()], defaults=Task(metadata={"v": "y" * DEFAULTS_BYTES_MAX}))
-    with pytest.raises(PayloadTooLargeError, match="group: defaults: .* 65,536 are allowed"):
+    with pytest.raises(PayloadTooLargeError, match=r"group: defaults: .* 65,536 are allowed"):
         check_group(many)
     with pytest.raises(
         InvalidInputError, match="group: description: has 10,001 characters; give text of at most 10,000"
@@ -209,7 +210,8 @@ SMALL: dict[str, tuple[str, str]] = {
     "a million needs": (tasks("a: {matrix: {n: {range: [0, 500000]}}}, b: {matrix: {n: {range: [0, 500000]}}, "
                               "needs: ['a-${{ matrix.n }}']}"), "combinations have to be checked"),
     "a million roles": (tasks(f"a: {{{AXIS}, role: 'r${{{{ matrix.n }}}}'}}"), "10,000 are allowed; use fewer values"),
-    "a long value often": (tasks(f"a: {{matrix: {{v: [{'y' * 100_000}]}}, metadata: {{x: '{'${{matrix.v}}' * 3000}'}}}}"),
+    "a long value often": (tasks(f"a: {{matrix: {{v: [{'y' * 100_000}]}}, "
+                                 f"metadata: {{x: '{'${{matrix.v}}' * 3000}'}}}}"),
                            "its arguments become up to 300,006,008 bytes, 1,048,576 are allowed"),
     "many to include": (tasks("a: {matrix: {n: {range: [0, 9000]}, include: [" + "{m: 1}, " * 900 + "]}}"),
                         "combinations have to be checked"),
@@ -228,7 +230,8 @@ LARGE: dict[str, tuple[str, str]] = {
     "a long key": ("name: x\n" + "k" * 8_000_000 + ": 1\ntasks: {a: {}}\n", "expected ':'"),
     "a wide text": (tasks(f'a: {{with: {{x: "😀{"y" * 8_000_000}"}}}}'), "1,048,576 are allowed"),
     "needs of one": (tasks("a: {needs: [" + "b," * 490_000 + "]}"), "490,000 of them"),
-    "look-ups": (tasks("a: {matrix: {n: [1]}, metadata: {x: [" + "'${{ matrix.m }}'," * 200_000 + "]}}"), "ended after 50"),
+    "look-ups": (tasks("a: {matrix: {n: [1]}, metadata: {x: [" + "'${{ matrix.m }}'," * 200_000 + "]}}"),
+                 "ended after 50"),
     "a chain": (tasks("t0: {}, " + ", ".join(f"t{n}: {{needs: t{n - 1}}}" for n in range(1, 20_000))), "20,000 tasks"),
     "JSON": ('{"name": "x", "tasks": [' + ", ".join(["{}"] * 240_000) + "]}", "240,000 tasks are written up to here"),
 }  # fmt: skip

@@ -11,11 +11,13 @@ import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
 from commands import ROOT, Commands, commands_on, eventually, until
+from pydantic_core import from_json, to_json
 
 from rq_ceylon import models
 from rq_ceylon.app import Ceylon
@@ -337,9 +339,73 @@ async def test_another_process_gets_the_fields_as_metadata(playground: TaskPlayG
         ).run()
 
     (task,) = group.subtasks
-    told = {"name": "Custom", "description": "Adds", "kind": "sum", "parameters": {"of": [1, 2]}, "owner": "me"}
+    told = {
+        "name": "Custom",
+        "description": "Adds",
+        "class": "Custom",
+        "kind": "sum",
+        "parameters": {"of": [1, 2]},
+        "owner": "me",
+    }
     assert task.result == [0.5, {**told, "group_id": group.task_id}]
     assert task.assigned_to not in (None, "a")
+
+
+@dataclass
+class Dated(Custom):
+    due: date
+    sizes: tuple[int, ...] = ()
+
+
+class Shaped(Dated):
+    pass
+
+
+def arrived(metadata: dict[str, Any]) -> TaskMessage:
+    context = TaskContext(
+        group_id="g",
+        task_id="d",
+        uses="default",
+        role="r",
+        worker="w",
+        attempt=1,
+        max_attempts=1,
+        crashes=0,
+        fence=1,
+        metadata=from_json(to_json(metadata)),
+    )
+    return TaskMessage.of(context)
+
+
+@pytest.mark.parametrize("kind", [Dated, Shaped, TaskMessage])
+def test_in_another_process_a_task_is_of_the_class_that_was_submitted(kind: type[TaskMessage]) -> None:
+    more: dict[str, Any] = (
+        {} if kind is TaskMessage else {"kind": "sum", "parameters": {}, "due": date(2026, 1, 2), "sizes": (1, 2)}
+    )
+    task = kind(task_id="d", name="Dated", group_id="elsewhere", **more)
+
+    there = arrived(dict(task.to_task(()).metadata or {}))
+
+    assert type(there) is kind
+    assert {name: getattr(there, name) for name in more} == more
+    assert (there.name, there.group_id) == ("Dated", "elsewhere")
+
+
+def test_a_class_that_this_process_does_not_have_gives_a_plain_task_with_its_fields_as_metadata() -> None:
+    there = arrived({"class": "Nowhere", "kind": "sum"})
+
+    assert type(there) is TaskMessage
+    assert there.metadata == {"class": "Nowhere", "kind": "sum"}
+
+
+def test_a_field_that_cannot_travel_or_is_of_another_version_is_refused_by_name() -> None:
+    task = custom()
+    task.parameters = {"on": date(2026, 1, 2)}
+
+    with pytest.raises(InvalidInputError, match=r"task 'c': field 'parameters.on': a date is not JSON"):
+        task.to_task(())
+    with pytest.raises(InvalidInputError, match=r"task g/d as Dated: field 'due': Input should be a valid date"):
+        arrived({"class": "Dated", "kind": "sum", "parameters": {}, "due": "soon"})
 
 
 async def test_a_registered_name_runs_that_handler_with_the_fields_as_arguments(app: Ceylon) -> None:

@@ -22,7 +22,7 @@ from uuid import UUID
 from zoneinfo import ZoneInfo
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import (
     BaseModel,
@@ -416,6 +416,7 @@ def annotated_values(draw: st.DrawFn) -> tuple[Any, Any]:
     return annotation, draw(value)
 
 
+@settings(deadline=None)  # the first of each annotation builds its schema
 @given(annotated_values())
 def test_every_value_that_is_written_reads_back_as_the_annotation_took_it(pair: tuple[Any, Any]) -> None:
     annotation, value = pair

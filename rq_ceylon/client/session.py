@@ -52,6 +52,7 @@ class Session:
         self._following = Following(self._connection, self.keys, self.hub, self._warn_of_missing)
         self._warned_at: dict[str, float] = {}
         self._owner: tuple[int, asyncio.AbstractEventLoop] | None = None
+        self._was_closed = False
 
     @property
     def connection(self) -> Connection:
@@ -64,9 +65,14 @@ class Session:
 
     async def connect(self) -> None:
         """
+        Does nothing but check again if it is open here.
+
         Raises:
             RedisError: not reachable (nothing is retried), or too old, evicting, or of another kind.
+            CeylonError: it was closed, or is open in another process or loop.
         """
+        if self._owner is not None or self._was_closed:
+            self.check_owner()
         self._owner = os.getpid(), asyncio.get_running_loop()
         await self.connection.check()
 
@@ -74,13 +80,15 @@ class Session:
         """
         Who still waits gets an error.
         """
-        self._owner = None
+        self._owner, self._was_closed = None, True
         await self._following.close()
         await self.hub.close()
         await self._confirming.close()
         await self._connection.close()
 
     def check_owner(self) -> None:
+        if self._was_closed:
+            raise CeylonError("this client was closed; make another: app.client()")
         if self._owner is None:
             raise CeylonError("this client is not open; use `async with app.client() as client`")
         if self._owner != (os.getpid(), asyncio.get_running_loop()):

@@ -30,6 +30,7 @@ from rq_ceylon.models import (
     TaskGroup,
     check_id,
     check_priority,
+    check_timeout,
     seconds,
 )
 from rq_ceylon.store.codec import encode, task_text
@@ -230,7 +231,7 @@ def _shared(task: Task, where: str) -> dict[str, Any]:
     return {
         "uses": None if task.uses is None else check_id(task.uses, f"{where}: uses"),
         "duration": None if task.duration is None else seconds(task.duration, f"{where}: duration"),
-        "timeout": None if task.timeout is None else seconds(task.timeout, f"{where}: timeout"),
+        "timeout": None if task.timeout is None else check_timeout(task.timeout, f"{where}: timeout"),
         "max_attempts": None if attempts is None else check_max_attempts(attempts, f"{where}: max_attempts"),
         "metadata": dict(task.metadata) if task.metadata else None,
     }

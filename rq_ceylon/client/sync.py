@@ -8,7 +8,7 @@ import asyncio
 import os
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from typing import Any, Generic, Literal, Self, TypeVar, cast, overload
+from typing import Any, Generic, Literal, Self, TypeVar, overload
 
 from rq_ceylon.client.client import Client
 from rq_ceylon.client.handles import GroupHandle, TaskHandle
@@ -29,6 +29,8 @@ from rq_ceylon.store.events import Event
 
 R = TypeVar("R")
 T = TypeVar("T")
+
+_NOT_OPEN = "this client is not open, or was closed; use `with app.sync_client() as client`"
 
 OF_PARENTS: list[Any] = []
 """What a forked child inherited and must neither use nor end."""
@@ -54,6 +56,14 @@ class SyncClient:
         self._pid = 0
 
     def open(self) -> Self:
+        """
+        Connect; does nothing if it is open. A closed one may be opened again.
+
+        Raises:
+            RedisError: as `Client.open`.
+        """
+        if self._loop is not None and self._pid == os.getpid():
+            return self
         if self._loop is not None:
             # Forked: the thread of this loop runs in the parent only. Keep what is its: its end is not ours to bring.
             OF_PARENTS.append((self._loop, self._inner))
@@ -77,6 +87,7 @@ class SyncClient:
         """
         if self._loop is not None and self._pid == os.getpid():
             self.call(self.inner.close())
+            self._inner = None
             self._end()
 
     def _end(self) -> None:
@@ -98,10 +109,10 @@ class SyncClient:
         The client of this process: a new one after a fork, whose parent goes on with the one before.
 
         Raises:
-            CeylonError: it was never opened.
+            CeylonError: it was not opened, or was closed.
         """
         if self._inner is None:
-            raise CeylonError("this client is not open; use `with app.sync_client() as client`")
+            raise CeylonError(_NOT_OPEN)
         if self._loop is None or self._pid != os.getpid():
             self.open()
         return self._inner
@@ -110,7 +121,10 @@ class SyncClient:
         """
         Run a coroutine of `inner`, or of a handle that goes through it.
         """
-        return asyncio.run_coroutine_threadsafe(coroutine, cast(asyncio.AbstractEventLoop, self._loop)).result()
+        if self._loop is None:
+            coroutine.close()
+            raise CeylonError(_NOT_OPEN)
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     def iterate(self, items: AsyncIterator[T]) -> Iterator[T]:
         """

@@ -168,7 +168,7 @@ class DefaultFields(BaseModel, extra="forbid", strict=True):
     uses: Name | None = None
     role: Name | None = _else(models.DEFAULT_ROLE)
     duration: Seconds | None = None
-    timeout: Seconds | None = _else(models.DEFAULT_TIMEOUT_S)
+    timeout: SomeSeconds | None = _else(models.DEFAULT_TIMEOUT_S)
     max_attempts: Annotated[int, Field(ge=1)] | None = _else(models.DEFAULT_MAX_ATTEMPTS)
     priority: Level | None = None
     delay: Seconds | None = None

@@ -8,14 +8,17 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
-from typing import Any
+from functools import cache
+from typing import Any, get_type_hints
 from weakref import WeakValueDictionary
 
 from rq_ceylon import models
 from rq_ceylon.attempt import TaskContext
 from rq_ceylon.errors import InvalidInputError
 from rq_ceylon.models import Duration, Goal, GoalStatus, Priority, Task, TaskStatus
+from rq_ceylon.values import BadValueError, JsonType
 
 __all__ = ["GoalStatus", "TaskGroup", "TaskGroupGoal", "TaskMessage", "TaskStatus"]
 
@@ -33,7 +36,8 @@ _here: WeakValueDictionary[tuple[str | None, str], TaskMessage] = WeakValueDicti
 class TaskMessage:
     """
     One unit of work. A subclass may add fields; its agents in this process get it as it is. For other processes they
-    are JSON: the handler's arguments if `uses` names one, else part of the metadata.
+    are JSON, by their annotations: the handler's arguments if `uses` names one, else part of the metadata. There an
+    agent gets an object of the subclass if its process has imported one of that name, else a plain TaskMessage.
 
     Attributes:
         task_id: unique in its playground.
@@ -81,9 +85,11 @@ class TaskMessage:
         """
         The task as it is submitted.
         """
-        own = {one.name for one in fields(TaskMessage)}
-        more = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in own}
-        told = {"name": self.name, "description": self.description, **({} if self.uses else more)}
+        own = _own_fields(type(self))  # type: ignore[arg-type]  # a class is hashable
+        more = {name: self._written(name, kind) for name, kind in own.items()}
+        told: dict[str, Any] = {"name": self.name, "description": self.description}
+        if not self.uses and type(self) is not TaskMessage:
+            told |= {"class": type(self).__qualname__, **more}
         return Task(
             uses=self.uses,
             arguments={**more, **self.arguments} if self.uses else {},
@@ -96,14 +102,37 @@ class TaskMessage:
             metadata={**told, **(self.metadata or {}), "group_id": self.group_id},
         )
 
+    def _written(self, name: str, kind: JsonType) -> Any:
+        try:
+            return kind.write(getattr(self, name))
+        except BadValueError as bad:
+            raise InvalidInputError(f"task {self.task_id!r}: {'; '.join(bad.described('field', name))}") from None
+
     @classmethod
     def of(cls, context: TaskContext) -> TaskMessage:
         """
         The task of an attempt: the submitted object if that was submitted in this process, else one made of the JSON.
+
+        Raises:
+            InvalidInputError: a field is of another type here: the class is of another version.
         """
         metadata = dict(context.metadata)
         group_id = metadata.get("group_id", context.group_id)
-        return _here.get((group_id, context.task_id)) or TaskMessage(
+        if (here := _here.get((group_id, context.task_id))) is not None:
+            return here
+        kind = _class_named(metadata.get("class"))
+        more, problems = {}, []
+        own = _own_fields(kind)  # type: ignore[arg-type]  # a class is hashable
+        for name, type_ in own.items():
+            if name in metadata:
+                try:
+                    more[name] = type_.read(metadata[name])
+                except BadValueError as bad:
+                    problems += bad.described("field", name)
+        if problems:
+            raise InvalidInputError(f"task {context.id} as {kind.__qualname__}: {'; '.join(problems)}")
+        return kind(
+            **more,
             task_id=context.task_id,
             name=metadata.get("name", context.task_id),
             description=metadata.get("description", ""),
@@ -112,6 +141,30 @@ class TaskMessage:
             metadata=metadata,
             group_id=group_id,
         )
+
+
+@cache
+def _own_fields(kind: type[TaskMessage]) -> dict[str, JsonType]:
+    """
+    What a subclass adds that its constructor takes, and how that travels.
+    """
+    known = {one.name for one in fields(TaskMessage)}
+    hints: dict[str, Any] = {}
+    with suppress(NameError):  # of a type for type checkers only: then the fields take JSON values
+        hints = get_type_hints(kind, include_extras=True)
+    return {one.name: JsonType(hints.get(one.name)) for one in fields(kind) if one.init and one.name not in known}
+
+
+def _class_named(name: object) -> type[TaskMessage]:
+    """
+    The subclass of that name, among those that this process has; the last one, as where its definition ran again.
+    """
+    found, kinds = TaskMessage, [TaskMessage]
+    while kinds:
+        kind = kinds.pop(0)
+        found = kind if kind.__qualname__ == name else found
+        kinds += kind.__subclasses__()
+    return found
 
 
 @dataclass(eq=False)
