@@ -192,6 +192,19 @@ def test_a_file_with_keys_submitted_twice_is_the_same_or_refused_as_a_whole(comm
     assert sorted(sent(commands)) == ["A", "A", "B", "D"]
 
 
+def test_a_keyed_group_depends_on_known_groups_only_until_it_is_there(commands: Commands) -> None:
+    text = "name: A\nkey: k\ntasks: {{x: }}\ndepends_on: {}\n"
+    other = commands.run("submit", "-", stdin=ONE).stdout.strip()
+
+    unknown = commands.run("submit", "-", stdin=text.format("06h0rb0itfv026ispq2k"))
+    first, again = (commands.run("submit", "-", stdin=text.format(other)) for _ in range(2))
+
+    assert unknown.returncode != 0
+    assert "group '06h0rb0itfv026ispq2k' is not known; submit it first" in unknown.stderr
+    assert (first.returncode, again.returncode) == (0, 0)
+    assert first.stdout == again.stdout
+
+
 def test_depends_on_takes_any_name(commands: Commands) -> None:
     text = f"{ONE.replace('A', 'Nächtlicher Lauf')}---\nname: B\ndepends_on: Nächtlicher Lauf\ntasks: {{x: }}\n"
 

@@ -231,7 +231,7 @@ LARGE: dict[str, tuple[str, str]] = {
     "a wide text": (tasks(f'a: {{with: {{x: "😀{"y" * 8_000_000}"}}}}'), "1,048,576 are allowed"),
     "needs of one": (tasks("a: {needs: [" + "b," * 490_000 + "]}"), "490,000 of them"),
     "look-ups": (tasks("a: {matrix: {n: [1]}, metadata: {x: [" + "'${{ matrix.m }}'," * 200_000 + "]}}"),
-                 "ended after 50"),
+        "ended after 50"),
     "a chain": (tasks("t0: {}, " + ", ".join(f"t{n}: {{needs: t{n - 1}}}" for n in range(1, 20_000))), "20,000 tasks"),
     "JSON": ('{"name": "x", "tasks": [' + ", ".join(["{}"] * 240_000) + "]}", "240,000 tasks are written up to here"),
 }  # fmt: skip

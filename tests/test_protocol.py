@@ -9,6 +9,7 @@ import pytest
 import redis
 from bench import LEASE_MS, Bench
 
+from rq_ceylon.goals import compile_goals
 from rq_ceylon.models import Goal
 from rq_ceylon.store import transitions
 from rq_ceylon.store.codec import task_text
@@ -856,6 +857,14 @@ def test_a_deadline_that_passed_is_judged_first(bench: Bench) -> None:
     bench.redis.hset(meta, "goals", "|".join([*fields[:3], "1", *fields[4:]]))
     bench.commit("w", delivery)
     assert bench.meta("g")["goal:goal"].split("|")[:4:3] == ["failed", "deadline"]
+
+
+def test_a_goal_is_foreseen_as_the_submission_judges_it_and_nothing_is_written(bench: Bench) -> None:
+    facts = transitions.GroupFacts(name="x", retention_ms=1000, goals=compile_goals(["failed < 1", "completed >= 3"]))
+
+    assert bench.run(transitions.foresee(bench.keys, "g", facts, 3)) == ["OK"]
+    assert bench.run(transitions.foresee(bench.keys, "g", facts, 2)) == ["REFUSED", "goal2"]
+    assert bench.meta("g") == {}
 
 
 def test_a_callable_goal_keeps_the_group_closing_until_it_is_judged_once(bench: Bench) -> None:
