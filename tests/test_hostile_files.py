@@ -151,7 +151,7 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
     "exclude of all": (CI + "    matrix: {n: [a], exclude: [{n: a}]}", "exclude leaves no combination"),
     "include of a mapping": (CI + "    matrix: {n: [a], include: {n: b}}", "write [{axis: value}]"),
     "a look-up that some have not": (CI + "    matrix: {n: [a, b], include: [{n: a, m: 1}]}\n"
-                                          "    with: {v: '${{ matrix.m }}'}",
+                                     "    with: {v: '${{ matrix.m }}'}",
                                      "matrix.m finds nothing in {'n': 'b'}"),
     "a need by number": ("name: x\ntasks:\n  f: {matrix: {n: [a/b, c/d]}}\n"
                          "  t: {matrix: {i: [0, 1]}, needs: 'f-${{ matrix.i }}'}", "no task has the id 'f-0'"),
