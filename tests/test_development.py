@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from commands import Commands, Process, commands_on, is_alive, until
+from commands import Commands, Process, commands_on, is_alive, on_a_terminal, until
 
 JOBS = """\
 import logging
@@ -160,6 +160,22 @@ def test_a_json_log_is_one_flat_object_per_line_whoever_logs(redis_url: str, tmp
     assert mine["it went wrong"]["level"] == "error"
     assert mine["it went wrong"]["exception"].endswith("ValueError: no good\n")
     assert "s3cret" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("environ", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)], ids=str
+)
+def test_a_log_on_a_terminal_has_colours_unless_they_are_not_wanted(
+    environ: dict[str, str], coloured: bool, redis_url: str, tmp_path: Path
+) -> None:
+    with commands_on(redis_url, tmp_path) as commands:
+        code, drawn = on_a_terminal(
+            commands, "worker", "-r", "r", "--burst", once_shown=lambda: None, columns=80, **environ
+        )
+
+    assert code == 0, drawn
+    assert "serves r" in drawn
+    assert ("\x1b[" in drawn) is coloured
 
 
 def test_a_monitor_with_the_application_judges_its_callable_goals(redis_url: str, tmp_path: Path) -> None:

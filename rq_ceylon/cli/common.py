@@ -342,7 +342,9 @@ def set_up_logging(level: str, form: str) -> None:
     sink: Any = (lambda message: sys.stderr.write(_json_line(message.record))) if form == "json" else sys.stderr
     # A traceback with the values of its variables would tell secrets.
     text = "{message}" if form == "json" else _text_line
-    logger.add(sink, level=level.upper(), format=text, backtrace=False, diagnose=False)
+    # Loguru asks only whether it is a terminal.
+    colours = sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    logger.add(sink, level=level.upper(), format=text, backtrace=False, diagnose=False, colorize=colours)
     logger.enable("rq_ceylon")
 
     class ToLoguru(logging.Handler):

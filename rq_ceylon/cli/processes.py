@@ -8,6 +8,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -55,10 +56,12 @@ def run_demo() -> int:
         with EmbeddedServer.start() as server:
             click.echo("A throw-away server runs; it ends with this demo.", err=True)
             environ = environ_of(server)
+            # On a terminal the bar is drawn where they log.
+            quiet = ["--log-level", "warning"] if sys.stderr.isatty() else []
             with contextlib.ExitStack() as stack:
                 for _ in range(2):
-                    stack.enter_context(_running("worker", ["--role", "processor", "-c", "2"], environ))
-                stack.enter_context(_running("monitor", [], environ))
+                    stack.enter_context(_running("worker", ["--role", "processor", "-c", "2", *quiet], environ))
+                stack.enter_context(_running("monitor", quiet, environ))
                 code = _foreground("submit", [shown, "--wait=all"], environ)
                 _foreground("ceylon", ["status"], environ)
     return code
