@@ -4,6 +4,7 @@ Users' code in a worker: however an attempt ends, it has an outcome and one line
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import textwrap
@@ -254,3 +255,52 @@ def assert_one_line_each(commands: Commands, names: Sequence[str]) -> None:
         if (found := re.search(r"(\w+) \w+/\w+ (?:completed in|failed for good after)", line))
     ]
     assert sorted(ended) == sorted([*names, "plain_returns"])
+
+
+LOGGED = """
+import logging
+from rq_ceylon import Ceylon, TaskContext
+
+app = Ceylon()
+log = logging.getLogger("mine")
+
+@app.task(role="r", max_attempts=1, cpu=True)
+def divide(number: int) -> float:
+    log.info("dividing %s", number)
+    return 1 / number
+
+@app.task(role="r")
+async def double(number: int) -> int:
+    return 2 * number
+"""
+
+
+def test_each_attempt_is_one_line_of_the_log_with_its_facts_as_fields_also_from_child_processes(
+    app: Ceylon, client: SyncClient, redis_url: str, tmp_path: Path
+) -> None:
+    (tmp_path / "logged.py").write_text(LOGGED)
+    with commands_on(redis_url, tmp_path) as commands:
+        options = ["logged:app", "--namespace", app.settings.namespace, "--burst", "--log-format", "json"]
+        group = client.submit(
+            TaskGroup(
+                "g",
+                [
+                    Task(id="bad", uses="divide", role="r", arguments={"number": 0}),
+                    Task(id="good", uses="double", role="r", arguments={"number": 3}),
+                ],
+            )
+        )
+        worker = commands.start("worker", *options)
+        group.wait("all", LIMIT_S)
+        until(lambda: worker.poll() is not None, "the burst is over")
+        lines = [json.loads(line) for line in commands.said(worker).splitlines()]
+
+    (good,) = [line for line in lines if line.get("task") == f"{group.id}/good"]
+    (bad,) = [line for line in lines if line.get("task") == f"{group.id}/bad"]
+    assert (good["function"], good["attempt"], good["outcome"], good["level"]) == ("double", 1, "completed", "info")
+    assert isinstance(good["duration_ms"], int)
+    assert (bad["function"], bad["outcome"], bad["reason"], bad["level"]) == ("divide", "failed", "error", "error")
+    assert bad["error"] == "ZeroDivisionError: division by zero"
+    assert "return 1 / number" in bad["exception"]
+    (mine,) = [line for line in lines if line["logger"] == "mine"]
+    assert (mine["level"], mine["message"]) == ("info", "dividing 0")

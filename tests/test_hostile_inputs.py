@@ -17,8 +17,7 @@ from click.testing import CliRunner
 from commands import Commands
 from loguru import logger
 
-from rq_ceylon import cli
-from rq_ceylon.cli.common import set_up_logging
+from rq_ceylon import cli, log
 from rq_ceylon.cli.facts import to_json
 
 MISSING = "redis://127.0.0.1:1"
@@ -381,14 +380,14 @@ def test_strange_but_usable_texts_are_taken_as_they_are(
 def test_no_text_of_others_can_look_like_a_record_of_the_log(capsys: pytest.CaptureFixture[str]) -> None:
     forged = "no\n12:00:00.000 INFO    Worker w stopped\r\x1b[2J\x9b31m\u202e"
     try:
-        set_up_logging("info", "text")
+        log.set_up("info", "text")
         logger.error("a task failed: {}", forged)
         try:
             raise ValueError(forged)
         except ValueError:
             logger.exception("it failed")
         lines = capsys.readouterr().err.split("\n")
-        set_up_logging("info", "json")
+        log.set_up("info", "json")
         logger.error("a task failed: {}", forged)
         (as_json,) = capsys.readouterr().err.splitlines()
     finally:

@@ -7,8 +7,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import json
-import logging
 import os
 import pkgutil
 import signal
@@ -20,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
+from rq_ceylon import log
 from rq_ceylon.errors import AppImportError, CeylonError, error_at
 
 if TYPE_CHECKING:
@@ -149,8 +148,8 @@ def logs(function: Callable[..., Any]) -> Callable[..., Any]:
         help="One JSON object per line, or text.",
     )
     @functools.wraps(function)
-    def run(*args: Any, log_level: str, log_format: str, **kwargs: Any) -> Any:
-        set_up_logging(log_level, log_format)
+    def run(*args: Any, log_level: str, log_format: log.Form, **kwargs: Any) -> Any:
+        log.set_up(log_level, log_format)
         # Commands that this one starts log alike.
         os.environ.update(CEYLON_LOG_LEVEL=log_level, CEYLON_LOG_FORMAT=log_format)
         return function(*args, **kwargs)
@@ -158,31 +157,11 @@ def logs(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def plain(text: str, *, keep: str = "\n\t") -> str:
-    """
-    Text that others wrote, as it may be shown: what could steer a terminal is escaped, but for what is to be kept.
-    """
-    if text.isprintable():
-        return text
-    return "".join(
-        char if char.isprintable() or char in keep else char.encode("unicode_escape").decode() for char in text
-    )
-
-
-def plain_json(text: str) -> str:
-    """
-    JSON that shows the same, in which what could steer a terminal is escaped.
-    """
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)
-
-
 def say(words: object, *, err: bool = False) -> None:
     """
     Tell people something in which there may be text that others wrote.
     """
-    click.echo(plain(str(words)), err=err)
+    click.echo(log.plain(str(words)), err=err)
 
 
 def reported(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -330,59 +309,3 @@ def load_app(path: str) -> Ceylon:
     if not isinstance(app, Ceylon):
         raise AppImportError(f"application {path!r} is a {type(app).__name__}, not a Ceylon; name the Ceylon() object")
     return app
-
-
-def set_up_logging(level: str, form: str) -> None:
-    """
-    Our log and users' standard logging, both through loguru to stderr.
-    """
-    from loguru import logger
-
-    logger.remove()
-    sink: Any = (lambda message: sys.stderr.write(_json_line(message.record))) if form == "json" else sys.stderr
-    # A traceback with the values of its variables would tell secrets.
-    text = "{message}" if form == "json" else _text_line
-    # Loguru asks only whether it is a terminal.
-    colours = sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    logger.add(sink, level=level.upper(), format=text, backtrace=False, diagnose=False, colorize=colours)
-    logger.enable("rq_ceylon")
-
-    class ToLoguru(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            try:
-                severity: str | int = logger.level(record.levelname).name
-            except ValueError:
-                severity = record.levelno
-            logger.bind(logger=record.name).opt(exception=record.exc_info).log(severity, "{}", record.getMessage())
-
-    logging.basicConfig(handlers=[ToLoguru()], level=level.upper(), force=True)
-
-
-def _text_line(record: Any) -> str:
-    """
-    A record is one line, so that no text of others can look like another record; a traceback follows it, indented.
-    """
-    lines = [plain(record["message"], keep="\t")]
-    for text in _traceback(record):
-        lines += [f"    {plain(line, keep='')}" for line in text.rstrip().split("\n")]
-    record["extra"]["shown"] = "\n".join(lines)
-    return "<green>{time:HH:mm:ss.SSS}</green> <level>{level: <7}</level> {extra[shown]}\n"
-
-
-def _json_line(record: Any) -> str:
-    from pydantic_core import to_json
-
-    facts = {
-        "time": record["time"].isoformat(timespec="milliseconds"),
-        "level": record["level"].name.lower(),
-        "logger": record["extra"].pop("logger", record["name"]),
-        "message": record["message"],
-        **({"extra": record["extra"]} if record["extra"] else {}),
-    }
-    if found := _traceback(record):
-        facts["exception"] = found[0]
-    return plain_json(to_json(facts, fallback=repr).decode()) + "\n"
-
-
-def _traceback(record: Any) -> list[str]:
-    return [] if record["exception"] is None else ["".join(traceback.format_exception(*record["exception"]))]

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rq_ceylon.cli.common import plain_json
+from rq_ceylon.log import plain_json
 
 if TYPE_CHECKING:
     from rq_ceylon.models import GroupView, TaskResult, TaskView

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, cast
 
 import click
 
-from rq_ceylon.cli.common import RedisOptions, plain, reported, run_async, where
+from rq_ceylon.cli.common import RedisOptions, reported, run_async, where
+from rq_ceylon.log import plain
 
 if TYPE_CHECKING:
     from rq_ceylon.graph import Drawing

@@ -15,10 +15,10 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from rq_ceylon.cli.common import plain
 from rq_ceylon.client import is_over, not_over, succeeded
 from rq_ceylon.errors import WaitTimeoutError
 from rq_ceylon.goals import parse
+from rq_ceylon.log import plain
 from rq_ceylon.models import GoalStatus, GoalView, GroupView, TaskView, counted, span_words
 from rq_ceylon.store import queries
 from rq_ceylon.store.statistics import GroupStatistics

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from rq_ceylon.cli.audit import audit
-from rq_ceylon.cli.common import CONTEXT, EXIT_CODES, logs, plain, reported, say, with_client
+from rq_ceylon.cli.common import CONTEXT, EXIT_CODES, logs, reported, say, with_client
 from rq_ceylon.cli.facts import group_facts, result_facts, task_facts, to_json
 from rq_ceylon.cli.files import graph, schema, validate
+from rq_ceylon.log import plain
 
 if TYPE_CHECKING:
     from rq_ceylon.client import Client

@@ -19,6 +19,7 @@ from typing import Any
 
 from pydantic_core import from_json, to_json
 
+from rq_ceylon import log
 from rq_ceylon.attempt import TaskContext, said
 from rq_ceylon.errors import InvalidInputError
 from rq_ceylon.handlers import Handler
@@ -40,8 +41,10 @@ def serve(descriptor: int, parent: int) -> None:
     with socket.socket(fileno=descriptor) as connection, connection.makefile("rb") as requests:
         connection.set_inheritable(False)
         connection.sendall(b"\n")
-        given = from_json(requests.readline())
-        child = _Child(connection, Settings(**given) if given else None)
+        settings, setup = from_json(requests.readline())
+        if setup is not None:
+            log.set_up(*setup)
+        child = _Child(connection, Settings(**settings) if settings else None)
         try:
             for request in requests:
                 kind, content = child.run(*from_json(request))

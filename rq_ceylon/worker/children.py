@@ -19,6 +19,7 @@ from typing import Any
 
 from pydantic_core import from_json, to_json
 
+from rq_ceylon import log
 from rq_ceylon.attempt import Said, TaskContext, facts_of
 from rq_ceylon.handlers import Handler
 from rq_ceylon.settings import Settings
@@ -109,7 +110,7 @@ class Children:
                 writer.close()  # should the process exist all the same, this ends it
                 raise
         # Not among its arguments, which every user of the machine may see.
-        writer.write(to_json(self._settings) + b"\n")
+        writer.write(to_json([self._settings, log.in_force]) + b"\n")
         limit = None if self._max_tasks is None else jittered(self._max_tasks)
         child = Child(self, process, reader, writer, max_tasks=limit, max_memory=self._max_memory)
         self._living.add(child)

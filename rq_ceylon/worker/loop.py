@@ -29,7 +29,7 @@ from rq_ceylon.worker.lanes import Lanes
 from rq_ceylon.worker.leases import Leases
 from rq_ceylon.worker.lookout import Lookout
 from rq_ceylon.worker.neighbours import Neighbours
-from rq_ceylon.worker.outcome import UNKNOWN, Assignment, Outcome, invalid
+from rq_ceylon.worker.outcome import BUSY, UNKNOWN, Assignment, Outcome, invalid
 from rq_ceylon.worker.turn import Turns
 from rq_ceylon.worker.wear import jittered, memory_in_use
 
@@ -428,24 +428,27 @@ def _log_end(grant: Granted, outcome: Outcome) -> None:
     """
     One line for each attempt that has ended, with its facts as fields too.
     """
-    delivery, attempt = grant.held.delivery, grant.claimed.attempt
-    task, name, ms = f"{delivery.gid}/{delivery.tid}", grant.held.name, outcome.run_ms
-    record = logger.bind(function=name, task=task, attempt=attempt, outcome=outcome.kind, duration_ms=ms)
+    delivery, name, ms = grant.held.delivery, grant.held.name, outcome.run_ms
+    task, attempt = f"{delivery.gid}/{delivery.tid}", grant.claimed.attempt
+    fields = {"function": name, "task": task, "attempt": attempt, "outcome": outcome.kind, "duration_ms": ms}
+    if error := outcome.error:
+        fields |= {"reason": outcome.reason, "error": f"{error['type']}: {error['message']}"}
+    if error and outcome.kind == "failed":
+        fields["traceback"] = error["traceback"]
+    record = logger.bind(**fields)
     match outcome.kind:
         case "completed":
             record.info("{} {} completed in {} ms, attempt {}", name, task, ms, attempt)
         case "retry":
             words = "{} {} failed after {} ms, attempt {} ({}): {}; next in {} ms"
-            record = record.bind(reason=outcome.reason, error=outcome.error)
-            record.warning(words, name, task, ms, attempt, outcome.reason, outcome.summary, outcome.delay_ms)
+            record.warning(words, name, task, ms, attempt, outcome.reason, fields.get("error", ""), outcome.delay_ms)
         case "failed":
-            error = outcome.error
-            record = record.bind(reason=outcome.reason, error=error)
-            words = "{} {} failed for good after {} ms, attempt {} ({}): {}{}"
-            trace = "\n" + error["traceback"].rstrip() if error.get("traceback") else ""
-            record.error(words, name, task, ms, attempt, outcome.reason, outcome.summary, trace)
+            words = "{} {} failed for good after {} ms, attempt {} ({}): {}"
+            record.error(words, name, task, ms, attempt, outcome.reason, fields.get("error", ""))
         case "stopped":
             record.info("{} {} was cancelled after {} ms, attempt {}", name, task, ms, attempt)
+        case _ if outcome.reason.startswith(BUSY):
+            record.debug("{} {} waits for a free thread or process", name, task)
         case _:
             reason = f" ({outcome.reason})" if outcome.reason else ""
             record.info("{} {} is given back{}, attempt {}", name, task, reason, attempt)
