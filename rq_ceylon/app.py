@@ -370,7 +370,7 @@ class AppTask(Generic[P, R, C]):
         Raises:
             InvalidInputError: they do not fit the function.
         """
-        return replace(self._options, arguments=self.handler.arguments(*args, **kwargs))
+        return replace(self._options, arguments=self.handler.arguments(*args, **kwargs), handler=self.handler)
 
     async def aenqueue(self, /, *args: P.args, **kwargs: P.kwargs) -> TaskHandle[R]:
         """

@@ -4,16 +4,18 @@ What a handler may know about the attempt it runs in, and what it may say about 
 
 from __future__ import annotations
 
+import asyncio
 import math
 import random
 import time
 from collections.abc import Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from loguru import logger
 
-from rq_ceylon.errors import InvalidInputError, Portable
+from rq_ceylon.errors import CeylonError, InvalidInputError, Portable
 from rq_ceylon.models import Duration, seconds
 
 if TYPE_CHECKING:
@@ -162,6 +164,37 @@ def facts_of(context: TaskContext) -> dict[str, Any]:
     What a context is made of, as JSON values, so that another process can make it too; without its state.
     """
     return {one.name: getattr(context, one.name) for one in fields(context) if one.init and one.name != "state"}
+
+
+_running: ContextVar[TaskContext | None] = ContextVar("running attempt", default=None)
+
+
+def mark_running(context: TaskContext) -> None:
+    """
+    Say what the present task of an event loop, and those it makes, run from now on.
+    """
+    _running.set(context)
+
+
+def refuse_to_block(what: str, instead: str) -> None:
+    """
+    Refuse a wait that would keep the event loop on which an attempt runs: its worker would do nothing else, and the
+    task waited for might be its own next one.
+
+    Raises:
+        CeylonError: it says what to write instead.
+    """
+    context = _running.get()
+    if context is None:
+        return
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:  # a thread may wait
+        return
+    raise CeylonError(
+        f"task {context.id} ({context.uses}) is async, and {what} would keep its worker from doing anything else "
+        f"meanwhile; write {instead}, or make the task a plain function (def, not async def)"
+    )
 
 
 def check_max_attempts(value: object, name: str) -> int:

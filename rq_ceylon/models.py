@@ -233,6 +233,7 @@ class Task:
         expires: latest start, counted from the submission, also in a group that waits for others; a task not started by
             then is cancelled (expired).
         metadata: anything JSON; handed to the handler and shown, never interpreted.
+        handler: set by `AppTask.bind`: its rules hold, whatever application's client submits the task.
     """
 
     uses: str | None = None
@@ -247,6 +248,10 @@ class Task:
     delay: Duration | None = None
     expires: Duration | None = None
     metadata: Mapping[str, Any] | None = None
+    handler: Any = field(default=None, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "handler": None}  # in another process the handler of that name is another object
 
 
 @dataclass

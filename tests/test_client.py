@@ -11,6 +11,7 @@ import sys
 import tempfile
 import tracemalloc
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,6 +20,7 @@ import pytest
 import redis
 from bench import Bench
 from commands import eventually, run_to_end
+from pydantic_core import from_json
 
 from rq_ceylon import (
     Ceylon,
@@ -42,7 +44,8 @@ from rq_ceylon import (
     Worker,
 )
 from rq_ceylon.client import rolling
-from rq_ceylon.client.staging import keyed_id
+from rq_ceylon.client.staging import keyed_id, stage
+from rq_ceylon.handlers import Registry
 from rq_ceylon.maintenance.steps import drop
 from rq_ceylon.store import queries
 from rq_ceylon.store.connection import Connection
@@ -390,6 +393,9 @@ async def test_what_cannot_be_used_is_refused_and_nothing_is_written(app: Ceylon
             (Task(timeout=0), InvalidInputError, "timeout: 0 leaves no time; leave it out for the default"),
             (TaskGroup("g", [Task(timeout="0s")]), InvalidInputError, "timeout: '0s' leaves no time"),
             (TaskGroup("g", [Task()], defaults=Task(timeout=0.0)), InvalidInputError, "defaults: timeout: 0.0 leaves"),
+            (Task(arguments={"a": [float("nan")]}), InvalidInputError, r"arguments.a\[0\]: nan is not JSON"),
+            (Task(arguments={"a": (1, 2)}), InvalidInputError, "arguments.a: a tuple is not JSON"),
+            (Task(metadata={"NaN": float("inf")}), InvalidInputError, "it is not JSON"),
             (Task(max_attempts=0), InvalidInputError, "max_attempts"),
             (Task(max_attempts=True), InvalidInputError, "max_attempts"),
         ]
@@ -749,3 +755,51 @@ def test_sync_async_two_loops_a_running_loop_and_a_fork_all_work_and_ids_are_dis
     assert len(set(ids.split())) == 7
     assert results == "2 4 4 6 8 10 12"
     assert "Traceback" not in ran.stderr
+
+
+async def test_a_wait_that_would_block_its_worker_is_refused(
+    app: Ceylon,
+) -> None:
+    double = Task(uses="double", arguments={"number": 4})
+
+    @app.task(role="p", max_attempts=1)
+    async def on_the_loop(how: str) -> object:
+        with app.sync_client() as client:
+            run = client.submit(TaskGroup("inner", [double]))
+            ways: dict[str, Callable[[], object]] = {
+                "result": lambda: run.task("1").result(timeout=9),
+                "wait": lambda: run.wait(timeout=9),
+                "results": lambda: list(run.results()),
+            }
+            return ways[how]()
+
+    @app.task(role="p", max_attempts=1)
+    def in_a_thread() -> object:
+        with app.sync_client() as client:
+            return client.submit(double).result(timeout=9)
+
+    async with working(app), app.client() as client:
+        for how in ("result", "wait", "results"):
+            with pytest.raises(TaskFailedError, match=r"CeylonError: .* \(on_the_loop\) is async, .*; write `a"):
+                await (await client.submit(on_the_loop.bind(how))).result(timeout=20)
+        assert await (await client.submit(in_a_thread.bind())).result(timeout=20) == 8
+
+
+async def test_a_task_of_another_application_keeps_the_rules_of_its_handler(app: Ceylon) -> None:
+    other = Ceylon()
+
+    @other.task(role="far", timeout="7s", max_attempts=9, priority="high")
+    async def remote(number: int) -> int:
+        return number
+
+    def sent(task: Task, registry: Registry | None, defaults: Task | None = None) -> tuple[Any, ...]:
+        ready = stage(task, registry, "a", defaults or Task())
+        body = from_json(ready.text.split(b"|", 5)[5])
+        return ready.role, ready.stream, body.get("timeout"), body.get("max_attempts")
+
+    own = sent(Task(role="far", priority="high", timeout=7, max_attempts=9), None)
+    for task in (remote.bind(1), replace(remote.bind(1), metadata={"NaN": "text"})):
+        assert sent(task, app.registry) == sent(task, None) == own
+    assert sent(remote.bind(1), other.registry) == (*own[:2], None, None)
+    assert sent(remote.using(role="q", timeout=1).bind(1), app.registry) == ("q", own[1], 1, 9)
+    assert sent(remote.bind(1), app.registry, Task(role="d", timeout=2)) == ("d", own[1], None, 9)

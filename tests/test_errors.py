@@ -93,4 +93,5 @@ def test_a_task_travels_by_its_name_and_keeps_its_options() -> None:
     there = pickled([double, late])
 
     assert there[0] is double is copy.copy(double) is copy.deepcopy(double)
+    assert pickled(late.bind(1)) == late.bind(1)
     assert there[1].bind(1) == late.bind(1) == copy.deepcopy(late).bind(1)

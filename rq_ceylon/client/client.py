@@ -9,7 +9,7 @@ from typing import Any, Self, overload
 from rq_ceylon.client.handles import GroupHandle, TaskHandle
 from rq_ceylon.client.rolling import Rolling
 from rq_ceylon.client.session import Session
-from rq_ceylon.client.staging import stage
+from rq_ceylon.client.staging import handler_of, stage
 from rq_ceylon.client.submission import Submission
 from rq_ceylon.errors import InvalidInputError, NotFoundError
 from rq_ceylon.handlers import Registry
@@ -131,7 +131,7 @@ class Client(Session):
             self._rolling[kind] = Rolling(self, durability)
         rolling = self._rolling[kind]
         gid, tid = await rolling.submit(ready)
-        handler = self.registry.find(work.uses) if self.registry and work.uses else None
+        handler = handler_of(work, work.uses, self.registry)
         return TaskHandle(self, gid, tid, handler)
 
     # ---- look up -----------------------------------------------------------------------------------------------------

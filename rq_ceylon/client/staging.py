@@ -11,11 +11,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, get_args
 
+from pydantic_core import from_json
+
 from rq_ceylon.attempt import check_max_attempts
 from rq_ceylon.errors import InvalidInputError, PayloadTooLargeError
 from rq_ceylon.goals import compile_goals
 from rq_ceylon.graph import in_order
-from rq_ceylon.handlers import Registry
+from rq_ceylon.handlers import Handler, Registry
 from rq_ceylon.models import (
     DEFAULT_ROLE,
     DEFAULTS_BYTES_MAX,
@@ -36,6 +38,7 @@ from rq_ceylon.models import (
 from rq_ceylon.store.codec import encode, task_text
 from rq_ceylon.store.keys import STREAMS
 from rq_ceylon.store.transitions import SUBMIT_TASKS_MAX, GroupFacts, StagedTask, in_batches
+from rq_ceylon.values import BadValueError, JsonType
 
 
 def check_group(group: TaskGroup, registry: Registry | None = None) -> None:
@@ -151,6 +154,7 @@ class ReadyTask(NamedTuple):
 
 
 _NOTHING = Task()
+_ANY_JSON = JsonType(None)
 
 
 def stage(
@@ -172,15 +176,18 @@ def stage(
     """
     where = f"task {tid or task.uses or 'default'!r}"
     uses = task.uses or defaults.uses
-    handler = registry.find(uses) if registry and uses else None
-    arguments = dict(task.arguments)
-    if handler is not None:
-        arguments = handler.check(arguments)
+    handler = handler_of(task, uses, registry)
+    arguments = handler.check(task.arguments) if handler is not None else _json(task.arguments, where)
     role = task.role or defaults.role or (handler.role if handler else None) or DEFAULT_ROLE
     check_id(role, f"{where}: role")
     rank = task.priority or defaults.priority or priority or (handler.priority if handler else None) or Priority.NORMAL
     rank = check_priority(rank, f"{where}: priority")
-    body = {**_shared(task, where), "arguments": arguments or None, "needs": list(task.needs) or None}
+    body = {
+        **_rules(handler, task, defaults, registry),
+        **_present(_shared(task, where)),
+        "arguments": arguments or None,
+        "needs": list(task.needs) or None,
+    }
     blob, known = _encoded(_present(body), where), b""
     if registry is not None and registry.on_submit:
         metadata = {**_added(task, registry, where), **(task.metadata or {})}
@@ -212,7 +219,10 @@ def _added(task: Task, registry: Registry, where: str) -> dict[str, Any]:
 
 def _encoded(fields: dict[str, Any], where: str) -> bytes:
     try:
-        return encode(fields)
+        blob = encode(fields)
+        if b"NaN" in blob or b"Infinity" in blob:  # in texts, or numbers that are not JSON
+            from_json(blob, allow_inf_nan=False)
+        return blob
     except ValueError as error:
         raise InvalidInputError(f"{where}: it is not JSON ({error}); give plain values") from error
 
@@ -221,6 +231,37 @@ def _check_text(text: object, where: str, most: int) -> None:
     if not isinstance(text, str) or len(text) > most:
         what = f"has {len(text):,} characters" if isinstance(text, str) else f"is {text!r}"
         raise InvalidInputError(f"{where}: {what}; give text of at most {most:,}")
+
+
+def handler_of(task: Task, uses: str | None, registry: Registry | None) -> Handler[..., Any] | None:
+    """
+    The handler that checks a task and whose rules hold: the one that bound it, else the one known here.
+    """
+    bound: Handler[..., Any] | None = task.handler
+    if bound is not None and uses in (bound.name, *bound.aliases):
+        return bound
+    return registry.find(uses) if registry and uses else None
+
+
+def _rules(
+    handler: Handler[..., Any] | None, task: Task, defaults: Task, registry: Registry | None
+) -> dict[str, float | int | None]:
+    """
+    The rules of a handler that another application registered. One of this application is known to its workers.
+    """
+    if handler is None or handler is not task.handler or (registry and registry.find(handler.name) is handler):
+        return {}
+    return {
+        "timeout": handler.timeout_s if defaults.timeout is None else None,
+        "max_attempts": handler.max_attempts if defaults.max_attempts is None else None,
+    }
+
+
+def _json(arguments: Mapping[str, Any], where: str) -> dict[str, Any]:
+    try:
+        return dict(_ANY_JSON.write(dict(arguments)))
+    except BadValueError as bad:
+        raise InvalidInputError("; ".join(bad.described(f"{where}: arguments"))) from None
 
 
 def _shared(task: Task, where: str) -> dict[str, Any]:

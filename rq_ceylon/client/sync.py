@@ -10,6 +10,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any, Generic, Literal, Self, TypeVar, overload
 
+from rq_ceylon.attempt import refuse_to_block
 from rq_ceylon.client.client import Client
 from rq_ceylon.client.handles import GroupHandle, TaskHandle
 from rq_ceylon.errors import CeylonError
@@ -130,6 +131,7 @@ class SyncClient:
         """
         The items of an async iterator.
         """
+        refuse_to_block("following a group", "`async for` with a client of `async with app.client()`")
         end = object()
 
         async def following() -> Any:
@@ -201,6 +203,13 @@ class SyncTaskHandle(Generic[R]):
         return self._handle.id
 
     def result(self, timeout: float | None = None) -> R:
+        """
+        As `TaskHandle.result`.
+
+        Raises:
+            CeylonError: it would block the event loop of a worker.
+        """
+        refuse_to_block("handle.result()", "`await (await task.aenqueue(...)).result()`")
         return self._client.call(self._bound.result(timeout))
 
     def view(self) -> TaskView:
@@ -245,6 +254,13 @@ class SyncGroupHandle:
         return self._client.call(self._bound.view())
 
     def wait(self, until: Literal["goal", "all"] = "goal", timeout: float | None = None) -> GroupView:
+        """
+        As `GroupHandle.wait`.
+
+        Raises:
+            CeylonError: it would block the event loop of a worker.
+        """
+        refuse_to_block("wait()", "`await run.wait()` with a client of `async with app.client()`")
         return self._client.call(self._bound.wait(until, timeout))
 
     def progress(self) -> Iterator[GroupView]:

@@ -7,11 +7,13 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import importlib
+import inspect
 import os
 import runpy
 import signal
 import socket
 import sys
+from collections.abc import Awaitable
 from contextlib import AsyncExitStack
 from functools import cache
 from types import ModuleType
@@ -95,6 +97,8 @@ class _Child:
             context = _ChildContext(**facts, state=self._state(app))
             context.connection = self._connection
             value = handler.function(**handler.call_arguments(raw, context))
+            if inspect.isawaitable(value):  # a wrapper that is no coroutine function around one that is
+                value = self._runner.run(_awaited(value))
             try:
                 return VALUE, handler.dump_result(value)
             except InvalidInputError as error:
@@ -118,6 +122,10 @@ class _Child:
     def close(self) -> None:
         self._runner.run(self._running.aclose())
         self._runner.close()
+
+
+async def _awaited(value: Awaitable[Any]) -> Any:
+    return await value
 
 
 class _ChildContext(TaskContext):

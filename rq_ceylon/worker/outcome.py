@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic_core import from_json, to_json
 
-from rq_ceylon.attempt import Said, StopReason, TaskContext, check_max_attempts, said
+from rq_ceylon.attempt import Said, StopReason, TaskContext, check_max_attempts, mark_running, said
 from rq_ceylon.errors import InvalidInputError, Portable
 from rq_ceylon.handlers import DEFAULT_HANDLER, Handler, Registry
 from rq_ceylon.models import DEFAULT_MAX_ATTEMPTS, DEFAULT_TIMEOUT_S, check_id, seconds
@@ -161,6 +161,7 @@ class Attempt:
         """
         self.began = time.monotonic()
         self.context.deadline = self.began + self.timeout_s
+        mark_running(self.context)
 
     def completed(self, blob: bytes) -> Outcome:
         return Outcome("completed", blob=blob, run_ms=self._run_ms())
