@@ -614,6 +614,17 @@ def test_what_is_given_back_goes_before_all_that_waits_whatever_the_pause_of_rec
     assert [delivery.gid for delivery in again[6:]] == ["later", "later"]
 
 
+def test_what_was_given_back_is_recovered_and_reclaimed_as_all_else(bench: Bench) -> None:
+    bench.queued("g", ["a", "b"])
+    bench.fetch("v")
+    bench.run(transitions.release_all(bench.keys, "p", "v"))
+    first, second = bench.fetch("w")
+    (lost,) = bench.fetch("w", 0, recover=[first.entry])
+    assert lost.entry == second.entry
+    bench.age(LEASE_MS + 1)
+    assert {delivery.entry for delivery in bench.fetch("x")} == {first.entry, second.entry}
+
+
 def test_what_could_not_start_for_want_of_room_waits_at_the_end_the_second_time(bench: Bench) -> None:
     bench.queued("g", ["a", "b"], priority=3)
     (delivery,) = bench.fetch("v", 1)
