@@ -23,6 +23,7 @@ from rq_ceylon.cli.facts import to_json
 MISSING = "redis://127.0.0.1:1"
 LONG = "x" * 65
 IDS = "use 1 to 64 letters, digits and . _ : -"
+TASK_IDS = "give <group>/<task>, such as 06h0ql7fl6apk73bpl93/1"
 DURATIONS = "give seconds (30) or text such as 30s, 5m, 1h30m, 250ms, 2d"
 TASKS = "\ntasks: {a: {}}\n"
 
@@ -147,7 +148,7 @@ FILES: list[tuple[str, bytes | str, Sequence[str]]] = [
     ("needs itself", "name: x\ntasks: {a: {needs: a}}", ["it needs itself; remove it from its needs"]),
     ("needs in a circle", "name: x\ntasks: {a: {needs: b}, b: {needs: a}}", ["a -> b -> a; remove one of these needs"]),
     ("needs nobody", "name: x\ntasks: {fetch: {}, b: {needs: fecth}}", ['did you mean "fetch"?']),
-    ("needs too many", "name: x\ntasks: {a: {needs: [" + "b, " * 257 + "]}, b: {}}", ["at most 256 items"]),
+    ("needs too many", "name: x\ntasks: {a: {needs: [" + "b, " * 257 + "]}, b: {}}", ["257 of them; a task may need 256; put it into a second group"]),
     ("goal nonsense", "name: x\ngoal: win" + TASKS, ["win is not known here", "the counters are"]),
     ("goal of code", "name: x\ngoal: __import__('os')" + TASKS, ["goal.when: ", "the counters are"]),
     ("goal by equality", "name: x\ngoal: completed == 1" + TASKS, ["write >= to reach a number"]),
@@ -192,7 +193,7 @@ PATHS = {
     "no name": Case(["submit", ""], ["cannot be read", "give a YAML or JSON file, or -"]),
     "a path through a file": Case(["submit", "FILE/x"], ["Not a directory", "give a YAML or JSON"], content=GOOD),
     "a very long name": Case(["submit", "x" * 300], ["File name too long", "give a YAML or JSON file, or -"]),
-    "no end": Case(["submit", "/dev/zero"], ["more than 16,777,216; split it into several groups"]),
+    "no end": Case(["submit", "/dev/zero"], ["more than 8,388,608; split it into several groups"]),
     "nothing": Case(["submit", "/dev/null"], ["it is empty; start with name: and tasks:"]),
     "nothing on stdin": Case(["submit", "-"], ["<stdin>:1:1: file: it is empty; start with"], stdin=b""),
     "binary on stdin": Case(["submit", "-"], ["<stdin>:1:1: file: ", "save the file as UTF-8"], stdin=b"\xff"),
@@ -295,7 +296,7 @@ CASES = (
     | {f"namespace {name!r:.9}": Case(["submit", "FILE", "--namespace", name], ["namespace: ", IDS], content=GOOD)
        for name in NAMESPACES}
     | {f"show {gid!r:.9}": Case(["ceylon", "show", gid], [IDS]) for gid in GROUPS}
-    | {f"cancel {gid!r:.9}": Case(["ceylon", "cancel", gid], [IDS]) for gid in GROUPS}
+    | {f"cancel {gid!r:.9}": Case(["ceylon", "cancel", gid], [TASK_IDS if "/" in gid else IDS]) for gid in GROUPS}
     | {f"show {gid}": Case(["ceylon", "show", gid], ["not known"]) for gid in ("nobody", "nobody/1", "nobody/")}
     | {f"cancel {gid}": Case(["ceylon", "cancel", gid], ["not known"]) for gid in ("nobody", "nobody/1")}
 )  # fmt: skip

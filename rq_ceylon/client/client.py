@@ -143,9 +143,9 @@ class Client(Session):
             InvalidInputError: it is no such id.
         """
         gid, _, tid = task_id.partition("/")
-        if not tid:
+        if not gid or not tid:
             raise InvalidInputError(
-                f"task id {task_id!r} has no /; give <group>/<task>, such as 06h0ql7fl6apk73bpl93/1"
+                f"task id {task_id!r} is not usable; give <group>/<task>, such as 06h0ql7fl6apk73bpl93/1"
             )
         return TaskHandle(self, check_id(gid, "group id"), check_id(tid, "task id"))
 
