@@ -672,6 +672,17 @@ def test_a_task_of_unknown_name_waits_for_a_worker_that_knows_it_and_goes_to_it_
     assert bench.fetch("new", 10, names=["name"]) == []
 
 
+def test_two_entries_of_one_task_that_wait_by_name_end_no_lease_of_each_other(bench: Bench) -> None:
+    bench.queued("g")
+    bench.unknown("old", bench.fetch("old")[0])
+    doubled = transitions.Page("g", "9|p||2,a,3")
+    bench.run(transitions.enqueue(bench.keys, "p", [doubled], unknown={("g", "a"): "name"}))
+    first, second = bench.fetch("new", names=["name"])
+    assert first.lineage != second.lineage
+    assert bench.claim("new", first, second) == ["GRANTED", "DUPLICATE"]
+    assert bench.meta("g")["crashes"] == "0"
+
+
 def test_what_waits_by_name_is_given_to_any_worker_once_no_worker_that_knows_it_has_asked_for_an_hour(
     bench: Bench,
 ) -> None:

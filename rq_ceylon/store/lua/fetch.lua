@@ -124,9 +124,11 @@ end
 local function take(name, count)
   if count <= 0 then return 0 end
   local waiting = call('ZRANGEBYLEX', UNKNOWN, '[' .. name .. ' ', '(' .. name .. '!', 'LIMIT', 0, count)
-  for _, member in ipairs(waiting) do
+  for i, member in ipairs(waiting) do
     local priority, task = string.match(member, '^%S+ ([123]) (.+)$')
-    call('XADD', FRONT, '*', 'task', task .. ' ' .. priority .. ':' .. now_text .. '-0')
+    -- Each begins a line of its own: two entries of one task in one line would end each other's lease.
+    local lineage = priority .. ':' .. now_text .. '-' .. text(next_fence + i)
+    call('XADD', FRONT, '*', 'task', task .. ' ' .. lineage)
     call('ZREM', UNKNOWN, member)
   end
   if #waiting > 0 then read(4, #waiting) end
