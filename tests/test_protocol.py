@@ -676,7 +676,7 @@ def test_two_entries_of_one_task_that_wait_by_name_end_no_lease_of_each_other(be
     bench.queued("g")
     bench.unknown("old", bench.fetch("old")[0])
     doubled = transitions.Page("g", "9|p||2,a,3")
-    bench.run(transitions.enqueue(bench.keys, "p", [doubled], unknown={("g", "a"): "name"}))
+    bench.run(transitions.enqueue(bench.keys, "p", [doubled], names={("g", "a"): "name"}))
     first, second = bench.fetch("new", names=["name"])
     assert first.lineage != second.lineage
     assert bench.claim("new", first, second) == ["GRANTED", "DUPLICATE"]

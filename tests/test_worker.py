@@ -214,7 +214,7 @@ async def test_a_task_unknown_here_waits_for_a_worker_that_knows_it_and_goes_to_
     group = await client.submit(TaskGroup("g", [Task(id=str(n), role="r", uses="renamed") for n in range(5)]))
 
     async def waiting() -> bool:
-        (count,) = await client.connection.run([command("ZCARD", client.keys.role_part("r", "unknown"))])
+        (count,) = await client.connection.run([command("ZCARD", client.keys.role_part("r", "by_name"))])
         return bool(count == 5)
 
     async with running(worker_of(app)), running(worker_of(app)):

@@ -12,7 +12,7 @@ import zlib
 from rq_ceylon.models import check_namespace
 
 GROUP_PARTS = ("meta", "tasks", "claims", "results", "needs", "children", "outbox", "events")
-ROLE_PARTS = ("high", "normal", "low", "front", "delayed", "meta", "bell", "quarantine", "unknown", "names")
+ROLE_PARTS = ("high", "normal", "low", "front", "delayed", "meta", "bell", "quarantine", "by_name", "names")
 INDEX_SHARDS = 16
 
 STREAMS = {"high": 1, "normal": 2, "low": 3, "front": 4}

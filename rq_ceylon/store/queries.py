@@ -511,7 +511,7 @@ async def roles(connection: Connection, keys: Keys) -> list[RoleView]:
         streams = [keys.role_part(name, stream) for stream in STREAMS]
         calls += [command("XLEN", stream) for stream in streams]
         calls += [command("XINFO", "GROUPS", stream) for stream in streams]
-        calls += [command("ZCARD", keys.role_part(name, part)) for part in ("unknown", "delayed")]
+        calls += [command("ZCARD", keys.role_part(name, part)) for part in ("by_name", "delayed")]
         calls.append(command("HGETALL", keys.role_part(name, "meta")))
     replies = iter(await connection.run(calls, refusals=True))
     serving: dict[str, list[WorkerView]] = collections.defaultdict(list)
@@ -522,7 +522,7 @@ async def roles(connection: Connection, keys: Keys) -> list[RoleView]:
     for name in names:
         entries = sum(_number(next(replies)) for _ in STREAMS)
         delivered = sum(_pending(next(replies)) for _ in STREAMS)
-        unknown, delayed = _number(next(replies)), _number(next(replies))
+        by_name, delayed = _number(next(replies)), _number(next(replies))
         totals, is_paused = dict[str, int](), False
         try:
             with reading(f"role {name!r}"):
@@ -535,7 +535,7 @@ async def roles(connection: Connection, keys: Keys) -> list[RoleView]:
         found.append(
             RoleView(
                 name=name,
-                queued=entries - delivered + unknown,
+                queued=entries - delivered + by_name,
                 delivered=delivered,
                 delayed=delayed,
                 workers=len(mine),

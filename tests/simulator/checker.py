@@ -308,8 +308,8 @@ def _left(raw: Any, keys: Keys, ledger: Ledger) -> Iterator[str]:
                     yield f"{key}: {raw.xlen(key)} entries are left: {raw.xrange(key, count=2)}, pending: {pending}"
         if raw.zcard(keys.role_part(role, "delayed")):
             yield f"{role}: delayed entries are left"
-        if raw.zcard(keys.role_part(role, "unknown")):
-            yield f"{role}: tasks of unknown name are left"
+        if raw.zcard(keys.role_part(role, "by_name")):
+            yield f"{role}: tasks that wait by their name are left"
         if raw.xlen(keys.role_part(role, "quarantine")):
             yield f"{role}: an entry was malformed"
     indexed = {gid for shard in range(INDEX_SHARDS) for gid in raw.zrange(keys.index(shard), 0, -1)}

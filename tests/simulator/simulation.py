@@ -441,7 +441,7 @@ class Simulation:
         self.is_draining = True
         for role in ROLES:
             streams = [self.keys.role_part(role, stream) for stream in STREAMS]
-            waiting = sum(self.raw.zcard(self.keys.role_part(role, part)) for part in ("delayed", "unknown"))
+            waiting = sum(self.raw.zcard(self.keys.role_part(role, part)) for part in ("delayed", "by_name"))
             if waiting or any(self.raw.xlen(key) for key in streams):
                 return False
         return not any(self.raw.exists(self.keys.group_part(gid, "outbox")) for gid in self.ledger.accepted)

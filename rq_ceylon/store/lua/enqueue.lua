@@ -1,8 +1,8 @@
 -- enqueue: hand outbox pages to a role.
 -- KEYS: the role's.
 -- ARGV: insist (1, or 0: may be refused at maxmemory), then per page: gid, due ms ('' now),
---       items 'priority,tid,issue[,[fence it supersedes][,name]] ...'. With a name: this task has a name that the worker
---       it was given to does not know; it waits by that name for one that does.
+--       items 'priority,tid,issue[,[fence it supersedes][,name]] ...'. With a name: the worker that was given this task
+--       cannot run what has this name; it waits by the name for one that can.
 -- Reply: the horizon, the largest entry ms or due ms that any of them got.
 -- Repeatable: it only doubles entries, and the claim decides.
 if ARGV[1] == '1' then drain() end
@@ -13,7 +13,7 @@ for i = 2, #ARGV, 3 do
     local supersedes, name = string.match(rest, '^,?(%d*),?(.*)$')
     local task = gid .. ' ' .. tid .. ' ' .. issue .. (supersedes ~= '' and ' - ' .. supersedes or '')
     if name ~= '' then
-      call('ZADD', UNKNOWN, 0, name .. ' ' .. priority .. ' ' .. task)
+      call('ZADD', BY_NAME, 0, name .. ' ' .. priority .. ' ' .. task)
       call('HSETNX', NAMES, name, now_text)
       horizon = math.max(horizon, now)
       added = added + 1

@@ -123,13 +123,13 @@ end
 -- Only when `front` has been read to its end.
 local function take(name, count)
   if count <= 0 then return 0 end
-  local waiting = call('ZRANGEBYLEX', UNKNOWN, '[' .. name .. ' ', '(' .. name .. '!', 'LIMIT', 0, count)
+  local waiting = call('ZRANGEBYLEX', BY_NAME, '[' .. name .. ' ', '(' .. name .. '!', 'LIMIT', 0, count)
   for i, member in ipairs(waiting) do
     local priority, task = string.match(member, '^%S+ ([123]) (.+)$')
     -- Each begins a line of its own: two entries of one task in one line would end each other's lease.
     local lineage = priority .. ':' .. now_text .. '-' .. text(next_fence + i)
     call('XADD', FRONT, '*', 'task', task .. ' ' .. lineage)
-    call('ZREM', UNKNOWN, member)
+    call('ZREM', BY_NAME, member)
   end
   if #waiting > 0 then read(4, #waiting) end
   return #waiting

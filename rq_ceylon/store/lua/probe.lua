@@ -15,7 +15,7 @@ local function show(task)
   if its_gid == gid then shown[#shown + 1] = tid end
 end
 
--- Per queue what was looked at last: an entry id of each stream, a member of `unknown`, and whether `delayed` was looked
+-- Per queue what was looked at last: an entry id of each stream, a member of `by_name`, and whether `delayed` was looked
 -- at; '-' nothing yet, '' all.
 local seen = {'-', '-', '-', '-', '-', '-'}
 if ARGV[4] ~= '' then
@@ -57,7 +57,7 @@ for stream = 1, STREAMS do
 end
 
 if seen[5] ~= '' then
-  local members = call('ZRANGEBYLEX', UNKNOWN, seen[5] == '-' and '-' or '(' .. seen[5], '+', 'LIMIT', 0, count)
+  local members = call('ZRANGEBYLEX', BY_NAME, seen[5] == '-' and '-' or '(' .. seen[5], '+', 'LIMIT', 0, count)
   for _, member in ipairs(members) do show(string.match(member, '^%S+ [123] (.+)$') or '') end
   seen[5] = ''
   if #members == count then seen[5] = members[count]; word = 'MORE' end

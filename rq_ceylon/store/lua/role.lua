@@ -1,12 +1,13 @@
 -- Shared by the scripts of the role slot.
--- KEYS: high normal low front delayed meta bell quarantine unknown names, all of one role.
+-- KEYS: high normal low front delayed meta bell quarantine by_name names, all of one role.
 -- Entries are named '<1..4>:<stream id>'. `front` holds what was delivered before and is to be delivered before all else.
 -- An entry has one field, `task`: 'gid tid issue lineage supersedes', the last two left out where there are none. The
 -- lineage of a copy is the entry it replaces, whose line of deliveries it continues ('-' for none); its first digit is the
 -- task's priority. `supersedes` is the fence of a lost delivery, whose lease it ends.
--- `unknown` holds tasks by the name of their function, 'name priority gid tid issue', all with score 0: no worker that
--- was given them knew the name. `names`: name -> since when (ms) no worker that knows it has asked.
-local FRONT, DELAYED, META, BELL, QUARANTINE, UNKNOWN, NAMES = unpack(KEYS, 4)
+-- `by_name` holds tasks by the name of their function, 'name priority gid tid issue', all with score 0: the worker that
+-- was given them does not know the name, or has no thread or process free for it. `names`: name -> since when (ms) no
+-- worker that knows it has asked.
+local FRONT, DELAYED, META, BELL, QUARANTINE, BY_NAME, NAMES = unpack(KEYS, 4)
 local STREAMS = 4            -- of KEYS, the first ones
 local GROUP = 'workers'
 local BELL_MAX = 64          -- tokens; more idle workers than that wake within their blocking wait
