@@ -106,6 +106,7 @@ class Ceylon:
         role: str | None = None,
         timeout: Duration | None = None,
         max_attempts: int | None = None,
+        max_crashes: int | None = None,
         priority: str | None = None,
         backoff: Backoff | None = None,
         retry: Mapping[type[Exception], Backoff | None] | None = None,
@@ -122,6 +123,8 @@ class Ceylon:
             role: which workers run it.
             timeout: limit of one attempt; default 1 h.
             max_attempts: the first included; default 3.
+            max_crashes: how often a task may lose its worker and run again; 0: never. Default 3. It holds for tasks
+                that are submitted where this function is registered, or that `bind` made.
             priority: high, normal or low.
             backoff: the wait between attempts.
             retry: a rule per exception type: a `Backoff`, or None to fail at once.
@@ -353,6 +356,7 @@ class AppTask(Generic[P, R, C]):
         expires: Duration | None = None,
         timeout: Duration | None = None,
         max_attempts: int | None = None,
+        max_crashes: int | None = None,
         id: str | None = None,
         needs: Sequence[str] | None = None,
         metadata: Mapping[str, Any] | None = None,

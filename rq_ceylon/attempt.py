@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from loguru import logger
 
 from rq_ceylon.errors import CeylonError, InvalidInputError, Portable
-from rq_ceylon.models import Duration, seconds
+from rq_ceylon.models import CRASHES_MAX, Duration, seconds
 
 if TYPE_CHECKING:
     from loguru import Logger
@@ -206,6 +206,18 @@ def check_max_attempts(value: object, name: str) -> int:
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InvalidInputError(f"{name}: {value!r} is not usable; give a whole number from 1 on")
+    return value
+
+
+def check_max_crashes(value: object, name: str) -> int:
+    """
+    Return `value` if it may say how many crashes a task survives.
+
+    Raises:
+        InvalidInputError: it is not a whole number from 0 to 1,000,000.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= CRASHES_MAX:
+        raise InvalidInputError(f"{name}: {value!r} is not usable; give a whole number from 0 to {CRASHES_MAX:,}")
     return value
 
 

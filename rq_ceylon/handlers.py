@@ -16,7 +16,7 @@ from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypeVar, cast, 
 
 from pydantic_core import to_json
 
-from rq_ceylon.attempt import Backoff, FailTask, Said, TaskContext, check_max_attempts, type_name
+from rq_ceylon.attempt import Backoff, FailTask, Said, TaskContext, check_max_attempts, check_max_crashes, type_name
 from rq_ceylon.errors import InvalidInputError, UnknownTaskError, guess
 from rq_ceylon.models import DEFAULT_ROLE, Duration, GroupView, Task, check_id, check_priority, check_timeout, counted
 from rq_ceylon.settings import Settings
@@ -58,6 +58,7 @@ class Handler(Generic[P, R]):
         role: str | None = None,
         timeout: Duration | None = None,
         max_attempts: int | None = None,
+        max_crashes: int | None = None,
         priority: str | None = None,
         backoff: Backoff | None = None,
         retry: Mapping[type[Exception], Backoff | None] | None = None,
@@ -68,7 +69,7 @@ class Handler(Generic[P, R]):
         self.aliases = tuple(check_id(alias, f"task {name!r}: alias") for alias in aliases)
         self.role = None if role is None else check_id(role, f"task {name!r}: role")
         self.timeout_s = None if timeout is None else check_timeout(timeout, f"task {name!r}: timeout")
-        self.max_attempts = max_attempts
+        self.max_attempts, self.max_crashes = max_attempts, max_crashes
         self.priority = None if priority is None else check_priority(priority, f"task {name!r}: priority")
         self.backoff = backoff or Backoff()
         self.retry = dict(retry or {})
@@ -85,6 +86,8 @@ class Handler(Generic[P, R]):
     def _check_rules(self) -> None:
         if self.max_attempts is not None:
             check_max_attempts(self.max_attempts, f"task {self.name!r}: max_attempts")
+        if self.max_crashes is not None:
+            check_max_crashes(self.max_crashes, f"task {self.name!r}: max_crashes")
         for kind, rule in self.retry.items():
             if not (isinstance(kind, type) and issubclass(kind, Exception)):
                 raise InvalidInputError(

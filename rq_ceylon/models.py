@@ -32,8 +32,10 @@ GoalPolicy = Literal["continue", "drain", "cancel"]
 DEFAULT_ROLE = "default"
 DEFAULT_TIMEOUT_S = 3600.0
 DEFAULT_MAX_ATTEMPTS = 3
+DEFAULT_MAX_CRASHES = 3
 DEFAULT_RETENTION_S = 24 * 3600.0
 DEPENDS_ON_MAX = 64
+CRASHES_MAX = 1_000_000
 PAYLOAD_BYTES_MAX = 1024 * 1024
 """Of one task as it is sent: its arguments, metadata and needs."""
 DEFAULTS_BYTES_MAX = 64 * 1024
@@ -228,6 +230,8 @@ class Task:
         duration: expected run time; the default handler sleeps that long.
         timeout: limit of one attempt; without one the handler's, else 1 h.
         max_attempts: attempts in all, the first included; without it the handler's, else 3.
+        max_crashes: how often it may lose its worker and run again; 0: never, then it runs at most once for each
+            attempt. Without it the handler's, where that is known, else 3.
         priority: which tasks of a role run first; without one the group's.
         delay: earliest start, counted from the submission, also in a group that waits for others.
         expires: latest start, counted from the submission, also in a group that waits for others; a task not started by
@@ -244,6 +248,7 @@ class Task:
     duration: Duration | None = None
     timeout: Duration | None = None
     max_attempts: int | None = None
+    max_crashes: int | None = None
     priority: Priority | str | None = None
     delay: Duration | None = None
     expires: Duration | None = None

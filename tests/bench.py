@@ -12,7 +12,7 @@ import redis
 from rq_ceylon.goals import compile_goals
 from rq_ceylon.models import Goal
 from rq_ceylon.store import scripts, transitions
-from rq_ceylon.store.codec import task_text
+from rq_ceylon.store.codec import encode, task_text
 from rq_ceylon.store.keys import STREAMS, Keys
 from rq_ceylon.store.scripts import Call
 from rq_ceylon.store.transitions import Ack, Committed, Delivery, GroupFacts, Page, PageAck, StagedTask
@@ -156,15 +156,23 @@ class Bench:
         reply = self.run(transitions.claim(self.keys, deliveries[0].gid, worker, deliveries, suspect=suspect))
         return [answer.verdict for answer in transitions.claim_reply(reply, len(deliveries)).answers]
 
-    def commit(self, worker: str, delivery: Delivery, kind: str = "completed", *, delay_ms: int = 0) -> str:
-        verdict, pages = self.commit_with_pages(worker, delivery, kind, delay_ms=delay_ms)
+    def commit(self, worker: str, delivery: Delivery, kind: str = "completed", **options: Any) -> str:
+        verdict, pages = self.commit_with_pages(worker, delivery, kind, **options)
         self.ring(pages)
         return verdict
 
     def commit_with_pages(
-        self, worker: str, delivery: Delivery, kind: str = "completed", *, delay_ms: int = 0
+        self,
+        worker: str,
+        delivery: Delivery,
+        kind: str = "completed",
+        *,
+        reason: str = "error",
+        delay_ms: int = 0,
+        message: str = "m",
     ) -> tuple[str, Sequence[Page]]:
-        outcome = Committed(delivery.tid, delivery.fence, kind, "error", delay_ms, 5, b'{"type":"E","message":"m"}')
+        blob = encode({"type": "E", "message": message})
+        outcome = Committed(delivery.tid, delivery.fence, kind, reason, delay_ms, 5, blob)
         reply = self.run(transitions.commit(self.keys, delivery.gid, worker, [outcome]))
         answer = transitions.commit_reply(delivery.gid, reply, 1)
         return answer.verdicts[0], answer.pages

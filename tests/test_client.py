@@ -398,6 +398,8 @@ async def test_what_cannot_be_used_is_refused_and_nothing_is_written(app: Ceylon
             (Task(metadata={"NaN": float("inf")}), InvalidInputError, "it is not JSON"),
             (Task(max_attempts=0), InvalidInputError, "max_attempts"),
             (Task(max_attempts=True), InvalidInputError, "max_attempts"),
+            (Task(max_crashes=-1), InvalidInputError, "max_crashes: -1 is not usable; give a whole number from 0"),
+            (Task(max_crashes=True), InvalidInputError, "max_crashes"),
         ]
         for work, kind, words in bad:
             with pytest.raises(kind, match=words):
@@ -783,6 +785,21 @@ async def test_a_wait_that_would_block_its_worker_is_refused(
             with pytest.raises(TaskFailedError, match=r"CeylonError: .* \(on_the_loop\) is async, .*; write `a"):
                 await (await client.submit(on_the_loop.bind(how))).result(timeout=20)
         assert await (await client.submit(in_a_thread.bind())).result(timeout=20) == 8
+
+
+async def test_how_many_crashes_a_task_survives_is_said_by_it_else_its_group_else_its_handler(app: Ceylon) -> None:
+    @app.task(role="p", max_crashes=0)
+    async def once() -> None: ...
+
+    @app.task(role="p")
+    async def often() -> None: ...
+
+    def limit(task: Task, defaults: Task | None = None) -> bytes:
+        return stage(task, app.registry, "a", defaults or Task()).text.split(b"|", 5)[4]
+
+    assert (limit(once.bind()), limit(Task(uses="once")), limit(often.bind())) == (b"0", b"0", b"")
+    assert limit(once.using(max_crashes=2).bind()) == b"2"
+    assert (limit(once.bind(), Task(max_crashes=5)), limit(Task(max_crashes=0), Task(max_crashes=5))) == (b"5", b"0")
 
 
 async def test_a_task_of_another_application_keeps_the_rules_of_its_handler(app: Ceylon) -> None:

@@ -348,6 +348,8 @@ BROKEN: list[dict[str, Any]] = [
     {"name": "x", "tasks": {"a": {"timeout": True}}},
     {"name": "x", "tasks": {"a": {"max_attempts": 0}}},
     {"name": "x", "tasks": {"a": {"max_attempts": 2.5}}},
+    {"name": "x", "tasks": {"a": {"max_crashes": -1}}},
+    {"name": "x", "tasks": {"a": {"max_crashes": 0.5}}},
     {"name": "x", "tasks": {"a": {"with": [1]}}},
     {"name": "x", "tasks": {"a": {"needs": {"b": 1}}}},
     {"name": "x", "tasks": {"a": {"needs": ["b c"]}}},

@@ -20,9 +20,11 @@ from rq_ceylon.models import Goal, Priority, Task, TaskGroup
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
-TASK_KEYS = "use one of uses, role, duration, timeout, max_attempts, priority, delay, expires, metadata, with, "
+TASK_KEYS = (
+    "use one of uses, role, duration, timeout, max_attempts, max_crashes, priority, delay, expires, metadata, with, "
+)
 TASK_KEYS += "needs, matrix"
-DEFAULT_KEYS = "use one of uses, role, duration, timeout, max_attempts, priority, delay, expires, metadata"
+DEFAULT_KEYS = "use one of uses, role, duration, timeout, max_attempts, max_crashes, priority, delay, expires, metadata"
 GROUP_KEYS = "use one of name, description, key, priority, retention, defaults, tasks, goal, depends_on, on_need_failed"
 DURATIONS = "give seconds (30) or text such as 30s, 5m, 1h30m, 250ms, 2d"
 IDS = "use 1 to 64 letters, digits and . _ : -"
@@ -748,7 +750,7 @@ def test_a_full_file_becomes_the_group_it_describes() -> None:
         key: album-7
         priority: low
         retention: 2d
-        defaults: {role: processor, timeout: 1m30s, max_attempts: 5}
+        defaults: {role: processor, timeout: 1m30s, max_attempts: 5, max_crashes: 0}
         tasks:
           fetch: {uses: fetch, with: {url: "a b"}, priority: high, delay: 250ms, metadata: {n: 1}}
           show: {needs: fetch, duration: 1.5, expires: 1h}
@@ -792,7 +794,7 @@ def test_a_full_file_becomes_the_group_it_describes() -> None:
         priority=Priority.LOW,
         retention=172800,
         depends_on=[],
-        defaults=Task(role="processor", timeout=90, max_attempts=5),
+        defaults=Task(role="processor", timeout=90, max_attempts=5, max_crashes=0),
     )
 
 

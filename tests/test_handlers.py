@@ -279,6 +279,8 @@ def test_what_a_process_cannot_run_is_refused(function: Callable[..., Any], prob
         {"timeout": -1},
         {"max_attempts": 0},
         {"max_attempts": True},
+        {"max_crashes": -1},
+        {"max_crashes": 0.5},
         {"priority": "urgent"},
         {"retry": {"ValueError": None}},
         {"retry": {ValueError: "5s"}},

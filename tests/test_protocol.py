@@ -10,7 +10,7 @@ import redis
 from bench import LEASE_MS, Bench
 
 from rq_ceylon.goals import compile_goals
-from rq_ceylon.models import Goal
+from rq_ceylon.models import DEFAULT_MAX_CRASHES, Goal
 from rq_ceylon.store import transitions
 from rq_ceylon.store.codec import task_text
 from rq_ceylon.store.transitions import Ack, Committed, Delivery, GroupFacts, PageAck, StagedTask
@@ -247,6 +247,50 @@ def test_a_task_that_outlives_its_crash_limit_fails_as_poison(bench: Bench) -> N
     (delivery,) = bench.fetch("w")
     assert bench.claim("w", delivery) == ["DONE"]
     assert bench.redis.hget(bench.keys.group_part("g", "results"), "a").startswith("failed|poison|")
+
+
+def test_a_task_without_a_limit_of_its_own_survives_as_many_crashes_as_the_pages_say(bench: Bench) -> None:
+    bench.queued("g")
+    crashed(bench, "g", 1 + DEFAULT_MAX_CRASHES)
+    (delivery,) = bench.fetch("w")
+    assert bench.claim("w", delivery) == ["DONE"]
+    assert bench.counters("g") == {"total": 1, "failed": 1}
+
+
+@pytest.mark.parametrize("told_to_stop", [False, True], ids=["at work", "told to stop"])
+def test_what_survives_no_crash_never_runs_again_once_its_worker_is_lost(bench: Bench, told_to_stop: bool) -> None:
+    bench.queued("g", crash_limit=0)
+    lost = bench.started("v", "g")
+    if told_to_stop:
+        assert bench.commit("v", lost, "stopping") == "OK"
+    bench.age(LEASE_MS + 1)
+    (delivery,) = bench.fetch("w")
+    assert bench.claim("w", delivery) == ["DONE"]
+    assert bench.redis.hget(bench.keys.group_part("g", "results"), "a").startswith("failed|poison|")
+    assert bench.meta("g")["attempts"] == "1"
+    assert bench.commit("v", lost) == "DONE"
+
+
+@pytest.mark.parametrize(
+    ("reason", "limit", "runs_again"),
+    [("interrupted", 0, False), ("interrupted", 1, True), ("interrupted", None, True), ("-", 0, True)],
+    ids=["begun", "begun, one crash", "begun, no limit", "not begun"],
+)
+def test_what_survives_no_crash_is_given_back_only_if_its_handler_had_not_begun(
+    bench: Bench, reason: str, limit: int | None, runs_again: bool
+) -> None:
+    bench.queued("g", crash_limit=limit)
+    delivery = bench.started("v", "g")
+    assert bench.commit("v", delivery, "release", reason=reason) == "OK"
+    if runs_again:
+        bench.commit("w", bench.started("w", "g"))
+        assert bench.counters("g") == {"total": 1, "completed": 1}
+    else:
+        error = '[{"type":"","message":"poison","traceback":""},{}]'
+        result = bench.redis.hget(bench.keys.group_part("g", "results"), "a")
+        assert result.startswith("failed|poison|")
+        assert result.endswith(error)
+        assert bench.meta("g")["outcome"] == "failed"
 
 
 def test_a_task_asked_to_cancel_whose_worker_is_lost_is_cancelled_not_run(bench: Bench) -> None:

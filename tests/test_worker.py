@@ -184,6 +184,38 @@ async def test_a_failing_task_is_retried_until_it_failed_with_its_traceback(app:
     assert (view.status, view.attempt) == (TaskStatus.FAILED, 3)
 
 
+async def test_a_task_that_survives_no_crash_does_not_run_again_after_its_worker_was_stopped(
+    app: Ceylon, client: Client
+) -> None:
+    starts: list[str] = []
+
+    @app.task(role="r", max_crashes=0)
+    async def once() -> None:
+        starts.append("once")
+        await asyncio.Event().wait()
+
+    @app.task(role="r")
+    async def again() -> None:
+        starts.append("again")
+        if starts.count("again") == 1:
+            await asyncio.Event().wait()
+
+    handles = [await client.submit(task.bind()) for task in (once, again)]
+    worker = worker_of(app, grace_s=0)
+    async with running(worker) as first:
+        await eventually(lambda: len(starts) == 2, "both run")
+        worker.stop()
+        await first
+
+    await asyncio.wait_for(worker_of(app, burst=True).run(), LIMIT_S)
+
+    with pytest.raises(TaskFailedError) as caught:
+        await handles[0].result(LIMIT_S)
+    assert caught.value.reason == "poison"
+    assert await handles[1].result(LIMIT_S) is None
+    assert sorted(starts) == ["again", "again", "once"]
+
+
 async def test_a_handler_that_leaves_does_not_take_the_worker_with_it(app: Ceylon, client: Client) -> None:
     @app.task(role="r", max_attempts=1)
     def leave() -> None:

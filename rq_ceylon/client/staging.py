@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, get_args
 
 from pydantic_core import from_json
 
-from rq_ceylon.attempt import check_max_attempts
+from rq_ceylon.attempt import check_max_attempts, check_max_crashes
 from rq_ceylon.errors import InvalidInputError, PayloadTooLargeError
 from rq_ceylon.goals import compile_goals
 from rq_ceylon.graph import in_order
@@ -199,8 +199,11 @@ def stage(
         )
     delay_ms = _ms(defaults.delay if task.delay is None else task.delay, f"{where}: delay")
     expires_ms = _ms(defaults.expires if task.expires is None else task.expires, f"{where}: expires")
-    text = task_text(role, STREAMS[rank], delay_ms, expires_ms, None, blob)
-    known = known and task_text(role, STREAMS[rank], delay_ms, expires_ms, None, known)
+    crashes = defaults.max_crashes if task.max_crashes is None else task.max_crashes
+    crashes = handler.max_crashes if crashes is None and handler is not None else crashes
+    crashes = None if crashes is None else check_max_crashes(crashes, f"{where}: max_crashes")
+    text = task_text(role, STREAMS[rank], delay_ms, expires_ms, crashes, blob)
+    known = known and task_text(role, STREAMS[rank], delay_ms, expires_ms, crashes, known)
     return ReadyTask(text, known, role, STREAMS[rank], list(dict.fromkeys(task.needs)), delay_ms)
 
 

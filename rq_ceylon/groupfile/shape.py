@@ -170,6 +170,7 @@ class DefaultFields(BaseModel, extra="forbid", strict=True):
     duration: Seconds | None = None
     timeout: SomeSeconds | None = _else(models.DEFAULT_TIMEOUT_S)
     max_attempts: Annotated[int, Field(ge=1)] | None = _else(models.DEFAULT_MAX_ATTEMPTS)
+    max_crashes: Annotated[int, Field(ge=0, le=models.CRASHES_MAX)] | None = _else(models.DEFAULT_MAX_CRASHES)
     priority: Level | None = None
     delay: Seconds | None = None
     expires: Seconds | None = None

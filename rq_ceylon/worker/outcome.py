@@ -22,6 +22,9 @@ TRACEBACK_MAX = 8192
 UNKNOWN = "unknown:"
 """How the reason of a release begins because the handler is not registered here; its name follows."""
 
+INTERRUPTED = "interrupted"
+"""The reason of a release of a task whose handler had begun: with `max_crashes=0` it has failed."""
+
 BUSY = "busy:"
 """How the reason of a release begins because no thread or child process is free here; the name of the task follows."""
 
@@ -170,8 +173,9 @@ class Attempt:
         return Outcome("failed", reason=reason, blob=_blob_of(error), run_ms=self._run_ms())
 
     def stopped(self, why: StopReason) -> Outcome:
-        kinds: dict[StopReason, Literal["release", "lost"]] = {"shutdown": "release", "lost": "lost"}
-        return Outcome(kinds.get(why, "stopped"), run_ms=self._run_ms())
+        if why == "shutdown":
+            return Outcome("release", "" if self.began is None else INTERRUPTED, run_ms=self._run_ms())
+        return Outcome("lost" if why == "lost" else "stopped", run_ms=self._run_ms())
 
     def timed_out(self) -> tuple[TimeoutError, Outcome]:
         error = TimeoutError(f"no result within {self.timeout_s:g} s")

@@ -32,7 +32,7 @@ end
 -- Ends a task at its claim; what this batch may have noted for it is void.
 local function end_task(tid, from, outcome, reason, claim)
   local role = head_of(tasks[tid])
-  settle(tid, from, outcome, reason, role, claim, 0, outcome == 'failed' and '{"type":"","message":"' .. reason .. '","traceback":""}' or '')
+  settle(tid, from, outcome, reason, role, claim, 0, outcome == 'failed' and error_text(reason) or '')
   tasks[tid] = nil; claims[tid] = nil; changed[tid] = nil
   return 'DONE'
 end
@@ -59,14 +59,15 @@ local function park(delivery, claim, role, priority)
 end
 
 -- The lease of the delivery on record is over: its worker is lost. A crash spends no attempt, but has a limit of its own;
--- to lose a worker that was told to stop is no crash.
+-- to lose a worker that was told to stop is no crash. A limit of 0 says at most once: what a lost worker was granted may
+-- have begun, whatever that worker was told, so it never runs again.
 local function take_over(delivery, task, claim)
   local tid = delivery.tid
   if closed() then return end_task(tid, 'in_progress', 'cancelled', 'closed', claim) end
   if claim.state == 'c' then return end_task(tid, 'in_progress', 'cancelled', 'cancelled', claim) end
   local crash = claim.state == 's' and 0 or 1
   local role, priority, _, _, limit = head_of(task)
-  local poison = claim.crashes + crash > (limit or CRASH_LIMIT)
+  local poison = limit == 0 or claim.crashes + crash > (limit or CRASH_LIMIT)
   if not poison and group.status ~= 'paused' and claim.crashes + crash >= SUSPECT_CRASHES and not room then return 'LATER' end
   claim.crashes = claim.crashes + crash; group.crashes = group.crashes + crash
   if poison then return end_task(tid, 'in_progress', 'failed', 'poison', claim) end

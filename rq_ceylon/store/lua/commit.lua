@@ -2,8 +2,8 @@
 -- KEYS: the group's.
 -- ARGV: worker, relay lease ms, page acknowledgements (see acknowledge_pages),
 --       then per outcome: 'tid fence kind reason delay-ms run-ms', JSON value or error.
---       kind: completed, failed, retry, release, stopped (asked to cancel, and it did), stopping (not an end: the worker
---       was told to stop, so that losing it from now on is no crash).
+--       kind: completed, failed, retry, release (reason interrupted: its handler had begun), stopped (asked to cancel, and it
+--       did), stopping (not an end: the worker was told to stop, so that losing it from now on is no crash).
 -- Reply: GONE | OK status verdicts pages more. Verdicts: OK counted now (ack); DONE recorded before, or the task has ended
 --        (ack); STALE another delivery holds it (forget: never ack, never renew).
 -- Repeatable: a second run finds no record in progress; what the lost answer had to hand over, `outbox` gives again. A
@@ -23,6 +23,13 @@ end
 if #tids == 0 then return {'OK', group.status, {}, {}, '0'} end
 local claims = {}
 for i, record in ipairs(call('HMGET', CLAIMS, unpack(tids))) do claims[tids[i]] = record and claim_of(record) or nil end
+
+-- At most once: a task with a crash limit of 0 whose handler had begun does not run again, though it is given back.
+local function is_over(outcome)
+  if outcome.kind ~= 'release' or outcome.reason ~= 'interrupted' then return false end
+  local _, _, _, _, limit = head_of(call('HGET', TASKS, outcome.tid))
+  return limit == 0
+end
 
 -- What is not over goes back to pending, and its next delivery is a page of the outbox.
 local function again(outcome, claim)
@@ -53,6 +60,8 @@ local function record(outcome)
     settle(tid, 'in_progress', 'cancelled', 'cancelled', claim.role, claim, outcome.run, '')
   elseif outcome.kind == 'failed' then
     settle(tid, 'in_progress', 'failed', outcome.reason, claim.role, claim, outcome.run, outcome.blob)
+  elseif is_over(outcome) then
+    settle(tid, 'in_progress', 'failed', 'poison', claim.role, claim, outcome.run, error_text('poison'))
   else again(outcome, claim) end
   return 'OK'
 end

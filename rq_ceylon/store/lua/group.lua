@@ -114,6 +114,9 @@ local function log_task(tid, what, role, wait, run)
   log[#log + 1] = tid .. ',' .. what .. ',' .. role .. ',' .. (wait or 0) .. ',' .. (run or 0)
 end
 
+-- An error that no handler raised, as JSON.
+local function error_text(message) return '{"type":"","message":"' .. message .. '","traceback":""}' end
+
 -- Ends a task. `claim` is its record or nil, `run` the handler's ms, `blob` a JSON value or ''.
 local function settle(tid, from, outcome, reason, role, claim, run, blob)
   local attempts, crashes, worker, started, wait = 0, 0, '', '', 0
@@ -142,7 +145,7 @@ end
 -- Ends a task that needs one that did not complete, as its group wants it; its own dependents are next.
 local function miss(tid, task, role)
   local outcome = group.on_need_failed == 'fail' and 'failed' or 'cancelled'
-  local blob = outcome == 'failed' and '{"type":"","message":"a task that it needs did not complete","traceback":""},'
+  local blob = outcome == 'failed' and error_text('a task that it needs did not complete') .. ','
     .. string.match(task, '^[^|]*|[^|]*|[^|]*|[^|]*|[^|]*|(.*)$') or ''
   call('HDEL', NEEDS, tid); call('HDEL', TASKS, tid)
   call('HSET', RESULTS, tid, table.concat({outcome, 'skipped', role, 0, 0, '', '', now_text, 0, 0, '[' .. blob .. ']'}, '|'))
