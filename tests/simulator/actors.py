@@ -15,7 +15,7 @@ from rq_ceylon.client.rolling import Rolling, _Waiting
 from rq_ceylon.client.session import Session
 from rq_ceylon.client.staging import stage
 from rq_ceylon.client.submission import Submission
-from rq_ceylon.errors import ConnectionLostError
+from rq_ceylon.errors import ConnectionLostError, NotFoundError
 from rq_ceylon.handlers import Registry
 from rq_ceylon.maintenance import Maintenance, judge
 from rq_ceylon.models import Goal, Task, TaskGroup
@@ -347,8 +347,18 @@ class Producer(Actor):
             return
         await self.rest(self.random.uniform(0, 300))
         for _ in range(self.random.choice((1, 1, 1, 2))):
-            with contextlib.suppress(ConnectionLostError):  # what is written is in the outbox
+            await self._submit()
+
+    async def _submit(self) -> None:
+        while True:
+            try:
                 await Submission(_Session(self), self.group).run(require_workers=False)
+            except ConnectionLostError:
+                return  # what is written is in the outbox
+            except NotFoundError:  # on what it depends its producer has yet to submit
+                await self.rest(20)
+            else:
+                return
 
     def crash(self) -> None:
         self.given_up = self.random.random() < 0.12 and not self.is_needed

@@ -138,6 +138,11 @@ class _Asyncio:
             await gate()
 
     @staticmethod
+    @contextlib.asynccontextmanager
+    async def timeout(_: float | None) -> AsyncIterator[None]:
+        yield
+
+    @staticmethod
     async def sleep(_: float) -> None:
         await gate()
 
