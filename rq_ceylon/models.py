@@ -233,9 +233,8 @@ class Task:
         max_crashes: how often it may lose its worker and run again; 0: never, then it runs at most once for each
             attempt. Without it the handler's, where that is known, else 3.
         priority: which tasks of a role run first; without one the group's.
-        delay: earliest start, counted from the submission, also in a group that waits for others.
-        expires: latest start, counted from the submission, also in a group that waits for others; a task not started by
-            then is cancelled (expired).
+        delay: earliest start, counted from the submission, or from when its group no longer waits for others.
+        expires: latest start, counted alike; a task not started by then is cancelled (expired).
         metadata: anything JSON; handed to the handler and shown, never interpreted.
         handler: set by `AppTask.bind`: its rules hold, whatever application's client submits the task.
     """
@@ -458,7 +457,7 @@ class TaskView:
     Attributes:
         task_id: its id in its group. `id` is the one that is good everywhere, as a handle's: `<group>/<task>`.
         attempt: the attempt that runs or comes next; of a task that has ended, how many there were.
-        due_ms: set while it waits for a delay or a retry.
+        due_ms: set while it waits for a delay or a retry; for a delay not before its group is active.
         needs: how many tasks that it needs have not ended.
         progress: what its handler last said, up to 5 s old: a fraction, if any, and a message.
         result: set once it has ended.

@@ -4,6 +4,7 @@ The protocol row by row: states, verdicts of claim and commit, what each script 
 
 import collections
 import random
+from typing import Any
 
 import pytest
 import redis
@@ -1086,6 +1087,83 @@ def test_a_group_starts_when_all_on_which_it_depends_have_completed_and_its_dead
     assert not bench.redis.exists(bench.keys.group_part("first", "outbox"))
 
 
+def waited(bench: Bench, ms: int, **options: Any) -> None:
+    """
+    Let a group wait so long for another, and start.
+    """
+    bench.queued("first")
+    bench.queued("g", depends_on=["first"], **options)
+    depend(bench, "g", "first")
+    # The clock is the server's, so the submission is moved back instead, with all that was counted from it.
+    meta, tasks = bench.keys.group_part("g", "meta"), bench.keys.group_part("g", "tasks")
+    bench.redis.hincrby(meta, "touched", -ms)
+    for tid, text in bench.redis.hgetall(tasks).items():
+        role, priority, not_before, expiry, rest = text.split("|", 4)
+        times = [str(int(at) - ms) if at else "" for at in (not_before, expiry)]
+        bench.redis.hset(tasks, tid, "|".join([role, priority, *times, rest]))
+    outbox = bench.keys.group_part("g", "outbox")
+    for page, score in bench.redis.zrange(outbox, 0, -1, withscores=True):
+        number, role, due, items = page.split("|")
+        bench.redis.zrem(outbox, page)
+        bench.redis.zadd(outbox, {f"{number}|{role}|{int(due) - ms if due else ''}|{items}": score})
+    bench.commit("w", bench.started("w", "first"))
+    assert bench.meta("g")["status"] == "active"
+    assert ms <= int(bench.meta("g")["waited"]) < ms + 60_000
+    bench.relay("g")
+
+
+def due_in_ms(bench: Bench) -> int:
+    ((_, at),) = bench.redis.zrange(bench.keys.role_part("p", "delayed"), 0, -1, withscores=True)
+    seconds, micros = bench.redis.time()
+    return int(at - seconds * 1000 - micros // 1000)
+
+
+def test_what_expires_in_a_group_that_waited_does_so_counted_from_its_start(bench: Bench) -> None:
+    waited(bench, 3_600_000, tasks=["a", "b"], expires_ms=60_000)
+    a, b = bench.fetch("w")
+    assert bench.claim("w", a) == ["GRANTED"]
+    bench.redis.hincrby(bench.keys.group_part("g", "meta"), "waited", -60_001)
+    assert bench.claim("w", b) == ["DONE"]
+    assert bench.redis.hget(bench.keys.group_part("g", "results"), "b").startswith("cancelled|expired|")
+
+
+def test_what_is_delayed_in_a_group_that_waited_is_due_counted_from_its_start(bench: Bench) -> None:
+    waited(bench, 3_600_000, delay_ms=60_000)
+    (early,) = bench.fetch("w")
+    assert bench.claim("w", early) == ["PARKED"]
+    assert bench.claim("w", early) == ["OUTDATED"]
+    bench.fetch("w", 0, acks=[early.entry])
+    bench.relay("g")
+    assert 50_000 < due_in_ms(bench) <= 60_000
+    bench.redis.delete(bench.keys.role_part("p", "delayed"))
+    bench.run(transitions.scan(bench.keys, "g", "p", int(bench.meta("g")["pages"]), "0", ["CLEAR"]))
+    bench.relay("g")
+    assert 50_000 < due_in_ms(bench) <= 60_000
+    delayed = bench.keys.role_part("p", "delayed")
+    bench.redis.zadd(delayed, {bench.redis.zrange(delayed, 0, 0)[0]: 0})
+    bench.redis.hincrby(bench.keys.group_part("g", "meta"), "waited", -60_001)
+    assert bench.commit("w", bench.started("w", "g")) == "OK"
+    assert bench.meta("g")["attempts"] == "1"
+
+
+def test_a_released_dependent_of_a_group_that_waited_is_due_counted_from_its_start(bench: Bench) -> None:
+    waited(bench, 3_600_000, tasks=["a", "b"], needs={"b": ["a"]}, delay_ms=60_000, on_need_failed="continue")
+    bench.run(transitions.cancel_tasks(bench.keys, "g", ["a"]))
+    (early,) = bench.fetch("w")
+    assert bench.claim("w", early) == ["DONE"]
+    bench.relay("g")
+    assert 50_000 < due_in_ms(bench) <= 60_000
+
+
+def test_what_was_lost_of_a_group_that_waited_is_put_back_as_due_counted_from_its_start(bench: Bench) -> None:
+    waited(bench, 3_600_000, delay_ms=60_000)
+    (early,) = bench.fetch("w")
+    bench.fetch("w", 0, acks=[early.entry])
+    bench.run(transitions.scan(bench.keys, "g", "p", int(bench.meta("g")["pages"]), "0", ["CLEAR"]))
+    bench.relay("g")
+    assert 50_000 < due_in_ms(bench) <= 60_000
+
+
 def test_a_group_is_cancelled_with_the_reason_when_one_on_which_it_depends_did_not_complete(bench: Bench) -> None:
     bench.queued("first")
     bench.queued("g", ["a", "b"], depends_on=["first"], goal=Goal("completed >= 1", deadline=60))
@@ -1405,7 +1483,7 @@ def test_a_waiting_task_that_is_cancelled_leaves_nothing_but_its_result(bench: B
 
 def test_a_task_that_is_released_before_its_time_waits_for_it(bench: Bench) -> None:
     bench.submit("g", ["a"], part=1, last=False, digest="1")
-    bench.submit("g", ["b"], part=2, digest="2", needs={"b": ["a"]}, delay_ms=60_000)
+    bench.submit("g", ["b"], part=2, digest="2", needs={"b": ["a"]}, delay_ms=60_000, on_need_failed="continue")
     bench.relay("g")
     assert bench.commit("w", bench.started("w", "g")) == "OK"
     assert bench.fetch("w") == []

@@ -216,6 +216,28 @@ async def test_a_task_that_survives_no_crash_does_not_run_again_after_its_worker
     assert sorted(starts) == ["again", "again", "once"]
 
 
+async def test_delay_and_expiry_of_a_group_that_waits_for_another_count_from_its_start(
+    app: Ceylon, client: Client
+) -> None:
+    @app.task(role="r")
+    async def job() -> None: ...
+
+    first = await client.submit(TaskGroup("first", [job.bind()]))
+    tasks = [job.using(id="soon", expires=2).bind(), job.using(id="late", delay=1).bind()]
+    group = await client.submit(TaskGroup("second", tasks, depends_on=[first.id]))
+    assert (await group.task("late").view()).due_ms is None
+    await asyncio.sleep(2.1)  # the first has not even begun
+
+    async with running(worker_of(app)):
+        view = await group.wait("all", LIMIT_S)
+
+    assert view.counters.completed == 2
+    began = (await first.task("1").view()).result
+    late = (await group.task("late").view()).started_ms
+    assert began is not None
+    assert (late or 0) - (began.ended_ms or 0) >= 1000
+
+
 async def test_a_handler_that_leaves_does_not_take_the_worker_with_it(app: Ceylon, client: Client) -> None:
     @app.task(role="r", max_attempts=1)
     def leave() -> None:

@@ -8,7 +8,7 @@ import collections
 import math
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from rq_ceylon.errors import CeylonError, NotFoundError, RecordError
 from rq_ceylon.models import (
@@ -260,12 +260,10 @@ async def some_tasks(connection: Connection, keys: Keys, gid: str, tids: Sequenc
         return []
     replies = await connection.run(
         [command("HMGET", keys.group_part(gid, part), *tids) for part in ("tasks", "claims", "needs", "results")]
-        + [command("HMGET", keys.group_part(gid, "meta"), "status", "defaults")]
+        + [command("HMGET", keys.group_part(gid, "meta"), "status", "defaults", "waited")]
     )
-    status, defaults = replies[4]
     with reading(f"the defaults of group {gid!r}"):
-        shared = decode(defaults) if defaults else {}
-    closed = status in (GroupStatus.CLOSING, GroupStatus.FINISHED)
+        facts = _group_facts(*replies[4])
     found = []
     for tid, text, claim, needs, result in zip(tids, *replies[:4], strict=True):
         try:
@@ -273,7 +271,7 @@ async def some_tasks(connection: Connection, keys: Keys, gid: str, tids: Sequenc
                 if result:
                     found.append(_ended(gid, result_of(tid, result)))
                 elif text:
-                    found.append(_open(gid, tid, text, claim, int(needs or 0), shared, closed=closed))
+                    found.append(_open(gid, tid, text, claim, int(needs or 0), facts))
         except RecordError as error:
             warn_once(f"Left out: {error}")
     return found
@@ -303,11 +301,29 @@ def _ended(gid: str, result: TaskResult) -> TaskView:
     )
 
 
-def _open(
-    gid: str, tid: str, text: str, claim: str | None, needs: int, defaults: Mapping[str, Any], *, closed: bool
-) -> TaskView:
+class _GroupFacts(NamedTuple):
+    """
+    What its tasks' views need of a group. `waited_ms`: for other groups; None if it still waits, or is not there yet.
+    """
+
+    closed: bool
+    uses: str
+    waited_ms: int | None
+
+
+def _group_facts(status: str | None, defaults: str | None, waited: str | None) -> _GroupFacts:
+    return _GroupFacts(
+        status in (GroupStatus.CLOSING, GroupStatus.FINISHED),
+        (decode(defaults) if defaults else {}).get("uses") or "",
+        None if status in (GroupStatus.STAGING, GroupStatus.WAITING) else int(waited or 0),
+    )
+
+
+def _open(gid: str, tid: str, text: str, claim: str | None, needs: int, facts: _GroupFacts) -> TaskView:
     role, _, not_before, _, body = task_parts(text)
-    attempt, attempts, crashes, worker, started, due = 1, 0, 0, "", None, not_before
+    attempt, attempts, crashes, worker, started = 1, 0, 0, "", None
+    # A delay counts from when the group became active.
+    due = None if not_before is None or facts.waited_ms is None else not_before + facts.waited_ms
     running = False
     if claim:
         state, tries, fence, holder, _, since, lost, _, retry_at, _, _ = claim.split("|")
@@ -316,8 +332,8 @@ def _open(
         due = int(retry_at) if retry_at else None
         if running:
             worker, started, due = holder, int(since), None
-    uses = decode(body).get("uses") or defaults.get("uses") or ""
-    if closed and not running:  # closing a group writes no results of its own
+    uses = decode(body).get("uses") or facts.uses
+    if facts.closed and not running:  # closing a group writes no results of its own
         result = TaskResult(tid, TaskStatus.CANCELLED, "closed", role, attempts=attempts, crashes=crashes)
         return replace(_ended(gid, result), uses=uses)
     status = TaskStatus.IN_PROGRESS if running else TaskStatus.WAITING if needs else TaskStatus.PENDING

@@ -387,7 +387,7 @@ class Turns:
                 case "LOST":
                     self.forget(held)
                 case verdict:
-                    if verdict == "DONE":  # perhaps just now: others may follow from that
+                    if verdict in ("DONE", "PARKED"):  # perhaps just now: what follows from that is in the outbox
                         self._relay(held.delivery.gid)
                     self._acknowledge(held, "stale", 0)
 

@@ -48,13 +48,15 @@ local function grant(delivery, claim, role, priority)
 end
 
 -- The entry waits in the outbox, which withholds it until the group goes on. Its issue is raised as by a release: who
--- parks it may acknowledge it late, when it has been reclaimed, and must not take it from one who runs it.
-local function park(delivery, claim, role, priority)
+-- parks it may acknowledge it late, when it has been reclaimed, and must not take it from one who runs it. `due`: it is
+-- not due before, whatever its entry said.
+local function park(delivery, claim, role, priority, due)
   claim = claim or {state = 'l', attempt = 1, fence = '0', worker = '', lineage = '', started = '0', crashes = 0,
                     releases = 0, due = ''}
   claim.role, claim.priority, claim.releases = role, priority, claim.releases + 1
+  if due then claim.due = text(due) end
   claims[delivery.tid] = claim; changed[delivery.tid] = true
-  enqueue_later(delivery.tid, role, priority, issue_of(claim))
+  enqueue_later(delivery.tid, role, priority, issue_of(claim), due)
   return 'PARKED'
 end
 
@@ -98,9 +100,12 @@ local function judge(delivery, has_needs)
   if closed() then return 'CLOSED' end
   if group.status ~= 'active' and group.status ~= 'paused' or has_needs then return 'NOTREADY' end
   if delivery.issue < issue_of(claim) then return 'OUTDATED' end
-  local role, priority, _, expiry = head_of(task)
+  local role, priority, not_before, expiry = head_of(task)
   if group.status == 'paused' then return park(delivery, claim, role, priority) end
-  if expiry and now > expiry then return end_task(tid, 'pending', 'cancelled', 'expired', claim) end
+  -- Its entry knows the delay from the submission only. A group that never waited has no such entries.
+  local due = group.waited > 0 and (not claim or claim.fence == '0') and from_start(not_before)
+  if due and due > now then return park(delivery, claim, role, priority, due) end
+  if expiry and now > from_start(expiry) then return end_task(tid, 'pending', 'cancelled', 'expired', claim) end
   if claim and claim.crashes >= SUSPECT_CRASHES and not room then return 'LATER' end
   move('pending', 'in_progress')
   return grant(delivery, claim, role, priority)

@@ -32,6 +32,7 @@ if outcome == 'completed' then
   call('HSET', META, 'depends_on', rest)
   if left > 0 then return {'OK', group.status, ''} end
   group.status = 'active'
+  group.waited = now - tonumber(call('HGET', META, 'touched'))
   start_goals()
 else
   group.outcome = 'cancelled'

@@ -9,7 +9,7 @@ local CHILDREN_MAX = 1000    -- dependents looked at in one call; the rest waits
 local CALLABLE_WAIT = 3600000 -- ms a finished group waits for the verdict of a callable goal without a deadline
 
 local NUMBERS = {'total', 'waiting', 'pending', 'in_progress', 'completed', 'failed', 'cancelled', 'attempts', 'crashes',
-                 'pages', 'goals_failed'}
+                 'pages', 'goals_failed', 'waited'}   -- waited: ms that it waited for other groups
 local group, before = {}, {}
 
 -- Reads the group; false if there is none. Nothing is ever written for an absent group or an unknown layout.
@@ -55,6 +55,9 @@ local function claim_text(c)
   return c.state .. '|' .. c.attempt .. '|' .. c.fence .. '|' .. c.worker .. '|' .. c.lineage .. '|' .. c.started .. '|' ..
          c.crashes .. '|' .. c.releases .. '|' .. c.due .. '|' .. c.role .. '|' .. c.priority
 end
+-- The delay and the expiry of a task were counted from the submission; they hold from when its group became active.
+local function from_start(at) return at and at + group.waited end
+
 local function running(claim) return claim and (claim.state == 'p' or claim.state == 'c' or claim.state == 's') end
 
 -- The issue of a stream entry. A retry and a release raise it, so every older entry of the task is OUTDATED.
@@ -172,7 +175,8 @@ local function walk_dependents()
         elseif tonumber(unmet) > 1 then call('HINCRBY', NEEDS, tid, -1)
         else
           call('HDEL', NEEDS, tid); move('waiting', 'pending')
-          enqueue_later(tid, role, priority, 1, not_before and not_before > now and not_before)
+          local due = from_start(not_before)
+          enqueue_later(tid, role, priority, 1, due and due > now and due)
         end
       end
       first, last, tid = string.find(children, '(%S+)', position)

@@ -45,7 +45,7 @@ if mode == 'scan' then
         running_here[#running_here + 1] = claim.worker
       elseif not closed() and call('HEXISTS', NEEDS, tid) == 0 then
         local _, _, not_before = head_of(found[2][i + 1])
-        local due = claim and tonumber(claim.due) or not claim and not_before
+        local due = claim and tonumber(claim.due) or not claim and from_start(not_before)
         local is_due = not due or due <= now
         if is_due or ARGV[6] == 'CLEAR' then
           enqueue_later(tid, role, priority, issue_of(claim), not is_due and due)
