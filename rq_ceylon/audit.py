@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from rq_ceylon.errors import RecordError
-from rq_ceylon.models import COUNTERS, GroupStatus
+from rq_ceylon.models import COUNTERS, GroupStatus, TaskStatus
 from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.codec import reading
 from rq_ceylon.store.connection import Connection
@@ -70,6 +70,7 @@ class _Records:
     claims: Mapping[str, str]
     needs: Mapping[str, str]
     children: Mapping[str, str]
+    tried: frozenset[str]
     has_internal_pages: bool
     ends: Mapping[str, Sequence[str]]
 
@@ -166,6 +167,7 @@ async def _read(connection: Connection, keys: Keys, gid: str, meta: Mapping[str,
         claims=await part("claims"),
         needs=await part("needs"),
         children=await part("children"),
+        tried=frozenset(field.partition(" ")[0] for field in await part("errors")),
         has_internal_pages=any("|#" in page for page in pages),
         ends=ends,
     )
@@ -183,6 +185,9 @@ def _drift(gid: str, records: _Records) -> list[Drift]:
     for name, hash_ in (("claim", records.claims), ("needs", records.needs)):
         for tid in sorted(hash_.keys() - records.tasks):
             found.append(Drift(gid, tid, name, "there", "gone: the task has ended"))
+    for tid in sorted(records.tried):
+        if records.results.get(tid) == TaskStatus.COMPLETED:
+            found.append(Drift(gid, tid, "errors of its attempts", "there", "gone: the task has completed"))
     for tid in sorted(records.results.keys() | records.ends.keys()):
         told, recorded = records.ends.get(tid, []), records.results.get(tid)
         if told != [recorded]:
@@ -206,5 +211,5 @@ async def _repair(
     if any(one.what == "index" for one in drift):
         await connection.run(transitions.announce(keys, gid, ()))
     done = reply[0] == "OK"
-    certain = {*records.recount, "payload", "claim", "needs"}
+    certain = {*records.recount, "payload", "claim", "needs", "errors of its attempts"}
     return [replace(one, repaired=one.what == "index" or (done and one.what in certain)) for one in drift]

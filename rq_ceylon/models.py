@@ -460,6 +460,7 @@ class TaskView:
         due_ms: set while it waits for a delay or a retry; for a delay not before its group is active.
         needs: how many tasks that it needs have not ended.
         progress: what its handler last said, up to 5 s old: a fraction, if any, and a message.
+        last_error: `{"type", "message", "traceback"}` of the attempt before, while it waits for the next or runs again.
         result: set once it has ended.
     """
 
@@ -476,6 +477,7 @@ class TaskView:
     due_ms: int | None = None
     needs: int = 0
     progress: tuple[float | None, str] = (None, "")
+    last_error: Mapping[str, str] | None = None
     result: TaskResult | None = None
 
     @property

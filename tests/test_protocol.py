@@ -391,6 +391,31 @@ def test_a_release_spends_no_attempt_and_a_retry_spends_one(bench: Bench) -> Non
     assert (record[0], record[1], record[7]) == ("r", "2", "1")
 
 
+def test_the_errors_of_the_last_five_attempts_are_kept_until_the_task_completes(bench: Bench) -> None:
+    errors = bench.keys.group_part("g", "errors")
+    bench.queued("g", ["a"])
+    for attempt in range(1, 8):
+        bench.commit("w", bench.started("w", "g"), "retry", message=f"error {attempt}")
+        assert "error " + str(attempt) in bench.redis.hget(errors, f"a {attempt}")
+        assert bench.redis.hlen(errors) == min(attempt, 5)
+    bench.commit("w", bench.started("w", "g"), "release")
+    assert sorted(bench.redis.hkeys(errors)) == ["a 3", "a 4", "a 5", "a 6", "a 7"]
+    bench.commit("w", bench.started("w", "g"))
+    assert not bench.redis.exists(errors)
+
+
+def test_the_errors_of_a_task_that_failed_are_kept_as_long_as_its_group(bench: Bench) -> None:
+    bench.queued("g")
+    bench.commit("w", bench.started("w", "g"), "retry")
+    bench.commit("w", bench.started("w", "g"), "failed")
+    errors = bench.keys.group_part("g", "errors")
+    assert bench.redis.hkeys(errors) == ["a 1"]
+    assert bench.redis.pttl(errors) > 86_400_000
+    bench.redis.hset(bench.keys.group_part("g", "meta"), "retention", 0)
+    assert bench.run(transitions.prune(bench.keys, "g", staging_ms=0)) == ["OK", "pruned"]
+    assert not bench.redis.exists(errors)
+
+
 def test_a_retry_with_a_delay_is_not_delivered_before_it_is_due(bench: Bench) -> None:
     bench.queued("g")
     delivery = bench.started("w", "g")

@@ -238,6 +238,37 @@ async def test_delay_and_expiry_of_a_group_that_waits_for_another_count_from_its
     assert (late or 0) - (began.ended_ms or 0) >= 1000
 
 
+async def test_the_error_of_the_attempt_before_is_shown_while_a_task_waits_for_the_next_and_while_that_runs(
+    app: Ceylon, client: Client
+) -> None:
+    may_end = asyncio.Event()
+
+    @app.task(role="r", backoff=Backoff(first="1s", jitter=False))
+    async def flaky(context: TaskContext) -> None:
+        if context.attempt == 1:
+            raise ValueError("not yet")
+        await may_end.wait()
+
+    handle = await client.submit(flaky.bind())
+    seen: list[Any] = []
+
+    async def shown(status: TaskStatus) -> bool:
+        view = await handle.view()
+        seen.append(view.last_error)
+        return view.attempt == 2 and view.status is status
+
+    async with running(worker_of(app)):
+        for status in (TaskStatus.PENDING, TaskStatus.IN_PROGRESS):
+            await eventually(lambda status=status: shown(status), f"its second attempt is {status}")
+            assert (seen[-1]["type"], seen[-1]["message"]) == ("ValueError", "not yet")
+            assert 'raise ValueError("not yet")' in seen[-1]["traceback"]
+        may_end.set()
+        await handle.result(LIMIT_S)
+
+    assert seen[0] is None
+    assert (await handle.view()).last_error is None
+
+
 async def test_a_handler_that_leaves_does_not_take_the_worker_with_it(app: Ceylon, client: Client) -> None:
     @app.task(role="r", max_attempts=1)
     def leave() -> None:

@@ -64,6 +64,7 @@ def task_facts(task: TaskView) -> dict[str, Any]:
         "run_ms": result.run_ms if result else None,
         "result": result.value if result else None,
         "error": result.error if result else None,
+        "last_error": task.last_error,
     }
 
 

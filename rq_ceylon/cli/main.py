@@ -216,6 +216,9 @@ async def _show_more(client: Client, gid: str, task: TaskView, why: str) -> None
         say(f"  needs: {', '.join(need for need in needs if need not in ended)}")
     if why:
         say(f"  waits: {why}")
+    if error := task.last_error:
+        say(f"  attempt {task.attempt - 1} failed: {error.get('type')}: {error.get('message')}")
+        say(error.get("traceback", "").rstrip())
     if task.result and task.result.error:
         say(task.result.error.get("traceback", "").rstrip())
 

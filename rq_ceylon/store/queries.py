@@ -274,7 +274,23 @@ async def some_tasks(connection: Connection, keys: Keys, gid: str, tids: Sequenc
                     found.append(_open(gid, tid, text, claim, int(needs or 0), facts))
         except RecordError as error:
             warn_once(f"Left out: {error}")
-    return found
+    return await _with_errors(connection, keys, gid, found)
+
+
+async def _with_errors(connection: Connection, keys: Keys, gid: str, views: list[TaskView]) -> list[TaskView]:
+    tried = [view for view in views if view.attempt > 1 and not view.status.is_final]
+    if not tried:
+        return views
+    names = [f"{view.task_id} {view.attempt - 1}" for view in tried]
+    (texts,) = await connection.run([command("HMGET", keys.group_part(gid, "errors"), *names)])
+    errors = {}
+    for view, text in zip(tried, texts, strict=True):
+        try:
+            with reading(f"the last error of task {view.id}"):
+                errors[view.task_id] = dict(decode(text)) if text else None
+        except RecordError as error:
+            warn_once(f"Left out: {error}")
+    return [replace(view, last_error=errors.get(view.task_id)) for view in views]
 
 
 def _results(gid: str, tids: Sequence[str], texts: Sequence[str | None]) -> dict[str, TaskResult]:

@@ -33,7 +33,9 @@ end
 
 -- What is not over goes back to pending, and its next delivery is a page of the outbox.
 local function again(outcome, claim)
-  if outcome.kind == 'retry' then claim.state = 'r'; claim.attempt = claim.attempt + 1
+  if outcome.kind == 'retry' then
+    keep_error(outcome.tid, claim.attempt, outcome.blob)
+    claim.state = 'r'; claim.attempt = claim.attempt + 1
   else claim.state = 'l'; claim.releases = claim.releases + 1 end
   local due = outcome.delay > 0 and now + outcome.delay
   claim.due = due and text(due) or ''
@@ -54,6 +56,7 @@ local function record(outcome)
     if claim.state == 'p' then claim.state = 's'; call('HSET', CLAIMS, tid, claim_text(claim)) end
   elseif outcome.kind == 'completed' then
     settle(tid, 'in_progress', 'completed', '', claim.role, claim, outcome.run, outcome.blob)
+    forget_errors(tid, claim.attempt)
   -- A success still counts once a cancel was asked for or the group has closed; anything else becomes cancelled.
   elseif closed() then settle(tid, 'in_progress', 'cancelled', 'closed', claim.role, claim, outcome.run, '')
   elseif claim.state == 'c' or outcome.kind == 'stopped' then

@@ -56,6 +56,9 @@ if action == 'repair' then
     for _, part in ipairs({TASKS, CLAIMS, NEEDS}) do
       if part ~= TASKS or call('HEXISTS', RESULTS, ARGV[i]) == 1 then call('HDEL', part, ARGV[i]) end
     end
+    local result = call('HGET', RESULTS, ARGV[i]) or ''
+    local attempts = string.match(result, '^completed|[^|]*|[^|]*|(%d+)|')
+    if attempts then forget_errors(ARGV[i], tonumber(attempts)) end
   end
   tail('repair', now)
   return {'OK', group.status}

@@ -1,9 +1,10 @@
 -- Shared by the scripts of the group slot: the state of a group, one read at the start and one write in the tail;
 -- records, outbox pages, ends of tasks, dependents, goals, closing and finishing.
--- KEYS: meta tasks claims results needs children outbox events, all of one group.
-local META, TASKS, CLAIMS, RESULTS, NEEDS, CHILDREN, OUTBOX, EVENTS = unpack(KEYS)
+-- KEYS: meta tasks claims results needs children outbox events errors, all of one group.
+local META, TASKS, CLAIMS, RESULTS, NEEDS, CHILDREN, OUTBOX, EVENTS, ERRORS = unpack(KEYS)
 local LAYOUT = '1'
 local CRASH_LIMIT = 3       -- crashes that a task survives, unless it says otherwise
+local ERRORS_KEPT = 5        -- errors of a task's last attempts
 local PAGE_ITEMS = 100       -- entries in one outbox page
 local CHILDREN_MAX = 1000    -- dependents looked at in one call; the rest waits in an internal page
 local CALLABLE_WAIT = 3600000 -- ms a finished group waits for the verdict of a callable goal without a deadline
@@ -119,6 +120,17 @@ end
 
 -- An error that no handler raised, as JSON.
 local function error_text(message) return '{"type":"","message":"' .. message .. '","traceback":""}' end
+
+-- Errors: 'tid attempt' -> the error with which that attempt ended; another followed. Those of a completed task go.
+local function keep_error(tid, attempt, blob)
+  call('HSET', ERRORS, tid .. ' ' .. attempt, blob)
+  if attempt > ERRORS_KEPT then call('HDEL', ERRORS, tid .. ' ' .. attempt - ERRORS_KEPT) end
+end
+local function forget_errors(tid, attempts)
+  for attempt = math.max(1, attempts - ERRORS_KEPT), attempts - 1 do
+    call('HDEL', ERRORS, tid .. ' ' .. attempt)
+  end
+end
 
 -- Ends a task. `claim` is its record or nil, `run` the handler's ms, `blob` a JSON value or ''.
 local function settle(tid, from, outcome, reason, role, claim, run, blob)
