@@ -55,6 +55,15 @@ async def test_nothing_is_found_at_any_stage_of_a_group(bench: Bench, connection
     assert (words(found), found.groups, found.tasks) == ([], 2, 6)
 
 
+def _leave_error(bench: Bench, part: Callable[[str], str]) -> None:
+    """
+    As if `a` had completed at its second attempt.
+    """
+    state, reason, role, attempts, rest = bench.redis.hget(part("results"), "a").split("|", 4)
+    bench.redis.hset(part("results"), "a", "|".join([state, reason, role, str(int(attempts) + 1), rest]))
+    bench.redis.hset(part("errors"), "a 1", "{}")
+
+
 DAMAGE: dict[str, tuple[Callable[[Bench, Any], object], list[str], bool]] = {
     "a counter": (
         lambda b, part: b.redis.hincrby(part("meta"), "completed", 2),
@@ -70,6 +79,11 @@ DAMAGE: dict[str, tuple[Callable[[Bench, Any], object], list[str], bool]] = {
     "a claim of an ended task": (
         lambda b, part: b.redis.hset(part("claims"), "a", "p|1|5|w|2:1-0|1|0|0||p|2"),
         ["g/a: claim is there, should be gone: the task has ended"],
+        True,
+    ),
+    "an error of a completed task": (
+        lambda b, part: _leave_error(b, part),
+        ["g/a: errors of its attempts is there, should be gone: the task has completed"],
         True,
     ),
     "a lost result": (

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import redis
+from bench import Bench
 from commands import EXAMPLE, Commands, commands_on, run_to_end, until
 
 from rq_ceylon import Ceylon, Goal, Task, TaskGroup
@@ -309,6 +310,21 @@ def test_a_failure_without_an_exception_is_shown_by_its_message_alone() -> None:
     )
 
     assert (reason, shown) == ("poison", "poison")
+
+
+def test_the_error_of_the_attempt_before_is_shown_of_a_task_that_waits_for_the_next(
+    commands: Commands, bench: Bench
+) -> None:
+    bench.queued("g", role="r")
+    (delivery,) = bench.fetch("w", role="r")
+    assert bench.claim("w", delivery) == ["GRANTED"]
+    bench.commit("w", delivery, "retry", delay_ms=60_000, message="no answer")
+
+    (task,) = commands.json("ceylon", "show", "g/a", "--json", "--namespace", bench.keys.namespace)["tasks"]
+    shown = commands.run("ceylon", "show", "g/a", "--namespace", bench.keys.namespace).stdout
+
+    assert (task["error"], task["last_error"]["message"], task["status"]) == (None, "no answer", "pending")
+    assert "  attempt 1 failed: E: no answer" in shown.splitlines()
 
 
 def test_status_workers_and_groups_are_told_as_json_and_as_tables(commands: Commands) -> None:

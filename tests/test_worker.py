@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -259,7 +260,7 @@ async def test_the_error_of_the_attempt_before_is_shown_while_a_task_waits_for_t
 
     async with running(worker_of(app)):
         for status in (TaskStatus.PENDING, TaskStatus.IN_PROGRESS):
-            await eventually(lambda status=status: shown(status), f"its second attempt is {status}")
+            await eventually(partial(shown, status), f"its second attempt is {status}")
             assert (seen[-1]["type"], seen[-1]["message"]) == ("ValueError", "not yet")
             assert 'raise ValueError("not yet")' in seen[-1]["traceback"]
         may_end.set()
