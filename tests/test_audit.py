@@ -82,7 +82,7 @@ DAMAGE: dict[str, tuple[Callable[[Bench, Any], object], list[str], bool]] = {
         True,
     ),
     "an error of a completed task": (
-        lambda b, part: _leave_error(b, part),
+        _leave_error,
         ["g/a: errors of its attempts is there, should be gone: the task has completed"],
         True,
     ),
