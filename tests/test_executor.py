@@ -5,6 +5,7 @@ The executor: whatever a handler does becomes one outcome, and whatever goes on 
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import os
 import sys
@@ -24,6 +25,7 @@ from pydantic_core import core_schema, from_json
 from runs import Body, Runs, assigned, error_of
 
 from rq_ceylon.attempt import AttemptStoppedError, Backoff, FailTask, RetryTask, StopReason, TaskContext
+from rq_ceylon.client import Client
 from rq_ceylon.handlers import Handler, Registry
 from rq_ceylon.worker.children import Children
 from rq_ceylon.worker.executor import MANY
@@ -851,6 +853,75 @@ async def test_a_function_of_the_main_module_runs_in_a_process(how: list[str], t
     out, _ = await process.communicate()
 
     assert out.decode().splitlines() == ["completed 6", 'failed {"typ']
+
+
+UNGUARDED = """
+import asyncio, json, os, sys
+from rq_ceylon.app import Ceylon
+from rq_ceylon.store.server import EmbeddedServer
+from rq_ceylon.store.transitions import Claimed, Delivery
+from rq_ceylon.worker.executor import Executor
+from rq_ceylon.worker.outcome import Assignment
+
+app = Ceylon()
+
+@app.task(cpu=True, max_attempts=1)
+def work() -> int:
+    return 1
+
+def submit():
+    with Ceylon(os.environ["TEST_URL"]).sync_client() as client:
+        client.submit(work.bind())
+
+PROGRAM
+if "rq_ceylon.worker.executor" in sys.modules and os.environ.pop("IS_WORKER", ""):
+    @app.task(cpu=True, max_attempts=1)
+    def late() -> int:
+        return 1
+
+    async def main():
+        executor = Executor(app.registry)
+        ended = asyncio.get_running_loop().create_future()
+        body = {"uses": sys.argv[1], "arguments": {}}
+        delivery = Delivery("default", "2:1-0", "g", "t", "1", "2:1-0", 1)
+        executor.start(Assignment("w", delivery, Claimed("GRANTED"), body, {}), ended.set_result)
+        outcome = await ended
+        print(json.dumps([outcome.kind, outcome.error]), flush=True)
+        await executor.close()
+
+    asyncio.run(main())
+"""
+"""A script whose program has no guard. `IS_WORKER` is gone in its children."""
+
+
+@pytest.mark.parametrize(
+    ("program", "name", "cause"),
+    [
+        ("if 'IS_WORKER' not in os.environ: submit()", "work", "may not submit"),
+        ("if 'IS_WORKER' not in os.environ: EmbeddedServer.start()", "work", "may not start a server"),
+        ("if 'IS_WORKER' not in os.environ: sys.exit(3)", "work", "SystemExit: 3"),
+        ("if 'IS_WORKER' not in os.environ: int('x')", "work", "ValueError: invalid literal"),
+        ("", "late", "has no attribute 'late'"),
+    ],
+    ids=["submits", "starts a server", "exits", "raises", "defines it later"],
+)
+async def test_a_script_that_runs_its_program_in_a_child_is_refused_and_told_the_guard(
+    program: str, name: str, cause: str, tmp_path: Path, redis_url: str
+) -> None:
+    (tmp_path / "script.py").write_text(UNGUARDED.replace("PROGRAM", program))
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "IS_WORKER": "1", "TEST_URL": redis_url}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "script.py", name, cwd=tmp_path, env=environ, stdout=PIPE
+    )
+
+    out, _ = await process.communicate()
+
+    kind, error = json.loads(out)
+    assert (kind, error["type"]) == ("failed", "AppImportError")
+    assert cause in error["message"], error["message"]
+    assert 'below the line `if __name__ == "__main__":`' in error["message"]
+    async with Client(redis_url) as client:
+        assert await client.roles() == []
 
 
 async def test_a_process_ends_with_its_worker_even_if_that_is_killed(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 PACKAGE = "rq_ceylon"
 
 FLOORS: list[set[str]] = [
-    {"errors", "settings", "models", "graph", "goals", "groupfile", "values", "attempt", "handlers", "log"},
+    {"errors", "settings", "models", "graph", "goals", "groupfile", "values", "attempt", "handlers", "log", "script"},
     {"store"},
     {"maintenance", "presence", "audit", "process", "checks"},
     {"client", "worker", "monitor"},

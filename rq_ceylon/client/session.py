@@ -18,6 +18,7 @@ from rq_ceylon.client.following import Follower, Following
 from rq_ceylon.errors import CeylonError, DurabilityError, NoWorkerError, QueueFullError, guess
 from rq_ceylon.handlers import Registry
 from rq_ceylon.models import Durability
+from rq_ceylon.script import refuse_while_loading
 from rq_ceylon.settings import check_url, masked
 from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.connection import Connection, until_answered
@@ -145,7 +146,11 @@ class Session:
             behind: calls that follow the part, and may be refused; their errors are among the replies.
             again: announce it behind the part too: maintenance may just be dropping an older group of its key.
             limit_s: seconds until it gives up, None: 5; a confirmation takes longer by what it waits for.
+
+        Raises:
+            CeylonError: a child process of `cpu=True` tasks imports a script, which is not to submit again.
         """
+        refuse_while_loading("submit")
         announce = [] if roles is None else transitions.announce(self.keys, gid, roles, durability=durability)
         calls = [*announce, *before, confirming(part, durability)]
         first, end = len(announce), len(calls)

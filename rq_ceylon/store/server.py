@@ -26,6 +26,7 @@ from typing import BinaryIO, Self
 from urllib.parse import urlsplit
 
 from rq_ceylon.errors import RedisError
+from rq_ceylon.script import refuse_while_loading
 from rq_ceylon.settings import fits_socket, is_private, require_unix, socket_path, socket_url
 
 POLL_S = 0.002
@@ -86,8 +87,10 @@ class EmbeddedServer:
         Raises:
             InvalidInputError: on Windows there is none.
             RedisError: no server is installed, it ended at once, or one already runs in this folder.
+            CeylonError: a child process of `cpu=True` tasks imports a script, whose program is not to run again.
         """
         require_unix("a server of this process (embedded://)")
+        refuse_while_loading("start a server")
         binary = find_binary()
         if folder is None:
             home = _throw_away_folder()

@@ -16,12 +16,13 @@ import sys
 from collections.abc import Awaitable
 from contextlib import AsyncExitStack
 from functools import cache
+from operator import attrgetter
 from types import ModuleType
 from typing import Any
 
 from pydantic_core import from_json, to_json
 
-from rq_ceylon import log
+from rq_ceylon import log, script
 from rq_ceylon.attempt import TaskContext, said
 from rq_ceylon.errors import InvalidInputError
 from rq_ceylon.handlers import Handler
@@ -149,16 +150,16 @@ def _found(name: str, module: str, qualname: str, main: str | None, path: str | 
     """
     The function, and the application that it belongs to, if any.
     """
-    if module == "__main__":
-        _load_main(main, path)
-    found: Any = importlib.import_module(module)
-    for part in qualname.split("."):
-        found = getattr(found, part)
+    if module != "__main__":
+        found = attrgetter(qualname)(importlib.import_module(module))
+    else:
+        with script.loading(path or f"module {main}"):
+            found = attrgetter(qualname)(_load_main(main, path))
     return Handler(name, getattr(found, "function", found)), getattr(found, "app", None)
 
 
 @cache
-def _load_main(name: str | None, path: str | None) -> None:
+def _load_main(name: str | None, path: str | None) -> ModuleType:
     """
     Make the worker's main module ours, under the name that multiprocessing gives it: what stands under
     `if __name__ == "__main__"` does not run here.
@@ -169,3 +170,4 @@ def _load_main(name: str | None, path: str | None) -> None:
     elif path is not None:
         main.__dict__.update(runpy.run_path(path, run_name=main.__name__))
     sys.modules["__main__"] = sys.modules[main.__name__] = main
+    return main
