@@ -246,8 +246,15 @@ def test_a_task_that_outlives_its_crash_limit_fails_as_poison(bench: Bench) -> N
     bench.started("v", "g")
     bench.age(LEASE_MS + 1)
     (delivery,) = bench.fetch("w")
+    reply = bench.run(transitions.claim(bench.keys, "g", "w", [delivery]))
+    (answer,) = transitions.claim_reply(reply, 1).answers
+    assert (answer.verdict, answer.reason) == ("DONE", "poison")
+    assert answer.words.startswith("its worker was lost under it 2 times: the process died, or answered nothing for a")
+    assert answer.words.endswith("see the log of worker v")
+    result = bench.redis.hget(bench.keys.group_part("g", "results"), "a")
+    assert result.startswith("failed|poison|")
+    assert f'"message":"{answer.words}"' in result
     assert bench.claim("w", delivery) == ["DONE"]
-    assert bench.redis.hget(bench.keys.group_part("g", "results"), "a").startswith("failed|poison|")
 
 
 def test_a_task_without_a_limit_of_its_own_survives_as_many_crashes_as_the_pages_say(bench: Bench) -> None:

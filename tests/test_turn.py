@@ -334,6 +334,26 @@ def test_what_follows_from_a_task_that_ended_at_its_claim_follows_at_once(bench:
     assert [held.delivery.tid for held in worker.turns.running()] == ["next"]
 
 
+def test_a_worker_whose_claim_ends_a_task_logs_why_once(bench: Bench, said: list[str]) -> None:
+    bench.queued("poison", crash_limit=0)
+    bench.started("lost", "poison")
+    bench.queued("expired", expires_ms=0)
+    began = bench.redis.time()
+    while bench.redis.time() < (began[0], began[1] + 1000):  # until it has expired
+        pass
+    bench.age(LEASE_MS + 1)
+    worker = Hand(bench, "w")
+    for _ in range(6):
+        worker.turn()
+        worker.turns.ring()
+
+    told = sorted((line.strip() for line in said if " is over (" in line), reverse=True)
+
+    assert len(told) == 2, said
+    assert told[0].startswith("WARNING: expired/a is over (expired): it had not started when it expired, ")
+    assert told[1].startswith("ERROR: poison/a is over (poison): its worker was lost under it once: ")
+
+
 def test_what_a_stopping_worker_has_not_started_is_given_back(bench: Bench) -> None:
     bench.queued("g", ["a"])
     worker = Hand(bench, "w")

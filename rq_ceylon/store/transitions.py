@@ -307,7 +307,8 @@ SUSPECT_CRASHES = 2
 
 class Claimed(NamedTuple):
     """
-    The answer for one delivery; the rest is set if it is GRANTED. `task` is the stored text.
+    The answer for one delivery. `attempt` to `task`, the stored text, are set if it is GRANTED; `reason` and `words`,
+    why the task ended, if it is DONE by this very claim: it will never run, and no other worker is told.
     """
 
     verdict: Verdict
@@ -315,6 +316,8 @@ class Claimed(NamedTuple):
     crashes: int = 0
     releases: int = 0
     task: str = ""
+    reason: str = ""
+    words: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,7 +349,7 @@ def claim_reply(reply: list[Any], asked: int) -> ClaimReply:
             attempt, crashes, releases = flat[i + 1].split(" ")
             answers.append(Claimed("GRANTED", int(attempt), int(crashes), int(releases), flat[i + 2]))
         else:
-            answers.append(Claimed(flat[i]))
+            answers.append(Claimed(flat[i], reason=flat[i + 1], words=flat[i + 2]))
     return ClaimReply(answers, reply[2], reply[3] == "1")
 
 

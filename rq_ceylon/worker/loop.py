@@ -29,7 +29,7 @@ from rq_ceylon.worker.lanes import Lanes
 from rq_ceylon.worker.leases import Leases
 from rq_ceylon.worker.lookout import Lookout
 from rq_ceylon.worker.neighbours import Neighbours
-from rq_ceylon.worker.outcome import BUSY, UNKNOWN, Assignment, Outcome, invalid
+from rq_ceylon.worker.outcome import BUSY, UNKNOWN, Assignment, Outcome, invalid, unroutable
 from rq_ceylon.worker.turn import Turns
 from rq_ceylon.worker.wear import jittered, memory_in_use
 
@@ -303,7 +303,7 @@ class Worker:
 
     async def _end_unknown(self, grant: Granted, body: Mapping[str, Any], outcome: Outcome) -> None:
         if await is_unroutable(self.connection, self.keys, grant.held.delivery.role, body["uses"]):
-            outcome = Outcome("failed", reason="unroutable", blob=outcome.blob)
+            outcome = unroutable(grant.held.delivery.role, outcome)
         self._end(grant, outcome)
 
     def _in_background(self, body: Coroutine[Any, Any, None], grant: Granted) -> None:

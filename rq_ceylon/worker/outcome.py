@@ -94,6 +94,15 @@ def unknown(name: str, error: BaseException) -> Outcome:
     return Outcome("release", reason=UNKNOWN + name, blob=to_json(error_of(error)))
 
 
+def unroutable(role: str, outcome: Outcome) -> Outcome:
+    """
+    The outcome of a task whose name no worker of its role has known for so long that none is expected to come.
+    """
+    error = outcome.error
+    words = f"no worker of role {role!r} that knows this task has asked for work in an hour; here {error['message']}"
+    return Outcome("failed", reason="unroutable", blob=to_json({**error, "message": words}))
+
+
 def invalid(error: Exception) -> Outcome:
     """
     The outcome of a task whose body cannot be used.

@@ -389,6 +389,10 @@ class Turns:
                 case verdict:
                     if verdict in ("DONE", "PARKED"):  # perhaps just now: what follows from that is in the outbox
                         self._relay(held.delivery.gid)
+                    if claimed.words:
+                        level = "WARNING" if claimed.reason == "expired" else "ERROR"  # the former was asked for
+                        task, words = f"{held.delivery.gid}/{held.delivery.tid}", "{} is over ({}): {}"
+                        logger.log(level, words, task, claimed.reason, claimed.words)
                     self._acknowledge(held, "stale", 0)
 
     def _fetched(self, role: str, budget: int, names: Collection[str], reply: Any) -> None:

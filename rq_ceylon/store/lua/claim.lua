@@ -1,7 +1,8 @@
 -- claim: may these deliveries run?
 -- KEYS: the group's.
 -- ARGV: worker, may a suspect start (1|0), then per delivery: 'tid issue lineage fence supersedes' ('-' none).
--- Reply: GONE | OK status defaults stop, then 3 per delivery: verdict, attempt crashes releases, task text (if GRANTED).
+-- Reply: GONE | OK status defaults stop, then 3 per delivery: verdict, attempt crashes releases, task text (if GRANTED;
+--        if this claim itself ended the task: DONE, reason, why in words).
 --        Ack on GONE DONE DUPLICATE OUTDATED NOTREADY CLOSED PARKED; forget on LOST (never run, renew or ack); keep and
 --        ask again on LATER; run on GRANTED.
 -- Repeatable: the same fence and worker get the same grant. A batch may name one task twice, so what it writes is kept
@@ -29,12 +30,24 @@ for i, tid in ipairs(tids) do
   claims[tid] = found_claims[i] and claim_of(found_claims[i]) or nil
 end
 
--- Ends a task at its claim; what this batch may have noted for it is void.
-local function end_task(tid, from, outcome, reason, claim)
-  local role = head_of(tasks[tid])
-  settle(tid, from, outcome, reason, role, claim, 0, outcome == 'failed' and error_text(reason) or '')
-  tasks[tid] = nil; claims[tid] = nil; changed[tid] = nil
+-- Ends a task at its claim; what this batch may have noted for it is void. No worker saw this end, so the words are all
+-- that its owner hears of it: they are recorded, and whoever asked logs them. They are part of a JSON text: no quotes.
+local endings = {}
+local function end_task(tid, from, outcome, reason, claim, words)
+  local error = outcome == 'failed' and error_text(words) or ''
+  settle(tid, from, outcome, reason, head_of(tasks[tid]), claim, 0, error)
+  if words then endings[tid] = {reason, words} end
+  tasks[tid] = nil
+  claims[tid] = nil
+  changed[tid] = nil
   return 'DONE'
+end
+
+-- A process that lives but holds the GIL renews no lease, and cannot be told from a dead one.
+local function poison_words(crashes)
+  return 'its worker was lost under it ' .. (crashes == 1 and 'once' or crashes .. ' times') ..
+         ': the process died, or answered nothing for a whole lease,' ..
+         ' as when code in C holds the GIL; see the log of worker '
 end
 
 local function grant(delivery, claim, role, priority)
@@ -72,7 +85,10 @@ local function take_over(delivery, task, claim)
   local poison = limit == 0 or claim.crashes + crash > (limit or CRASH_LIMIT)
   if not poison and group.status ~= 'paused' and claim.crashes + crash >= SUSPECT_CRASHES and not room then return 'LATER' end
   claim.crashes = claim.crashes + crash; group.crashes = group.crashes + crash
-  if poison then return end_task(tid, 'in_progress', 'failed', 'poison', claim) end
+  if poison then
+    local words = poison_words(math.max(1, claim.crashes)) .. claim.worker
+    return end_task(tid, 'in_progress', 'failed', 'poison', claim, words)
+  end
   if group.status == 'paused' then
     claim.state = 'l'
     move('in_progress', 'pending')
@@ -105,7 +121,10 @@ local function judge(delivery, has_needs)
   -- Its entry knows the delay from the submission only. A group that never waited has no such entries.
   local due = group.waited > 0 and (not claim or claim.fence == '0') and from_start(not_before)
   if due and due > now then return park(delivery, claim, role, priority, due) end
-  if expiry and now > from_start(expiry) then return end_task(tid, 'pending', 'cancelled', 'expired', claim) end
+  if expiry and now > from_start(expiry) then
+    local words = 'it had not started when it expired, ' .. text(now - from_start(expiry)) .. ' ms ago'
+    return end_task(tid, 'pending', 'cancelled', 'expired', claim, words)
+  end
   if claim and claim.crashes >= SUSPECT_CRASHES and not room then return 'LATER' end
   move('pending', 'in_progress')
   return grant(delivery, claim, role, priority)
@@ -114,12 +133,16 @@ end
 local replies = {}
 for i, delivery in ipairs(wanted) do
   local verdict_word = judge(delivery, found_needs[i])
-  local claim, task = claims[delivery.tid], tasks[delivery.tid]
+  local claim, task, ending = claims[delivery.tid], tasks[delivery.tid], endings[delivery.tid]
   replies[#replies + 1] = verdict_word
   if verdict_word == 'GRANTED' then
     bytes = bytes + #task
     replies[#replies + 1] = claim.attempt .. ' ' .. claim.crashes .. ' ' .. claim.releases
     replies[#replies + 1] = task
+  elseif ending then
+    replies[#replies + 1] = ending[1]
+    replies[#replies + 1] = ending[2]
+    endings[delivery.tid] = nil
   else replies[#replies + 1] = ''; replies[#replies + 1] = '' end
 end
 

@@ -64,7 +64,8 @@ local function record(outcome)
   elseif outcome.kind == 'failed' then
     settle(tid, 'in_progress', 'failed', outcome.reason, claim.role, claim, outcome.run, outcome.blob)
   elseif is_over(outcome) then
-    settle(tid, 'in_progress', 'failed', 'poison', claim.role, claim, outcome.run, error_text('poison'))
+    local error = error_text('its worker was stopped while it ran, and it may lose no worker (max_crashes 0)')
+    settle(tid, 'in_progress', 'failed', 'poison', claim.role, claim, outcome.run, error)
   else again(outcome, claim) end
   return 'OK'
 end
