@@ -15,12 +15,14 @@ from typing import Any
 import pytest
 import redis
 from bench import Bench
-from commands import EXAMPLE, Commands, commands_on, run_to_end, until
+from commands import EXAMPLE, ROOT, Commands, commands_on, run_to_end, until
 
-from rq_ceylon import Ceylon, Goal, Task, TaskGroup
+from rq_ceylon import Ceylon, Goal, Task, TaskGroup, errors
+from rq_ceylon.cli.common import EXIT_CODES
 from rq_ceylon.cli.main import _task_row
 from rq_ceylon.models import TaskResult, TaskStatus, TaskView
 from rq_ceylon.store.server import EmbeddedServer
+from rq_ceylon.worker.loop import HUNG_EXIT_CODE
 
 GROUP = "name: Two\ntasks:\n  a: {role: r, duration: 0}\n  b: {role: r, duration: 0, needs: a}\ngoal: completed >= 1\n"
 
@@ -88,6 +90,37 @@ assert not loaded, loaded
     assert ended.returncode == 0, ended.stderr
     assert "Exit codes: 0" in ended.stdout
     assert "Examples:" in ended.stdout
+
+
+def test_every_exit_code_of_the_code_is_listed_in_help_readme_and_docs() -> None:
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.CeylonError)]
+    codes = {0, 130, 143, HUNG_EXIT_CODE, *(kind.exit_code for kind in kinds)}
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    table = (ROOT / "docs" / "deployment.md").read_text().split("## Exit codes")[1].split("##")[0]
+
+    listed = re.sub(r"\s+", " ", EXIT_CODES.removeprefix("\b"))
+    assert {int(code) for code in re.findall(r"(?<=[:,] )\d+", listed)} == codes
+    assert {int(code) for row in re.findall(r"^\| ([\d, ]+) \|", table, re.M) for code in row.split(",")} == codes
+    assert listed.split("codes: ")[1] in readme
+
+
+# ---- log -------------------------------------------------------------------------------------------------------------
+def test_quiet_leaves_out_the_line_of_each_task_and_wins_over_the_environment(commands: Commands) -> None:
+    told = {}
+    for option in ([], ["--quiet"]):
+        submitted(commands)
+        ended = commands.run("worker", "-r", "r", "--burst", *option, environ={"CEYLON_LOG_LEVEL": "info"})
+        assert ended.returncode == 0, ended.stderr
+        told[bool(option)] = ended.stderr
+
+    assert " completed in " in told[False]
+    assert told[True] == ""
+
+
+def test_quiet_beside_a_log_level_is_refused(tmp_path: Path) -> None:
+    ended = Commands("", tmp_path).run("worker", "-r", "r", "-q", "--log-level", "debug")
+
+    assert_refused(ended, 2, "--quiet and --log-level debug say two things; give one of them")
 
 
 # ---- Redis -----------------------------------------------------------------------------------------------------------

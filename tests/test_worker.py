@@ -768,7 +768,7 @@ async def test_a_task_that_no_worker_has_known_for_an_hour_fails_and_one_unknown
     group = await client.submit(TaskGroup("g", [Task(id=name, uses=name, role="r") for name in ("old", "new")]))
     async with running(worker_of(app)):
         await unknown_for_an_hour(client, "old")
-        with pytest.raises(TaskFailedError, match="no worker of role 'r' .* in an hour; .* as 'old'") as failed:
+        with pytest.raises(TaskFailedError, match=r"no worker of role 'r' .* in an hour; .* as 'old'") as failed:
             await group.task("old").result(timeout=LIMIT_S)
         assert failed.value.reason == "unroutable"
     assert await group.task("new").status() is TaskStatus.PENDING

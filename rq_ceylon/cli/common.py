@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from rq_ceylon import log
 from rq_ceylon.errors import AppImportError, CeylonError, error_at
@@ -34,7 +35,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 EXIT_CODES = """\b
 Exit codes: 0 goals achieved or outcome completed, 1 not, 2 usage or invalid
 file, 3 no Redis, 4 cannot import, 5 waited too long, 6 no worker for a role,
-130 Ctrl-C, 143 terminated."""
+7 a worker ended because too much hung, 130 Ctrl-C, 143 terminated."""
 
 CLEAN_UP_S = 1.0
 """How long tasks that users' code has started beside its handlers may go on once they are cancelled at the end."""
@@ -139,6 +140,7 @@ def logs(function: Callable[..., Any]) -> Callable[..., Any]:
         show_default=True,
         help="What to log, to stderr.",
     )
+    @click.option("-q", "--quiet", is_flag=True, help="Short for --log-level warning: no line for each task.")
     @click.option(
         "--log-format",
         type=click.Choice(["text", "json"]),
@@ -148,7 +150,12 @@ def logs(function: Callable[..., Any]) -> Callable[..., Any]:
         help="One JSON object per line, or text.",
     )
     @functools.wraps(function)
-    def run(*args: Any, log_level: str, log_format: log.Form, **kwargs: Any) -> Any:
+    def run(*args: Any, log_level: str, quiet: bool, log_format: log.Form, **kwargs: Any) -> Any:
+        if quiet:
+            source = click.get_current_context().get_parameter_source("log_level")
+            if source is ParameterSource.COMMANDLINE:
+                raise click.UsageError(f"--quiet and --log-level {log_level} say two things; give one of them")
+            log_level = "warning"
         log.set_up(log_level, log_format)
         # Commands that this one starts log alike.
         os.environ.update(CEYLON_LOG_LEVEL=log_level, CEYLON_LOG_FORMAT=log_format)

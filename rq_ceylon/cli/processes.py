@@ -57,7 +57,7 @@ def run_demo() -> int:
             click.echo("A throw-away server runs; it ends with this demo.", err=True)
             environ = environ_of(server)
             # On a terminal the bar is drawn where they log.
-            quiet = ["--log-level", "warning"] if sys.stderr.isatty() else []
+            quiet = ["--quiet"] if sys.stderr.isatty() else []
             with contextlib.ExitStack() as stack:
                 for _ in range(2):
                     stack.enter_context(_running("worker", ["--role", "processor", "-c", "2", *quiet], environ))
