@@ -175,11 +175,11 @@ def commands_on(url: str, folder: Path) -> Iterator[Commands]:
 
 
 def on_a_terminal(
-    commands: Commands, *arguments: str, once_shown: Callable[[], object], columns: int = 80, **environ: str
+    commands: Commands, *arguments: str, once_shown: Callable[[], object] | None, columns: int = 80, **environ: str
 ) -> tuple[int, str]:
     """
-    Run a command to its end on a terminal of that width, and call `once_shown` when it has drawn something; returns its
-    exit code and all it drew.
+    Run a command to its end on a terminal of that width, and call `once_shown` when it has drawn something (None: press
+    Ctrl-C then); returns its exit code and all it drew.
     """
     master, slave = pty.openpty()
     ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
@@ -198,7 +198,10 @@ def on_a_terminal(
     try:
         while piece := os.read(master, 65536):
             if b" completed" not in drawn and b" completed" in drawn + piece:
-                once_shown()
+                if once_shown is None:
+                    os.killpg(process.pid, signal.SIGINT)
+                else:
+                    once_shown()
             drawn += piece
     except OSError:  # its last user has closed the terminal
         pass

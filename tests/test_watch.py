@@ -8,6 +8,7 @@ import json
 import re
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from commands import Commands, on_a_terminal, plain, until
@@ -61,10 +62,22 @@ def test_a_terminal_shows_bar_goal_mark_rate_roles_and_what_runs(commands: Comma
     assert any(re.match(r"running: [abc] on one-", line) for line in lines)
     assert any(re.match(r"r: \d completed, run mean \d+ ms", line) for line in lines)
     assert any(re.search(r"/s, .*all in ", line) for line in lines)
-    assert max(len(line) for line in lines if line != LAST) <= 77
+    assert max(len(line) for line in lines) <= 79
     assert "\x1b[32m" in drawn
     assert [line for line in lines if line.startswith("Goal ")] == [SETTLED]
-    assert [line for line in lines if line][-1] == LAST
+    assert " ".join(line.strip() for line in lines if line).endswith(LAST), "a long line breaks between words"
+
+
+def test_ctrl_c_in_the_demo_ends_all_of_it_and_gives_the_terminal_back(tmp_path: Path) -> None:
+    code, drawn = on_a_terminal(Commands("", tmp_path), "ceylon", "demo", once_shown=None)
+
+    assert code == 130
+    lines = [line for line in plain(drawn) if line]
+    assert lines[-1] == "Stopped; all that this demo started has ended."
+    assert "ceylon watch" not in drawn
+    assert "Traceback" not in drawn
+    assert max(len(line) for line in lines if not line.startswith("$ ")) <= 79
+    assert drawn.rfind("\x1b[?25h") > drawn.rfind("\x1b[?25l") > 0, "the cursor is shown again"
 
 
 def test_without_colour_or_width_it_stays_readable(commands: Commands) -> None:

@@ -256,11 +256,7 @@ def run_chaos(duration: str) -> int:
     if not 1 <= limit_s <= 3600:
         raise InvalidInputError(f"--chaos: {duration!r} is not usable; give 1s to 1h, such as --chaos=60s")
     with EmbeddedServer.start() as server:
-        try:
-            return run_async(_run(server, limit_s))
-        except KeyboardInterrupt:
-            click.echo("Stopped; all that this demo started has ended.", err=True)
-            raise
+        return run_async(_run(server, limit_s))
 
 
 async def _run(server: EmbeddedServer, limit_s: float) -> int:

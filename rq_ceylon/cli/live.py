@@ -5,6 +5,7 @@ A group as it goes on: live on a terminal, a plain line per change elsewhere.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from rq_ceylon.errors import WaitTimeoutError
 from rq_ceylon.goals import parse
 from rq_ceylon.log import plain
 from rq_ceylon.models import GoalStatus, GoalView, GroupView, TaskView, counted, span_words
+from rq_ceylon.process import SUPERVISED
 from rq_ceylon.store import queries
 from rq_ceylon.store.statistics import GroupStatistics
 
@@ -72,7 +74,8 @@ async def follow(
         ) from None
     except asyncio.CancelledError:  # Nobody else cancels this: it is how Ctrl-C is told of.
         current.uncancel()
-        click.echo(f"Stopped watching; the group goes on.\nCome back with: ceylon watch {handle.id}", err=True)
+        if SUPERVISED not in os.environ:  # else the group ends with the command that started this one
+            click.echo(f"Stopped watching; the group goes on.\nCome back with: ceylon watch {handle.id}", err=True)
         return view, 130
     display.say(_last_words(view))
     return view, 0 if succeeded(view) else 1
@@ -108,8 +111,9 @@ class Display:
 
     def __init__(self, client: Client, file: TextIO) -> None:
         self._client = client
-        self._console = Console(file=file, highlight=False, markup=False, soft_wrap=True)
+        self._console = Console(file=file, highlight=False, markup=False)
         self.is_live = file.isatty() and not self._console.is_dumb_terminal
+        self._console.soft_wrap = not self.is_live  # people read whole words, programs whole lines
         self._live = Live(console=self._console, auto_refresh=False, transient=True)
         self._statistics = GroupStatistics()
         self._ended: deque[tuple[float, int]] = deque()

@@ -424,13 +424,14 @@ def demo(chaos: str | None) -> None:
     With --chaos four workers and a monitor are killed at random, and replaced, while they run a larger group. At the
     end it is audited: exit code 0 if every task counted once and the goal settled once, else 1.
     """
-    if chaos is not None:
-        from rq_ceylon.cli.chaos import run_chaos
-
-        sys.exit(run_chaos(chaos))
+    from rq_ceylon.cli.chaos import run_chaos
     from rq_ceylon.cli.processes import run_demo
 
-    sys.exit(run_demo())
+    try:
+        sys.exit(run_demo() if chaos is None else run_chaos(chaos))
+    except KeyboardInterrupt:
+        click.echo("Stopped; all that this demo started has ended.", err=True)
+        raise
 
 
 @ceylon.command()

@@ -175,7 +175,17 @@ def _running(
 
 def _foreground(name: str, arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     click.echo(f"$ {'ceylon' if name == 'ceylon' else 'ceylon-' + name} {' '.join(arguments)}", err=True)
-    return subprocess.run(_command(name, arguments), env=environ, check=False).returncode
+    process = start(name, arguments, environ)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        # It was not asked by the terminal. It is waited for, since it restores what it changed there.
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(CHILD_END_S)
+        finally:
+            process.kill()
+        raise
 
 
 def _signals() -> list[int]:
