@@ -12,6 +12,7 @@ from commands import Commands, eventually
 
 from rq_ceylon import Ceylon, CeylonError, InvalidInputError, NotFoundError, Task, TaskGroup, WaitTimeoutError
 from rq_ceylon.client import following
+from rq_ceylon.store import transitions
 from rq_ceylon.store.scripts import command
 
 pytestmark = pytest.mark.anyio
@@ -72,6 +73,25 @@ async def test_a_role_that_nobody_serves_is_named_once_for_all_who_wait(
         f"start one with: ceylon-worker MODULE:APP --role {role}\n"
         for role in ("grouped", "lone")
     ]
+
+
+async def test_a_name_that_no_worker_of_its_role_knows_is_told_to_those_who_wait(
+    app: Ceylon, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(following, "NO_WORKER_S", 0.03)
+    async with app.client() as client:
+        facts = {"kind": "worker", "roles": ["r"], "task_names": ["resize"], "slots": 1}
+        beat = transitions.heartbeat(client.keys, "w", facts, ttl_ms=60_000, roles=["r"])
+        await client.connection.run(beat)
+        waiting = [
+            asyncio.create_task((await client.submit(Task(uses=uses, role="r"))).result())
+            for uses in ("resise", "resise", "resize")
+        ]
+        await eventually(lambda: said, "the name is told")
+    await asyncio.gather(*waiting, return_exceptions=True)
+
+    words = "no live worker of role 'r' knows the task 'resise'; did you mean \"resize\"?"
+    assert said == [f"WARNING: Still waiting: {words}\n"]
 
 
 def test_a_program_that_waits_in_vain_hears_why_without_any_set_up_of_logging(commands: Commands) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import Any
@@ -25,7 +25,7 @@ from rq_ceylon.store.keys import Keys
 log = logging.getLogger("rq_ceylon")
 
 NO_WORKER_S = 10.0
-"""After so long a wait, the roles of what is waited for are told to whoever warns about those that nobody serves."""
+"""After so long a wait, roles and names of what has not begun are told to `Warn`: is there a worker for them?"""
 
 REMIND_TASKS_MAX = 1000
 RESULTS_PER_READ = 500
@@ -36,7 +36,7 @@ FEW = 100
 CLOSED = (GroupStatus.CLOSING, GroupStatus.FINISHED)
 RECONNECT_S = 0.2
 
-Warn = Callable[[Iterable[str]], Awaitable[None]]
+Warn = Callable[[Collection[tuple[str, str]]], Awaitable[None]]
 
 
 class Following:
@@ -258,7 +258,8 @@ class Follower:
 
     async def _remind(self, waited: set[str]) -> None:
         """
-        Tell the roles of what has been waited for a while and has not begun; of a big group, of some of its tasks.
+        Tell the roles and names of what has been waited for a while and has not begun; of a big group, of some of its
+        tasks.
         """
         stuck = list(islice((tid for tid in self._results if tid in waited), 20))
         with suppress(CeylonError):  # the next look will meet it too
@@ -268,7 +269,8 @@ class Follower:
                     tasks.append(task)
                     if len(tasks) == REMIND_TASKS_MAX:
                         break
-            await self._warn({task.role for task in tasks if task.status in (TaskStatus.WAITING, TaskStatus.PENDING)})
+            waiting = (TaskStatus.WAITING, TaskStatus.PENDING)
+            await self._warn({(task.role, task.uses) for task in tasks if task.status in waiting})
 
     def _tell(self, tid: str, result: TaskResult | NotFoundError) -> None:
         for future in self._results.pop(tid, []):

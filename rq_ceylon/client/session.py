@@ -35,7 +35,7 @@ ANSWER_S = 5.0
 """How long a call is repeated while Redis does not answer, and how long one answer may take."""
 
 WARN_AGAIN_S = 60.0
-"""A role that nobody serves is named in a warning this often at most, however many wait for it."""
+"""A role, or a name, that no worker serves is named in a warning this often at most, however many wait for it."""
 
 
 class Session:
@@ -51,7 +51,7 @@ class Session:
         self._confirming = Connection(url)
         self.hub = EventHub(url, self.keys)
         self._following = Following(self._connection, self.keys, self.hub, self._warn_of_missing)
-        self._warned_at: dict[str, float] = {}
+        self._warned_at: dict[tuple[str, str], float] = {}
         self._owner: tuple[int, asyncio.AbstractEventLoop] | None = None
         self._was_closed = False
 
@@ -219,13 +219,16 @@ class Session:
         Those of these handlers, each with its role, that no live worker of the role knows, in words: with the nearest
         that one does. Nothing of roles that no worker serves.
         """
+        return list((await self._unknown(names)).values())
+
+    async def _unknown(self, names: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
         live = [one for one in await queries.workers(self.connection, self.keys) if not one.stopping]
-        told = []
+        told = {}
         for role, name in sorted(set(names)):
             known = {one for worker in live if role in worker.roles for one in worker.task_names}
             if name not in known and any(role in worker.roles for worker in live):
                 near = guess(name, sorted(known), ask='; did you mean "{}"?')
-                told.append(f"no live worker of role {role!r} knows the task {name!r}{near}")
+                told[role, name] = f"no live worker of role {role!r} knows the task {name!r}{near}"
         return told
 
     async def _missing(self, roles: Iterable[str]) -> dict[str, str]:
@@ -233,12 +236,18 @@ class Session:
         served = {role for one in live for role in one.roles}  # a monitor has none
         return {role: missing_words(role, served) for role in sorted(set(roles) - served)}
 
-    async def _warn_of_missing(self, roles: Iterable[str]) -> None:
-        for role, words in (await self._missing(roles)).items():
-            now = time.monotonic()
-            if now - self._warned_at.get(role, -WARN_AGAIN_S) >= WARN_AGAIN_S:
-                self._warned_at[role] = now
-                log.warning("Still waiting: %s; start one with: ceylon-worker MODULE:APP --role %s", words, role)
+    async def _warn_of_missing(self, tasks: Collection[tuple[str, str]]) -> None:
+        """
+        Warn of roles that no worker serves, and of names that no worker of their role knows.
+        """
+        told = await self._unknown((role, name) for role, name in tasks if name)
+        for role, words in (await self._missing(role for role, _ in tasks)).items():
+            told[role, ""] = f"{words}; start one with: ceylon-worker MODULE:APP --role {role}"
+        now = time.monotonic()
+        for what, words in told.items():
+            if now - self._warned_at.get(what, -WARN_AGAIN_S) >= WARN_AGAIN_S:
+                self._warned_at[what] = now
+                log.warning("Still waiting: %s", words)
 
 
 def missing_words(role: str, served: set[str]) -> str:
