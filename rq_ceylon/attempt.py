@@ -139,10 +139,13 @@ class TaskContext:
     def progress(self, fraction: float | None = None, message: str = "") -> None:
         """
         Say how far the attempt is: from 0 to 1 (what is outside is moved to the nearer end), None for as before.
-        Shown with the worker's next heartbeat, for as long as the attempt runs; never stored.
+        Shown with the worker's next heartbeat, for as long as the attempt runs; never stored. A fraction that is NaN
+        counts as None. In a message that is not Unicode, as the name of a file may be, the bad characters become `?`.
         """
-        known = self.reported[0] if fraction is None else min(max(float(fraction), 0.0), 1.0)
-        self.reported = (known, message[:200])
+        new = math.nan if fraction is None else float(fraction)
+        known = self.reported[0] if math.isnan(new) else min(max(new, 0.0), 1.0)
+        # The heartbeat of the worker carries it, so it must be JSON: else this attempt would silence all others.
+        self.reported = (known, str(message)[:200].encode(errors="replace").decode())
 
     @property
     def is_cancelled(self) -> bool:
@@ -239,7 +242,10 @@ def said(error: BaseException) -> tuple[Said, ...]:
     if not isinstance(error, BaseExceptionGroup):
         return (Said(type_names(type(error)), error.delay_s if isinstance(error, RetryTask) else None),)
     own = tuple(type_name(one) for one in type(error).__mro__ if issubclass(one, BaseExceptionGroup))
-    members = (one for member in error.exceptions for one in said(member))
+    try:
+        members = [one for member in error.exceptions for one in said(member)]
+    except RecursionError:  # nested too deeply to be read: this group speaks for what is in it
+        members = [Said(type_names(type(error))[len(own) :])]
     return tuple(dict.fromkeys(Said(own + one.names, one.delay_s) for one in members))
 
 

@@ -481,6 +481,25 @@ def test_progress_is_kept_within_bounds_and_remembers_the_fraction() -> None:
     assert seen == [(None, ""), (0.5, "half"), (0.5, "still"), (1.0, "x" * 200), (0.0, "")]
 
 
+@pytest.mark.parametrize(
+    ("fraction", "message", "reported"),
+    [
+        (0.5, "a\udcffb", (0.5, "a?b")),  # the name of a file that is no UTF-8
+        (math.nan, "x", (None, "x")),
+        (0.5, b"x", (0.5, "b'x'")),
+    ],
+)
+def test_what_a_handler_says_of_its_progress_is_json_whatever_it_is(
+    fraction: float, message: Any, reported: tuple[float | None, str]
+) -> None:
+    one = context()
+
+    one.progress(fraction, message)
+
+    assert one.reported == reported
+    assert tuple(from_json(to_json(one.reported))) == reported
+
+
 @pytest.mark.parametrize("why", ["cancelled", "lost", "shutdown", "timeout"])
 def test_a_stopped_attempt_ends_at_the_next_check(why: Any) -> None:
     one = context()
