@@ -6,7 +6,7 @@ Every error that rq_ceylon raises on purpose. Each message names what was wrong,
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
@@ -25,6 +25,17 @@ def guess(word: object, options: Iterable[str], otherwise: str = "", ask: str = 
     return otherwise if near is None else ask.format(near)
 
 
+def shown(what: str, text: Callable[[], str]) -> str:
+    """
+    Text that users' code gives, such as the message of an exception, as Unicode. It never raises: what cannot be shown
+    is replaced by words that say so, since what comes after it (an outcome, a line of the log) must not be lost.
+    """
+    try:
+        return str.encode(text(), errors="replace").decode()
+    except BaseException as problem:  # also a SystemExit of a `__str__`
+        return f"({what} cannot be shown: {type(problem).__name__})"
+
+
 def error_at(error: BaseException) -> str:
     """
     An exception of users' code in one line: its type, its message, and the innermost line that is not ours.
@@ -32,7 +43,7 @@ def error_at(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if "importlib" not in frame.filename and not frame.filename.startswith(_PACKAGE)]
     at = f" (at {own[-1].filename}:{own[-1].lineno}: {own[-1].line})" if own else ""
-    return f"{type(error).__name__}: {error}{at}"
+    return f"{type(error).__name__}: {shown('its message', lambda: str(error))}{at}"
 
 
 class Portable:

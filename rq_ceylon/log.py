@@ -9,9 +9,12 @@ import logging
 import os
 import sys
 import traceback
+from contextlib import suppress
 from typing import Any, Literal, NamedTuple
 
 from loguru import logger
+
+from rq_ceylon.errors import shown
 
 Form = Literal["text", "json"]
 
@@ -34,7 +37,15 @@ def set_up(level: str, form: Form) -> None:
     global in_force  # noqa: PLW0603 - a process has one log
     in_force = Setup(level, form)
     logger.remove()
-    sink: Any = (lambda message: sys.stderr.write(_json_line(message.record))) if form == "json" else sys.stderr
+    stream = sys.stderr
+
+    def sink(message: Any) -> None:
+        # Users' code may close the stream. The log is then lost, but a line of it must end nothing else: loguru would
+        # raise in whoever wrote it, having nowhere to say what is wrong.
+        with suppress(OSError, ValueError):
+            stream.write(_json_line(message.record) if form == "json" else message)
+            stream.flush()
+
     # A traceback with the values of its variables would tell secrets.
     text = "{message}" if form == "json" else _text_line
     # Loguru asks only whether it is a terminal.
@@ -50,7 +61,9 @@ class _ToLoguru(logging.Handler):
             severity: str | int = logger.level(record.levelname).name
         except ValueError:
             severity = record.levelno
-        logger.bind(logger=record.name).opt(exception=record.exc_info).log(severity, "{}", record.getMessage())
+        # As everywhere in the standard log, a line that cannot be made must not fail who wrote it.
+        message = shown(f"the message of {record.pathname}:{record.lineno}", record.getMessage)
+        logger.bind(logger=record.name).opt(exception=record.exc_info).log(severity, "{}", message)
 
 
 def _text_line(record: Any) -> str:
@@ -84,7 +97,7 @@ def _traceback(record: Any) -> str:
     The traceback of the record: of its exception, or, as text, of one that was raised elsewhere.
     """
     if record["exception"] is not None:
-        return "".join(traceback.format_exception(*record["exception"]))
+        return shown("the traceback", lambda: "".join(traceback.format_exception(*record["exception"])))
     return str(record["extra"].get("traceback", ""))
 
 

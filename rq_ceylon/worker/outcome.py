@@ -12,12 +12,13 @@ from typing import Any, Literal, NamedTuple
 from pydantic_core import from_json, to_json
 
 from rq_ceylon.attempt import Said, StopReason, TaskContext, check_max_attempts, mark_running, said
-from rq_ceylon.errors import InvalidInputError, Portable
+from rq_ceylon.errors import InvalidInputError, Portable, shown
 from rq_ceylon.handlers import DEFAULT_HANDLER, Handler, Registry
 from rq_ceylon.models import DEFAULT_MAX_ATTEMPTS, DEFAULT_TIMEOUT_S, check_id, seconds
 from rq_ceylon.store.transitions import Claimed, Delivery
 
 TRACEBACK_MAX = 8192
+TYPE_NAME_MAX = 256
 
 UNKNOWN = "unknown:"
 """How the reason of a release begins because the handler is not registered here; its name follows."""
@@ -210,24 +211,24 @@ class Attempt:
 
 def error_of(error: BaseException) -> dict[str, str]:
     """
-    An exception as text: its type, its message, and the traceback of the user's frames (ours say nothing about it).
+    An exception as text: its type, its message, and the traceback of the user's frames (ours say nothing about it). It
+    never raises, whatever users' code makes of an exception: an attempt must have an outcome.
     """
+    return {
+        "type": shown("its type", lambda: type(error).__name__)[:TYPE_NAME_MAX],
+        "message": shown("its message", lambda: str(error))[:TRACEBACK_MAX],
+        "traceback": shown("its traceback", lambda: _traceback(error))[-TRACEBACK_MAX:],
+    }
+
+
+def _traceback(error: BaseException) -> str:
     frames = error.__traceback__
     while frames is not None and frames.tb_frame.f_globals.get("__name__", "").startswith(
         ("rq_ceylon.worker", "asyncio", "concurrent.")
     ):
         frames = frames.tb_next
     is_of_user = frames is not None or error.__cause__ is not None
-    text = "".join(traceback.format_exception(type(error), error, frames)) if is_of_user else ""
-    try:
-        message = str(error)
-    except Exception as problem:
-        message = f"(its message cannot be shown: {type(problem).__name__})"
-    return {
-        "type": type(error).__name__,
-        "message": message.encode(errors="replace").decode()[:TRACEBACK_MAX],
-        "traceback": text.encode(errors="replace").decode()[-TRACEBACK_MAX:],
-    }
+    return "".join(traceback.format_exception(type(error), error, frames)) if is_of_user else ""
 
 
 def _blob_of(error: BaseException) -> bytes:
