@@ -17,6 +17,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from types import FrameType
@@ -55,6 +56,7 @@ class Watch:
     def __init__(self, grace_s: float = 0.0, *, at_once: Callable[[], object] = lambda: None) -> None:
         self._grace_s, self.at_once = grace_s, at_once
         self._stop: Callable[[int], object] = lambda _: None
+        self._pid = os.getpid()
         self._guard = threading.Lock()
         self._signals: list[int] = []
         self._told = 0
@@ -102,6 +104,7 @@ class Watch:
             try:
                 loop.run_forever()
             except (SystemExit, KeyboardInterrupt) as error:
+                end_fork(self._pid, error)
                 if isinstance(error, KeyboardInterrupt) and not self.handlers:
                     raise  # a Ctrl-C that nobody listens for
                 if task.done():
@@ -211,6 +214,25 @@ def limit(seconds: float, what: str) -> Iterator[None]:
     """
     with _watching[0].limit(seconds, what) if _watching else contextlib.nullcontext():
         yield
+
+
+def end_fork(parent: int, error: BaseException | None = None) -> None:
+    """
+    End this process if users' code has forked it from `parent` and now comes back to code of ours, be it by
+    `sys.exit()`: two processes must not go on with the same connections, nor answer for the same task. It ends as
+    Python would end it.
+    """
+    if os.getpid() == parent:
+        return
+    code = 0
+    if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
+        code = error.code or 0
+    elif error is not None:
+        code = 1
+        with contextlib.suppress(BaseException):  # an exception that cannot be shown
+            traceback.print_exception(error)
+    _flush()
+    os._exit(code & 0xFF)
 
 
 def stop_with_supervisor() -> None:

@@ -33,7 +33,7 @@ cli.worker(prog_name="ceylon-worker")
 """
 
 HEAD = """
-import asyncio, contextlib, multiprocessing, os, signal, sys, threading, time
+import asyncio, contextlib, logging, multiprocessing, os, signal, sys, threading, time
 from rq_ceylon import Ceylon, FailTask
 
 app = Ceylon()
@@ -48,6 +48,23 @@ def fail():
 
 class OwnBase(BaseException):
     pass
+
+class Unshowable(Exception):
+    __traceback__ = property(lambda self: fail())
+
+    def __str__(self):
+        sys.exit(3)
+
+def deep():
+    error = ValueError("bad")
+    for _ in range(3000):
+        error = ExceptionGroup("deep", [error])
+    return error
+
+def fork_and_exit():
+    if (child := os.fork()) == 0:
+        sys.exit(5)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 5
 """
 
 ASYNC: dict[str, tuple[str, str]] = {
@@ -150,6 +167,10 @@ ASYNC: dict[str, tuple[str, str]] = {
     ),
     "ends_late": ("await asyncio.sleep(60)", "TimeoutError"),
     "freezes_the_loop": ("time.sleep(0.3)", "completed"),
+    "raises_what_cannot_be_shown": ("raise Unshowable", "Unshowable"),
+    "raises_a_deep_group": ("raise deep()", "ExceptionGroup"),
+    "logs_what_cannot_be_written": ('logging.getLogger("own").error("%d", "one")', "completed"),
+    "forks_and_exits": ("fork_and_exit()", "completed"),
 }
 PLAIN: dict[str, tuple[str, str]] = {
     "returns": ("return 1", "completed"),
@@ -174,6 +195,7 @@ PLAIN: dict[str, tuple[str, str]] = {
         """,
         "completed",
     ),
+    "forks_and_exits": ("fork_and_exit()", "completed"),
 }
 CPU: dict[str, tuple[str, str]] = {
     "returns": ("return 1", "completed"),
@@ -186,6 +208,9 @@ CPU: dict[str, tuple[str, str]] = {
     "closes_its_files": ("os.closerange(3, 50)", "ChildProcessError"),
     "returns_no_json": ("return object()", "InvalidInputError"),
     "does_not_end": ("time.sleep(60)", "TimeoutError"),
+    "raises_what_cannot_be_shown": ("raise Unshowable", "Unshowable"),
+    "raises_a_deep_group": ("raise deep()", "ExceptionGroup"),
+    "forks_and_exits": ("fork_and_exit()", "completed"),
 }
 
 
@@ -255,6 +280,52 @@ def assert_one_line_each(commands: Commands, names: Sequence[str]) -> None:
         if (found := re.search(r"(\w+) \w+/\w+ (?:completed in|failed for good after)", line))
     ]
     assert sorted(ended) == sorted([*names, "plain_returns"])
+
+
+HARMFUL = """
+import asyncio, math, sys, threading
+from rq_ceylon import Ceylon, TaskContext
+
+app = Ceylon()
+
+@app.task(role="r", max_attempts=1, cpu=True)
+def leaves_a_thread_that_tells_progress(context: TaskContext) -> str:
+    def tell():
+        while True:
+            context.progress(0.5, "on")
+
+    threading.Thread(target=tell, daemon=True).start()
+    return "x" * 1_000_000
+
+@app.task(role="r", max_attempts=1, cpu=True)
+def ends(number: int) -> int:
+    return number
+
+@app.task(role="r", max_attempts=1)
+async def changes_its_context(context: TaskContext) -> None:
+    context.role, context.fence, context.task_id = "other", 1, "other"
+
+@app.task(role="r", max_attempts=1)
+async def closes_stderr() -> None:
+    sys.stderr.close()
+"""
+
+
+def test_no_task_harms_another_nor_its_worker(app: Ceylon, client: SyncClient, redis_url: str, tmp_path: Path) -> None:
+    (tmp_path / "jobs.py").write_text(HARMFUL)
+    with commands_on(redis_url, tmp_path) as commands:
+        worker = commands.launch("-c", LAUNCH, "asyncio", "jobs:app", "--namespace", app.settings.namespace, "-c", "1")
+
+        for number in range(3):
+            assert (
+                client.submit(Task(uses="leaves_a_thread_that_tells_progress", role="r")).result(LIMIT_S) == "x" * 10**6
+            )
+            assert client.submit(Task(uses="ends", arguments={"number": number}, role="r")).result(LIMIT_S) == number
+        assert client.submit(Task(uses="changes_its_context", role="r")).result(LIMIT_S) is None
+        assert client.submit(Task(uses="closes_stderr", role="r")).result(LIMIT_S) is None
+        assert client.submit(Task(uses="ends", arguments={"number": 4}, role="r")).result(LIMIT_S) == 4
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait(LIMIT_S) == 0
 
 
 LOGGED = """

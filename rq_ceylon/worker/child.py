@@ -13,6 +13,7 @@ import runpy
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Awaitable
 from contextlib import AsyncExitStack
 from functools import cache
@@ -26,6 +27,7 @@ from rq_ceylon import log, script
 from rq_ceylon.attempt import TaskContext, said
 from rq_ceylon.errors import InvalidInputError
 from rq_ceylon.handlers import Handler
+from rq_ceylon.process import end_fork
 from rq_ceylon.settings import Settings
 from rq_ceylon.worker.hooks import Hooks
 from rq_ceylon.worker.outcome import error_of
@@ -76,6 +78,7 @@ class _Child:
 
     def __init__(self, connection: socket.socket, settings: Settings | None) -> None:
         self._connection, self._settings = connection, settings
+        self._pid = os.getpid()
         self._runner = asyncio.Runner()
         self._running = AsyncExitStack()
         self._states: dict[int, Any] = {}
@@ -93,19 +96,24 @@ class _Child:
         """
         How a task ended, and its result or its error.
         """
+        progress = _Progress(self._connection)
         try:
             handler, app = _found(name, module, qualname, main, path)
             context = _ChildContext(**facts, state=self._state(app))
-            context.connection = self._connection
+            context.told = progress
             value = handler.function(**handler.call_arguments(raw, context))
             if inspect.isawaitable(value):  # a wrapper that is no coroutine function around one that is
                 value = self._runner.run(_awaited(value))
+            end_fork(self._pid)
             try:
                 return VALUE, handler.dump_result(value)
             except InvalidInputError as error:
                 return INVALID, _told(error)
         except BaseException as error:
+            end_fork(self._pid, error)
             return ERROR, _told(error)
+        finally:
+            progress.close()
 
     def _state(self, app: Any) -> Any:
         """
@@ -129,16 +137,37 @@ async def _awaited(value: Awaitable[Any]) -> Any:
     return await value
 
 
+class _Progress:
+    """
+    The lines about the progress of one task. Any thread of it may write them, and may outlive it: so each is written
+    whole, and none after the task has ended, where it would cut its result or speak for the next task.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection, self._guard, self._pid, self._is_open = connection, threading.Lock(), os.getpid(), True
+
+    def tell(self, reported: object) -> None:
+        if os.getpid() != self._pid:  # a process that the task has forked: the socket is its parent's
+            return
+        with self._guard:
+            if self._is_open:
+                self._connection.sendall(b"%s %s\n" % (PROGRESS, to_json(reported)))
+
+    def close(self) -> None:
+        with self._guard:
+            self._is_open = False
+
+
 class _ChildContext(TaskContext):
     """
     The context of an attempt whose worker is another process.
     """
 
-    connection: socket.socket
+    told: _Progress
 
     def progress(self, fraction: float | None = None, message: str = "") -> None:
         super().progress(fraction, message)
-        self.connection.sendall(b"%s %s\n" % (PROGRESS, to_json(self.reported)))
+        self.told.tell(self.reported)
 
 
 def _told(error: BaseException) -> bytes:

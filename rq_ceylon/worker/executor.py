@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import inspect
+import os
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
@@ -18,6 +19,7 @@ from loguru import logger
 from rq_ceylon.attempt import StopReason, TaskContext, says_stopped
 from rq_ceylon.errors import InvalidInputError, PayloadTooLargeError, UnknownTaskError
 from rq_ceylon.handlers import Handler, Registry
+from rq_ceylon.process import end_fork
 from rq_ceylon.worker.children import Children
 from rq_ceylon.worker.outcome import BUSY, NO_RESOURCES, Assignment, Attempt, Outcome, invalid, unknown
 from rq_ceylon.worker.places import Places
@@ -65,19 +67,19 @@ class _Run:
     own task (cancels it, counts cancellations, exits) concerns this attempt alone.
 
     Attributes:
+        key: what the worker knows the attempt by, whatever the handler writes into its context.
+        pid: of the process that it began in; its handler may fork others.
         is_over: its outcome is told; what the handler still does counts for nothing.
     """
 
     def __init__(self, attempt: Attempt, begun: Callable[[TaskContext], None], ended: Ended) -> None:
         self.attempt, self.begun, self.ended = attempt, begun, ended
+        self.key = attempt.context.role, attempt.context.fence
+        self.pid = os.getpid()
         self.task: asyncio.Task[None] | None = None
         self.outcome: Outcome | None = None
         self.is_over = False
         self._timer: asyncio.TimerHandle | None = None
-
-    @property
-    def key(self) -> tuple[str, int]:
-        return self.attempt.context.role, self.attempt.context.fence
 
     def after(self, delay_s: float, then: Callable[[], None]) -> None:
         """
@@ -228,11 +230,13 @@ class Executor:
             except InvalidInputError as error:
                 return attempt.failed("invalid", error)
             value = await self._called(run, arguments)
+            end_fork(run.pid)
             try:
                 blob: bytes = value if handler.kind == "process" else handler.dump_result(value)
             except InvalidInputError as error:
                 return attempt.failed("invalid", error)
         except BaseException as error:  # a SystemExit that left its task would end the event loop
+            end_fork(run.pid, error)
             return self._raised(run, error)
         if len(blob) > RESULT_BYTES_MAX:
             too_large = PayloadTooLargeError(
@@ -364,8 +368,8 @@ class Executor:
         else:
             error = task.exception()
             assert error is not None
-            logger.opt(exception=error).error("Task {} cannot be used", run.attempt.context.id)
             self._settle(run, run.attempt.failed("error", error))
+            logger.opt(exception=error).error("Task {} cannot be used", run.attempt.context.id)
 
     def _settle(self, run: _Run, outcome: Outcome) -> None:
         """

@@ -5,11 +5,14 @@ Plain functions of users, each in a daemon thread of its own: nothing can end a 
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from contextvars import copy_context
 from typing import Any, NamedTuple
+
+from rq_ceylon.process import end_fork
 
 
 class End(NamedTuple):
@@ -43,7 +46,7 @@ def in_thread(function: Callable[[], Any], name: str) -> asyncio.Future[End]:
     """
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[End] = loop.create_future()
-    variables = copy_context()
+    variables, here = copy_context(), os.getpid()
 
     def tell(end: End) -> None:
         if not ended.done():
@@ -54,6 +57,7 @@ def in_thread(function: Callable[[], Any], name: str) -> asyncio.Future[End]:
             end = End(value=variables.run(function))
         except BaseException as error:
             end = End(error=error)
+        end_fork(here, end.error)
         with suppress(RuntimeError):  # the loop is closed: the worker has gone
             loop.call_soon_threadsafe(tell, end)
 
