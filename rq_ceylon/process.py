@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import collections
 import contextlib
 import os
 import signal
@@ -37,6 +38,9 @@ LAST_LINE_S = 1.0
 CHILD_END_S = ALLOWANCE_S + LAST_LINE_S + 0.5
 """How long beyond its grace a child may take before its parent kills it: time for the child's own watch to end it."""
 
+TAKE_S = 1.0
+"""How long users' code may have the descriptor of the signals."""
+
 SUPERVISED = "CEYLON_SUPERVISED"
 """Set for a child: its standard input is a pipe that closes when its parent is gone."""
 
@@ -59,7 +63,8 @@ class Watch:
         self._pid = os.getpid()
         self._guard = threading.Lock()
         self._signals: list[int] = []
-        self._told = 0
+        self._passed_on: collections.Counter[int] = collections.Counter()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._limits: dict[object, tuple[float, str]] = {}
         self._what = "what runs in it"
         self._code: int | None = None
@@ -76,12 +81,12 @@ class Watch:
         From now on each SIGTERM and SIGINT calls `stop` with its number in the running loop.
         """
         self._stop = stop
-        loop = asyncio.get_running_loop()
+        self._loop = loop = asyncio.get_running_loop()
         with contextlib.suppress(NotImplementedError):  # Windows: there Ctrl-C cancels the main task
             for number in _SIGNALS:
                 loop.add_signal_handler(number, self._tell, number)
                 self.handlers[number] = signal.getsignal(number)
-            self.take()
+            self._keep_taking()
 
     def take(self) -> None:
         """
@@ -89,6 +94,12 @@ class Watch:
         """
         if (found := signal.set_wakeup_fd(self._far.fileno(), warn_on_full_buffer=False)) != self._far.fileno():
             self._loop_fd = found
+
+    def _keep_taking(self) -> None:
+        # Each signal handler that users' code adds to the loop takes the descriptor back. A SIGTERM for which it has
+        # one of its own must be heard here all the same.
+        self.take()
+        asyncio.get_running_loop().call_later(TAKE_S, self._keep_taking)
 
     def run(self, main: Coroutine[Any, Any, int], loop: asyncio.AbstractEventLoop) -> int:
         """
@@ -145,11 +156,11 @@ class Watch:
         os._exit(code)
 
     def _tell(self, number: int) -> None:
-        self._told += 1
-        if self._told > len(self._signals):  # users' code has taken the loop's wakeup descriptor back
+        if self._passed_on[number]:  # heard before
+            self._passed_on[number] -= 1
+        else:  # users' code has taken the loop's wakeup descriptor back
             self._hear(number)
             self._wake()
-        self._stop(number)
 
     def _wake(self) -> None:
         with contextlib.suppress(BlockingIOError):  # full, so the thread has reason enough to wake
@@ -172,6 +183,7 @@ class Watch:
                 if number in _SIGNALS:
                     self._hear(number)
             if any(heard) and self._loop_fd != -1:
+                self._passed_on.update(heard)
                 with contextlib.suppress(OSError):  # full, so the loop has reason enough to wake; or the loop is over
                     os.write(self._loop_fd, heard)
 
@@ -181,6 +193,9 @@ class Watch:
         with self._guard:
             # Each signal is a limit of its own: a later one never leaves more time than an earlier one.
             self._limits[len(self._signals)] = time.monotonic() + rest_s, self._what
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # it is closed
+                self._loop.call_soon_threadsafe(self._stop, number)
         if len(self._signals) == 1:
             try:
                 self.at_once()

@@ -191,6 +191,27 @@ def test_signals_reach_the_loop_once_each_and_other_handlers_too(loop: str, comm
 
 
 @pytest.mark.parametrize("loop", LOOPS)
+def test_a_signal_is_heard_though_users_code_has_a_handler_of_its_own_for_it(loop: str, commands: Commands) -> None:
+    process = served(
+        commands,
+        loop,
+        """
+        process.TAKE_S = 0.05
+        ended = asyncio.Event()
+        watch.listen(lambda number: ended.set())
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, print, "heard by users' code")
+        await asyncio.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await ended.wait()
+        await asyncio.sleep(0.05)
+        """,
+    )
+
+    assert process.wait(LIMIT_S) == 0, commands.said(process)
+    assert commands.said(process).strip() == "heard by users' code"
+
+
+@pytest.mark.parametrize("loop", LOOPS)
 def test_a_forked_child_heeds_its_signals_and_its_parent_does_not(loop: str, commands: Commands) -> None:
     process = served(
         commands,
