@@ -50,6 +50,7 @@ class Checks:
         self._places: dict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(PLACES))
         self._loops: dict[str, asyncio.AbstractEventLoop] = {}
         self._guard = threading.Lock()
+        self._is_closed = threading.Event()
 
     async def ask(
         self, name: str, check: GoalCheck, view: GroupView, *, on_hang: Callable[[], object]
@@ -93,15 +94,17 @@ class Checks:
         """
         End the loops as soon as what blocks them lets them.
         """
+        self._is_closed.set()
         for loop in self._loops.values():
-            loop.call_soon_threadsafe(loop.stop)
+            with suppress(RuntimeError):  # it has just ended
+                loop.call_soon_threadsafe(loop.stop)
         self._loops.clear()
 
     def _loop_of(self, name: str) -> asyncio.AbstractEventLoop:
         with self._guard:
             if name not in self._loops:
                 self._loops[name] = loop = asyncio.new_event_loop()
-                threading.Thread(target=_run, args=[loop], name=f"checks-{name}", daemon=True).start()
+                threading.Thread(target=_run, args=[loop, self._is_closed], name=f"checks-{name}", daemon=True).start()
             return self._loops[name]
 
 
@@ -147,13 +150,11 @@ class _Question:
         self._task.add_done_callback(end)
 
 
-def _run(loop: asyncio.AbstractEventLoop) -> None:
+def _run(loop: asyncio.AbstractEventLoop, is_closed: threading.Event) -> None:
     asyncio.set_event_loop(loop)
-    is_stopped = False
-    while not is_stopped:
+    while not is_closed.is_set():  # a callable may stop its loop, which is for all its other answers
         with suppress(SystemExit, KeyboardInterrupt):  # of a task below a callable: the callable hears of it as well
             loop.run_forever()
-            is_stopped = True
     for task in asyncio.all_tasks(loop):
         task.cancel()
     loop.run_until_complete(asyncio.sleep(0))

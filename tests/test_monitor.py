@@ -453,6 +453,20 @@ async def test_a_callable_that_exits_has_failed_like_one_that_raises(
     assert sorted(line.split()[2] for line in about(said, "its callable failed")) == ["below", "on_loop", "plain"]
 
 
+async def test_a_callable_that_stops_its_loop_is_answered_and_asked_again(
+    bench: Bench, redis_url: str, namespace: str, said: list[str]
+) -> None:
+    async def stops(view: GroupView) -> bool:
+        asyncio.get_running_loop().stop()
+        await asyncio.sleep(0)
+        return True
+
+    async with watching(redis_url, namespace, said, registry=registry(stops=stops)):
+        for name in ("first", "second"):
+            bench.queued(name, goal=Goal(call="stops", name=name))
+            await until_said(said, f"Goal achieved: {name}")
+
+
 async def test_a_callable_that_no_monitor_knows_is_said_once_and_left_to_those_who_know_it(
     bench: Bench, redis_url: str, namespace: str, said: list[str]
 ) -> None:
