@@ -254,11 +254,16 @@ def stop_with_supervisor() -> None:
     """
     In a child: end when the parent is gone, however it went.
     """
-    if SUPERVISED not in os.environ:
+    if os.environ.pop(SUPERVISED, None) is None:
         return
+    # Neither is for users' code, nor for what that starts: a command of ours would take itself for a child, a program
+    # that reads its standard input would wait for ever, and closing it must not hide the parent's end.
+    pipe, nothing = os.dup(0), os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
 
     def watch() -> None:
-        while os.read(0, 1024):
+        while os.read(pipe, 1024):
             pass
         os.kill(os.getpid(), signal.SIGTERM)
 

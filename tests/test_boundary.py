@@ -328,6 +328,28 @@ def test_no_task_harms_another_nor_its_worker(app: Ceylon, client: SyncClient, r
         assert worker.wait(LIMIT_S) == 0
 
 
+READS = """
+import os, subprocess
+from rq_ceylon import Ceylon
+
+app = Ceylon()
+
+@app.task(role="r", max_attempts=1, timeout="20s")
+def reads_its_input() -> list[str]:
+    return [subprocess.run(["cat"], capture_output=True, text=True).stdout, os.environ.get("CEYLON_SUPERVISED", "")]
+"""
+
+
+def test_the_input_of_one_of_several_processes_is_empty(
+    app: Ceylon, client: SyncClient, redis_url: str, tmp_path: Path
+) -> None:
+    (tmp_path / "jobs.py").write_text(READS)
+    with commands_on(redis_url, tmp_path) as commands:
+        commands.start("worker", "jobs:app", "--namespace", app.settings.namespace, "--processes", "2")
+
+        assert client.submit(Task(uses="reads_its_input", role="r")).result(LIMIT_S) == ["", ""]
+
+
 LOGGED = """
 import logging
 from rq_ceylon import Ceylon, TaskContext
