@@ -212,6 +212,25 @@ def test_a_signal_is_heard_though_users_code_has_a_handler_of_its_own_for_it(loo
 
 
 @pytest.mark.parametrize("loop", LOOPS)
+def test_names_are_looked_up_though_users_code_fills_the_executor_of_the_loop(loop: str, commands: Commands) -> None:
+    process = served(
+        commands,
+        loop,
+        """
+        loop = asyncio.get_running_loop()
+        for _ in range(100):
+            loop.run_in_executor(None, time.sleep, 60)
+        print((await loop.getaddrinfo("localhost", 6379, type=1))[0][4][1])
+        await asyncio.wait_for(asyncio.open_connection("localhost", 1), 20)
+        """,
+    )
+
+    assert process.wait(LIMIT_S) == 1
+    assert "6379" in commands.said(process)
+    assert "OSError" in commands.said(process) or "ConnectionRefusedError" in commands.said(process)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
 def test_a_forked_child_heeds_its_signals_and_its_parent_does_not(loop: str, commands: Commands) -> None:
     process = served(
         commands,

@@ -236,6 +236,7 @@ def serve(main: Callable[[Watch], Coroutine[Any, Any, int]], *, grace_s: float =
     import asyncio
 
     from rq_ceylon.process import ALLOWANCE_S, Watch
+    from rq_ceylon.worker.threads import Loop
 
     watch = Watch(grace_s)
 
@@ -251,7 +252,7 @@ def serve(main: Callable[[Watch], Coroutine[Any, Any, int]], *, grace_s: float =
                     await asyncio.wait(left, timeout=CLEAN_UP_S)
 
     # The runner is not closed: that would wait for the threads of the loop's executor.
-    runner = _runner()
+    runner = _runner(None if sys.platform == "win32" else Loop)
     try:
         code = reported(watch.run)(to_the_end(), runner.get_loop())
     except SystemExit as error:
@@ -262,16 +263,16 @@ def serve(main: Callable[[Watch], Coroutine[Any, Any, int]], *, grace_s: float =
     watch.leave(code)
 
 
-def _runner() -> asyncio.Runner:
+def _runner(loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None) -> asyncio.Runner:
     """
-    A runner on uvloop where it is installed.
+    A runner on uvloop where it is installed, else on the given loop, else on asyncio's own.
     """
     import asyncio
 
     try:
         import uvloop
     except ImportError:
-        return asyncio.Runner()
+        return asyncio.Runner(loop_factory=loop_factory)
     return asyncio.Runner(loop_factory=uvloop.new_event_loop)
 
 

@@ -25,8 +25,10 @@ def monitor(app: str | None, name: str | None, options: RedisOptions) -> None:
 
     Any number of monitors may run, or none: goals over counters are judged where tasks are counted.
     """
-    from rq_ceylon.monitor import Monitor  # before anything of the application's folder is on the path
+    # Before anything of the application's folder is on the path.
+    from rq_ceylon.monitor import Monitor
     from rq_ceylon.process import Watch, stop_with_supervisor
+    from rq_ceylon.worker import threads  # noqa: F401 - `serve` needs it
 
     loaded = load_app(app) if app else None
     found = options.bound(loaded)

@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from contextvars import copy_context
+from functools import partial
 from typing import Any, NamedTuple
 
 from rq_ceylon.process import end_fork
@@ -63,3 +65,14 @@ def in_thread(function: Callable[[], Any], name: str) -> asyncio.Future[End]:
 
     threading.Thread(target=body, name=name, daemon=True).start()
     return ended
+
+
+class Loop(asyncio.SelectorEventLoop):
+    """
+    An event loop that looks up each name in a thread of its own. Asyncio's own asks the loop's executor, which users'
+    code may fill (`asyncio.to_thread`) or shut down; a worker that has lost its connection could then make no other.
+    uvloop does not ask it either.
+    """
+
+    async def getaddrinfo(self, *args: Any, **kwargs: Any) -> Any:
+        return (await in_thread(partial(socket.getaddrinfo, *args, **kwargs), "lookup")).unwrap()
