@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from rq_ceylon.client.rolling import Rolling, _Waiting
 from rq_ceylon.client.session import Session
-from rq_ceylon.client.staging import stage
-from rq_ceylon.client.submission import Submission
+from rq_ceylon.client.staging import keyed_id, stage
+from rq_ceylon.client.submission import Submission, check_groups
 from rq_ceylon.errors import ConnectionLostError, NotFoundError
 from rq_ceylon.handlers import Registry
 from rq_ceylon.maintenance import Maintenance, judge
@@ -352,7 +352,11 @@ class Producer(Actor):
     async def _submit(self) -> None:
         while True:
             try:
-                await Submission(_Session(self), self.group).run(require_workers=False)
+                session = _Session(self)
+                if self.random.random() < 0.3:  # as of a file, whose groups are judged before the first is sent
+                    assert self.group.key is not None
+                    await check_groups(session, [(self.group, keyed_id(session.keys.namespace, self.group.key))])
+                await Submission(session, self.group).run(require_workers=False)
             except ConnectionLostError:
                 return  # what is written is in the outbox
             except NotFoundError:  # on what it depends its producer has yet to submit

@@ -31,6 +31,7 @@ SCRIPTS = (*scripts.GROUP_SCRIPTS, *scripts.ROLE_SCRIPTS)
 
 RARE = {
     "submit": 8,
+    "foresee": 8,
     "enqueue": 4,
     "claim": 2,
     "commit": 2,
