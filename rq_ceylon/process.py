@@ -33,7 +33,7 @@ ALLOWANCE_S = 5.0
 hooks run. It is also all that a second signal leaves."""
 
 LAST_LINE_S = 1.0
-"""How long the watch tries to write its last line: whoever holds the lock of the log may be what hangs."""
+"""How long the watch tries to write its last line: the code that hangs may hold the lock of the log."""
 
 CHILD_END_S = ALLOWANCE_S + LAST_LINE_S + 0.5
 """How long beyond its grace a child may take before its parent kills it: time for the child's own watch to end it."""

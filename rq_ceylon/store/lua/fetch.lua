@@ -1,6 +1,6 @@
 -- fetch: acknowledge, promote what is due, reclaim, read. The only script that delivers, so every delivery has a fence.
 -- KEYS: the role's.
--- ARGV: worker, budget, lease ms asked for, mode (read | recover), ms after which a name that nobody knows is overdue,
+-- ARGV: worker, budget, lease ms asked for, mode (read | recover), ms after which a name that no worker knows is overdue,
 --       n, n entries that this worker holds (recover mode),
 --       n, n names that this worker knows, of those that tasks wait for: 'count name', of which it takes so many,
 --       then per outcome: outcome, n, n entries to acknowledge, m, m histogram fields and increments.
@@ -136,7 +136,7 @@ local function take(name, count)
 end
 
 -- What waits for a name that this worker knows is taken; what waits for one that no worker has asked for in an hour too:
--- whoever is given that looks whether a live worker knows the name, and ends the task if none does.
+-- the worker that is given it looks whether a live worker knows the name, and ends the task if none does.
 local function take_by_name()
   local is_known = {}
   for _, word in ipairs(known) do

@@ -1,6 +1,6 @@
 -- release: give entries back, so that another worker gets them at once; or all that a dead worker held.
 -- KEYS: the role's.
--- ARGV: worker, then room entries...     they could not start here for want of room
+-- ARGV: worker, then room entries...     there was no room for them here
 --                    leaving entries...  this worker takes nothing more
 --                    *                   all of this worker's, after which its consumer is removed
 -- Reply: how many were given back, and 1 if more are left to give back.
