@@ -551,6 +551,49 @@ async def test_workers_share_plain_functions_by_their_threads_and_what_waits_is_
     assert min(ran_by.count(worker.name) for worker in (first, second)) >= 4
 
 
+async def test_a_worker_drains_and_ends_after_as_many_tasks_as_it_may_run(
+    app: Ceylon, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rq_ceylon.worker.wear.JITTER", 0)
+    group = await client.submit(TaskGroup("g", [Task(uses="echo", role="r") for _ in range(5)]))
+    worker = worker_of(app, slots=1, max_tasks=3)
+
+    await asyncio.wait_for(worker.run(), LIMIT_S)
+
+    counters = (await group.view()).counters
+    assert (worker.exit_code, worker.completed, counters.completed, counters.pending) == (0, 3, 3, 2)
+
+
+async def test_a_worker_drains_and_ends_with_7_once_too_much_hangs(
+    app: Ceylon, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rq_ceylon.worker.wear.JITTER", 0)
+    may_end = threading.Event()
+
+    @app.task(role="r", timeout=0.05, max_attempts=1)
+    def block() -> None:
+        may_end.wait(LIMIT_S)
+
+    group = await client.submit(TaskGroup("g", [block.bind() for _ in range(4)]))
+    worker = worker_of(app, slots=1, threads=1, max_hung_threads=1)
+    try:
+        await asyncio.wait_for(worker.run(), LIMIT_S)
+    finally:
+        may_end.set()
+
+    counters = (await group.view()).counters
+    assert (worker.exit_code, counters.failed, counters.pending) == (7, 2, 2)
+
+
+async def test_a_worker_drains_and_ends_once_it_takes_more_memory_than_it_may(app: Ceylon, client: Client) -> None:
+    await client.submit(TaskGroup("g", [Task(uses="echo", role="r") for _ in range(3)]))
+    worker = worker_of(app, slots=1, max_memory=1)
+
+    await asyncio.wait_for(worker.run(), LIMIT_S)
+
+    assert (worker.exit_code, worker.completed) == (0, 1)
+
+
 async def test_a_thread_that_outlived_its_timeout_takes_nothing_from_other_tasks(app: Ceylon, client: Client) -> None:
     may_end = threading.Event()
 

@@ -343,7 +343,8 @@ class Worker:
             return
         self.turns.finish(grant.held, Committed(delivery.tid, delivery.fence, *outcome))
         _log_end(grant, outcome)
-        self._count_end()
+        if outcome.kind != "release":  # what was given back has done no work here
+            self._count_end()
 
     def _count_end(self) -> None:
         """
