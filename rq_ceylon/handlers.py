@@ -18,7 +18,17 @@ from pydantic_core import to_json
 
 from rq_ceylon.attempt import Backoff, FailTask, Said, TaskContext, check_max_attempts, check_max_crashes, type_name
 from rq_ceylon.errors import InvalidInputError, UnknownTaskError, guess
-from rq_ceylon.models import DEFAULT_ROLE, Duration, GroupView, Task, check_id, check_priority, check_timeout, counted
+from rq_ceylon.models import (
+    DEFAULT_ROLE,
+    LONGEST_S,
+    Duration,
+    GroupView,
+    Task,
+    check_id,
+    check_priority,
+    check_timeout,
+    counted,
+)
 from rq_ceylon.settings import Settings
 from rq_ceylon.values import BadValueError, JsonType
 
@@ -111,7 +121,8 @@ class Handler(Generic[P, R]):
             if type_name(FailTask) in one.names:
                 continue
             if one.delay_s is not None:
-                waits.append(one.delay_s)
+                # Judged here too: users' code may have written it since its RetryTask was made.
+                waits.append(min(max(0.0, one.delay_s), LONGEST_S))
             elif (backoff := next((rules[name] for name in one.names if name in rules), self.backoff)) is not None:
                 waits.append(backoff.delay_s(attempt))
         return max(waits, default=None)

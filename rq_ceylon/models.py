@@ -99,6 +99,9 @@ class Priority(StrEnum):
     LOW = "low"
 
 
+LONGEST_S = 10 * 365 * 86400.0
+"""The longest duration: 10 years."""
+
 _UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|[smhd]))+")
 _DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|[smhd])")
@@ -127,7 +130,7 @@ def seconds(value: Duration, name: str) -> float:
             result = float(value)
         case _:
             raise InvalidInputError(f"{name}: {value!r} is not a duration; {remedy}")
-    if not math.isfinite(result) or not 0 <= result <= 10 * 365 * 86400:
+    if not math.isfinite(result) or not 0 <= result <= LONGEST_S:
         raise InvalidInputError(f"{name}: {value!r} is out of range (0 to 10 years); {remedy}")
     return result
 

@@ -358,6 +358,18 @@ def test_the_most_specific_exception_type_decides_the_rule() -> None:
     assert wait_s(handler, FailTask("no")) is None
 
 
+@pytest.mark.parametrize(
+    ("written", "expected"), [(1e300, 10 * 365 * 86400), (math.inf, 10 * 365 * 86400), (-1.0, 0), (math.nan, 0)]
+)
+def test_a_delay_that_a_handler_writes_into_its_retry_is_kept_within_what_a_duration_may_be(
+    written: float, expected: float
+) -> None:
+    error = RetryTask("5s")
+    error.delay_s = written
+
+    assert wait_s(Handler("x", loose), error) == expected
+
+
 class Many(ExceptionGroup[Exception]):
     pass
 
