@@ -729,7 +729,7 @@ async def test_a_stalled_worker_that_wakes_after_its_lease_takes_nothing_back(
             raise
         return context.worker
 
-    stalled, other = worker_of(app, lease_s=0.3, slots=2), worker_of(app, lease_s=0.3, slots=2)
+    stalled, other = worker_of(app, lease_s=1, slots=2), worker_of(app, lease_s=1, slots=2)
     handle = await client.submit(work.bind())
     async with running(stalled):
         await eventually(lambda: ran == [stalled.name], "the task runs on the worker that stalls")
@@ -761,7 +761,7 @@ async def test_what_a_stalled_worker_finishes_after_its_lease_does_not_count(
             await may_end.wait()
         return context.worker
 
-    stalled, other = worker_of(app, lease_s=0.3, slots=2), worker_of(app, lease_s=0.3, slots=2)
+    stalled, other = worker_of(app, lease_s=1, slots=2), worker_of(app, lease_s=1, slots=2)
     handle = await client.submit(work.bind())
     async with running(stalled):
         await eventually(lambda: ran == [stalled.name], "the task runs on the worker that stalls")
