@@ -163,11 +163,7 @@ class Executor:
             return
         run = _Run(attempt, begun, ended)
         self._running[run.key] = run
-
-        async def attempt_it() -> None:
-            run.outcome = await self._attempt(run)
-
-        run.task = asyncio.get_running_loop().create_task(attempt_it())
+        run.task = asyncio.get_running_loop().create_task(self._attempt(run))
         run.task.add_done_callback(partial(self._task_ended, run))
 
     def shares(self, names: Sequence[str]) -> dict[str, int]:
@@ -222,29 +218,33 @@ class Executor:
         await self._children.close()
 
     # ---- in the task of the attempt ----------------------------------------------------------------------------------
-    async def _attempt(self, run: _Run) -> Outcome:
+    async def _attempt(self, run: _Run) -> None:
         attempt, handler = run.attempt, run.attempt.handler
         try:
             try:
                 arguments = handler.call_arguments(attempt.raw, attempt.context)
             except InvalidInputError as error:
-                return attempt.failed("invalid", error)
+                run.outcome = attempt.failed("invalid", error)
+                return
             value = await self._called(run, arguments)
             end_fork(run.pid)
             try:
                 blob: bytes = value if handler.kind == "process" else handler.dump_result(value)
             except InvalidInputError as error:
-                return attempt.failed("invalid", error)
+                run.outcome = attempt.failed("invalid", error)
+                return
         except BaseException as error:  # a SystemExit that left its task would end the event loop
             end_fork(run.pid, error)
-            return self._raised(run, error)
+            run.outcome = self._raised(run, error)
+            return
         if len(blob) > RESULT_BYTES_MAX:
             too_large = PayloadTooLargeError(
                 f"the result of task {attempt.context.uses!r} has {len(blob):,} bytes, {RESULT_BYTES_MAX:,} are "
                 "allowed; store it elsewhere and return a reference"
             )
-            return attempt.failed("invalid", too_large)
-        return attempt.completed(blob)
+            run.outcome = attempt.failed("invalid", too_large)
+        else:
+            run.outcome = attempt.completed(blob)
 
     async def _called(self, run: _Run, arguments: dict[str, Any]) -> Any:
         """

@@ -432,29 +432,32 @@ def _defaults(text: str) -> Mapping[str, Any]:
 
 def _log_end(grant: Granted, outcome: Outcome) -> None:
     """
-    One line for each attempt that has ended, with its facts as fields too.
+    One line for each attempt that has ended. What it is filled with are fields of the record as well.
     """
-    delivery, name, ms = grant.held.delivery, grant.held.name, outcome.run_ms
-    task, attempt = f"{delivery.gid}/{delivery.tid}", grant.claimed.attempt
-    fields = {"function": name, "task": task, "attempt": attempt, "outcome": outcome.kind, "duration_ms": ms}
-    if error := outcome.error:
-        fields |= {"reason": outcome.reason, "error": f"{error['type']}: {error['message']}"}
-    if error and outcome.kind == "failed":
-        fields["traceback"] = error["traceback"]
-    record = logger.bind(**fields)
+    delivery = grant.held.delivery
+    fields: dict[str, Any] = {
+        "function": grant.held.name,
+        "task": f"{delivery.gid}/{delivery.tid}",
+        "attempt": grant.claimed.attempt,
+        "outcome": outcome.kind,
+        "duration_ms": outcome.run_ms,
+    }
+    if outcome.kind == "completed":
+        logger.info("{function} {task} completed in {duration_ms} ms, attempt {attempt}", **fields)
+        return
+    error = outcome.error
+    fields |= {"reason": outcome.reason, "error": f"{error['type']}: {error['message']}" if error else ""}
     match outcome.kind:
-        case "completed":
-            record.info("{} {} completed in {} ms, attempt {}", name, task, ms, attempt)
         case "retry":
-            words = "{} {} failed after {} ms, attempt {} ({}): {}; next in {} ms"
-            record.warning(words, name, task, ms, attempt, outcome.reason, fields.get("error", ""), outcome.delay_ms)
+            words = "{function} {task} failed after {duration_ms} ms, attempt {attempt} ({reason}): {error}; "
+            logger.warning(words + "next in {delay_ms} ms", delay_ms=outcome.delay_ms, **fields)
         case "failed":
-            words = "{} {} failed for good after {} ms, attempt {} ({}): {}"
-            record.error(words, name, task, ms, attempt, outcome.reason, fields.get("error", ""))
+            words = "{function} {task} failed for good after {duration_ms} ms, attempt {attempt} ({reason}): {error}"
+            logger.error(words, traceback=error.get("traceback", ""), **fields)
         case "stopped":
-            record.info("{} {} was cancelled after {} ms, attempt {}", name, task, ms, attempt)
+            logger.info("{function} {task} was cancelled after {duration_ms} ms, attempt {attempt}", **fields)
         case _ if outcome.reason.startswith(BUSY):
-            record.debug("{} {} waits for a free thread or process", name, task)
+            logger.debug("{function} {task} waits for a free thread or process", **fields)
         case _:
-            reason = f" ({outcome.reason})" if outcome.reason else ""
-            record.info("{} {} is given back{}, attempt {}", name, task, reason, attempt)
+            why = f" ({outcome.reason})" if outcome.reason else ""
+            logger.info("{function} {task} is given back{why}, attempt {attempt}", why=why, **fields)
