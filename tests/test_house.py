@@ -15,22 +15,9 @@ import pytest
 PACKAGE = "rq_ceylon"
 
 FLOORS: list[set[str]] = [
-    {
-        "errors",
-        "settings",
-        "models",
-        "graph",
-        "goals",
-        "groupfile",
-        "values",
-        "attempt",
-        "handlers",
-        "log",
-        "script",
-        "process",
-    },
+    {"errors", "settings", "models", "graph", "goals", "groupfile", "values", "attempt", "handlers", "log", "script"},
     {"store"},
-    {"maintenance", "presence", "audit", "checks"},
+    {"maintenance", "presence", "audit", "process", "checks"},
     {"client", "worker", "monitor"},
     {"app"},
     {"task", "cli"},
