@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from commands import ROOT, Commands
+from commands import ROOT, Commands, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
@@ -241,7 +241,8 @@ def test_a_task_that_no_worker_of_its_role_knows_is_named_with_the_nearest(comma
     (commands.folder / "greetings.py").write_text(
         "from rq_ceylon import Ceylon\napp = Ceylon()\n@app.task(role='r')\ndef greet(name: str) -> str: return name\n"
     )
-    commands.start("worker", "greetings:app")
+    worker = commands.start("worker", "greetings:app")
+    until(lambda: "serves" in commands.said(worker), "the worker lives")
     text = "name: A\ndefaults: {role: r}\ntasks: {x: {uses: gret, with: {name: 1}}}\n"
 
     ended = commands.run("submit", "-", stdin=text)

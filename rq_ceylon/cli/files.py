@@ -180,7 +180,7 @@ async def _of_group(url: str, namespace: str, gid: str) -> Drawing:
         view = await handle.view()
         drawing = Drawing("g1", view.name)
         async for task in handle.tasks():
-            drawing.add(task.id, (), task.role, str(task.status))
+            drawing.add(task.task_id, (), task.role, str(task.status))
         for at in range(0, len(ids := list(drawing.needs)), 500):
             drawing.needs.update(await queries.needs(client.connection, client.keys, gid, ids[at : at + 500]))
         return drawing

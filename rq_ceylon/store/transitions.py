@@ -382,13 +382,14 @@ def commit(
     outcomes: Sequence[Committed],
     acks: Sequence[PageAck] = (),
     *,
-    relay_lease_ms: int = RELAY_LEASE_MS,
+    relay_lease_ms: int | None = None,
 ) -> Call:
     """
     Args:
-        relay_lease_ms: how long the pages in the reply are left to the caller, who hands them over.
+        relay_lease_ms: how long the pages in the reply are left to the caller, which hands them over; if not given, as
+            long as a page of any other reply.
     """
-    args: list[Any] = [worker, relay_lease_ms, *_acks(acks)]
+    args: list[Any] = [worker, RELAY_LEASE_MS if relay_lease_ms is None else relay_lease_ms, *_acks(acks)]
     for o in outcomes:
         args += (f"{o.tid} {o.fence} {o.kind} {o.reason or '-'} {o.delay_ms} {o.run_ms}", o.blob)
     return Call("commit", keys.group(gid), args)

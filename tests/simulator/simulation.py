@@ -20,7 +20,7 @@ from rq_ceylon.client.staging import keyed_id
 from rq_ceylon.goals import compile_goals
 from rq_ceylon.models import COUNTERS, NeedPolicy, TaskGroup
 from rq_ceylon.store import scripts, transitions
-from rq_ceylon.store.keys import STREAMS, Keys
+from rq_ceylon.store.keys import ROLE_PARTS, STREAMS, Keys
 from rq_ceylon.store.scripts import Call
 from rq_ceylon.store.trouble import classified
 
@@ -491,7 +491,7 @@ class Simulation:
             self._rolled_back[gid] = {actor.name for actor in self._cast.values() if isinstance(actor, Maintainer)}
             self.ledger.ended = {task for task in self.ledger.ended if task[0] != gid}
         else:  # its user sees that it is paused, and resumes it again
-            self.raw.hdel(keys[4], "paused")
+            self.raw.hdel(keys[ROLE_PARTS.index("meta")], "paused")
         self._lost(f"{name.partition(' ')[0]} rolled back", gid)
 
     def _lost(self, what: str, gid: str) -> None:
