@@ -163,7 +163,10 @@ def said() -> Iterator[list[str]]:
     sink = logger.add(lines.append, format="{level}: {message}")
     handler = _Lines(lines)
     logging.getLogger("rq_ceylon").addHandler(handler)
+    # A command that ran in this process before has the standard log sent to loguru, where it would be heard twice.
+    logging.getLogger("rq_ceylon").propagate = False
     yield lines
+    logging.getLogger("rq_ceylon").propagate = True
     logging.getLogger("rq_ceylon").removeHandler(handler)
     logger.remove(sink)
     logger.disable("rq_ceylon")
