@@ -22,7 +22,7 @@ import traceback
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from loguru import logger
 
@@ -45,6 +45,8 @@ SUPERVISED = "CEYLON_SUPERVISED"
 """Set for a child: its standard input is a pipe that closes when its parent is gone."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+T = TypeVar("T")
 
 
 class Watch:
@@ -109,7 +111,7 @@ class Watch:
         Raises:
             CeylonError: `main` itself let a SystemExit through.
         """
-        task = loop.create_task(main)
+        task = own_task(main, loop=loop)
         task.add_done_callback(lambda _: loop.stop())
         while not task.done():
             try:
@@ -229,6 +231,21 @@ def limit(seconds: float, what: str) -> Iterator[None]:
     """
     with _watching[0].limit(seconds, what) if _watching else contextlib.nullcontext():
         yield
+
+
+def own_task(
+    body: Coroutine[Any, Any, T], *, name: str | None = None, loop: asyncio.AbstractEventLoop | None = None
+) -> asyncio.Task[T]:
+    """
+    A task of ours that users' code does not find: `asyncio.all_tasks()` leaves it out, as a handler may cancel all that
+    this names. Its creator must end it: closing a loop ends only what this names.
+
+    Args:
+        loop: where it runs; None: the running loop.
+    """
+    task = (loop or asyncio.get_running_loop()).create_task(body, name=name)
+    asyncio._unregister_task(task)
+    return task
 
 
 def end_fork(parent: int, error: BaseException | None = None) -> None:

@@ -282,6 +282,57 @@ def assert_one_line_each(commands: Commands, names: Sequence[str]) -> None:
     assert sorted(ended) == sorted([*names, "plain_returns"])
 
 
+CANCELS = """
+import asyncio
+from rq_ceylon import Ceylon
+
+app = Ceylon()
+started = asyncio.Event()
+
+@app.task(role="r", max_attempts=1)
+async def is_cancelled_by_another() -> None:
+    started.set()
+    await asyncio.sleep(60)
+
+@app.task(role="r", max_attempts=1)
+async def cancels_all_tasks() -> list[str]:
+    await started.wait()
+    others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+    return [repr(task.get_coro()) for task in others]
+
+@app.task(role="r", max_attempts=1, cpu=True)
+def one() -> int:
+    return 1
+"""
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_a_handler_that_cancels_all_tasks_of_the_loop_ends_other_attempts_and_nothing_of_the_worker(
+    loop: str, app: Ceylon, client: SyncClient, redis_url: str, tmp_path: Path
+) -> None:
+    (tmp_path / "jobs.py").write_text(CANCELS)
+    with commands_on(redis_url, tmp_path) as commands:
+        options = ["jobs:app", "--namespace", app.settings.namespace, "--grace", "1s", "--lease", "5s"]
+        worker = commands.launch("-c", LAUNCH, loop, *options)
+        assert client.submit(Task(uses="one", role="r")).result(LIMIT_S) == 1  # a child process waits from now on
+
+        other = client.submit(TaskGroup("other", [Task(uses="is_cancelled_by_another", role="r")]))
+        found = client.submit(Task(uses="cancels_all_tasks", role="r")).result(LIMIT_S)
+        other.wait("all", LIMIT_S)
+
+        assert len(found) == 1, found  # the other attempt
+        (ended,) = other.results()
+        assert (end_of(ended), ended.attempts) == ("CancelledError", 1)
+        assert other.view().counters.crashes == 0
+        assert client.submit(Task(uses="one", role="r")).result(LIMIT_S) == 1
+        worker.send_signal(signal.SIGTERM)
+        until(lambda: worker.poll() is not None, "the worker has ended", 1 + 5 + 4)
+        assert worker.returncode == 0, commands.said(worker)
+
+
 HARMFUL = """
 import asyncio, math, sys, threading
 from rq_ceylon import Ceylon, TaskContext

@@ -15,9 +15,22 @@ import pytest
 PACKAGE = "rq_ceylon"
 
 FLOORS: list[set[str]] = [
-    {"errors", "settings", "models", "graph", "goals", "groupfile", "values", "attempt", "handlers", "log", "script"},
+    {
+        "errors",
+        "settings",
+        "models",
+        "graph",
+        "goals",
+        "groupfile",
+        "values",
+        "attempt",
+        "handlers",
+        "log",
+        "script",
+        "process",
+    },
     {"store"},
-    {"maintenance", "presence", "audit", "process", "checks"},
+    {"maintenance", "presence", "audit", "checks"},
     {"client", "worker", "monitor"},
     {"app"},
     {"task", "cli"},

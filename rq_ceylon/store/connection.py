@@ -15,6 +15,7 @@ import redis.asyncio
 from loguru import logger
 
 from rq_ceylon.errors import CeylonError, ConnectionLostError, RedisError
+from rq_ceylon.process import own_task
 from rq_ceylon.settings import REMEDIES, masked, place_of
 from rq_ceylon.store.places import client_of, close, heeding_cancellation, servers_of, some_url
 from rq_ceylon.store.scripts import Call
@@ -81,7 +82,7 @@ async def until_reached(begin: Callable[[], Awaitable[T]], stopped: asyncio.Even
                     logger.info("Redis answers now")
                 return found
 
-    reaching, stop = asyncio.create_task(reach()), asyncio.create_task(stopped.wait())
+    reaching, stop = own_task(reach()), own_task(stopped.wait())
     try:
         await asyncio.wait([reaching, stop], return_when=asyncio.FIRST_COMPLETED)
         return None if stopped.is_set() else reaching.result()

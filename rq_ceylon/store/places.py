@@ -25,6 +25,7 @@ from redis.backoff import NoBackoff
 from redis.crc import key_slot
 
 from rq_ceylon.errors import ConnectionLostError, RedisError
+from rq_ceylon.process import own_task
 from rq_ceylon.settings import Address, Place, for_redis_py, masked, place_of, shown_address
 from rq_ceylon.store import durability, scripts, server
 from rq_ceylon.store.scripts import Call
@@ -356,9 +357,8 @@ class Cluster:
                 groups.setdefault((told or self._owner(calls[i].keys[0]), told is not None), []).append(i)
             for some in groups.values():
                 overtaking |= {i for i in some if calls[i].follows and _leader(calls, i) in left.keys() - some}
-            answers = await asyncio.gather(
-                *(self._send_to(to, [calls[i] for i in some], asking) for (to, asking), some in groups.items())
-            )
+            sent = [self._send_to(to, [calls[i] for i in some], asking) for (to, asking), some in groups.items()]
+            answers = await asyncio.gather(*map(own_task, sent))
             left = {}
             for some, got in zip(groups.values(), answers, strict=True):
                 for i, reply in zip(some, got, strict=True):
@@ -442,7 +442,7 @@ class Cluster:
             for key in keys:
                 if key not in self._waiting:
                     # Redis takes 0 for ever.
-                    self._waiting[key] = asyncio.create_task(self._pop_one(key, max(left, 0.01)), name=f"bell {key}")
+                    self._waiting[key] = own_task(self._pop_one(key, max(left, 0.01)), name=f"bell {key}")
             await asyncio.wait([self._waiting[key] for key in keys], timeout=left, return_when=asyncio.FIRST_COMPLETED)
             ended = [self._waiting.pop(key) for key in keys if self._waiting[key].done()]
             for error in [task.exception() for task in ended]:

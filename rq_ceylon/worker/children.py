@@ -22,6 +22,7 @@ from pydantic_core import from_json, to_json
 from rq_ceylon import log
 from rq_ceylon.attempt import Said, TaskContext, facts_of
 from rq_ceylon.handlers import Handler
+from rq_ceylon.process import own_task
 from rq_ceylon.settings import Settings
 from rq_ceylon.worker.child import INVALID, PROGRESS, VALUE
 from rq_ceylon.worker.outcome import RemoteError
@@ -144,7 +145,7 @@ class Child:
         self._home, self._process, self._reader, self._writer = home, process, reader, writer
         self._tasks_left, self._max_memory = max_tasks, max_memory
         self.is_worn_out = False
-        self.exit = asyncio.ensure_future(process.wait())
+        self.exit = own_task(process.wait())
         self.exit.add_done_callback(self._clear)
 
     @property

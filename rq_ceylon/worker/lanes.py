@@ -14,6 +14,7 @@ from loguru import logger
 
 from rq_ceylon.errors import CeylonError, ConnectionLostError
 from rq_ceylon.models import counted
+from rq_ceylon.process import own_task
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.trouble import complain
 from rq_ceylon.worker.held import Step
@@ -65,7 +66,7 @@ class Lanes:
             by_node[self._connection.node_of(step.call.keys[0])].append(step)
         for node, some in by_node.items():
             self._since[node] = time.monotonic()
-            self._turns[node] = asyncio.create_task(self._take_turn(node, some), name=f"turn of {node}")
+            self._turns[node] = own_task(self._take_turn(node, some), name=f"turn of {node}")
 
     def check(self) -> None:
         """

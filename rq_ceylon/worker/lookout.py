@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 
 from rq_ceylon.maintenance import maintain
 from rq_ceylon.presence import BEAT_S, Presence
+from rq_ceylon.process import own_task
 from rq_ceylon.store import queries
 from rq_ceylon.store.connection import UNHEARD, Connection, heard, subscribed
 from rq_ceylon.store.keys import Keys
@@ -66,7 +67,7 @@ class Lookout:
             ),
             ("maintenance", maintain(self._url, self._keys)),
         ):
-            self._tasks.append(asyncio.create_task(body, name=name))
+            self._tasks.append(own_task(body, name=name))
 
     def check(self) -> None:
         """

@@ -16,6 +16,7 @@ from rq_ceylon.errors import CeylonError
 from rq_ceylon.handlers import DEFAULT_HANDLER, Registry
 from rq_ceylon.models import check_id, counted
 from rq_ceylon.presence import Presence, is_unroutable
+from rq_ceylon.process import own_task
 from rq_ceylon.settings import require_unix
 from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.codec import decode, task_parts
@@ -188,17 +189,18 @@ class Worker:
         try:
             await self._work()
         finally:
+            for task in self._background:
+                task.cancel()
             await self.lanes.close()
             await self.lookout.stop()
         await self._leave()
 
     # ---- turns -------------------------------------------------------------------------------------------------------
     async def _work(self) -> None:
-        shutdown: asyncio.Task[None] | None = None
         while True:
-            if self._stop.is_set() and shutdown is None:
+            if self._stop.is_set() and not self.turns.stopping:
                 self.turns.stopping = True  # before the plan: nothing starts that `_shut_down` does not see
-                shutdown = asyncio.create_task(self._shut_down(), name="shutdown")
+                self._keep(self._shut_down(), "shutdown")
             self.lookout.check()
             self.lanes.check()
             self._wake.clear()
@@ -210,8 +212,6 @@ class Worker:
             # A handler that ends at once takes so many passes of the loop; the next turn then carries them all.
             for _ in range(4):
                 await asyncio.sleep(0)
-        if shutdown is not None:
-            shutdown.cancel()
 
     async def _rest(self) -> None:
         """
@@ -321,7 +321,10 @@ class Worker:
                 self._cannot_use(grant, error)
 
         delivery = grant.held.delivery
-        task = asyncio.create_task(guarded())
+        self._keep(guarded(), f"{delivery.gid}/{delivery.tid}")
+
+    def _keep(self, body: Coroutine[Any, Any, None], name: str) -> None:
+        task = own_task(body, name=name)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
@@ -408,9 +411,11 @@ class Worker:
         try:
             while roles:
                 calls = [transitions.release_all(self.keys, role, self.name) for role in roles]
-                replies = await asyncio.wait_for(self.connection.run(calls), LAST_WORD_S)
+                async with asyncio.timeout(LAST_WORD_S):
+                    replies = await self.connection.run(calls)
                 roles = [role for role, (_, more) in zip(roles, replies, strict=True) if more == "1"]
-            await asyncio.wait_for(self.connection.run(self.presence.farewell()), LAST_WORD_S)
+            async with asyncio.timeout(LAST_WORD_S):
+                await self.connection.run(self.presence.farewell())
             self.neighbours.leave()
         except (CeylonError, TimeoutError) as error:
             logger.warning(
