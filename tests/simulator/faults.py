@@ -108,6 +108,8 @@ def short_times(scale: float, *, reissue: bool, spawn: Spawn) -> Iterator[None]:
         stack.enter_context(mock.patch.object(scripts, "digest", digest))
         for user in (connection, lanes, loop, rolling):
             stack.enter_context(mock.patch.object(user, "asyncio", _Asyncio(spawn)))
+        for user in (lanes, loop):
+            stack.enter_context(mock.patch.object(user, "own_task", _own_task(spawn)))
         if not reissue:
             stack.enter_context(mock.patch.object(Reissue, "run", _nothing_lost))
         yield
@@ -115,6 +117,13 @@ def short_times(scale: float, *, reissue: bool, spawn: Spawn) -> Iterator[None]:
 
 async def _nothing_lost(_: Reissue, gid: str) -> int:
     return 0
+
+
+def _own_task(spawn: Spawn) -> Callable[..., Any]:
+    def own_task(body: Coroutine[Any, Any, None], *, name: str) -> Any:
+        return spawn(body, name)
+
+    return own_task
 
 
 class _Asyncio:
