@@ -316,7 +316,7 @@ async def test_an_index_that_a_node_has_lost_is_restored_from_the_groups_of_all_
     async with connected(cluster.url) as connection:
         await connection.run([command("HSET", keys.group_part(gid, "meta"), "status", "active") for gid in gids])
 
-        await restore_index(connection, keys, 1)
+        await restore_index(connection, keys)
 
         assert sorted(await queries.group_ids(connection, keys)) == gids
 

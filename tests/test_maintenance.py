@@ -618,13 +618,37 @@ async def test_groups_that_the_index_has_lost_come_back_within_the_hour_and_thos
 
     await Maintenance(maintenance._connection, bench.keys).run_once()
     assert next_look_ms(bench, "lost") is None  # somebody has looked within the hour
-    assert 0 < bench.redis.pttl(bench.keys.restored) <= HOUR_MS
-    bench.redis.delete(bench.keys.restored)
+    assert 0 < bench.redis.pttl(bench.keys.thorough) <= HOUR_MS
+    bench.redis.delete(bench.keys.thorough)
     await Maintenance(maintenance._connection, bench.keys).run_once()
 
     assert next_look_ms(bench, "lost") == pytest.approx(STILL_MS, abs=5000)
     assert next_look_ms(bench, "gone") is None
     assert said == ["WARNING: The index of groups had lost some; entered again: 1\n"]
+
+
+# ---- delayed ---------------------------------------------------------------------------------------------------------
+async def test_delayed_entries_of_tasks_that_are_over_go_within_the_hour_and_no_others(
+    bench: Bench, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps, "DELAYED_PER_STEP", 4)
+    many = [str(n) for n in range(10)]
+    for gid in ("cancelled", "gone", "open"):
+        bench.queued(gid, many, delay_ms=24 * HOUR_MS)
+    bench.queued("tried")
+    bench.commit("w", bench.started("w", "tried"), "retry", delay_ms=HOUR_MS)
+    bench.run(transitions.cancel_group(bench.keys, "cancelled"))
+    bench.run(transitions.cancel_tasks(bench.keys, "open", ["3", "7"]))
+    bench.redis.delete(*bench.keys.group("gone"))
+    bench.redis.zadd(bench.keys.role_part("p", "delayed"), {"unreadable": 1e15})
+    bench.redis.sadd(bench.keys.roles, "p")
+
+    await Maintenance(connection, bench.keys).run_once()
+
+    left = bench.redis.zrange(bench.keys.role_part("p", "delayed"), 0, -1)
+    tasks = [("open", n) for n in many if n not in ("3", "7")] + [("tried", "a")]
+    assert sorted(entry.split(" ")[1:3] for entry in left if entry != "unreadable") == sorted(map(list, tasks))
+    assert "unreadable" in left
 
 
 # ---- consumers -------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+from collections.abc import Sequence
 from typing import Literal
 
 from loguru import logger
@@ -23,6 +24,7 @@ from rq_ceylon.store.scripts import Call, command
 from rq_ceylon.store.trouble import complain, warn_once
 
 GROUPS_PER_STEP = 100
+DELAYED_PER_STEP = 500
 AFTER_ERROR_S = 5.0
 MOVING_MS, STILL_MS = 10_000, 60_000
 """How long until the next look at a group while something moves, and while nothing does. No step is further from the
@@ -34,8 +36,8 @@ STAGING_MS = 3_600_000
 SILENT_MS = 90_000
 """A rolling group without a new part for so long is sealed: its client seals after 60 s by itself."""
 
-RESTORE_EVERY_MS = 3_600_000
-"""The index can lose groups that are there, as when its node of a cluster fails: then nobody looks after them."""
+THOROUGH_EVERY_MS = 3_600_000
+"""Between two looks at all keys."""
 
 CONSUMER_IDLE_MS = 3_600_000
 
@@ -63,7 +65,7 @@ class Maintenance:
         now_ms = await queries.server_ms(self._connection, self._keys)
         if now_ms >= self._rarely_at:
             self._rarely_at = now_ms + RARELY_MS
-            await restore_index(self._connection, self._keys, now_ms)
+            await look_at_all(self._connection, self._keys, now_ms)
             await remove_left_consumers(self._connection, self._keys)
         next_looks: dict[str, int] = {}
         for gid in await queries.due_groups(self._connection, self._keys, now_ms, GROUPS_PER_STEP):
@@ -143,13 +145,21 @@ async def maintain(url: str, keys: Keys) -> None:
             await asyncio.sleep(pause_s)
 
 
-async def restore_index(connection: Connection, keys: Keys, now_ms: int) -> None:
+async def look_at_all(connection: Connection, keys: Keys, now_ms: int) -> None:
     """
-    Enter again the groups that the index has lost: once an hour, by whoever comes first.
+    What takes a look at all keys: once an hour, by whoever comes first.
     """
-    (mine,) = await connection.run([transitions.take_restoring(keys, now_ms, RESTORE_EVERY_MS)], refusals=True)
+    (mine,) = await connection.run([transitions.take_thorough(keys, now_ms, THOROUGH_EVERY_MS)], refusals=True)
     if not mine or isinstance(mine, CeylonError):  # at the memory limit it has time
         return
+    await restore_index(connection, keys)
+    await remove_over_delayed(connection, keys)
+
+
+async def restore_index(connection: Connection, keys: Keys) -> None:
+    """
+    Enter again the groups that the index has lost, as when its node of a cluster fails: nobody looks after them.
+    """
     try:
         async for gids in queries.stored_groups(connection, keys):
             lost = await connection.run([transitions.restore(keys, gid) for gid in gids])
@@ -159,6 +169,35 @@ async def restore_index(connection: Connection, keys: Keys, now_ms: int) -> None
         raise
     except CeylonError as error:
         warn_once(f"Groups that the index loses will not be found: {error}")
+
+
+async def remove_over_delayed(connection: Connection, keys: Keys) -> None:
+    """
+    Remove the delayed entries of tasks that have ended, or whose group is closed or gone; they might be due in days
+    only. A task is stored before its entry is made, so none of one that is open is taken for over.
+    """
+    for key in [keys.role_part(role, "delayed") for role in await queries.role_names(connection, keys)]:
+        last = -1  # from the latest on: those that become due leave at the other end
+        while True:
+            (entries,) = await connection.run([command("ZRANGE", key, last - DELAYED_PER_STEP + 1, last)])
+            if not entries:
+                break
+            over = await _over(connection, keys, entries)
+            if over:
+                await connection.run([command("ZREM", key, *over)])
+            last -= DELAYED_PER_STEP - len(over)
+
+
+async def _over(connection: Connection, keys: Keys, entries: Sequence[str]) -> list[str]:
+    # `1 gid tid issue ...`; one that cannot be read is left to the worker that fetches it.
+    tasks = {entry: words[1:3] for entry in entries if len(words := entry.split(" ")) > 3}
+    calls = [command("HEXISTS", keys.group_part(gid, "tasks"), tid) for gid, tid in tasks.values()]
+    exist = await connection.run(calls, refusals=True)
+    gids = list({gid for gid, _ in tasks.values()})
+    calls = [command("HGET", keys.group_part(gid, "meta"), "status") for gid in gids]
+    statuses = dict(zip(gids, await connection.run(calls, refusals=True), strict=True))
+    closed = {gid for gid, status in statuses.items() if status in ("closing", "finished")}
+    return [entry for (entry, (gid, _)), one in zip(tasks.items(), exist, strict=True) if one == 0 or gid in closed]
 
 
 async def meet(connection: Connection, keys: Keys, gid: str) -> str | None:

@@ -33,7 +33,7 @@ class Keys:
         self.prefix = f"ceylon:{namespace}:"
         self.roles = f"{self.prefix}{{i}}:roles"
         self.workers = f"{self.prefix}{{i}}:workers"
-        self.restored = f"{self.prefix}{{i}}:restored"
+        self.thorough = f"{self.prefix}{{i}}:thorough"
         self.control_channel = f"{self.prefix}control"
 
     def group(self, gid: str) -> list[str]:

@@ -577,12 +577,12 @@ def look_again(keys: Keys, gid: str, at_ms: int) -> Call:
     return insist("ZADD", keys.index_of(gid), "XX", at_ms, gid)
 
 
-def take_restoring(keys: Keys, now_ms: int, ttl_ms: int) -> Call:
+def take_thorough(keys: Keys, now_ms: int, ttl_ms: int) -> Call:
     """
-    Take the turn to restore the index; refused with None to all others until `ttl_ms` have passed.
+    Take the turn to look at all keys; refused with None to all others until `ttl_ms` have passed.
     """
     # `insist` would take the TTL from it where it is refused.
-    return command("SET", keys.restored, now_ms, "NX", "PX", ttl_ms)
+    return command("SET", keys.thorough, now_ms, "NX", "PX", ttl_ms)
 
 
 def restore(keys: Keys, gid: str) -> Call:
