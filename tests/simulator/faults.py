@@ -55,7 +55,7 @@ _TIMES: list[tuple[Any, str, float]] = [
     (steps, "SILENT_MS", 400),
     (steps, "CONSUMER_IDLE_MS", 300),
     (steps, "RARELY_MS", 150),
-    (steps, "RESTORE_EVERY_MS", 100),
+    (steps, "THOROUGH_EVERY_MS", 100),
 ]
 
 _SIZES: list[tuple[Any, str, int]] = [
