@@ -115,7 +115,7 @@ class _Question:
 
     def __init__(self, loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
         self.answer: Future[bool | _Raised] = Future()
-        self.answer.set_running_or_notify_cancel()  # nobody who waits for it can cancel it
+        self.answer.set_running_or_notify_cancel()  # a waiter cannot cancel it
         self._loop = loop
         self._task: asyncio.Task[bool | _Raised] | None = None
 

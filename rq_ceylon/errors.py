@@ -132,7 +132,7 @@ class QueueFullError(RedisError):
 
 class RecordError(RedisError):
     """
-    A record in Redis cannot be read: a newer version of rq-ceylon wrote it, or somebody else did.
+    A record in Redis cannot be read: a newer version of rq-ceylon wrote it, or another program did.
     """
 
 

@@ -40,8 +40,8 @@ def set_up(level: str, form: Form) -> None:
     stream = sys.stderr
 
     def sink(message: Any) -> None:
-        # Users' code may close the stream. The log is then lost, but a line of it must end nothing else: loguru would
-        # raise in whoever wrote it, having nowhere to say what is wrong.
+        # Users' code may close the stream. The log is then lost, but nothing else: without this, loguru would raise
+        # the error in the code that logs, since it cannot report it anywhere.
         with suppress(OSError, ValueError):
             stream.write(_json_line(message.record) if form == "json" else message)
             stream.flush()

@@ -119,7 +119,7 @@ class Watch:
             except (SystemExit, KeyboardInterrupt) as error:
                 end_fork(self._pid, error)
                 if isinstance(error, KeyboardInterrupt) and not self.handlers:
-                    raise  # a Ctrl-C that nobody listens for
+                    raise  # Ctrl-C, and no handler is installed for it
                 if task.done():
                     raise CeylonError(f"the process must end: {error_at(error)}") from error
                 logger.error("A task below a handler, hook or check tried to end the process: {}", error_at(error))

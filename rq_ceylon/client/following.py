@@ -25,13 +25,13 @@ from rq_ceylon.store.keys import Keys
 log = logging.getLogger("rq_ceylon")
 
 NO_WORKER_S = 10.0
-"""After so long a wait, roles and names of what has not begun are told to `Warn`: is there a worker for them?"""
+"""How long a client waits before it asks whether tasks that have not begun have a worker, and tells `Warn` if not."""
 
 REMIND_TASKS_MAX = 1000
 RESULTS_PER_READ = 500
 
 FEW = 100
-"""So many results are asked for at every look: cheaper than the events that say which of them there are."""
+"""Up to so many results are simply read at every look, which is cheaper than reading the events that name them."""
 
 CLOSED = (GroupStatus.CLOSING, GroupStatus.FINISHED)
 RECONNECT_S = 0.2

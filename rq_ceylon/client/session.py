@@ -28,8 +28,8 @@ from rq_ceylon.store.keys import Keys
 from rq_ceylon.store.scripts import Call, command
 
 log = logging.getLogger("rq_ceylon")
-"""What a client has to tell goes through the standard library: Python prints warnings to stderr where nobody has set up
-logging, so that a program that waits in vain is not mute."""
+"""A client's messages go through the standard library's logging: Python prints its warnings to stderr even in a program
+that has not configured logging, so its user learns why it waits."""
 
 ANSWER_S = 5.0
 """How long a call is repeated while Redis does not answer, and how long one answer may take."""
@@ -201,7 +201,7 @@ class Session:
     # ---- who serves a role -------------------------------------------------------------------------------------------
     async def missing_roles(self, roles: Iterable[str]) -> list[str]:
         """
-        Those of these roles that no live worker serves, each in words: with the nearest role that one does.
+        Return a sentence for each of `roles` that no live worker serves, with the nearest role that has one.
         """
         return list((await self._missing(roles)).values())
 
@@ -216,8 +216,8 @@ class Session:
 
     async def unknown_names(self, names: Iterable[tuple[str, str]]) -> list[str]:
         """
-        Those of these handlers, each with its role, that no live worker of the role knows, in words: with the nearest
-        that one does. Nothing of roles that no worker serves.
+        Return a sentence for each (role, task name) that no live worker of the role knows, with the nearest name that
+        one knows. Roles that no worker serves are left out.
         """
         return list((await self._unknown(names)).values())
 

@@ -100,8 +100,8 @@ class Reissue:
 
     async def _lost(self, gid: str, role: str, claims: list[tuple[str, str, str]]) -> list[tuple[str, str]]:
         """
-        Those of these running tasks (task, fence, worker) that no worker runs: its worker lives and holds nothing so
-        old, or its heartbeat is gone, and was for a whole lease of the role.
+        Return the running tasks of `claims` (task, fence, worker) that no worker runs. A task is lost if its worker
+        lives but holds no fence that old, or if its worker's heartbeat has been gone for a whole lease of the role.
         """
         if not claims:
             return []
