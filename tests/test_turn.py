@@ -458,3 +458,16 @@ def test_a_worker_that_found_no_role_to_have_a_task_says_so_and_has_nothing_more
         worker.turn()
     assert worker.turns.fetched_nothing
     assert not worker.turns.is_due(1)
+
+
+def test_a_worker_that_hands_a_dependent_to_another_role_has_nothing_more_to_ask(bench: Bench) -> None:
+    bench.submit("g", ["a"], part=1, last=False, digest="1")
+    bench.submit("g", ["b"], part=2, digest="2", needs={"b": ["a"]}, role="other")
+    bench.relay("g")
+    worker = Hand(bench, "w")
+    worker.end(worker.started())
+    for _ in range(4):
+        worker.turn()
+    assert bench.redis.xlen(bench.keys.role_part("other", "normal")) == 1
+    assert not worker.turns.is_due(1)
+    assert worker.turns.is_idle()

@@ -328,9 +328,10 @@ class Turns:
     def _enqueues(self) -> Iterable[Step]:
         for role in [role for role in self._to_enqueue if self._is_open(role=role)]:
             some = self._to_enqueue.pop(role)
-            # What follows here must be seen by a fetch before this role counts as empty.
-            self._empty.discard(role)
-            self._to_fetch.add(role)
+            if role in self.roles:
+                # A fetch must see the new entries before this role counts as empty. Other roles are never fetched here.
+                self._empty.discard(role)
+                self._to_fetch.add(role)
             by_name = [(page.gid, self._by_name.pop(page, {})) for page in some]
             names = {(gid, tid): name for gid, tasks in by_name for tid, name in tasks.items()}
             call = transitions.enqueue(self.keys, role, some, names=names)

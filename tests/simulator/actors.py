@@ -132,7 +132,7 @@ class WorkerActor(Actor):
         self.line.owner = self.process.name
         self.leases = LeaseActor(self)
         self._beat_ms = 0.0
-        self._shut_down_begun = False
+        self._idle_passes = 0
 
     async def live(self) -> None:
         process, turns, lanes = self.process, self.process.turns, self.process.lanes
@@ -149,6 +149,8 @@ class WorkerActor(Actor):
             if turns.stopping and turns.is_idle() and not self.jobs and not lanes.in_flight:
                 await process._leave()
                 return
+            self._idle_passes += turns.stopping and not turns.held and not self.jobs
+            assert self._idle_passes < 150, "it was told to stop, holds nothing, and does not leave"
             if turns.is_due(process._free()):
                 await gate()
             else:
