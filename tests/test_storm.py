@@ -21,7 +21,7 @@ import redis
 from rq_ceylon import Client, Goal, Task, TaskGroup
 from rq_ceylon.models import COUNTERS
 from rq_ceylon.store.events import Event, event_of
-from rq_ceylon.store.keys import Keys
+from rq_ceylon.store.keys import STREAMS, Keys
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(150)]
 
@@ -124,7 +124,7 @@ async def quiet(url: str, namespace: str) -> None:
         await asyncio.sleep(0.1)
     details = {
         key: raw.zrange(key, 0, 3)
-        if key.endswith(("outbox", "delayed"))
+        if key.endswith(("outbox", "delayed", "by_name"))
         else raw.xpending_range(key, "workers", "-", "+", 3)
         for key in left(raw, keys)
     }
@@ -134,12 +134,11 @@ async def quiet(url: str, namespace: str) -> None:
 def left(raw: Any, keys: Keys) -> list[str]:
     found = []
     for role in ("cpu", "io"):
-        for stream in ("high", "normal", "low"):
+        for stream in STREAMS:
             key = keys.role_part(role, stream)
             if raw.exists(key) and (raw.xlen(key) or raw.xpending(key, "workers")["pending"]):
                 found.append(key)
-        if raw.zcard(keys.role_part(role, "delayed")):
-            found.append(keys.role_part(role, "delayed"))
+        found += [key for part in ("delayed", "by_name") if raw.zcard(key := keys.role_part(role, part))]
     return found + list(raw.scan_iter(f"{keys.prefix}*:outbox"))
 
 

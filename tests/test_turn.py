@@ -241,6 +241,24 @@ def test_a_retry_is_with_its_role_in_the_next_turns_though_the_answer_to_its_com
     assert granted == [2]
 
 
+@pytest.mark.parametrize(("kind", "follows"), [("completed", "b"), ("retry", "a")])
+def test_what_a_worker_committed_before_it_died_is_handed_on_by_the_next_one(
+    bench: Bench, kind: str, follows: str
+) -> None:
+    bench.submit("g", ["a"], part=1, last=False, digest="1")
+    bench.submit("g", ["b"], part=2, digest="2", needs={"b": ["a"]})
+    bench.relay("g")
+    dead, worker = Hand(bench, "dead"), Hand(bench, "w")
+    dead.end(dead.started(), kind)
+    dead.turn()
+    assert dead.turns.is_due(1)  # it was about to enqueue what follows
+    bench.run(transitions.release_all(bench.keys, "p", "dead"))
+
+    granted = [grant.held.delivery.tid for _ in range(6) for grant in worker.turn()]
+
+    assert granted == [follows]
+
+
 class Direct:
     """
     The connection of a lease thread.

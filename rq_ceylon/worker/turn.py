@@ -388,8 +388,11 @@ class Turns:
                 case "LOST":
                     self.forget(held)
                 case verdict:
-                    if verdict in ("DONE", "PARKED"):  # perhaps just now: what follows from that is in the outbox
-                        self._relay(held.delivery.gid)
+                    if verdict in ("DONE", "PARKED", "OUTDATED"):
+                        # What follows from that end, parking or retry may still be in the outbox. If the entry was
+                        # given back, its worker may have died right after its commit: the pages are hidden for it.
+                        was_given_back = held.delivery.lineage != held.delivery.entry
+                        self._relay(held.delivery.gid, again=was_given_back)
                     if claimed.words:
                         level = "WARNING" if claimed.reason == "expired" else "ERROR"  # the former was asked for
                         task, words = f"{held.delivery.gid}/{held.delivery.tid}", "{} is over ({}): {}"
