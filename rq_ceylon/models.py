@@ -383,6 +383,11 @@ class GoalView:
     fail_when: str | None = None
     call: str | None = None
 
+    @property
+    def title(self) -> str:
+        """Its name in a sentence: `goal enough`, but not `goal goal` for one that was given no name."""
+        return self.name if re.fullmatch("goal[0-9]*", self.name) else f"goal {self.name}"
+
 
 @dataclass(frozen=True, slots=True)
 class GroupView:
@@ -415,7 +420,7 @@ class GroupView:
         return self.status is GroupStatus.FINISHED
 
     def __str__(self) -> str:
-        goals = "".join(f", goal {goal.name} {goal.status}" for goal in self.goals)
+        goals = "".join(f", {goal.title} {goal.status}" for goal in self.goals)
         outcome = f" ({self.outcome})" if self.outcome else ""
         return (
             f"{self.name}: {self.status}{outcome}, {self.counters.completed} of {self.counters.total} completed{goals}"

@@ -208,7 +208,8 @@ class Monitor:
         if deadlines := [goal.deadline_ms for goal in view.goals if goal.deadline_ms and not goal.settled]:
             self._deadlines[view.id] = min(deadlines)
         if view.is_finished:
-            logger.info("{}", summary(view, watched.statistics))
+            lines = summary(view, watched.statistics).splitlines()
+            logger.info("{}", "; ".join(line.strip() for line in lines))  # a record of the log is one line
             watched.finished = True
             watched.statistics.roles.clear()
         else:

@@ -30,7 +30,7 @@ _FORMS = (
 )
 
 REMEDIES = (
-    "Start one in another terminal: ceylon server · ceylon up · docker compose up -d redis\n"
+    "Start one in another terminal: ceylon server · ceylon up MODULE:APP · docker compose up -d redis\n"
     "Or say where it is: --redis redis://host:6379/0, or the variable CEYLON_REDIS_URL."
 )
 

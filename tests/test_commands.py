@@ -335,6 +335,28 @@ def test_a_group_that_runs_is_not_shown_as_finished_and_one_task_is_no_plural(co
     assert "None" not in shown.stdout
 
 
+def test_the_tasks_of_a_group_are_shown_in_the_order_of_their_numbers(commands: Commands) -> None:
+    (commands.folder / "pages.yaml").write_text("name: p\ntasks: {page: {matrix: {n: {range: [1, 12]}}, role: r}}\n")
+
+    gid = commands.run("submit", "pages.yaml").stdout.strip()
+    shown = commands.run("ceylon", "show", gid).stdout
+
+    assert re.findall(r"^page-\S*", shown, re.MULTILINE) == [f"page-{n}" for n in range(1, 12)]
+
+
+def test_a_goal_without_a_name_is_not_called_goal_twice(commands: Commands) -> None:
+    (commands.folder / "goals.yaml").write_text(
+        "name: G\ntasks: {a: {role: r}}\ngoal: [{when: completed >= 1}, {name: most, when: completed >= 1}]\n"
+    )
+
+    gid = commands.run("submit", "goals.yaml").stdout.strip()
+    shown = commands.run("ceylon", "show", gid).stdout
+
+    assert "\n  goal: completed >= 1: in_progress\n  goal most: completed >= 1: in_progress\n" in shown
+    with Ceylon(commands.url).sync_client() as client:
+        assert str(client.group(gid).view()).endswith("completed, goal in_progress, goal most in_progress")
+
+
 def test_a_failure_without_an_exception_is_shown_by_its_message_alone() -> None:
     poison = TaskResult("a", TaskStatus.FAILED, "poison", error={"type": "", "message": "poison", "traceback": ""})
 
@@ -410,7 +432,7 @@ def test_a_worker_needs_a_role_or_an_application_that_names_one(commands: Comman
 
     assert ended.returncode == 0, ended.stderr
     first = json.loads(ended.stderr.splitlines()[0])
-    assert "serves r with 16 slots" in first["message"]
+    assert "serves role r with 16 slots" in first["message"]
     assert_refused(commands.run("worker"), 2, "--role")
 
 
@@ -433,7 +455,7 @@ def test_options_of_a_worker_with_several_processes_may_end_before_its_applicati
     ended = commands.run("worker", "--processes", "2", "--burst", "--", "jobs:app")
 
     assert ended.returncode == 0, ended.stderr
-    assert ended.stderr.count("serves resize") == 2
+    assert ended.stderr.count("serves role resize") == 2
 
 
 @pytest.mark.parametrize("name", ["queue", "redis", "click", "types"])
@@ -450,7 +472,7 @@ def test_a_file_named_like_a_module_of_ours_takes_the_place_of_none(name: str, c
     ended = commands.python("-P", "-c", installed, "jobs:app", "--burst", "--processes", "2")
 
     assert ended.returncode == 0, ended.stderr
-    assert ended.stderr.count("serves resize") == 2
+    assert ended.stderr.count("serves role resize") == 2
 
 
 @pytest.mark.parametrize("command", [("worker", "-r", "r"), ("monitor", "--app")], ids=["worker", "monitor"])

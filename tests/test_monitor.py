@@ -100,7 +100,7 @@ async def test_an_achieved_goal_is_said_with_its_message_and_a_finished_group_wi
     assert about(said, "Goal") == ['INFO: Goal achieved: partial of "g" (5 of 10 completed). Enough {of} them!\n']
     (line,) = about(said, "finished")
     assert 'Group "g" finished as completed: 10 completed, 0 failed, 0 cancelled in ' in line
-    assert re.search(r"\n  p: run mean 5 ms, p50 5, p95 5, p99 5; wait mean \d+ ms, p50 ", line)
+    assert re.search(r"; p: run mean 5 ms, p50 5, p95 5, p99 5; wait mean \d+ ms, p50 ", line)
 
 
 async def test_deadlines_of_a_group_that_waits_for_others_have_not_begun_and_nobody_judges_them(

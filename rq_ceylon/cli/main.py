@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import sys
 from collections.abc import Sequence
@@ -181,6 +182,7 @@ async def show(client: Client, target: str, json: bool) -> None:
     gid, _, tid = target.partition("/")
     view = await client.group(gid).view()
     tasks = [await client.task(target).view()] if tid else [task async for task in client.group(gid).tasks()]
+    tasks.sort(key=_in_order)
     why = await why_waiting(client, view, tasks)
     if json:
         facts = [{**task_facts(task), "waits": why.get(task.task_id)} for task in tasks]
@@ -191,7 +193,7 @@ async def show(client: Client, target: str, json: bool) -> None:
         for goal in view.goals:
             at = goal.settled
             say(
-                f"  goal {goal.name}: {goal.when}: {goal.status}"
+                f"  {goal.title}: {goal.when}: {goal.status}"
                 + (f" at {at.counters.completed} of {at.counters.total} completed, by {at.by}" if at else "")
             )
     _table(
@@ -200,6 +202,12 @@ async def show(client: Client, target: str, json: bool) -> None:
     )
     if tid:
         await _show_more(client, gid, tasks[0], why.get(tid, ""))
+
+
+def _in_order(task: TaskView) -> tuple[bool, list[str | int]]:
+    """Open tasks first, and of each kind as people count them: 2 before 10, `page-2` before `page-10`."""
+    parts = re.split(r"([0-9]+)", task.task_id)
+    return task.status.is_final, [int(part) if number % 2 else part for number, part in enumerate(parts)]
 
 
 async def _show_more(client: Client, gid: str, task: TaskView, why: str) -> None:

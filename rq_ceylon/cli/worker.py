@@ -78,7 +78,12 @@ def _warn_of_unused(served: Sequence[str], registry: Registry) -> None:
 @command("ceylon-worker")
 @click.argument("app", metavar="[MODULE:APP]", required=False, envvar="CEYLON_APP")
 @click.option("-r", "--role", "roles", multiple=True, metavar="ROLE", envvar="CEYLON_ROLE", help="Roles to serve.")
-@click.option("-c", "--concurrency", type=click.IntRange(1, 10_000), help="Tasks at once; default 100, sync only 16.")
+@click.option(
+    "-c",
+    "--concurrency",
+    type=click.IntRange(1, 10_000),
+    help="Tasks at once; default 100, or 16 if all are plain functions.",
+)
 @click.option(
     "--processes",
     metavar="N|MIN..MAX",

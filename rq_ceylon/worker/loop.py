@@ -183,8 +183,11 @@ class Worker:
         await until_reached(lambda: self.connection.run(self.lookout.heartbeat()), self._stop)
         self.leases.start(lambda role, entry: loop.call_soon_threadsafe(self._lost, role, entry))
         self.neighbours.enter(self.name, self.roles)
-        roles, names = ", ".join(self.roles), ", ".join(self.registry.names())
-        logger.info("Worker {} serves {} with {}: {}", self.name, roles, counted(self.slots, "slot"), names)
+        which = "role" if len(self.roles) == 1 else "roles"
+        names = sorted({handler.name for handler in self.registry.own()}) or self.registry.names()
+        words = "Worker {} serves {} {} with {}; it knows {}: {}"
+        slots, tasks = counted(self.slots, "slot"), "the task" if len(names) == 1 else "the tasks"
+        logger.info(words, self.name, which, ", ".join(self.roles), slots, tasks, ", ".join(names))
         self.lookout.start()
         try:
             await self._work()
@@ -450,7 +453,7 @@ def _log_end(grant: Granted, outcome: Outcome) -> None:
     match outcome.kind:
         case "retry":
             words = "{function} {task} failed after {duration_ms} ms, attempt {attempt} ({reason}): {error}; "
-            logger.warning(words + "next in {delay_ms} ms", delay_ms=outcome.delay_ms, **fields)
+            logger.warning(words + "next attempt in {delay_ms} ms", delay_ms=outcome.delay_ms, **fields)
         case "failed":
             words = "{function} {task} failed for good after {duration_ms} ms, attempt {attempt} ({reason}): {error}"
             logger.error(words, traceback=error.get("traceback", ""), **fields)
