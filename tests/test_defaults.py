@@ -1,5 +1,6 @@
 """
-docs/defaults.md states the values that the code has: every row of its tables is compared.
+docs/defaults.md states the values that the code has: every row of its tables is compared. So are the times that
+docs/running-functions.md tells.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from rq_ceylon.client import following, rolling, session
 from rq_ceylon.client.sync import SyncClient, SyncTaskHandle
 from rq_ceylon.goals import MAX_CHARACTERS, MAX_GOALS
 from rq_ceylon.groupfile import matrix, reader, tasks
+from rq_ceylon.process import ALLOWANCE_S
 from rq_ceylon.settings import DEFAULT_NAMESPACE
 from rq_ceylon.worker import executor, outcome
 
@@ -129,3 +131,19 @@ def test_the_page_of_defaults_states_the_value_of_the_code(what: str) -> None:
 
 def test_every_row_of_the_page_of_defaults_is_compared() -> None:
     assert set(rows()) == VALUES.keys() | ELSEWHERE.keys()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        f"at once or after {executor.PLACE_S:g} seconds at most",
+        f"clean up in a `finally` block, for {executor.CLEANUP_S:g} seconds",
+        f"ends {ALLOWANCE_S:g} seconds after its grace at the latest",
+        f"as the worker has threads ({default(executor.Executor, 'threads')})",
+        f"one for each slot: {concurrency(0)} |",
+        f"one for each thread: {concurrency(1)} |",
+        f"| {concurrency(0)}, or {concurrency(1)} if every task of the application is a plain function |",
+    ],
+)
+def test_the_page_of_functions_states_the_times_and_numbers_of_the_code(words: str) -> None:
+    assert words in " ".join((ROOT / "docs" / "running-functions.md").read_text().split())

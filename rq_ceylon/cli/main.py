@@ -192,9 +192,11 @@ async def show(client: Client, target: str, json: bool) -> None:
         say(statistics.summary(view, await statistics.of_group(client.connection, client.keys, gid)))
         for goal in view.goals:
             at = goal.settled
+            # That the end of a task has settled it is the usual case, and goes without saying.
+            by = f", by {at.by}" if at and at.by != "commit" else ""
             say(
                 f"  {goal.title}: {goal.when}: {goal.status}"
-                + (f" at {at.counters.completed} of {at.counters.total} completed, by {at.by}" if at else "")
+                + (f" at {at.counters.completed} of {at.counters.total} completed{by}" if at else "")
             )
     _table(
         ("TASK", "STATUS", "REASON", "ROLE", "ATTEMPT", "WORKER", "RUN MS", "DETAIL"),

@@ -100,7 +100,7 @@ def run_up(app: str, concurrency: int | None) -> int:
         signals = _signals()
         worker = stack.enter_context(_running("worker", [app, *slots], environ, signals))
         stack.enter_context(_running("monitor", ["--app", app], environ, signals))
-        click.echo(f"Up: {what}. Submit with app.client() or ceylon-submit.", err=True)
+        click.echo(f"Up: {what}. Send tasks from another terminal; Ctrl-C ends all.", err=True)
         while not signals and worker.poll() is None:
             time.sleep(0.2)
     return 0 if signals else worker.returncode
