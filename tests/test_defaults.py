@@ -15,6 +15,7 @@ import pytest
 from commands import ROOT
 
 from rq_ceylon import Backoff, Goal, TaskGroup, cli, graph, models
+from rq_ceylon.cli.worker import PLAIN_SLOTS, SLOTS
 from rq_ceylon.client import following, rolling, session
 from rq_ceylon.client.sync import SyncClient, SyncTaskHandle
 from rq_ceylon.goals import MAX_CHARACTERS, MAX_GOALS
@@ -25,7 +26,6 @@ from rq_ceylon.worker import executor, outcome
 
 PAGE = (ROOT / "docs" / "defaults.md").read_text()
 ID_MAX = max(length for length in range(1, 100) if models.ID_PATTERN.fullmatch("a" * length))
-COUNT = "--concurrency"
 
 
 def size(count: int) -> str:
@@ -43,15 +43,6 @@ def option(name: str) -> Any:
     """
     (found,) = [one for one in cli.worker.params if isinstance(one, click.Option) and name in one.opts]
     return found.default if isinstance(found.default, str) else "no limit"  # click has a word of its own for none
-
-
-def concurrency(number: int) -> str:
-    """
-    A number that the help of `--concurrency` tells: of async functions, of plain ones.
-    """
-    (found,) = [one for one in cli.worker.params if isinstance(one, click.Option) and COUNT in one.opts]
-    numbers: list[str] = re.findall(r"\d+", found.help or "")
-    return numbers[number]
 
 
 def default(function: Callable[..., Any], name: str) -> Any:
@@ -77,12 +68,12 @@ VALUES = {
     "deadline of a goal": default(Goal, "deadline"),
     "a task whose need did not complete": default(TaskGroup, "on_need_failed"),
     "what a submission waits for": default(SyncClient.submit, "durability"),
-    "tasks at once, some of them async": concurrency(0),
-    "tasks at once, all plain functions": concurrency(1),
+    "tasks at once, some of them async": SLOTS,
+    "tasks at once, all plain functions": PLAIN_SLOTS,
     "processes of a worker": option("--processes"),
     "grace: how long running tasks may finish after a stop signal": option("--grace"),
     "lease: how long a worker that stops responding keeps its tasks": option("--lease"),
-    "attempts that may hang before they take places from others": default(executor.Executor, "threads"),
+    "attempts that may hang before they take places from others": PLAIN_SLOTS,
     "tasks after which a worker is replaced": option("--max-tasks"),
     "memory at which a worker is replaced": option("--max-memory"),
     "log level": option("--log-level"),
@@ -139,10 +130,10 @@ def test_every_row_of_the_page_of_defaults_is_compared() -> None:
         f"at once or after {executor.PLACE_S:g} seconds at most",
         f"clean up in a `finally` block, for {executor.CLEANUP_S:g} seconds",
         f"ends {ALLOWANCE_S:g} seconds after its grace at the latest",
-        f"as the worker has threads ({default(executor.Executor, 'threads')})",
-        f"one for each slot: {concurrency(0)} |",
-        f"one for each thread: {concurrency(1)} |",
-        f"| {concurrency(0)}, or {concurrency(1)} if every task of the application is a plain function |",
+        f"as the worker has threads ({PLAIN_SLOTS})",
+        f"one for each slot: {SLOTS} |",
+        f"one for each thread: {PLAIN_SLOTS} |",
+        f"| {SLOTS}, or {PLAIN_SLOTS} if every task of the application is a plain function |",
     ],
 )
 def test_the_page_of_functions_states_the_times_and_numbers_of_the_code(words: str) -> None:

@@ -34,9 +34,12 @@ def ceylon() -> None:
     \b
     Examples:
       ceylon demo              see it work, on a throw-away server; --chaos kills workers
+      ceylon up MODULE:APP     run your own application while you develop it
       ceylon status            what is queued, running and done
       ceylon watch GROUP       follow one group live
       ceylon show GROUP        one group: goals, counters, tasks
+
+    Commands of their own are ceylon-worker, ceylon-submit and ceylon-monitor.
     """
 
 
@@ -465,7 +468,8 @@ def up(app: str, concurrency: int | None) -> None:
     """
     Server, worker and monitor for one application together, for development. Ctrl-C ends all.
 
-    It starts no server where the application or a variable names a Redis: clients use that one too.
+    MODULE:APP is tasks:app for `app = Ceylon()` in tasks.py. If the application or a variable names a Redis, no server
+    is started: worker, monitor and clients use that Redis.
     """
     from rq_ceylon.cli.processes import run_up
 

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 PROCESSES_MAX = 256
 
+SLOTS, PLAIN_SLOTS = 100, 16
+"""Tasks at once by default: of an application with async functions; of one with plain functions alone, since a worker
+has this many threads."""
+
 
 def _bounds(context: click.Context, parameter: click.Parameter, text: str) -> tuple[int, int]:
     """
@@ -82,7 +86,7 @@ def _warn_of_unused(served: Sequence[str], registry: Registry) -> None:
     "-c",
     "--concurrency",
     type=click.IntRange(1, 10_000),
-    help="Tasks at once; default 100, or 16 if all are plain functions.",
+    help=f"Tasks at once; default {SLOTS}, or {PLAIN_SLOTS} if all are plain functions.",
 )
 @click.option(
     "--processes",
@@ -183,8 +187,8 @@ def worker(
             registry=registry,
             roles=served,
             name=name,
-            slots=concurrency or (100 if is_async else 16),
-            threads=concurrency or 16,
+            slots=concurrency or (SLOTS if is_async else PLAIN_SLOTS),
+            threads=concurrency or PLAIN_SLOTS,
             lease_s=lease_s,
             grace_s=grace_s,
             burst=burst,
