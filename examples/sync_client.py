@@ -7,7 +7,7 @@ All of it without await, for scripts, threads and notebooks.
     an error: ZeroDivisionError: float division by zero
     threads: 1 4 9 16
     group: 0 10 20 30 40
-    squares: finished (completed), 5 of 5 completed, goal goal achieved
+    squares: finished (completed), 5 of 5 completed, goal achieved
 """
 
 from concurrent.futures import ThreadPoolExecutor
