@@ -22,6 +22,7 @@ from rq_ceylon.goals import MAX_CHARACTERS, MAX_GOALS
 from rq_ceylon.groupfile import matrix, reader, tasks
 from rq_ceylon.process import ALLOWANCE_S
 from rq_ceylon.settings import DEFAULT_NAMESPACE
+from rq_ceylon.store.transitions import UNROUTABLE_MS
 from rq_ceylon.worker import executor, outcome
 
 PAGE = (ROOT / "docs" / "defaults.md").read_text()
@@ -61,6 +62,7 @@ VALUES = {
     "crashes that a task survives": models.DEFAULT_MAX_CRASHES,
     "a finished group, with results and errors": span(default(TaskGroup, "retention")),
     "tasks sent by `enqueue`, after all tasks of their group have ended": span(rolling.FACTS.retention_ms / 1000),
+    "a task whose name no live worker of its role knows, before it fails": span(UNROUTABLE_MS / 1000),
     "role of a task": f"`{models.DEFAULT_ROLE}`",
     "goals of a group": default(TaskGroup, "goal"),
     "the rest, once a goal is achieved": default(Goal, "on_achieved"),

@@ -34,7 +34,7 @@ def ceylon() -> None:
     \b
     Examples:
       ceylon demo              see it work, on a throw-away server; --chaos kills workers
-      ceylon up MODULE:APP     run your own application while you develop it
+      ceylon up tasks:app      run your own application, here `app` of tasks.py, while you develop it
       ceylon status            what is queued, running and done
       ceylon watch GROUP       follow one group live
       ceylon show GROUP        one group: goals, counters, tasks
@@ -209,12 +209,6 @@ async def show(client: Client, target: str, json: bool) -> None:
         await _show_more(client, gid, tasks[0], why.get(tid, ""))
 
 
-def _in_order(task: TaskView) -> tuple[bool, list[str | int]]:
-    """Open tasks first, and of each kind as people count them: 2 before 10, `page-2` before `page-10`."""
-    parts = re.split(r"([0-9]+)", task.task_id)
-    return task.status.is_final, [int(part) if number % 2 else part for number, part in enumerate(parts)]
-
-
 async def _show_more(client: Client, gid: str, task: TaskView, why: str) -> None:
     """
     What the row of one task has no room for.
@@ -255,6 +249,12 @@ def _task_row(task: TaskView, why: str = "") -> tuple[object, ...]:
         result.run_ms if result else "-",
         shown if len(shown) <= 60 else shown[:57] + "...",
     )
+
+
+def _in_order(task: TaskView) -> tuple[bool, list[str | int]]:
+    """Open tasks first, and of each kind as people count them: 2 before 10, `page-2` before `page-10`."""
+    parts = re.split(r"([0-9]+)", task.task_id)
+    return task.status.is_final, [int(part) if number % 2 else part for number, part in enumerate(parts)]
 
 
 @ceylon.command()
@@ -468,8 +468,7 @@ def up(app: str, concurrency: int | None) -> None:
     """
     Server, worker and monitor for one application together, for development. Ctrl-C ends all.
 
-    MODULE:APP is tasks:app for `app = Ceylon()` in tasks.py. If the application or a variable names a Redis, no server
-    is started: worker, monitor and clients use that Redis.
+    It starts no server where the application or a variable names a Redis: clients use that one too.
     """
     from rq_ceylon.cli.processes import run_up
 

@@ -81,12 +81,20 @@ def _warn_of_unused(served: Sequence[str], registry: Registry) -> None:
 
 @command("ceylon-worker")
 @click.argument("app", metavar="[MODULE:APP]", required=False, envvar="CEYLON_APP")
-@click.option("-r", "--role", "roles", multiple=True, metavar="ROLE", envvar="CEYLON_ROLE", help="Roles to serve.")
+@click.option(
+    "-r",
+    "--role",
+    "roles",
+    multiple=True,
+    metavar="ROLE",
+    envvar="CEYLON_ROLE",
+    help="A role to serve; may be repeated.",
+)
 @click.option(
     "-c",
     "--concurrency",
     type=click.IntRange(1, 10_000),
-    help=f"Tasks at once; default {SLOTS}, or {PLAIN_SLOTS} if all are plain functions.",
+    help=f"How many tasks run at once. Default: {SLOTS}, or {PLAIN_SLOTS} if the application has no async function.",
 )
 @click.option(
     "--processes",
