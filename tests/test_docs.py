@@ -180,6 +180,16 @@ def test_the_readme_names_every_command() -> None:
         assert f"`{command}" in pages["README.md"], f"README.md does not name {command}"
 
 
+def test_the_messages_that_getting_started_explains_are_those_of_the_code() -> None:
+    code = "".join(path.read_text() for path in sorted((ROOT / "rq_ceylon").rglob("*.py")))
+    messages = re.findall(r"^- `([^`]+)`:", (ROOT / "docs" / "getting-started.md").read_text(), re.MULTILINE)
+
+    assert len(messages) == 6
+    for message in messages:
+        words = re.split(r" *(?:['…]|: )", message.removeprefix("Still waiting: "))[0]  # up to what is filled in
+        assert words in code, message
+
+
 def test_the_generated_pages_are_what_the_code_says() -> None:
     checked = run_to_end(sys.executable, "-m", "docs.generate", "--check", folder=ROOT)
 
