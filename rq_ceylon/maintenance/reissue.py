@@ -3,7 +3,7 @@ Puts back what Redis itself lost: entries of a role whose queue is gone or went 
 
 The group knows its open tasks, and per role the *horizon*: the largest entry or due ms that any of its pages got there.
 A role that has nothing left up to that horizon, and does not show a task that is open, has lost its entry. Nothing here
-decides more than "ring again": a false alarm is answered at the claim.
+decides more than "enqueue it again": a false alarm is answered at the claim.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ class Reissue:
 
     async def run(self, gid: str) -> int:
         """
-        Ring again what is lost of one group. Returns how many entries that were.
+        Reissue what is lost of one group. Returns how many entries that were.
         """
         seen = await self._look(gid)
         if seen is None or seen.status not in OPEN or seen.open == 0 or seen.in_outbox:
             return 0
-        # A closed group rings nothing, whatever its roles show: what a vanished worker ran is cancelled.
+        # A closed group gets no entries, whatever its roles show: what a vanished worker ran is cancelled.
         answers = {role: ["CLEAR"] for role in seen.horizons}
         if seen.status == "active":
             answers = await self._probe(gid, seen)
-        rung = 0
+        reissued = 0
         for role, answer in answers.items():
-            rung += await self._ring(gid, role, seen.pages, answer)
+            reissued += await self._reissue(gid, role, seen.pages, answer)
             await relay(self._connection, self._keys, gid)
             # The next role waits until the pages of this one have arrived.
             seen = await self._look(gid)
             if seen is None or seen.in_outbox:
                 break
-        return rung
+        return reissued
 
     async def _look(self, gid: str) -> transitions.Look | None:
         (reply,) = await self._connection.run([transitions.look(self._keys, gid)])
@@ -81,22 +81,22 @@ class Reissue:
         still = await queries.count_open(self._connection, self._keys, gid, shown)
         return clear if still < seen.open else {}
 
-    async def _ring(self, gid: str, role: str, pages: int, answer: list[str]) -> int:
-        rung, cursor = 0, "0"
+    async def _reissue(self, gid: str, role: str, pages: int, answer: list[str]) -> int:
+        reissued, cursor = 0, "0"
         while True:
             call = transitions.scan(self._keys, gid, role, pages, cursor, answer)
             (reply,) = await self._connection.run([call])
             if reply[0] != "OK":
-                return rung
+                return reissued
             _, _, cursor, running, entries = reply
-            rung += int(entries)
+            reissued += int(entries)
             claims = list(zip(running[::3], running[1::3], running[2::3], strict=True))
             lost = await self._lost(gid, role, claims)
             if lost:
                 (ended,) = await self._connection.run([transitions.orphans(self._keys, gid, lost)])
-                rung += int(ended[2]) if ended[0] == "OK" else 0
+                reissued += int(ended[2]) if ended[0] == "OK" else 0
             if cursor == "0":
-                return rung
+                return reissued
 
     async def _lost(self, gid: str, role: str, claims: list[tuple[str, str, str]]) -> list[tuple[str, str]]:
         """
