@@ -6,6 +6,7 @@ nothing unpickles or evaluates.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,6 +169,29 @@ def test_the_house_stands() -> None:
     found = offences(Path(__file__).parent.parent)
 
     assert not found, "\n".join(["", *found])
+
+
+def test_the_page_on_the_architecture_shows_the_floors_as_they_are() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| \d \| ([^|]+) \|", page, re.MULTILINE)
+
+    assert [set(re.findall(r"`(\w+)`", row)) for row in rows] == FLOORS
+
+
+def test_the_files_and_names_on_the_page_on_the_architecture_exist() -> None:
+    root = Path(__file__).parent.parent
+    page = (root / "docs" / "architecture.md").read_text()
+    # `file` or `file` (`name`, `name`, and words).
+    named = re.findall(r"`([\w./]+\.(?:py|lua|md|txt|yml))`(?: \(([^)]*)\))?", page)
+    missing = []
+    for file, names in named:
+        found = [folder / file for folder in (root / PACKAGE, root / PACKAGE / "store" / "lua", root)]
+        text = next((path.read_text() for path in found if path.exists()), None)
+        wanted = re.findall(r"`(\w+)`", names)
+        missing += [file] if text is None else [f"{file}: {name}" for name in wanted if name not in text]
+
+    assert len(named) > 40
+    assert missing == []
 
 
 def build(root: Path, files: dict[str, str]) -> None:
