@@ -1,28 +1,37 @@
--- claim: may these deliveries run?
+-- claim: decide of each delivery whether it may run.
 -- KEYS: the group's.
--- ARGV: worker, may a suspect start (1|0), then per delivery: 'tid issue lineage fence supersedes' ('-' none).
--- Reply: GONE | OK status defaults stop, then 3 per delivery: verdict, attempt crashes releases, task text (if GRANTED;
---        if this claim itself ended the task: DONE, reason, why in words).
---        Ack on GONE DONE DUPLICATE OUTDATED NOTREADY CLOSED PARKED; forget on LOST (never run, renew or ack); keep and
---        ask again on LATER; run on GRANTED.
--- Repeatable: the same fence and worker get the same grant. A batch may name one task twice, so what it writes is kept
--- by tid while it runs.
+-- ARGV: worker, may a suspect start (1|0), then one per delivery:
+--       'tid issue lineage fence supersedes' ('-': it supersedes none).
+-- Reply: GONE | OK status defaults stop replies. The replies are 3 words per delivery:
+--          GRANTED, 'attempt crashes releases', task text
+--          DONE, reason, why in words      (if this very claim ended the task)
+--          any verdict, '', ''             (else)
+--        The worker runs on GRANTED; acknowledges on GONE DONE DUPLICATE OUTDATED NOTREADY CLOSED
+--        PARKED; keeps the entry and asks again on LATER; and forgets it on LOST, which is to never
+--        run, renew or acknowledge it.
+-- Repeatable: the same fence and worker get the same grant. A batch may name one task twice, so
+-- what the script is going to write is kept by tid until its end.
+-- docs/protocol.md has the two decision tables; the rows stand below, in the same order.
 local REPLY_BYTES_MAX = 4194304   -- payload in one reply; the rest is LATER
--- A task whose worker died under it so often may be what kills them. Suspects start one at a time per worker, so that
--- a poison takes down nothing that runs beside it.
+-- A task under which a worker died this often may be what kills workers. A worker runs one such
+-- suspect at a time, so that a poison takes nothing else down with it.
 local SUSPECT_CRASHES = 2
-local worker, room = ARGV[1], ARGV[2] == '1'
+local worker, room = ARGV[1], ARGV[2] == '1'   -- room: may a suspect start here now?
 
 local wanted, tids = {}, {}
 for i = 3, #ARGV do
-  local tid, issue, lineage, fence, supersedes = string.match(ARGV[i], '^(%S+) (%d+) (%S+) (%d+) (%S+)$')
-  wanted[#wanted + 1] = {tid = tid, issue = tonumber(issue), lineage = lineage, fence = fence, supersedes = supersedes}
+  local tid, issue, lineage, fence, supersedes =
+    string.match(ARGV[i], '^(%S+) (%d+) (%S+) (%d+) (%S+)$')
+  wanted[#wanted + 1] = {
+    tid = tid, issue = tonumber(issue), lineage = lineage, fence = fence, supersedes = supersedes,
+  }
   tids[#tids + 1] = tid
 end
 
 if not load() then return {'GONE'} end
 drain()
-local found_tasks, found_claims = call('HMGET', TASKS, unpack(tids)), call('HMGET', CLAIMS, unpack(tids))
+local found_tasks = call('HMGET', TASKS, unpack(tids))
+local found_claims = call('HMGET', CLAIMS, unpack(tids))
 local found_needs = group.dag == '1' and call('HMGET', NEEDS, unpack(tids)) or {}
 local tasks, claims, changed, bytes = {}, {}, {}, 0
 for i, tid in ipairs(tids) do
@@ -30,8 +39,10 @@ for i, tid in ipairs(tids) do
   claims[tid] = found_claims[i] and claim_of(found_claims[i]) or nil
 end
 
--- Ends a task at its claim; what this batch may have noted for it is void. No worker saw this end, so the words are all
--- that its owner hears of it: they are recorded, and whoever asked logs them. They are part of a JSON text: no quotes.
+-- ---- what a claim may do to a task -------------------------------------------------------------
+-- Ends a task. What this batch noted for it before is void.
+-- No worker saw this end, so the words are all that the task's owner hears of it: they are
+-- recorded, and the worker that asked logs them. They become part of a JSON text: no quotes.
 local endings = {}
 local function end_task(tid, from, outcome, reason, claim, words)
   local error = outcome == 'failed' and error_text(words) or ''
@@ -50,104 +61,151 @@ local function poison_words(crashes)
          ' as when code in C holds the GIL; see the log of worker '
 end
 
+local function is_suspect(crashes) return crashes >= SUSPECT_CRASHES end
+
 local function grant(delivery, claim, role, priority)
   claim = claim or {attempt = 1, crashes = 0, releases = 0}
-  if claim.crashes >= SUSPECT_CRASHES then room = false end
-  claim.state, claim.fence, claim.worker, claim.lineage = 'p', delivery.fence, worker, delivery.lineage
-  claim.started, claim.due, claim.role, claim.priority = now_text, '', role, priority
-  claims[delivery.tid] = claim; changed[delivery.tid] = true
+  if is_suspect(claim.crashes) then room = false end
+  claim.state, claim.fence, claim.worker = 'p', delivery.fence, worker
+  claim.lineage, claim.started, claim.due = delivery.lineage, now_text, ''
+  claim.role, claim.priority = role, priority
+  claims[delivery.tid] = claim
+  changed[delivery.tid] = true
   group.attempts = group.attempts + 1
   return 'GRANTED'
 end
 
--- The entry waits in the outbox, which withholds it until the group goes on. Its issue is raised as by a release: who
--- parks it may acknowledge it late, when it has been reclaimed, and must not take it from one who runs it. `due`: it is
--- not due before, whatever its entry said.
+-- Puts the entry back into the outbox, which withholds it until the group goes on; with `due`,
+-- until then, whatever the entry said.
 local function park(delivery, claim, role, priority, due)
-  claim = claim or {state = 'l', attempt = 1, fence = '0', worker = '', lineage = '', started = '0', crashes = 0,
-                    releases = 0, due = ''}
+  claim = claim or {
+    state = 'l', attempt = 1, fence = '0', worker = '', lineage = '', started = '0', crashes = 0,
+    releases = 0, due = '',
+  }
+  -- The issue rises as by a release. The old entry may be acknowledged late and delivered once more
+  -- by then; it must not take the task from a worker that runs the new one.
   claim.role, claim.priority, claim.releases = role, priority, claim.releases + 1
+  -- Reissue reads the due time from here, if Redis loses the new entry.
   if due then claim.due = text(due) end
-  claims[delivery.tid] = claim; changed[delivery.tid] = true
+  claims[delivery.tid] = claim
+  changed[delivery.tid] = true
   enqueue_later(delivery.tid, role, priority, issue_of(claim), due)
   return 'PARKED'
 end
 
--- The lease of the delivery on record is over: its worker is lost. A crash spends no attempt, but has a limit of its own;
--- to lose a worker that was told to stop is no crash. A limit of 0 says at most once: what a lost worker was granted may
--- have begun, whatever that worker was told, so it never runs again.
+-- Replaces the delivery on record: its lease is over, so its worker is lost.
 local function take_over(delivery, task, claim)
   local tid = delivery.tid
+  -- The group is closed, or a cancel was asked for: DONE, cancelled. Nobody is left to stop it.
   if closed() then return end_task(tid, 'in_progress', 'cancelled', 'closed', claim) end
-  if claim.state == 'c' then return end_task(tid, 'in_progress', 'cancelled', 'cancelled', claim) end
+  if claim.state == 'c' then
+    return end_task(tid, 'in_progress', 'cancelled', 'cancelled', claim)
+  end
+  -- A crash spends no attempt, but has a limit of its own. To lose a worker that was told to stop
+  -- is no crash: its death was wanted.
   local crash = claim.state == 's' and 0 or 1
   local role, priority, _, _, limit = head_of(task)
+  -- A limit of 0 says at most once. What was granted may have begun, whatever its worker was told,
+  -- so it never runs again.
   local poison = limit == 0 or claim.crashes + crash > (limit or CRASH_LIMIT)
-  if not poison and group.status ~= 'paused' and claim.crashes + crash >= SUSPECT_CRASHES and not room then return 'LATER' end
-  claim.crashes = claim.crashes + crash; group.crashes = group.crashes + crash
+  -- A suspect by now, and this worker may not start one: LATER. Nothing is written, so the crash is
+  -- counted when the claim is asked again.
+  local may_run = not poison and group.status ~= 'paused'
+  if may_run and is_suspect(claim.crashes + crash) and not room then return 'LATER' end
+  claim.crashes = claim.crashes + crash
+  group.crashes = group.crashes + crash
+  -- It survives no more crashes: DONE, failed (poison).
   if poison then
     local words = poison_words(math.max(1, claim.crashes)) .. claim.worker
     return end_task(tid, 'in_progress', 'failed', 'poison', claim, words)
   end
+  -- The group is paused: PARKED.
   if group.status == 'paused' then
     claim.state = 'l'
     move('in_progress', 'pending')
     return park(delivery, claim, role, priority)
   end
+  -- Else GRANTED.
   return grant(delivery, claim, role, priority)
 end
 
-local function judge(delivery, has_needs)
+-- ---- the decision ------------------------------------------------------------------------------
+-- The task is in progress: is this delivery the one on record, or does it end that one's lease?
+local function answer_in_progress(delivery, task, claim)
+  -- The delivery on record asks again, since its answer was lost: the same grant. The worker is
+  -- compared too, as a role that Redis lost may give a number once more.
+  if claim.fence == delivery.fence and claim.worker == worker then
+    if is_suspect(claim.crashes) then room = false end
+    return 'GRANTED'
+  end
+  -- Another entry of this task. Its delivery says nothing about the lease of the one on record, so
+  -- it is one too many; unless maintenance made it for that very fence, because it found the worker
+  -- of that fence gone.
+  if claim.lineage ~= delivery.lineage then
+    return delivery.supersedes == claim.fence and take_over(delivery, task, claim) or 'DUPLICATE'
+  end
+  -- The same entry, or a copy of it. An entry is delivered again only when its lease is over or it
+  -- was given back, so of two deliveries the larger fence is the later one, which holds the lease.
+  if tonumber(delivery.fence) <= tonumber(claim.fence) then return 'LOST' end
+  return take_over(delivery, task, claim)
+end
+
+local function answer(delivery, has_needs)
   local tid = delivery.tid
   local task, claim = tasks[tid], claims[tid]
-  if not task then return (is_ended[tid] or call('HEXISTS', RESULTS, tid) == 1) and 'DONE' or 'GONE' end
-  if bytes > 0 and bytes + #task > REPLY_BYTES_MAX then return 'LATER' end
-  if running(claim) then
-    if claim.fence == delivery.fence and claim.worker == worker then
-      if claim.crashes >= SUSPECT_CRASHES then room = false end
-      return 'GRANTED'
-    end
-    if claim.lineage ~= delivery.lineage then
-      return delivery.supersedes == claim.fence and take_over(delivery, task, claim) or 'DUPLICATE'
-    end
-    if tonumber(delivery.fence) <= tonumber(claim.fence) then return 'LOST' end
-    return take_over(delivery, task, claim)
+  -- It has a result, perhaps by an earlier delivery of this batch; or the group never heard of it.
+  if not task then
+    return (is_ended[tid] or call('HEXISTS', RESULTS, tid) == 1) and 'DONE' or 'GONE'
   end
+  -- The reply is full.
+  if bytes > 0 and bytes + #task > REPLY_BYTES_MAX then return 'LATER' end
+  if running(claim) then return answer_in_progress(delivery, task, claim) end
+  -- In a closed group an open task that does not run is cancelled, and no record says so.
   if closed() then return 'CLOSED' end
   if group.status ~= 'active' and group.status ~= 'paused' or has_needs then return 'NOTREADY' end
+  -- The task was retried, released or parked since this entry was made: a later one stands for it.
   if delivery.issue < issue_of(claim) then return 'OUTDATED' end
   local role, priority, not_before, expiry = head_of(task)
   if group.status == 'paused' then return park(delivery, claim, role, priority) end
-  -- Its entry knows the delay from the submission only. A group that never waited has no such entries.
-  local due = group.waited > 0 and (not claim or claim.fence == '0') and from_start(not_before)
+  -- Its entry counts the delay from the submission; it holds from the start of the group. A group
+  -- that never waited has no such entries, and a retry has a due time of its own.
+  local never_granted = not claim or claim.fence == '0'
+  local due = group.waited > 0 and never_granted and from_start(not_before)
   if due and due > now then return park(delivery, claim, role, priority, due) end
   if expiry and now > from_start(expiry) then
-    local words = 'it had not started when it expired, ' .. text(now - from_start(expiry)) .. ' ms ago'
+    local late = text(now - from_start(expiry))
+    local words = 'it had not started when it expired, ' .. late .. ' ms ago'
     return end_task(tid, 'pending', 'cancelled', 'expired', claim, words)
   end
-  if claim and claim.crashes >= SUSPECT_CRASHES and not room then return 'LATER' end
+  -- A suspect, and this worker runs one, or asks for one in another call.
+  if claim and is_suspect(claim.crashes) and not room then return 'LATER' end
   move('pending', 'in_progress')
   return grant(delivery, claim, role, priority)
 end
 
 local replies = {}
 for i, delivery in ipairs(wanted) do
-  local verdict_word = judge(delivery, found_needs[i])
-  local claim, task, ending = claims[delivery.tid], tasks[delivery.tid], endings[delivery.tid]
-  replies[#replies + 1] = verdict_word
-  if verdict_word == 'GRANTED' then
+  local word = answer(delivery, found_needs[i])
+  local claim, task = claims[delivery.tid], tasks[delivery.tid]
+  local ending = endings[delivery.tid]
+  local second, third = '', ''
+  if word == 'GRANTED' then
     bytes = bytes + #task
-    replies[#replies + 1] = claim.attempt .. ' ' .. claim.crashes .. ' ' .. claim.releases
-    replies[#replies + 1] = task
+    second, third = claim.attempt .. ' ' .. claim.crashes .. ' ' .. claim.releases, task
   elseif ending then
-    replies[#replies + 1] = ending[1]
-    replies[#replies + 1] = ending[2]
+    second, third = ending[1], ending[2]
     endings[delivery.tid] = nil
-  else replies[#replies + 1] = ''; replies[#replies + 1] = '' end
+  end
+  replies[#replies + 1] = word
+  replies[#replies + 1] = second
+  replies[#replies + 1] = third
 end
 
 local records = {}
-for tid in pairs(changed) do records[#records + 1] = tid; records[#records + 1] = claim_text(claims[tid]) end
+for tid in pairs(changed) do
+  records[#records + 1] = tid
+  records[#records + 1] = claim_text(claims[tid])
+end
 if #records > 0 then call('HSET', CLAIMS, unpack(records)) end
 tail('claim', now)
 local facts = call('HMGET', META, 'defaults', 'stop')
