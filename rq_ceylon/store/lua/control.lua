@@ -1,15 +1,17 @@
 -- control: what users and maintenance do to a group.
 -- KEYS: the group's.
--- ARGV: cancel                     end the group: cancel what has not started, ask what runs to stop
---       cancel_tasks tid...        the same for single tasks
---       pause                      start nothing; what runs goes on, deadlines too
---       resume                     go on
---       seal untouched-ms          a rolling group takes no more parts, if none came for that long
+-- ARGV: cancel                 end the group: cancel what has not started, ask what runs to stop
+--       cancel_tasks tid...    the same for single tasks
+--       pause                  start nothing; what runs goes on, and so do deadlines
+--       resume                 go on
+--       seal untouched-ms      let a rolling group take no more parts, if none came for this long
 --       repair n (counter is should)... tid...
---                                  set n counters, and remove what is left of ended tasks, unless a counter has moved
---       prune staging-ms           remove a group past its retention, or a staged one that no part reached for that long
--- Reply: GONE | OK status ... | NO status. cancel_tasks: OK status, then per tid: cancelled, stopping, ended or unknown.
---        prune: NO status and when to look again (epoch ms, 0: not by time).
+--                              set n counters, unless one has moved, and remove what is left of
+--                              these ended tasks
+--       prune staging-ms       remove a group past its retention, or a staging one that no part has
+--                              reached for this long
+-- Reply: GONE | OK status ... | NO status. cancel_tasks: OK status, then per tid cancelled,
+--        stopping, ended or unknown. prune: NO status and when to look again (epoch ms; 0: not by time).
 -- Repeatable: each is a compare-and-set.
 local action = ARGV[1]
 
@@ -25,8 +27,11 @@ if action == 'prune' then
   local due = 0
   if group.status == 'finished' then due = tonumber(facts[1]) + tonumber(facts[2])
   elseif group.status == 'staging' then due = tonumber(facts[3]) + tonumber(ARGV[2]) end
-  -- Whom it has to tell must not find it gone before its message.
-  if group.status == 'finished' and call('EXISTS', OUTBOX) == 1 then due = math.max(due, now + 1000) end
+  -- Keep the group until its messages to dependents have arrived; else they would ask about a group
+  -- that no longer exists.
+  if group.status == 'finished' and call('EXISTS', OUTBOX) == 1 then
+    due = math.max(due, now + 1000)
+  end
   if due == 0 or now < due then return {'NO', group.status, text(due)} end
   call('UNLINK', unpack(KEYS))
   return {'OK', 'pruned'}
@@ -38,9 +43,11 @@ if action == 'pause' or action == 'resume' then
   if action == 'resume' then from, to = to, from end
   if group.status ~= from then return {'NO', group.status} end
   group.status = to
-  -- What was withheld is any relay's at once.
+  -- What was withheld is visible to every relay at once.
   if action == 'resume' then
-    for _, page in ipairs(call('ZRANGE', OUTBOX, 0, -1)) do call('ZADD', OUTBOX, now_text, page) end
+    for _, page in ipairs(call('ZRANGE', OUTBOX, 0, -1)) do
+      call('ZADD', OUTBOX, now_text, page)
+    end
   end
   tail(action, now)
   return {'OK', group.status}
@@ -48,13 +55,17 @@ end
 
 if action == 'repair' then
   local first = 3 + 3 * tonumber(ARGV[2])
+  -- The audit read without a lock: where a counter has moved since, its numbers do not hold.
   for i = 3, first - 1, 3 do
     if group[ARGV[i]] ~= tonumber(ARGV[i + 1]) then return {'NO', group.status} end
   end
   for i = 3, first - 1, 3 do group[ARGV[i]] = tonumber(ARGV[i + 2]) end
   for i = first, #ARGV do
     for _, part in ipairs({TASKS, CLAIMS, NEEDS}) do
-      if part ~= TASKS or call('HEXISTS', RESULTS, ARGV[i]) == 1 then call('HDEL', part, ARGV[i]) end
+      -- The data of a task without a result is all that there is of it.
+      if part ~= TASKS or call('HEXISTS', RESULTS, ARGV[i]) == 1 then
+        call('HDEL', part, ARGV[i])
+      end
     end
     local result = call('HGET', RESULTS, ARGV[i]) or ''
     local attempts = string.match(result, '^completed|[^|]*|[^|]*|(%d+)|')
@@ -65,7 +76,9 @@ if action == 'repair' then
 end
 
 if action == 'seal' then
-  if group.open ~= '1' or tonumber(call('HGET', META, 'touched')) > now - tonumber(ARGV[2]) then return {'NO', group.status} end
+  if group.open ~= '1' then return {'NO', group.status} end
+  local touched = tonumber(call('HGET', META, 'touched'))
+  if touched > now - tonumber(ARGV[2]) then return {'NO', group.status} end
   group.open = '0'
   call('HSET', META, 'open', '0')
   tail('seal', now)
@@ -79,8 +92,13 @@ if action == 'cancel' then
   end
   if group.status == 'finished' then return {'NO', group.status} end
   local open = group.waiting + group.pending + group.in_progress
+  -- Nobody cancelled a group whose goals are settled (without goals: whose tasks have ended): its
+  -- outcome is what it would have been.
   local undecided = group.goals ~= '' or (call('HEXISTS', META, 'specs') == 0 and open > 0)
-  if undecided and not group.outcome then group.outcome = 'cancelled'; call('HSET', META, 'outcome', 'cancelled') end
+  if undecided and not group.outcome then
+    group.outcome = 'cancelled'
+    call('HSET', META, 'outcome', 'cancelled')
+  end
   group.open = '0'
   call('HSET', META, 'open', '0')
   close(true)
@@ -96,17 +114,24 @@ for i = 2, #ARGV do
   local task, record = call('HGET', TASKS, tid), call('HGET', CLAIMS, tid)
   local claim = record and claim_of(record)
   local word
-  if group.status == 'staging' then word = 'unknown'
-  elseif not task or is_ended[tid] then word = (is_ended[tid] or call('HEXISTS', RESULTS, tid) == 1) and 'ended' or 'unknown'
+  if group.status == 'staging' then
+    word = 'unknown'
+  elseif not task or is_ended[tid] then
+    local has_ended = is_ended[tid] or call('HEXISTS', RESULTS, tid) == 1
+    word = has_ended and 'ended' or 'unknown'
   elseif running(claim) then
-    word = 'stopping'; stopping = true
+    -- Its worker stops it. If that worker is lost, the claim that takes over cancels it.
+    word = 'stopping'
+    stopping = true
     claim.state = 'c'
     call('HSET', CLAIMS, tid, claim_text(claim))
-  elseif closed() then word = 'ended'
+  elseif closed() then
+    word = 'ended'
   else
     word = 'cancelled'
     local waiting = call('HDEL', NEEDS, tid) == 1
-    settle(tid, waiting and 'waiting' or 'pending', 'cancelled', 'cancelled', head_of(task), claim, 0, '')
+    local from = waiting and 'waiting' or 'pending'
+    settle(tid, from, 'cancelled', 'cancelled', head_of(task), claim, 0, '')
   end
   replies[#replies + 1] = word
 end

@@ -1,10 +1,11 @@
--- depend: groups that start once others have completed. The waiting group keeps the others in `depends_on`, each of them
--- keeps its `dependents`, and tells them by a message in its outbox when it has finished.
+-- depend: groups that start once others have completed. The waiting group keeps the others in
+-- `depends_on`; each of the others keeps its `dependents`, and tells them by a message in its
+-- outbox when it has finished.
 -- KEYS: the group's.
 -- ARGV: register gid        this group is to tell that one
 --       met gid outcome     that group, on which this one depends, has finished
 -- Reply: GONE | OK status outcome | NO status (met: it does not wait for that one, or no longer).
--- Repeatable: the first adds once, the second removes once.
+-- Repeatable: register adds once, met removes once.
 local action, gid, outcome = ARGV[1], ARGV[2], ARGV[3]
 
 local function without(list, name)
@@ -21,6 +22,7 @@ if action == 'register' then
   if group.status ~= 'finished' then
     local list = without(call('HGET', META, 'dependents') or '', gid)
     call('HSET', META, 'dependents', list == '' and gid or list .. ' ' .. gid)
+    -- A group that has finished tells nobody any more: this reply says how it ended.
   end
   return {'OK', group.status, group.outcome or ''}
 end
@@ -32,11 +34,14 @@ if outcome == 'completed' then
   call('HSET', META, 'depends_on', rest)
   if left > 0 then return {'OK', group.status, ''} end
   group.status = 'active'
+  -- Delays and expiries in the tasks' records count from the submission. Whoever reads them adds
+  -- this, so that no record has to be written again.
   group.waited = now - tonumber(call('HGET', META, 'touched'))
   start_goals()
 else
   group.outcome = 'cancelled'
-  call('HSET', META, 'outcome', 'cancelled', 'reason', 'group ' .. gid .. ' it depends on is ' .. outcome)
+  local reason = 'group ' .. gid .. ' it depends on is ' .. outcome
+  call('HSET', META, 'outcome', 'cancelled', 'reason', reason)
   close(false)
 end
 tail('depend', now)

@@ -2,7 +2,8 @@
 -- KEYS: the group's.
 -- ARGV: how many tasks it has, goals (see goal_of).
 -- Reply: OK | REFUSED name, the first goal that cannot.
--- Reads and writes nothing: `submit` judges the same when the group is there, but by then groups before it may run.
+-- Reads and writes nothing. `submit` judges the same when the group is there; but of several groups
+-- the first may run by the time that a later one is refused.
 group.status, group.open = 'staging', '0'
 for _, name in ipairs(NUMBERS) do group[name] = 0 end
 group.total, group.pending = tonumber(ARGV[1]), tonumber(ARGV[1])

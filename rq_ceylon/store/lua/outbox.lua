@@ -1,12 +1,13 @@
 -- outbox: hand out visible pages, take acknowledgements, work off internal pages.
 -- KEYS: the group's.
--- ARGV: pages wanted, again (1: also those hidden, since the answer that had them is lost; or 0), relay lease ms, page
---       acknowledgements (see acknowledge_pages).
--- Reply: GONE | OK status next-deadline-ms pages more. Withheld while the group is not active. Of a closed group only
---        messages to other groups are left.
--- Repeatable: acknowledgements are removals; a page handed out is hidden for one relay lease and seen again unless it
--- is acknowledged.
-local wanted, latest, relay_lease = tonumber(ARGV[1]), ARGV[2] == '1' and '+inf' or now_text, tonumber(ARGV[3])
+-- ARGV: pages wanted; again (1: hidden ones too, since the answer that had them is lost; or 0);
+--       relay lease ms; page acknowledgements (see acknowledge_pages).
+-- Reply: GONE | OK status next-deadline-ms pages more. No pages while the group withholds them. Of
+--        a closed group only messages to other groups are left.
+-- Repeatable: acknowledgements are removals; a page that was handed out is hidden for one relay
+-- lease, and visible again unless it is acknowledged.
+local wanted, relay_lease = tonumber(ARGV[1]), tonumber(ARGV[3])
+local latest = ARGV[2] == '1' and '+inf' or now_text
 
 if not load() then return {'GONE'} end
 drain()
@@ -17,6 +18,7 @@ if wanted > 0 then
   for _, page in ipairs(call('ZRANGEBYSCORE', OUTBOX, '-inf', latest, 'LIMIT', 0, wanted)) do
     local step, position, tid = string.match(page, '^%d+|#(%a+)|(%d+)|(.+)$')
     if step then
+      -- An internal page: go on where one call was too short for all dependents of a task.
       call('ZREM', OUTBOX, page)
       walks[#walks + 1] = {step, tid, tonumber(position)}
     else
