@@ -11,7 +11,8 @@
 --       prune staging-ms       remove a group past its retention, or a staging one that no part has
 --                              reached for this long
 -- Reply: GONE | OK status ... | NO status. cancel_tasks: OK status, then per tid cancelled,
---        stopping, ended or unknown. prune: NO status and when to look again (epoch ms; 0: not by time).
+--        stopping, ended or unknown. prune: NO status and when to look again (epoch
+--        ms; 0: not by time).
 -- Repeatable: each is a compare-and-set.
 local action = ARGV[1]
 

@@ -1,12 +1,15 @@
--- probe: can what was handed to this role up to the horizon still be delivered?
+-- probe: of the tasks of a group that this role got up to the horizon, which can it still deliver?
 -- KEYS: the role's.
--- ARGV: gid, horizon ms, how many entries of each queue to look at, then where to begin: '' at the first call, then what
---       the last reply said.
--- Reply: BUSY (more wait to be delivered than were looked at) | MORE (call again, and begin where this says) | CLEAR,
---        or DUE if more are delayed than were looked at, which says nothing of tasks that are not due yet;
---        where to begin; then the tids of this group that the role shows: not lost.
--- Reads only. What is delivered is looked at to its end, call by call, since it may run for long and hide what is lost
--- behind it; what waits moves on by itself.
+-- ARGV: gid, horizon ms, how many entries of each queue to look at, then where to begin: '' at the
+--       first call, then what the last reply said.
+-- Reply: a word, where to begin the next call, then the tids of this group that the role shows:
+--        these are not lost. The word is
+--          BUSY    more entries wait to be delivered than were looked at
+--          MORE    call again, and begin where this says
+--          CLEAR   these are all
+--          DUE     these are all that are due; more are delayed than were looked at
+-- Reads only. It looks at what is delivered to its end, call by call, since a task may run for long
+-- and hide what is lost behind it. What waits to be delivered moves on by itself.
 local gid, horizon, count = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local word, shown = 'CLEAR', {}
 
@@ -15,8 +18,8 @@ local function show(task)
   if its_gid == gid then shown[#shown + 1] = tid end
 end
 
--- Per queue what was looked at last: an entry id of each stream, a member of `by_name`, and whether `delayed` was looked
--- at; '-' nothing yet, '' all.
+-- Per queue what was looked at last: an entry id of each stream, a member of `by_name`, and whether
+-- `delayed` was looked at; '-' nothing yet, '' all.
 local seen = {'-', '-', '-', '-', '-', '-'}
 if ARGV[4] ~= '' then
   seen = {string.match(ARGV[4], '^([^|]*)|([^|]*)|([^|]*)|([^|]*)|([^|]*)|([^|]*)$')}
@@ -57,10 +60,14 @@ for stream = 1, STREAMS do
 end
 
 if seen[5] ~= '' then
-  local members = call('ZRANGEBYLEX', BY_NAME, seen[5] == '-' and '-' or '(' .. seen[5], '+', 'LIMIT', 0, count)
+  local from = seen[5] == '-' and '-' or '(' .. seen[5]
+  local members = call('ZRANGEBYLEX', BY_NAME, from, '+', 'LIMIT', 0, count)
   for _, member in ipairs(members) do show(string.match(member, '^%S+ [123] (.+)$') or '') end
   seen[5] = ''
-  if #members == count then seen[5] = members[count]; word = 'MORE' end
+  if #members == count then
+    seen[5] = members[count]
+    word = 'MORE'
+  end
 end
 
 if seen[6] == '-' then

@@ -1,25 +1,34 @@
--- reissue: find and put back what Redis itself lost of this group in a role. docs/protocol.md states the rule.
+-- reissue: find and put back what Redis itself lost of this group in a role. docs/protocol.md has
+-- the rule.
 -- KEYS: the group's.
 -- ARGV: look
 --       scan role pages cursor count CLEAR|DUE tid...
---                                             open tasks of the role that it does not show (tid...): pending ones become
---                                             pages (DUE: if they are due), those in progress are listed
---       orphans (tid fence)...                in progress under this fence, and lost: a page that ends that lease; in a
---                                             closed group they are cancelled
--- Reply: GONE | OK status ...: look: pages-in-outbox page-number open-tasks, then role horizon role horizon ...
---                              scan: cursor {tid fence worker ...} how-many-pages-entries
---                              orphans: how many
---        scan: MOVED (something was handed over since the look).
--- Repeatable: an entry too many is DUPLICATE or OUTDATED at its claim; orphans compare the fence.
+--                               the open tasks of the role, except those that it shows (tid...):
+--                               pending ones become pages (DUE: if they are due), those in progress
+--                               are listed
+--       orphans (tid fence)...  those in progress under this fence: a page that ends that lease; in
+--                               a closed group they are cancelled
+-- Reply: GONE | OK status, then
+--          look:     pages in the outbox, number of the last page, open tasks, then {role horizon}
+--          scan:     cursor, {tid fence worker ...}, how many entries became pages
+--          orphans:  how many
+--        MOVED status: the group is neither active nor closing; scan: a page was written since the
+--        look.
+-- Repeatable: an entry too many is DUPLICATE or OUTDATED at its claim, and orphans compares the
+-- fence.
 local mode = ARGV[1]
 
 if not load() then return {'GONE'} end
 if mode == 'look' then
-  local reply = {'OK', group.status, text(call('ZCARD', OUTBOX)), text(group.pages), text(group.pending + group.in_progress)}
+  local reply = {'OK', group.status, text(call('ZCARD', OUTBOX)), text(group.pages)}
+  reply[#reply + 1] = text(group.pending + group.in_progress)
   local facts = call('HGETALL', META)
   for i = 1, #facts, 2 do
     local role = string.match(facts[i], '^horizon:(.+)$')
-    if role then reply[#reply + 1] = role; reply[#reply + 1] = facts[i + 1] end
+    if role then
+      reply[#reply + 1] = role
+      reply[#reply + 1] = facts[i + 1]
+    end
   end
   return reply
 end
@@ -28,7 +37,10 @@ if group.status ~= 'active' and group.status ~= 'closing' then return {'MOVED', 
 drain()
 if mode == 'scan' then
   local role, number, cursor, count = ARGV[2], tonumber(ARGV[3]), ARGV[4], tonumber(ARGV[5])
-  if cursor == '0' and (number ~= group.pages or call('ZCARD', OUTBOX) > 0) then return {'MOVED', group.status} end
+  -- The probe cannot have shown the entries of a page that is on its way, or arrived after it.
+  if cursor == '0' and (number ~= group.pages or call('ZCARD', OUTBOX) > 0) then
+    return {'MOVED', group.status}
+  end
   local shown = {}
   for i = 7, #ARGV do shown[ARGV[i]] = true end
   local found = call('HSCAN', TASKS, cursor, 'COUNT', count)

@@ -1,12 +1,12 @@
--- release: give entries back, so that another worker gets them at once; or all that a dead worker held.
+-- release: give entries back, so that another worker gets them at once; or all that a worker held.
 -- KEYS: the role's.
 -- ARGV: worker, then room entries...     there was no room for them here
 --                    leaving entries...  this worker takes nothing more
 --                    *                   all of this worker's, after which its consumer is removed
 -- Reply: how many were given back, and 1 if more are left to give back.
--- Repeatable: an entry given back is no longer this worker's, nor is it ever again, since what is given back is a copy:
--- a release that arrives late takes nothing from a worker that got the copy. The copy keeps the lineage, so that a claim
--- of it ends the lease of whatever the original was claimed for.
+-- Repeatable: what is given back is a copy, and the entry itself is gone, so it is never again this
+-- worker's. A release that arrives late takes nothing from a worker that got the copy. The copy
+-- keeps the lineage, so that a claim of it ends the lease of whatever the original was claimed for.
 local RELEASE_MAX = 500
 local worker, why = ARGV[1], ARGV[2]
 
@@ -21,10 +21,11 @@ local function give_back(stream, id)
       if lineage == '' or lineage == '-' then
         lineage = stream .. ':' .. id
       elseif why == 'room' then
-        -- Given back before: at the front it would go to and fro between workers that have no room.
+        -- It was given back before. At the front it would go to and fro between full workers.
         to = KEYS[tonumber(string.sub(lineage, 1, 1))]
       end
-      call('XADD', to, '*', 'task', facts .. ' ' .. lineage .. (supersedes ~= '' and ' ' .. supersedes or ''))
+      local task = facts .. ' ' .. lineage .. (supersedes ~= '' and ' ' .. supersedes or '')
+      call('XADD', to, '*', 'task', task)
       given_back = given_back + 1
     end
   end
@@ -36,9 +37,12 @@ if why == '*' then
   for stream = 1, STREAMS do
     local entries = pending(KEYS[stream], '-', '+', RELEASE_MAX, worker)
     for _, entry in ipairs(entries) do give_back(stream, entry[1]) end
-    -- XGROUP DELCONSUMER forgets what is still pending.
-    if #entries == RELEASE_MAX then more = '1'
-    else redis.pcall('XGROUP', 'DELCONSUMER', KEYS[stream], GROUP, worker) end
+    -- DELCONSUMER forgets what is still pending, so nothing may be.
+    if #entries == RELEASE_MAX then
+      more = '1'
+    else
+      redis.pcall('XGROUP', 'DELCONSUMER', KEYS[stream], GROUP, worker)
+    end
   end
 else
   for i = 3, #ARGV do

@@ -1,10 +1,13 @@
--- renew: keep the leases that are still this worker's, and the role's clock, also when nothing is held: handlers that
--- block a worker's loop hold up its fetches, not this.
+-- renew: keep the leases that are still this worker's. It keeps the role's clock too, even if the
+-- worker holds nothing: handlers that block a worker's event loop hold up its fetches, but not
+-- this.
 -- KEYS: the role's.
 -- ARGV: worker, lease ms asked for, entries.
--- Reply: lease ms in force, then per entry MINE | OTHER (reclaimed: cancel it here) | ABSENT (acknowledged or lost: go
---        on, the fence decides).
--- Repeatable. Ownership is checked, since XCLAIM would take an entry back from its new owner.
+-- Reply: lease ms in force, then per entry
+--          MINE     renewed
+--          OTHER    reclaimed by another worker: cancel the attempt here
+--          ABSENT   acknowledged or lost: go on, the fence decides
+-- Repeatable.
 local worker, asked = ARGV[1], tonumber(ARGV[2])
 
 drain()
@@ -12,8 +15,11 @@ local replies = {text(keep_clock(asked).lease)}
 for i = 3, #ARGV do
   local stream, id = split_entry(ARGV[i])
   local entry = pending(stream, id, id, 1)[1]
-  if not entry then replies[#replies + 1] = 'ABSENT'
-  elseif entry[2] ~= worker then replies[#replies + 1] = 'OTHER'
+  if not entry then
+    replies[#replies + 1] = 'ABSENT'
+  -- XCLAIM would take the entry back from its new owner.
+  elseif entry[2] ~= worker then
+    replies[#replies + 1] = 'OTHER'
   else
     call('XCLAIM', stream, GROUP, worker, 0, id, 'JUSTID')
     replies[#replies + 1] = 'MINE'

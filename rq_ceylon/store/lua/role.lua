@@ -1,21 +1,25 @@
 -- Shared by the scripts of the role slot.
 -- KEYS: high normal low front delayed meta bell quarantine by_name names, all of one role.
--- Entries are named '<1..4>:<stream id>'. `front` holds what was delivered before and is to be delivered before all else.
--- An entry has one field, `task`: 'gid tid issue lineage supersedes', the last two left out where there are none. The
--- lineage of a copy is the entry it replaces, whose line of deliveries it continues ('-' for none); its first digit is the
--- task's priority. `supersedes` is the fence of a lost delivery, whose lease it ends.
--- `by_name` holds tasks by the name of their function, 'name priority gid tid issue', all with score 0: the worker that
--- was given them does not know the name, or has no thread or process free for it. `names`: name -> since when (ms) no
--- worker that knows it has asked.
+-- An entry is named '<1..4>:<stream id>', the number being that of its stream. `front` holds what
+-- was delivered before and goes before all else.
+-- An entry has one field, `task`: 'gid tid issue lineage supersedes', of which the last two may be
+-- left out. The lineage is the entry that this one is a copy of, whose line of deliveries it
+-- continues ('-' for none); its first digit is the task's priority. `supersedes` is the fence of a
+-- lost delivery, whose lease a claim of this entry ends.
+-- `by_name` holds tasks by the name of their function, 'name priority gid tid issue', all with
+-- score 0: the worker that was granted them does not know the name, or has no thread or process
+-- free for it.
+-- `names`: name -> since when (ms) no worker that knows it has asked.
 local FRONT, DELAYED, META, BELL, QUARANTINE, BY_NAME, NAMES = unpack(KEYS, 4)
 local STREAMS = 4            -- of KEYS, the first ones
 local GROUP = 'workers'
-local BELL_MAX = 64          -- tokens; more idle workers than that wake within their blocking wait
+local BELL_MAX = 64          -- tokens; the other idle workers wake when their wait is over
 local QUARANTINE_MAX = 1000
-local ENTRY_MAX = 256   -- bytes; two ids of 64, and numbers
+local ENTRY_MAX = 256        -- bytes; two ids of 64, and numbers
 local UNPACK_MAX = 1000      -- Lua's stack ends at 8,000
 
--- See group.lua: every writing script must be able to run at maxmemory.
+-- As in group.lua: at maxmemory Redis refuses a script whose first write may allocate. This write
+-- does not, so a script that opens with it can still empty a full server.
 local function drain() call('HDEL', META, '') end
 
 -- One token wakes one idle worker.
@@ -32,13 +36,19 @@ local function split_entry(name)
   return KEYS[tonumber(stream)], id
 end
 
--- The consumer group exists from the start of the stream: what was added before the first worker came is delivered.
-local function create_group(stream) redis.pcall('XGROUP', 'CREATE', stream, GROUP, '0', 'MKSTREAM') end
+-- The consumer group begins at the start of the stream, so that it delivers what was added before
+-- the first worker came.
+local function create_group(stream)
+  redis.pcall('XGROUP', 'CREATE', stream, GROUP, '0', 'MKSTREAM')
+end
 
 -- Pending entries; none if stream or group are missing, which creates them.
 local function pending(stream, ...)
   local found = redis.pcall('XPENDING', stream, GROUP, ...)
-  if found.err then create_group(stream); return {} end
+  if found.err then
+    create_group(stream)
+    return {}
+  end
   return found
 end
 
@@ -54,21 +64,26 @@ local function all_pending(stream, ...)
   return found
 end
 
--- The role's clock, kept by every renewal and every fetch: reads the role's record and notes that a worker was here.
--- A gap and the pause that follows from it are noted in one step: if `last` moved without the pause, the next fetch
--- would take entries from workers that live and could not renew in the gap.
+-- Keeps the role's clock: reads the role's record and notes that a worker was here. Every renewal
+-- and every fetch calls it.
+-- It notes a gap together with the pause that follows from it. If `last` moved without the pause,
+-- the next fetch would take entries from workers that live and could not renew in the gap.
 -- `asked`: the lease (ms) to put in force where none is.
 local function keep_clock(asked)
-  local facts = call('HMGET', META, 'v', 'last', 'pause_until', 'lease', 'fence', 'paused', 'served',
-                     'cursor1', 'cursor2', 'cursor3', 'cursor4')
+  local facts = call('HMGET', META, 'v', 'last', 'pause_until', 'lease', 'fence', 'paused',
+                     'served', 'cursor1', 'cursor2', 'cursor3', 'cursor4')
   if facts[1] and facts[1] ~= '1' then
     error('LAYOUT role has layout ' .. facts[1] .. ', this version knows 1')
   end
   local last, lease = tonumber(facts[2] or 0), tonumber(facts[4] or 0)
-  local role = {pause_until = tonumber(facts[3] or 0), fence = tonumber(facts[5] or 0), paused = facts[6] == '1',
-                served = tonumber(facts[7] or 0), cursors = {unpack(facts, 8)}}
+  local role = {
+    pause_until = tonumber(facts[3] or 0), fence = tonumber(facts[5] or 0),
+    paused = facts[6] == '1', served = tonumber(facts[7] or 0), cursors = {unpack(facts, 8)},
+  }
   local changes = {'last', now_text}
-  -- The lease is the role's: it changes only when no worker of the role has been here for as long as it lasts.
+  -- The lease is the role's. It changes only when no worker of the role has been here for as long
+  -- as it lasts, so that no worker renews by another lease than the one by which it may be
+  -- reclaimed.
   if lease == 0 or now - last > lease then
     if lease ~= asked then
       lease = asked
@@ -76,8 +91,8 @@ local function keep_clock(asked)
     end
   end
   role.lease = lease
-  -- No worker was here for half a lease, or the clock stepped back: every worker gets a whole lease to renew before
-  -- anything is reclaimed.
+  -- No worker was here for half a lease, or the clock stepped back: reclaim nothing for one lease,
+  -- so that every worker that lives can renew first.
   local stepped_back = last > now
   if last == 0 or stepped_back or now - last > lease / 2 then
     role.pause_until = now + lease
@@ -86,7 +101,7 @@ local function keep_clock(asked)
   end
   call('HSET', META, unpack(changes))
   if stepped_back then
-    -- Idle times are wall-clock times, so after a step back they start anew.
+    -- Redis measures idle times by the wall clock, so after a step back they must start anew.
     for stream = 1, STREAMS do
       for _, entry in ipairs(all_pending(KEYS[stream])) do
         call('XCLAIM', KEYS[stream], GROUP, entry[2], 0, entry[1], 'IDLE', 0, 'JUSTID')

@@ -1,14 +1,21 @@
--- submit: one part of a group. A staged group takes parts 1, 2, ... and becomes active with its last one, all or
--- nothing; a rolling group (single tasks of one client) is active from its first part until it is sealed.
+-- submit: one part of a group. A staging group takes parts 1, 2, ... and becomes active with its
+-- last one, all or nothing; a rolling group (single tasks of one client) is active from its first
+-- part until it is sealed.
 -- KEYS: the group's.
--- ARGV: part, last (1|0), rolling (1|0), digest of all parts so far, relay lease ms, page acknowledgements (see
---       acknowledge_pages), n, n meta fields and values, goals (see goal_of; deadlines relative), groups that it
---       depends on ('' or 'a b c'; with the last part),
---       then per task: tid, text (role|priority|delay ms|expires ms|crash limit|JSON), tids it needs ('' or 'a b c').
--- Reply: OK status pages | REPEAT status (known: nothing changed; what a lost answer had to hand over, `outbox` gives
---        again) | GAP (parts before it are unknown, or the number is known with another digest) | CLOSED (sealed
---        meanwhile) | EXISTS (the key is taken by other content) | REFUSED what name (nothing is kept of the group).
--- Repeatable by part number and digest. The only script that is refused at maxmemory: its first write may allocate.
+-- ARGV: part, last (1|0), rolling (1|0), digest of all parts so far, relay lease ms,
+--       page acknowledgements (see acknowledge_pages), n, n meta fields and values,
+--       goals (see goal_of; deadlines relative), groups that it depends on ('' or 'a b c'; both
+--       with the last part),
+--       then per task: tid, text (role|priority|delay ms|expires ms|crash limit|JSON), tids that it
+--       needs ('' or 'a b c').
+-- Reply: OK status pages
+--        REPEAT status       known: nothing changed; `outbox` gives again what a lost answer had
+--        GAP                 parts before it are unknown, or the number has another digest
+--        CLOSED              sealed meanwhile
+--        EXISTS              the key is taken by other content
+--        REFUSED what name   nothing is kept of the group
+-- Repeatable by part number and digest. The only script of a group that Redis refuses at maxmemory,
+-- as its first write may allocate.
 local part, last, rolling, digest = tonumber(ARGV[1]), ARGV[2] == '1', ARGV[3] == '1', ARGV[4]
 local visible = now + tonumber(ARGV[5])
 local acknowledgements = 6
@@ -18,9 +25,11 @@ local goals_at = meta_first + 1 + meta_count
 local depends_on = ARGV[goals_at + 1]
 local first_task = goals_at + 2
 
--- WAIT and WAITAOF tell of writes on their connection only: a repetition, perhaps by another one, is a write too.
+-- WAIT and WAITAOF tell of writes on their own connection only, and a repetition may come by
+-- another one: it has to write as well.
 local function repeated()
-  drain(); call('HSET', META, 'v', LAYOUT)
+  drain()
+  call('HSET', META, 'v', LAYOUT)
   return {'REPEAT', group.status}
 end
 
@@ -33,14 +42,19 @@ if known then
     if part ~= parts + 1 then return {'GAP'} end
     if closed() or group.open == '0' then return {'CLOSED'} end
   else
+    -- Only the last digest is on record: an earlier part is known again by its number alone, and
+    -- the digest of the last part tells whether all of them were the same.
     if part < parts and not last then return repeated() end
-    if part == parts and digest == stored[2] and last == (group.status ~= 'staging') then return repeated() end
+    local is_staging = group.status == 'staging'
+    if part == parts and digest == stored[2] and last ~= is_staging then return repeated() end
     if part <= parts or group.status ~= 'staging' then return {'EXISTS'} end
     if part > parts + 1 then return {'GAP'} end
   end
 elseif part ~= 1 then return {'GAP'}
 else
-  group.status, group.open, group.dag, group.goals = rolling and 'active' or 'staging', rolling and '1' or '0', '0', ''
+  group.status, group.open = 'staging', '0'
+  if rolling then group.status, group.open = 'active', '1' end
+  group.dag, group.goals = '0', ''
   for _, name in ipairs(NUMBERS) do group[name] = 0 end
 end
 
@@ -57,13 +71,17 @@ for i = first_task, #ARGV, 3 do
   for need in string.gmatch(ARGV[i + 2], '%S+') do
     if not here[need] then needed[#needed + 1] = need end
   end
-  here[tid] = true; tids[#tids + 1] = tid
+  here[tid] = true
+  tids[#tids + 1] = tid
 end
 if known then
-  for i, task in ipairs(call('HMGET', TASKS, unpack(tids))) do if task then return refused('duplicate', tids[i]) end end
+  for i, task in ipairs(call('HMGET', TASKS, unpack(tids))) do
+    if task then return refused('duplicate', tids[i]) end
+  end
 end
 for first = 1, #needed, 1000 do
-  for i, task in ipairs(call('HMGET', TASKS, unpack(needed, first, math.min(first + 999, #needed)))) do
+  local last_one = math.min(first + 999, #needed)
+  for i, task in ipairs(call('HMGET', TASKS, unpack(needed, first, last_one))) do
     if not task then return refused('unknown need', needed[first + i - 1]) end
   end
 end
@@ -73,19 +91,26 @@ for i = first_task, #ARGV, 3 do
   local tid, task, count = ARGV[i], ARGV[i + 1], 0
   local role, priority, delay, expires, limit = head_of(task)
   if delay or expires then
-    task = table.concat({role, priority, delay and text(now + delay) or '', expires and text(now + expires) or '',
-                         limit or '', string.match(task, '^[^|]*|[^|]*|[^|]*|[^|]*|[^|]*|(.*)$')}, '|')
+    local body = string.match(task, '^[^|]*|[^|]*|[^|]*|[^|]*|[^|]*|(.*)$')
+    local not_before, expiry = delay and text(now + delay), expires and text(now + expires)
+    task = table.concat({role, priority, not_before or '', expiry or '', limit or '', body}, '|')
   end
   for need in string.gmatch(ARGV[i + 2], '%S+') do
     count = count + 1
-    if not children[need] then children[need] = {}; parents[#parents + 1] = need end
+    if not children[need] then
+      children[need] = {}
+      parents[#parents + 1] = need
+    end
     table.insert(children[need], tid)
   end
-  tasks[#tasks + 1] = tid; tasks[#tasks + 1] = task
+  tasks[#tasks + 1] = tid
+  tasks[#tasks + 1] = task
   roles[role] = true
   if count > 0 then
-    unmet[#unmet + 1] = tid; unmet[#unmet + 1] = count
-    group.waiting = group.waiting + 1; group.dag = '1'
+    unmet[#unmet + 1] = tid
+    unmet[#unmet + 1] = count
+    group.waiting = group.waiting + 1
+    group.dag = '1'
   else
     group.pending = group.pending + 1
     enqueue_later(tid, role, priority, 1, delay and delay > 0 and now + delay)
@@ -105,22 +130,33 @@ if last and not rolling then
 end
 
 -- From here on: writes only. The first must be one that may be refused at maxmemory.
-call('HSET', META, 'v', LAYOUT, 'status', group.status, 'open', rolling and not last and '1' or '0', 'dag', group.dag,
-     'parts', part, 'digest', digest, 'touched', now_text)
-if not known then call('HSET', META, 'created', now_text, unpack(ARGV, meta_first + 1, meta_first + meta_count)) end
 group.open = rolling and not last and '1' or '0'
+call('HSET', META, 'v', LAYOUT, 'status', group.status, 'open', group.open, 'dag', group.dag,
+     'parts', part, 'digest', digest, 'touched', now_text)
+if not known then
+  local meta_last = meta_first + meta_count
+  call('HSET', META, 'created', now_text, unpack(ARGV, meta_first + 1, meta_last))
+end
 acknowledge_pages(acknowledgements)
 if last and not rolling then
-  if depends_on ~= '' then call('HSET', META, 'depends_on', depends_on, 'goals', group.goals) else start_goals() end
+  -- The deadlines of a group that waits for others begin when it starts.
+  if depends_on ~= '' then
+    call('HSET', META, 'depends_on', depends_on, 'goals', group.goals)
+  else
+    start_goals()
+  end
 end
 call('HSET', TASKS, unpack(tasks))
 if #unmet > 0 then call('HSET', NEEDS, unpack(unmet)) end
 for _, parent in ipairs(parents) do
   local before_these = call('HGET', CHILDREN, parent)
-  call('HSET', CHILDREN, parent, (before_these and before_these .. ' ' or '') .. table.concat(children[parent], ' '))
+  local these = table.concat(children[parent], ' ')
+  call('HSET', CHILDREN, parent, before_these and before_these .. ' ' .. these or these)
 end
+-- Reissue looks only at roles that have a horizon.
 for role in pairs(roles) do call('HSETNX', META, 'horizon:' .. role, '0') end
--- Pages of a staged part belong to any relay as soon as the group is active; `outbox` withholds them until then.
+-- The pages of a staging group belong to any relay as soon as the group is active; `outbox`
+-- withholds them until then.
 if not complete or part > 1 and not rolling or withheld() then visible = now end
 if complete then
   if part == 1 or not rolling then before.status = 'staging' end
@@ -128,6 +164,6 @@ if complete then
   return {'OK', group.status, (rolling or part == 1) and not withheld() and pages or {}}
 end
 write_pages(visible)
-call('HSET', META, 'total', text(group.total), 'waiting', text(group.waiting), 'pending', text(group.pending),
-     'pages', text(group.pages))
+call('HSET', META, 'total', text(group.total), 'waiting', text(group.waiting),
+     'pending', text(group.pending), 'pages', text(group.pages))
 return {'OK', group.status, {}}
