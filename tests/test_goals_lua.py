@@ -26,11 +26,11 @@ class LuaVerdict:
 
     def __init__(self, url: str, *, closing: bool) -> None:
         client: Any = redis.Redis.from_url(url, protocol=2)
-        shared = scripts.source("judge").split("-- judge:")[0]
+        shared = scripts.source("group_goals")
         body = """
 for i, name in ipairs(NUMBERS) do group[name] = tonumber(ARGV[i + 1]) or 0 end
 group.status, group.open = ARGV[#ARGV], '0'
-local result = verdict(ARGV[1])
+local result = evaluate(ARGV[1])
 return result == nil and 'open' or tostring(result)
 """
         self._script = client.register_script(shared + body)

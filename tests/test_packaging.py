@@ -61,7 +61,7 @@ def test_the_wheel_has_every_file_of_the_package_and_nothing_else(wheel: Path) -
 
     assert packed == files
     assert "rq_ceylon/py.typed" in packed
-    for script in ("prelude", "group", "role", *GROUP_SCRIPTS, *ROLE_SCRIPTS):
+    for script in ("prelude", "group_tail", "role", *GROUP_SCRIPTS, *ROLE_SCRIPTS):
         assert f"rq_ceylon/store/lua/{script}.lua" in packed
 
 

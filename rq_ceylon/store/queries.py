@@ -31,7 +31,7 @@ from rq_ceylon.store.trouble import warn_once
 
 SCAN = 500
 RUNNING = "pcs"
-"""States of a claim that is in progress; see lua/group.lua."""
+"""States of a claim that is in progress; see lua/group_records.lua."""
 
 
 async def server_ms(connection: Connection, keys: Keys) -> int:
@@ -344,7 +344,7 @@ def _open(gid: str, tid: str, text: str, claim: str | None, needs: int, facts: _
     if claim:
         state, tries, fence, holder, _, since, lost, _, retry_at, _, _ = claim.split("|")
         attempt, crashes, running = int(tries), int(lost), state in RUNNING
-        attempts = 0 if fence == "0" else attempt - (state == "r")  # as lua/group.lua counts them in a result
+        attempts = 0 if fence == "0" else attempt - (state == "r")  # as lua/group_ends.lua counts them in a result
         due = int(retry_at) if retry_at else None
         if running:
             worker, started, due = holder, int(since), None

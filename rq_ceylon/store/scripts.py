@@ -1,10 +1,9 @@
-"""
-The Lua scripts, and calls as values: what to run, not yet sent.
-"""
+"""The Lua scripts, and calls as values: what to run, not yet sent."""
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -13,6 +12,8 @@ from typing import Any
 
 GROUP_SCRIPTS = ("submit", "claim", "commit", "outbox", "judge", "control", "depend", "reissue", "foresee")
 ROLE_SCRIPTS = ("enqueue", "fetch", "renew", "release", "probe")
+
+_INCLUDE = re.compile(r"^-- include: (.+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,41 +38,46 @@ class Call:
 
 
 def command(*words: Any) -> Call:
-    """
-    A plain command; its second word is its key, after XINFO the third.
-    """
+    """A plain command; its second word is its key, after XINFO the third."""
     return Call("", (words[2 if words[0] == "XINFO" else 1],), words)
 
 
 def insist(name: str, key: str, *words: Any) -> Call:
-    """
-    A command on one key that is run at the memory limit too.
-    """
+    """A command on one key that is run at the memory limit too."""
     return Call("insist", (key,), (name, *words))
 
 
 @cache
 def source(script: str) -> str:
     """
-    The full text of a script: the prelude, what its slot's scripts share, and its own body.
+    The full text of a script. A line `-- include: NAME...` in it, or in an included file, stands for those files, each
+    the first time it is named. A script includes behind its early returns what these do not need: Redis runs every
+    `local function` that it reaches, so a call on an absent group costs no tail.
     """
-    shared = ["group"] if script in GROUP_SCRIPTS else ["role"] if script in ROLE_SCRIPTS else []
-    folder = resources.files(__package__) / "lua"
-    return "\n".join((folder / f"{name}.lua").read_text("utf-8") for name in ("prelude", *shared, script))
+    folder, included = resources.files(__package__) / "lua", {script}
+
+    def paste(line: re.Match[str]) -> str:
+        texts = []
+        for name in line[1].split():
+            if name not in included:
+                included.add(name)
+                texts.append(read(name))
+        return "\n".join(texts)
+
+    def read(name: str) -> str:
+        return _INCLUDE.sub(paste, (folder / f"{name}.lua").read_text("utf-8"))
+
+    return read(script)
 
 
 @cache
 def digest(script: str) -> str:
-    """
-    The SHA-1 under which Redis caches a script.
-    """
+    """The SHA-1 under which Redis caches a script."""
     return hashlib.sha1(source(script).encode(), usedforsecurity=False).hexdigest()
 
 
 def words(call: Call) -> Sequence[Any]:
-    """
-    The command of a call, as it goes over the wire.
-    """
+    """The command of a call, as it goes over the wire."""
     if not call.script:
         return call.args
     return ("EVALSHA", digest(call.script), len(call.keys), *call.keys, *call.args)

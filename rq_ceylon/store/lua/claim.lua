@@ -12,6 +12,8 @@
 -- Repeatable: the same fence and worker get the same grant. A batch may name one task twice, so
 -- what the script is going to write is kept by tid until its end.
 -- docs/protocol.md has the two decision tables; the rows stand below, in the same order.
+-- include: group_state
+local CRASH_LIMIT = 3             -- crashes that a task survives, unless it says otherwise
 local REPLY_BYTES_MAX = 4194304   -- payload in one reply; the rest is LATER
 -- A task under which a worker died this often may be what kills workers. A worker runs one such
 -- suspect at a time, so that a poison takes nothing else down with it.
@@ -28,8 +30,9 @@ for i = 3, #ARGV do
   tids[#tids + 1] = tid
 end
 
-if not load() then return {'GONE'} end
-drain()
+if not load_group() then return {'GONE'} end
+-- include: group_tail
+pass_memory_limit()
 local found_tasks = call('HMGET', TASKS, unpack(tids))
 local found_claims = call('HMGET', CLAIMS, unpack(tids))
 local found_needs = group.dag == '1' and call('HMGET', NEEDS, unpack(tids)) or {}
@@ -46,7 +49,7 @@ end
 local endings = {}
 local function end_task(tid, from, outcome, reason, claim, words)
   local error = outcome == 'failed' and error_text(words) or ''
-  settle(tid, from, outcome, reason, head_of(tasks[tid]), claim, 0, error)
+  record_end(tid, from, outcome, reason, head_of(tasks[tid]), claim, 0, error)
   if words then endings[tid] = {reason, words} end
   tasks[tid] = nil
   claims[tid] = nil
@@ -155,7 +158,7 @@ local function answer(delivery, has_needs)
   local task, claim = tasks[tid], claims[tid]
   -- It has a result, perhaps by an earlier delivery of this batch; or the group never heard of it.
   if not task then
-    return (is_ended[tid] or call('HEXISTS', RESULTS, tid) == 1) and 'DONE' or 'GONE'
+    return (effects.is_ended[tid] or call('HEXISTS', RESULTS, tid) == 1) and 'DONE' or 'GONE'
   end
   -- The reply is full.
   if bytes > 0 and bytes + #task > REPLY_BYTES_MAX then return 'LATER' end

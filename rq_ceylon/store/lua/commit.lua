@@ -12,10 +12,12 @@
 --          STALE   another delivery holds the task: forgets, so it never acknowledges or renews
 -- Repeatable: a second run finds no claim in progress and answers DONE. A caller that lost the
 -- answer asks `outbox` for the pages that it had. A batch may name one task twice.
+-- include: group_state
 local worker, relay_lease = ARGV[1], tonumber(ARGV[2])
 
-if not load() then return {'GONE'} end
-drain()
+if not load_group() then return {'GONE'} end
+-- include: group_tail
+pass_memory_limit()
 local first = acknowledge_pages(3)
 local outcomes, tids = {}, {}
 for i = first, #ARGV, 2 do
@@ -61,13 +63,13 @@ local function again(outcome, claim)
 end
 
 local function ends(outcome, claim, as, reason, blob)
-  settle(outcome.tid, 'in_progress', as, reason, claim.role, claim, outcome.run, blob)
+  record_end(outcome.tid, 'in_progress', as, reason, claim.role, claim, outcome.run, blob)
 end
 
 local function record(outcome)
   local tid, claim = outcome.tid, claims[outcome.tid]
   -- By an earlier outcome of this batch.
-  if is_ended[tid] then return 'DONE' end
+  if effects.is_ended[tid] then return 'DONE' end
   -- Only the delivery on record counts: a worker that was cut off shows an old fence here.
   if not claim or claim.fence ~= outcome.fence or claim.worker ~= worker then
     return call('HEXISTS', RESULTS, tid) == 1 and 'DONE' or 'STALE'
@@ -102,4 +104,4 @@ end
 local verdicts = {}
 for i, outcome in ipairs(outcomes) do verdicts[i] = record(outcome) end
 tail('commit', now + relay_lease)
-return {'OK', group.status, verdicts, withheld() and {} or pages, more}
+return {'OK', group.status, verdicts, withheld() and {} or effects.pages, effects.more}

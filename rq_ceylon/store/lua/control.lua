@@ -14,6 +14,7 @@
 --        stopping, ended or unknown. prune: NO status and when to look again (epoch
 --        ms; 0: not by time).
 -- Repeatable: each is a compare-and-set.
+-- include: group_state
 local action = ARGV[1]
 
 local function tell_workers(what)
@@ -21,7 +22,7 @@ local function tell_workers(what)
   call('PUBLISH', 'ceylon:' .. namespace .. ':control', what .. ' ' .. gid)
 end
 
-if not load() then return {'GONE'} end
+if not load_group() then return {'GONE'} end
 
 if action == 'prune' then
   local facts = call('HMGET', META, 'finished', 'retention', 'touched')
@@ -38,7 +39,8 @@ if action == 'prune' then
   return {'OK', 'pruned'}
 end
 
-drain()
+-- include: group_tail
+pass_memory_limit()
 if action == 'pause' or action == 'resume' then
   local from, to = 'active', 'paused'
   if action == 'resume' then from, to = to, from end
@@ -117,8 +119,8 @@ for i = 2, #ARGV do
   local word
   if group.status == 'staging' then
     word = 'unknown'
-  elseif not task or is_ended[tid] then
-    local has_ended = is_ended[tid] or call('HEXISTS', RESULTS, tid) == 1
+  elseif not task or effects.is_ended[tid] then
+    local has_ended = effects.is_ended[tid] or call('HEXISTS', RESULTS, tid) == 1
     word = has_ended and 'ended' or 'unknown'
   elseif running(claim) then
     -- Its worker stops it. If that worker is lost, the claim that takes over cancels it.
@@ -132,7 +134,7 @@ for i = 2, #ARGV do
     word = 'cancelled'
     local waiting = call('HDEL', NEEDS, tid) == 1
     local from = waiting and 'waiting' or 'pending'
-    settle(tid, from, 'cancelled', 'cancelled', head_of(task), claim, 0, '')
+    record_end(tid, from, 'cancelled', 'cancelled', head_of(task), claim, 0, '')
   end
   replies[#replies + 1] = word
 end

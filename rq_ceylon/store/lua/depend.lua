@@ -6,6 +6,7 @@
 --       met gid outcome     that group, on which this one depends, has finished
 -- Reply: GONE | OK status outcome | NO status (met: it does not wait for that one, or no longer).
 -- Repeatable: register adds once, met removes once.
+-- include: group_state
 local action, gid, outcome = ARGV[1], ARGV[2], ARGV[3]
 
 local function without(list, name)
@@ -16,8 +17,9 @@ local function without(list, name)
   return table.concat(kept, ' '), #kept
 end
 
-if not load() then return {'GONE'} end
-drain()
+if not load_group() then return {'GONE'} end
+-- include: group_tail
+pass_memory_limit()
 if action == 'register' then
   if group.status ~= 'finished' then
     local list = without(call('HGET', META, 'dependents') or '', gid)

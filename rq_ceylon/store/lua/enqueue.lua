@@ -5,7 +5,8 @@
 --       granted this task cannot run it: it waits by this name for a worker that can.
 -- Reply: the horizon, which is the largest entry ms or due ms that any of them got.
 -- Repeatable: a repetition only doubles entries, and the claim decides.
-if ARGV[1] == '1' then drain() end
+-- include: role
+if ARGV[1] == '1' then pass_memory_limit() end
 local horizon, added = 0, 0
 for i = 2, #ARGV, 3 do
   local gid, due = ARGV[i], tonumber(ARGV[i + 1]) or 0

@@ -12,13 +12,14 @@
 -- Not repeatable, since it delivers. After a lost reply call it in recover mode, which delivers the
 -- entries that are pending for this worker and that it does not hold. Acknowledgements count once,
 -- as XACK says which entries were still pending.
+-- include: role
 local PROMOTE_MAX = 50
 local worker, budget, asked, mode = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4]
 local overdue_ms = tonumber(ARGV[5])
 local NAMES_MAX = 64   -- in one reply
 local SHARE = 8        -- of this many deliveries one is low and one normal, if any wait
 
-drain()
+pass_memory_limit()
 local role = keep_clock(asked)
 
 local position = 6

@@ -4,11 +4,12 @@
 -- Reply: OK | REFUSED name, the first goal that cannot.
 -- Reads and writes nothing. `submit` judges the same when the group is there; but of several groups
 -- the first may run by the time that a later one is refused.
+-- include: group_goals
 group.status, group.open = 'staging', '0'
 for _, name in ipairs(NUMBERS) do group[name] = 0 end
 group.total, group.pending = tonumber(ARGV[1]), tonumber(ARGV[1])
 for line in string.gmatch(ARGV[2], '[^;]+') do
   local goal = goal_of(line)
-  if verdict(goal.program) == 0 then return {'REFUSED', goal.name} end
+  if evaluate(goal.program) == 0 then return {'REFUSED', goal.name} end
 end
 return {'OK'}

@@ -4,5 +4,5 @@
 -- ARGV: the command, then its words after the key.
 -- Reply: the command's. As repeatable as the command is.
 -- Redis refuses a script at its first write, if that write may allocate. PERSIST does not.
-call('PERSIST', KEYS[1])
-return call(ARGV[1], KEYS[1], unpack(ARGV, 2))
+redis.call('PERSIST', KEYS[1])
+return redis.call(ARGV[1], KEYS[1], unpack(ARGV, 2))

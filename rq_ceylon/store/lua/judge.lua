@@ -5,13 +5,15 @@
 -- Reply: GONE | OK status next-deadline-ms | NO status next-deadline-ms (this goal is settled or
 --        unknown).
 -- Repeatable: only an undecided goal can be settled, and only once.
+-- include: group_state
 local name, status = ARGV[1], ARGV[2]
 
-if not load() then return {'GONE'} end
+if not load_group() then return {'GONE'} end
 if group.status == 'staging' or group.status == 'finished' then
   return {name == '' and 'OK' or 'NO', group.status, '0'}
 end
-drain()
+-- include: group_tail
+pass_memory_limit()
 if name ~= '' then
   -- A deadline that has passed counts before a verdict that came late.
   judge_goals('deadline')

@@ -6,11 +6,13 @@
 --        a closed group only messages to other groups are left.
 -- Repeatable: acknowledgements are removals; a page that was handed out is hidden for one relay
 -- lease, and visible again unless it is acknowledged.
+-- include: group_state
 local wanted, relay_lease = tonumber(ARGV[1]), tonumber(ARGV[3])
 local latest = ARGV[2] == '1' and '+inf' or now_text
 
-if not load() then return {'GONE'} end
-drain()
+if not load_group() then return {'GONE'} end
+-- include: group_tail
+pass_memory_limit()
 acknowledge_pages(4)
 if withheld() then return {'OK', group.status, text(next_deadline()), {}, '0'} end
 local got = {}
@@ -20,13 +22,13 @@ if wanted > 0 then
     if step then
       -- An internal page: go on where one call was too short for all dependents of a task.
       call('ZREM', OUTBOX, page)
-      walks[#walks + 1] = {step, tid, tonumber(position)}
+      effects.walks[#effects.walks + 1] = {step, tid, tonumber(position)}
     else
       call('ZADD', OUTBOX, text(now + relay_lease), page)
       got[#got + 1] = page
     end
   end
-  if #walks > 0 then tail('outbox', now + relay_lease) end
-  for _, page in ipairs(pages) do got[#got + 1] = page end
+  if #effects.walks > 0 then tail('outbox', now + relay_lease) end
+  for _, page in ipairs(effects.pages) do got[#got + 1] = page end
 end
-return {'OK', group.status, text(next_deadline()), got, more}
+return {'OK', group.status, text(next_deadline()), got, effects.more}

@@ -10,6 +10,7 @@
 --          DUE     these are all that are due; more are delayed than were looked at
 -- Reads only. It looks at what is delivered to its end, call by call, since a task may run for long
 -- and hide what is lost behind it. What waits to be delivered moves on by itself.
+-- include: role
 local gid, horizon, count = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local word, shown = 'CLEAR', {}
 

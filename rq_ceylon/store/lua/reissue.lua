@@ -16,9 +16,10 @@
 --        look.
 -- Repeatable: an entry too many is DUPLICATE or OUTDATED at its claim, and orphans compares the
 -- fence.
+-- include: group_state
 local mode = ARGV[1]
 
-if not load() then return {'GONE'} end
+if not load_group() then return {'GONE'} end
 if mode == 'look' then
   local reply = {'OK', group.status, text(call('ZCARD', OUTBOX)), text(group.pages)}
   reply[#reply + 1] = text(group.pending + group.in_progress)
@@ -34,7 +35,8 @@ if mode == 'look' then
 end
 if group.status ~= 'active' and group.status ~= 'closing' then return {'MOVED', group.status} end
 
-drain()
+-- include: group_tail
+pass_memory_limit()
 if mode == 'scan' then
   local role, number, cursor, count = ARGV[2], tonumber(ARGV[3]), ARGV[4], tonumber(ARGV[5])
   -- The probe cannot have shown the entries of a page that is on its way, or arrived after it.
@@ -77,7 +79,7 @@ for i = 2, #ARGV, 2 do
   local claim = record and claim_of(record)
   if running(claim) and claim.fence == fence then
     count = count + 1
-    if closed() then settle(tid, 'in_progress', 'cancelled', 'closed', claim.role, claim, 0, '')
+    if closed() then record_end(tid, 'in_progress', 'cancelled', 'closed', claim.role, claim, 0, '')
     else enqueue_later(tid, claim.role, claim.priority, issue_of(claim), nil, fence) end
   end
 end

@@ -7,10 +7,11 @@
 -- Repeatable: what is given back is a copy, and the entry itself is gone, so it is never again this
 -- worker's. A release that arrives late takes nothing from a worker that got the copy. The copy
 -- keeps the lineage, so that a claim of it ends the lease of whatever the original was claimed for.
+-- include: role
 local RELEASE_MAX = 500
 local worker, why = ARGV[1], ARGV[2]
 
-drain()
+pass_memory_limit()
 local given_back = 0
 local function give_back(stream, id)
   local entry = call('XRANGE', KEYS[stream], id, id)[1]

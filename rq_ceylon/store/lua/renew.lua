@@ -8,9 +8,10 @@
 --          OTHER    reclaimed by another worker: cancel the attempt here
 --          ABSENT   acknowledged or lost: go on, the fence decides
 -- Repeatable.
+-- include: role
 local worker, asked = ARGV[1], tonumber(ARGV[2])
 
-drain()
+pass_memory_limit()
 local replies = {text(keep_clock(asked).lease)}
 for i = 3, #ARGV do
   local stream, id = split_entry(ARGV[i])

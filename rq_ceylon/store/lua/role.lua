@@ -10,6 +10,7 @@
 -- score 0: the worker that was granted them does not know the name, or has no thread or process
 -- free for it.
 -- `names`: name -> since when (ms) no worker that knows it has asked.
+-- include: prelude
 local FRONT, DELAYED, META, BELL, QUARANTINE, BY_NAME, NAMES = unpack(KEYS, 4)
 local STREAMS = 4            -- of KEYS, the first ones
 local GROUP = 'workers'
@@ -18,9 +19,9 @@ local QUARANTINE_MAX = 1000
 local ENTRY_MAX = 256        -- bytes; two ids of 64, and numbers
 local UNPACK_MAX = 1000      -- Lua's stack ends at 8,000
 
--- As in group.lua: at maxmemory Redis refuses a script whose first write may allocate. This write
--- does not, so a script that opens with it can still empty a full server.
-local function drain() call('HDEL', META, '') end
+-- As in group_state.lua: at maxmemory Redis refuses a script whose first write may allocate. This
+-- write does not, so a script that opens with it can still empty a full server.
+local function pass_memory_limit() call('HDEL', META, '') end
 
 -- One token wakes one idle worker.
 local function ring(entries)

@@ -16,6 +16,7 @@
 --        REFUSED what name   nothing is kept of the group
 -- Repeatable by part number and digest. The only script of a group that Redis refuses at maxmemory,
 -- as its first write may allocate.
+-- include: group_state
 local part, last, rolling, digest = tonumber(ARGV[1]), ARGV[2] == '1', ARGV[3] == '1', ARGV[4]
 local visible = now + tonumber(ARGV[5])
 local acknowledgements = 6
@@ -28,12 +29,12 @@ local first_task = goals_at + 2
 -- WAIT and WAITAOF tell of writes on their own connection only, and a repetition may come by
 -- another one: it has to write as well.
 local function repeated()
-  drain()
+  pass_memory_limit()
   call('HSET', META, 'v', LAYOUT)
   return {'REPEAT', group.status}
 end
 
-local known = load()
+local known = load_group()
 if known then
   local stored = call('HMGET', META, 'parts', 'digest')
   local parts = tonumber(stored[1])
@@ -64,6 +65,7 @@ local function refused(what, name)
   return {'REFUSED', what, name}
 end
 
+-- include: group_tail
 local tids, here, needed = {}, {}, {}
 for i = first_task, #ARGV, 3 do
   local tid = ARGV[i]
@@ -91,7 +93,7 @@ for i = first_task, #ARGV, 3 do
   local tid, task, count = ARGV[i], ARGV[i + 1], 0
   local role, priority, delay, expires, limit = head_of(task)
   if delay or expires then
-    local body = string.match(task, '^[^|]*|[^|]*|[^|]*|[^|]*|[^|]*|(.*)$')
+    local body = body_of(task)
     local not_before, expiry = delay and text(now + delay), expires and text(now + expires)
     task = table.concat({role, priority, not_before or '', expiry or '', limit or '', body}, '|')
   end
@@ -124,7 +126,7 @@ if last and not rolling then
   group.goals = ARGV[goals_at]
   for line in string.gmatch(group.goals, '[^;]+') do
     local goal = goal_of(line)
-    if verdict(goal.program) == 0 then return refused('goal', goal.name) end
+    if evaluate(goal.program) == 0 then return refused('goal', goal.name) end
   end
   group.status = depends_on == '' and 'active' or 'waiting'
 end
@@ -161,7 +163,7 @@ if not complete or part > 1 and not rolling or withheld() then visible = now end
 if complete then
   if part == 1 or not rolling then before.status = 'staging' end
   tail('submit', visible)
-  return {'OK', group.status, (rolling or part == 1) and not withheld() and pages or {}}
+  return {'OK', group.status, (rolling or part == 1) and not withheld() and effects.pages or {}}
 end
 write_pages(visible)
 call('HSET', META, 'total', text(group.total), 'waiting', text(group.waiting),

@@ -1,0 +1,117 @@
+-- How tasks end: results, errors of attempts, and the dependents of what has ended.
+-- include: group_records group_outbox
+local ERRORS_KEPT = 5      -- errors of a task's last attempts
+local CHILDREN_MAX = 1000  -- dependents looked at in one call; the rest waits in an internal page
+
+local function log_task(tid, what, role, wait, run)
+  local words = {tid, what, role, wait or 0, run or 0}
+  effects.log[#effects.log + 1] = table.concat(words, ',')
+end
+
+-- Errors: 'tid attempt' -> the error with which that attempt ended, if another attempt followed.
+-- Those of a completed task are removed.
+local function keep_error(tid, attempt, blob)
+  call('HSET', ERRORS, tid .. ' ' .. attempt, blob)
+  if attempt > ERRORS_KEPT then call('HDEL', ERRORS, tid .. ' ' .. attempt - ERRORS_KEPT) end
+end
+
+local function forget_errors(tid, attempts)
+  for attempt = math.max(1, attempts - ERRORS_KEPT), attempts - 1 do
+    call('HDEL', ERRORS, tid .. ' ' .. attempt)
+  end
+end
+
+-- Result: outcome|reason|role|attempts|crashes|worker|started|ended|wait ms|run ms|JSON array. The
+-- array holds the value, or the error and the task's payload.
+-- Ends a task. `claim` is its record or nil, `run` the handler's ms, `blob` a JSON value or ''.
+local function record_end(tid, from, outcome, reason, role, claim, run, blob)
+  local attempts, crashes, worker, started, wait = 0, 0, '', '', 0
+  if claim then
+    attempts, crashes = claim.attempt, claim.crashes
+    worker, started = claim.worker, claim.started
+    -- The attempt to come, which never started.
+    if claim.state == 'r' then attempts = attempts - 1 end
+    -- Parked, never granted.
+    if claim.fence == '0' then
+      attempts, started = 0, ''
+    end
+    if started ~= '' then
+      local arrived = string.match(claim.lineage, ':(%d+)') or started
+      wait = math.max(0, tonumber(started) - tonumber(arrived))
+    end
+  end
+  if outcome == 'failed' then
+    blob = (blob == '' and 'null' or blob) .. ',' .. body_of(call('HGET', TASKS, tid))
+  end
+  move(from, outcome)
+  effects.is_ended[tid] = true
+  effects.ended[#effects.ended + 1] = tid
+  local record = table.concat({outcome, reason, role, attempts, crashes, worker, started, now_text,
+                               wait, run, '[' .. blob .. ']'}, '|')
+  effects.results[#effects.results + 1] = tid
+  effects.results[#effects.results + 1] = record
+  log_task(tid, outcome, role, wait, run)
+  if group.dag == '1' and not closed() then
+    local step = outcome == 'completed' and 'release' or 'miss'
+    effects.walks[#effects.walks + 1] = {step, tid, 1}
+  end
+end
+
+-- Ends a task that needs one that did not complete, as its group wants it; its own dependents are
+-- next. Written at once: a walk may end a thousand tasks.
+local function miss(tid, task, role)
+  local outcome, blob = 'cancelled', ''
+  if group.on_need_failed == 'fail' then
+    outcome = 'failed'
+    blob = error_text('a task that it needs did not complete') .. ',' .. body_of(task)
+  end
+  call('HDEL', NEEDS, tid)
+  call('HDEL', TASKS, tid)
+  local record = {outcome, 'skipped', role, 0, 0, '', '', now_text, 0, 0, '[' .. blob .. ']'}
+  call('HSET', RESULTS, tid, table.concat(record, '|'))
+  move('waiting', outcome)
+  log_task(tid, outcome, role)
+  effects.walks[#effects.walks + 1] = {'miss', tid, 1}
+end
+
+-- One dependent of a task that completed ('release') or did not ('miss').
+local function visit(tid, step)
+  local unmet, task = call('HGET', NEEDS, tid), call('HGET', TASKS, tid)
+  if not unmet or not task then return end
+  local role, priority, not_before = head_of(task)
+  if step == 'miss' and group.on_need_failed ~= 'continue' then
+    miss(tid, task, role)
+  elseif tonumber(unmet) > 1 then
+    call('HINCRBY', NEEDS, tid, -1)
+  else
+    call('HDEL', NEEDS, tid)
+    move('waiting', 'pending')
+    local due = from_start(not_before)
+    enqueue_later(tid, role, priority, 1, due and due > now and due)
+  end
+end
+
+-- Releases the dependents of completed tasks. For those of other tasks the group's policy decides:
+-- skip (the default), fail, or continue, which releases them too.
+local function walk_dependents()
+  if #effects.walks == 0 then return end
+  group.on_need_failed = call('HGET', META, 'on_need_failed') or 'skip'
+  local left = CHILDREN_MAX
+  while #effects.walks > 0 do
+    local step, parent, position = unpack(table.remove(effects.walks))
+    local children = call('HGET', CHILDREN, parent) or ''
+    local first, last, tid = string.find(children, '(%S+)', position)
+    while first and left > 0 do
+      left = left - 1
+      position = last + 1
+      visit(tid, step)
+      first, last, tid = string.find(children, '(%S+)', position)
+    end
+    if first then
+      add_page('#' .. step .. '|' .. position .. '|' .. parent, now)
+      effects.more = '1'
+    elseif children ~= '' then
+      call('HDEL', CHILDREN, parent)
+    end
+  end
+end

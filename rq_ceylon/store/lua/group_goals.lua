@@ -1,0 +1,141 @@
+-- Goals: what each program says of the counters, and what follows when a goal is settled.
+-- An undecided goal: name|on achieved|on failed|deadline ms (0 none)|program|fail program, where a
+-- program is a list in reverse Polish notation. META keeps them in `goals`, joined with ';'.
+-- include: group_outbox
+
+-- Runs a program over intervals, {what is certain now, what the open tasks can still make of it}.
+-- 1: it holds however the open tasks end; 0: it never does; nil: undecided.
+local function evaluate(program)
+  local open = group.waiting + group.pending + group.in_progress
+  local more = group.open == '1' and not closed() and math.huge or 0
+  local stack = {}
+  local function push(low, high) stack[#stack + 1] = {low, high} end
+  local function pop() return table.remove(stack) end
+  local function bit(condition) return condition and 1 or 0 end
+  for token in string.gmatch(program, '[^,]+') do
+    local number = tonumber(token)
+    if number then push(number, number)
+    elseif token == 'total' then push(group.total, group.total + more)
+    -- A failure in a closed group counts as cancelled, so `failed` stands still there.
+    elseif token == 'failed' then
+      push(group.failed, group.failed + (closed() and 0 or open + more))
+    elseif token == 'completed' or token == 'cancelled' then
+      push(group[token], group[token] + open + more)
+    elseif token == 'attempts' or token == 'crashes' then
+      push(group[token], open + more > 0 and math.huge or group[token])
+    elseif token == 'call' then push(0, 1)
+    else
+      local b, a = pop(), pop()
+      if token == 'and' then push(math.min(a[1], b[1]), math.min(a[2], b[2]))
+      elseif token == 'or' then push(math.max(a[1], b[1]), math.max(a[2], b[2]))
+      elseif token == '*' then push(a[1] * b[1], a[2] * b[2])
+      elseif token == '>=' then push(bit(a[1] >= b[2]), bit(a[2] >= b[1]))
+      elseif token == '>' then push(bit(a[1] > b[2]), bit(a[2] > b[1]))
+      elseif token == '<=' then push(bit(a[2] <= b[1]), bit(a[1] <= b[2]))
+      elseif token == '<' then push(bit(a[2] < b[1]), bit(a[1] < b[2]))
+      else error('unknown token ' .. token) end
+    end
+  end
+  local result = pop()
+  if result[1] == result[2] then return result[1] end
+end
+
+local function goal_of(line)
+  local name, on_achieved, on_failed, deadline, program, fail_program =
+    string.match(line, '^([^|]*)|([^|]*)|([^|]*)|(%d+)|([^|]*)|([^|]*)$')
+  return {name = name, on_achieved = on_achieved, on_failed = on_failed,
+          deadline = tonumber(deadline), program = program, fail_program = fail_program}
+end
+
+local function goal_text(goal)
+  return table.concat({goal.name, goal.on_achieved, goal.on_failed, text(goal.deadline),
+                       goal.program, goal.fail_program}, '|')
+end
+
+-- The deadline first, then what makes the goal fail, then what makes it achieved. Returns the
+-- status and what settled it; nil while it is undecided.
+local function judge_goal(goal, kind)
+  if goal.deadline > 0 and now >= goal.deadline then return 'failed', 'deadline' end
+  if goal.fail_program ~= '' and evaluate(goal.fail_program) == 1 then
+    return 'failed', 'fail_when'
+  end
+  local holds = evaluate(goal.program)
+  if holds == 1 then return 'achieved', kind end
+  if holds == 0 then return 'failed', kind end
+end
+
+local function keep_goals(lines)
+  group.goals = table.concat(lines, ';')
+  call('HSET', META, 'goals', group.goals)
+end
+
+-- The goals and their deadlines start with the group.
+local function start_goals()
+  if group.goals == '' then return end
+  local lines = {}
+  for line in string.gmatch(group.goals, '[^;]+') do
+    local goal = goal_of(line)
+    if goal.deadline > 0 then goal.deadline = now + goal.deadline end
+    lines[#lines + 1] = goal_text(goal)
+  end
+  keep_goals(lines)
+end
+
+-- Closes the group in O(1): from now on a task without a claim counts as cancelled, and needs no
+-- record of that. `stop`: running tasks are asked to end too.
+local function close(stop)
+  if stop then call('HSET', META, 'stop', '1') end
+  if closed() then return end
+  if group.status == 'waiting' then start_goals() end
+  group.cancelled = group.cancelled + group.waiting + group.pending
+  group.waiting = 0
+  group.pending = 0
+  group.status = 'closing'
+  call('UNLINK', OUTBOX)
+  effects.pages = {}
+end
+
+-- A settled goal: status|when|number of the event that tells it|what settled it|the counters.
+local function settle_goal(goal, status, by)
+  effects.event_number = effects.event_number or call('LLEN', EVENTS) + 1
+  local counts = {}
+  for i = 1, 9 do counts[i] = text(group[NUMBERS[i]]) end
+  local record = {status, now_text, effects.event_number, by, table.concat(counts, ',')}
+  call('HSET', META, 'goal:' .. goal.name, table.concat(record, '|'))
+  if status == 'failed' then group.goals_failed = group.goals_failed + 1 end
+  effects.settled[#effects.settled + 1] = goal.name .. ':' .. status
+  local policy = status == 'achieved' and goal.on_achieved or goal.on_failed
+  if policy ~= 'continue' then close(policy == 'cancel') end
+end
+
+-- A settled goal may close the group, and closing may decide others: judge until nothing moves.
+local function judge_goals(kind)
+  local moved = group.goals ~= '' and group.status ~= 'waiting'
+  while moved do
+    moved = false
+    local kept = {}
+    for line in string.gmatch(group.goals, '[^;]+') do
+      local goal = goal_of(line)
+      local status, by = judge_goal(goal, kind)
+      if status then
+        settle_goal(goal, status, by)
+        moved = true
+      else
+        kept[#kept + 1] = line
+      end
+    end
+    if moved then keep_goals(kept) end
+  end
+end
+
+-- The nearest deadline of an undecided goal, 0 if there is none. A group that waits for others has
+-- not started its deadlines.
+local function next_deadline()
+  if group.status == 'waiting' then return 0 end
+  local nearest = 0
+  for line in string.gmatch(group.goals, '[^;]+') do
+    local deadline = goal_of(line).deadline
+    if deadline > 0 and (nearest == 0 or deadline < nearest) then nearest = deadline end
+  end
+  return nearest
+end
