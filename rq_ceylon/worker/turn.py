@@ -21,6 +21,7 @@ from rq_ceylon.errors import CeylonError
 from rq_ceylon.store import transitions
 from rq_ceylon.store.keys import Keys
 from rq_ceylon.store.transitions import Ack, Committed, Page, PageAck
+from rq_ceylon.worker.books import GroupBook, RoleBook
 from rq_ceylon.worker.held import Granted, Held, Stage, Step
 from rq_ceylon.worker.leases import Leases
 from rq_ceylon.worker.outcome import waits_by_name
@@ -67,26 +68,15 @@ class Turns:
         may_send: Callable[[str], bool],
     ) -> None:
         self.keys, self.worker, self.roles, self.slots, self.leases = keys, worker, list(roles), slots, leases
-        self._lease_ms, self._may_send = dict.fromkeys(self.roles, lease_ms), may_send
-        self._knows, self._shares = frozenset(knows), shares
+        self._may_send, self._knows, self._shares = may_send, frozenset(knows), shares
+        self._roles = {role: RoleBook(lease_ms) for role in self.roles}
+        self._groups: dict[str, GroupBook] = collections.defaultdict(GroupBook)
         self.held: dict[tuple[str, str], Held] = {}
         self.granted: list[Granted] = []
         self.stopping, self.completed = False, 0
-        self._outcomes: dict[str, list[tuple[Held, Committed]]] = collections.defaultdict(list)
-        self._acks: dict[str, list[Ack]] = {role: [] for role in self.roles}
-        self._page_acks: dict[str, list[PageAck]] = collections.defaultdict(list)
-        self._to_enqueue: dict[str, list[Page]] = collections.defaultdict(list)
-        self._to_relay: dict[str, bool] = {}
-        self._messages: dict[str, list[Page]] = collections.defaultdict(list)
-        self._to_fetch = set(self.roles)
-        self._fetching: set[str] = set()
-        self._recovering: set[str] = set()
-        self._empty: set[str] = set()
-        self._next_due_s: dict[str, float] = {}
-        self._waiting_names: dict[str, list[str]] = {}  # per role, those known here that tasks wait for
+        self._to_enqueue: dict[str, list[Page]] = collections.defaultdict(list)  # by role, served here or not
         self._by_name: dict[Page, Mapping[str, str]] = {}  # task → name, of those in a page that are to wait by name
         self._asks_for_suspect = False
-        self._top_fence = dict.fromkeys(self.roles, 0)
         self._recent: collections.deque[float] = collections.deque()
         self._by_turns = list(self.roles)  # the one that was asked for entries last comes last
 
@@ -96,21 +86,21 @@ class Turns:
         """
         The shortest lease in force in any of the roles.
         """
-        return min(self._lease_ms.values())
+        return min(book.lease_ms for book in self._roles.values())
 
     @property
     def next_due_s(self) -> float | None:
         """
         When the next delayed entry is due, in seconds from the last fetch of its role.
         """
-        return min(self._next_due_s.values(), default=None)
+        return min((book.next_due_s for book in self._roles.values() if book.next_due_s is not None), default=None)
 
     @property
     def fetched_nothing(self) -> bool:
         """
         Was there nothing for a free slot, at the last fetch of each role?
         """
-        return len(self._empty) == len(self.roles)
+        return all(book.is_empty for book in self._roles.values())
 
     @property
     def rest_s(self) -> float:
@@ -133,7 +123,7 @@ class Turns:
         Per role the smallest fence held here, or one more than the largest ever received: whatever is on record for
         this worker below it is not running here.
         """
-        marks = {role: top + 1 for role, top in self._top_fence.items()}
+        marks = {role: book.top_fence + 1 for role, book in self._roles.items()}
         for held in self.held.values():
             marks[held.delivery.role] = min(marks[held.delivery.role], held.delivery.fence)
         return marks
@@ -142,17 +132,17 @@ class Turns:
         """
         Note that there may be something to fetch; the next turn of each role does.
         """
-        self._to_fetch.update(self.roles)
+        for book in self._roles.values():
+            book.is_wanted = True
 
     def is_due(self, free: int) -> bool:
         """
         Is there something to say now, with so many free slots, to a node that listens?
         """
-        groups = {*self._outcomes, *self._page_acks, *self._to_relay, *self._messages}
         return (
-            any(self._is_open(gid=gid) for gid in groups)
+            any(self._is_open(gid=gid) for gid in self._groups)
             or any(self._is_open(role=role) for role in self._to_enqueue)
-            or any(self._may_fetch(role) for role in self._to_fetch)
+            or any(book.is_wanted and self._may_fetch(role) for role, book in self._roles.items())
             or self._has_waiting(free)
             or any(self._is_open(role=role) for role in self._unstartable())
         )
@@ -188,7 +178,7 @@ class Turns:
 
     def _may_fetch(self, role: str) -> bool:
         # The slot of a role may have moved to another node while its last fetch is still in flight.
-        return role not in self._fetching and self._is_open(role=role)
+        return not self._roles[role].is_fetching and self._is_open(role=role)
 
     def may_fetch(self) -> bool:
         """
@@ -208,7 +198,7 @@ class Turns:
         if outcome.kind != "stopping":
             held.stage = Stage.ENDED
             self._recent.append(time.monotonic())
-        self._outcomes[held.delivery.gid].append((held, outcome))
+        self._groups[held.delivery.gid].outcomes.append((held, outcome))
 
     def forget(self, held: Held) -> None:
         """
@@ -230,20 +220,23 @@ class Turns:
         """
         The calls of the next turn, with so many slots free.
         """
+        groups = {gid: self._groups.pop(gid) for gid in list(self._groups) if self._is_open(gid=gid)}
         return [
-            *self._commits(),
+            *self._commits(groups),
             *self._claims(free),
             *self._releases(),
             *self._fetches(free),
             *self._enqueues(),
-            *self._deliveries(),
-            *self._relays(),
+            *self._deliveries(groups),
+            *self._relays(groups),
         ]
 
-    def _commits(self) -> Iterable[Step]:
-        for gid in [gid for gid in {**self._outcomes, **self._page_acks} if self._is_open(gid=gid)]:
-            acks, most = self._page_acks.pop(gid, []), transitions.COMMIT_TASKS_MAX
-            for batch in transitions.in_batches(self._outcomes.pop(gid, []), lambda ended: len(ended[1].blob), most):
+    def _commits(self, groups: Mapping[str, GroupBook]) -> Iterable[Step]:
+        for gid, book in groups.items():
+            if not book.outcomes and not book.page_acks:
+                continue
+            acks, most = book.page_acks, transitions.COMMIT_TASKS_MAX
+            for batch in transitions.in_batches(book.outcomes, lambda ended: len(ended[1].blob), most):
                 call = transitions.commit(self.keys, gid, self.worker, [o for _, o in batch], acks)
                 acks = []
                 yield Step(call, partial(self._committed, gid, batch))
@@ -300,25 +293,25 @@ class Turns:
             if budget > 0:
                 self._by_turns.remove(role)
                 self._by_turns.append(role)
-                self._empty.discard(role)
+                self._roles[role].is_empty = False
             if budget > 0 or not has_room:
-                self._to_fetch.discard(role)
-            elif not self._acks[role] and role not in self._recovering:
+                self._roles[role].is_wanted = False
+            elif not self._roles[role].acks and not self._roles[role].is_recovering:
                 continue  # its turn comes
             yield self._fetch(role, budget)
 
     def _fetch(self, role: str, budget: int) -> Step:
-        self._fetching.add(role)
-        self._next_due_s.pop(role, None)
-        acks, self._acks[role] = self._acks[role], []
-        recover = [entry for of, entry in self.held if of == role] if role in self._recovering else None
-        names = self._shares(self._waiting_names.get(role, []))
+        book = self._roles[role]
+        book.is_fetching, book.next_due_s = True, None
+        acks, book.acks = book.acks, []
+        recover = [entry for of, entry in self.held if of == role] if book.is_recovering else None
+        names = self._shares(book.waiting_names)
         call = transitions.fetch(
             self.keys,
             role,
             self.worker,
             budget=budget,
-            lease_ms=self._lease_ms[role],
+            lease_ms=book.lease_ms,
             acks=acks,
             recover=recover,
             names=names,
@@ -328,24 +321,23 @@ class Turns:
     def _enqueues(self) -> Iterable[Step]:
         for role in [role for role in self._to_enqueue if self._is_open(role=role)]:
             some = self._to_enqueue.pop(role)
-            if role in self.roles:
-                # A fetch must see the new entries before this role counts as empty. Other roles are never fetched here.
-                self._empty.discard(role)
-                self._to_fetch.add(role)
+            if (book := self._roles.get(role)) is not None:  # other roles are never fetched here
+                # A fetch must see the new entries before this role counts as empty.
+                book.is_empty, book.is_wanted = False, True
             by_name = [(page.gid, self._by_name.pop(page, {})) for page in some]
             names = {(gid, tid): name for gid, tasks in by_name for tid, name in tasks.items()}
             call = transitions.enqueue(self.keys, role, some, names=names)
             yield Step(call, partial(self._enqueued, some))
 
-    def _deliveries(self) -> Iterable[Step]:
-        for gid in [gid for gid in self._messages if self._is_open(gid=gid)]:
-            for page in self._messages.pop(gid):
+    def _deliveries(self, groups: Mapping[str, GroupBook]) -> Iterable[Step]:
+        for gid, book in groups.items():
+            for page in book.messages:
                 call = transitions.deliver(self.keys, page)
                 yield Step(call, partial(self._delivered, gid, page))
 
-    def _relays(self) -> Iterable[Step]:
-        for gid in [gid for gid in self._to_relay if self._is_open(gid=gid)]:
-            call = transitions.outbox(self.keys, gid, wanted=RELAY_PAGES, again=self._to_relay.pop(gid))
+    def _relays(self, groups: Mapping[str, GroupBook]) -> Iterable[Step]:
+        for gid in [gid for gid, book in groups.items() if book.relays]:
+            call = transitions.outbox(self.keys, gid, wanted=RELAY_PAGES, again=groups[gid].relays_hidden)
             yield Step(call, partial(self._relayed, gid), partial(self._relay, gid, again=True))
 
     # ---- absorb ------------------------------------------------------------------------------------------------------
@@ -400,39 +392,41 @@ class Turns:
                     self._acknowledge(held, "stale", 0)
 
     def _fetched(self, role: str, budget: int, names: Collection[str], reply: Any) -> None:
-        self._fetching.discard(role)
+        book = self._roles[role]
+        book.is_fetching = False
         if isinstance(reply, CeylonError):
             logger.error("Role {} cannot be read: {}", role, reply)
             return
         answer = transitions.fetch_reply(role, reply)
-        self._recovering.discard(role)
-        if answer.lease_ms != self._lease_ms[role]:
+        book.is_recovering = False
+        if answer.lease_ms != book.lease_ms:
             words = "Role {} has leases of {} s; adopted instead of {} s"
-            logger.warning(words, role, answer.lease_ms / 1000, self._lease_ms[role] / 1000)
-            self._lease_ms[role] = answer.lease_ms
+            logger.warning(words, role, answer.lease_ms / 1000, book.lease_ms / 1000)
+            book.lease_ms = answer.lease_ms
         self.leases.adopt(role, answer.lease_ms)
         if answer.next_due_ms is not None:
-            self._next_due_s[role] = answer.next_due_ms / 1000
+            book.next_due_s = answer.next_due_ms / 1000
         if budget > 0 and not answer.deliveries:
-            self._empty.add(role)
-        self._waiting_names[role] = [name for name in answer.names if name in self._knows]
-        if not self._knows.isdisjoint(answer.names) and not set(names).issuperset(self._waiting_names[role]):
-            self._to_fetch.add(role)
+            book.is_empty = True
+        book.waiting_names = [name for name in answer.names if name in self._knows]
+        if not set(names).issuperset(book.waiting_names):
+            book.is_wanted = True  # it did not know these names when it asked
         now = time.monotonic()
         for delivery in answer.deliveries:
-            self._top_fence[role] = max(self._top_fence[role], delivery.fence)
+            book.top_fence = max(book.top_fence, delivery.fence)
             mine = self.held.get((role, delivery.entry))
-            # Reclaimed from myself: I live, and what runs here goes on under the fence on record.
+            # We reclaimed our own entry: its lease ran out although we are alive. What runs goes on under the recorded
+            # fence; do not start it again.
             if mine is not None and mine.stage is not Stage.FETCHED:
                 continue
             self.held[role, delivery.entry] = Held(delivery, now)
             self.leases.hold(role, delivery.entry, now + UNCLAIMED_S + 2 * answer.lease_ms / 1000)
 
     def _fetch_lost(self, role: str, acks: list[Ack]) -> None:
-        self._fetching.discard(role)
-        self._recovering.add(role)
-        self._to_fetch.add(role)
-        self._acks[role] += acks
+        book = self._roles[role]
+        book.is_fetching = False
+        book.is_recovering = book.is_wanted = True
+        book.acks += acks
 
     def _released(self, stale: Sequence[Held], reply: Any) -> None:
         if isinstance(reply, CeylonError):
@@ -446,13 +440,13 @@ class Turns:
             logger.error("Tasks cannot be enqueued: {}", reply)
             return
         for page in pages:
-            self._page_acks[page.gid].append(PageAck(page, reply))
+            self._groups[page.gid].page_acks.append(PageAck(page, reply))
 
     def _delivered(self, gid: str, page: Page, reply: Any) -> None:
         if isinstance(reply, CeylonError):
             logger.error("Group {} cannot be told that {} has finished: {}", gid, page.gid, reply)
             return
-        self._page_acks[page.gid].append(PageAck(page))
+        self._groups[page.gid].page_acks.append(PageAck(page))
         if reply[0] != "GONE":  # NO too: it may have been told by an answer that was lost
             self._relay(gid)
 
@@ -469,7 +463,8 @@ class Turns:
         """
         Look through an outbox in the next turn; again: an answer that had pages for this worker may be lost.
         """
-        self._to_relay[gid] = again or self._to_relay.get(gid, False)
+        book = self._groups[gid]
+        book.relays, book.relays_hidden = True, book.relays_hidden or again
 
     def _note_names(self, batch: Sequence[tuple[Held, Committed]], pages: Iterable[Page]) -> None:
         """
@@ -483,7 +478,7 @@ class Turns:
     def _take(self, pages: Iterable[Page]) -> None:
         for page in pages:
             if page.is_message:
-                self._messages[page.text.rpartition("|")[2]].append(page)
+                self._groups[page.text.rpartition("|")[2]].messages.append(page)
             else:
                 self._to_enqueue[page.role].append(page)
 
@@ -491,6 +486,7 @@ class Turns:
         delivery = held.delivery
         # By the server's clock: a fence is its time of delivery in µs, an entry id its time of arrival in ms.
         wait_ms = max(0, delivery.fence // 1000 - int(delivery.lineage[2:].partition("-")[0]))
-        self._acks[delivery.role].append(Ack(delivery.entry, outcome, run_ms, wait_ms))
-        self._to_fetch.add(delivery.role)
+        book = self._roles[delivery.role]
+        book.acks.append(Ack(delivery.entry, outcome, run_ms, wait_ms))
+        book.is_wanted = True
         self.forget(held)
