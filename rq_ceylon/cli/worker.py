@@ -59,6 +59,17 @@ def _child(arguments: Sequence[str]) -> list[str]:
     return [*PYTHON, "worker", *arguments[:end], "--processes", "1", *arguments[end:]]
 
 
+def _check_roles(roles: Sequence[str]) -> None:
+    from rq_ceylon.errors import InvalidInputError
+    from rq_ceylon.models import check_id
+
+    for role in roles:
+        if "," in role:
+            each = " ".join(f"--role {one}" for one in role.split(",") if one)
+            raise InvalidInputError(f"--role: {role!r} is not usable; give each role its own: {each}")
+        check_id(role, "--role")
+
+
 def _warn_of_unused(served: Sequence[str], registry: Registry) -> None:
     """
     Warn of a role that no task of the application has, which is most often a mistyped one.
@@ -151,17 +162,13 @@ def worker(
     """
     from rq_ceylon.errors import InvalidInputError
     from rq_ceylon.handlers import Registry
-    from rq_ceylon.models import check_id, check_lease, seconds
+    from rq_ceylon.models import check_lease, seconds
     from rq_ceylon.process import CHILD_END_S, SUPERVISED, stop_with_supervisor
     from rq_ceylon.settings import require_unix
     from rq_ceylon.worker.supervisor import Supervisor
 
     require_unix("ceylon-worker")
-    for role in roles:
-        if "," in role:
-            each = " ".join(f"--role {one}" for one in role.split(",") if one)
-            raise InvalidInputError(f"--role: {role!r} is not usable; give each role its own: {each}")
-        check_id(role, "--role")
+    _check_roles(roles)
     loaded = load_app(app) if app else None
     registry = loaded.registry if loaded else Registry()
     found = options.bound(loaded)
@@ -208,10 +215,7 @@ def worker(
 
         def stop(number: int) -> None:
             signals.append(number)
-            if len(signals) == 1:
-                running.stop()
-            else:
-                running.kill()
+            (running.stop if len(signals) == 1 else running.kill)()
 
         watch.at_once = running.leases.stopping  # written to the records even while a handler blocks the event loop
         watch.listen(stop)

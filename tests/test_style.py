@@ -1,0 +1,44 @@
+"""No function is longer than a reader keeps in mind."""
+
+from __future__ import annotations
+
+import ast
+import io
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "rq_ceylon"
+
+FUNCTION_LINES_MAX = 60
+"""Lines of code in the body: no comments, docstrings or blank lines, and not the signature."""
+
+_NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+
+
+def long_functions(source: str) -> Iterator[str]:
+    """Each function that has more lines of code than allowed, as `name: lines`."""
+    lines: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in _NO_CODE:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            text = node.body[0] if ast.get_docstring(node) is not None else None
+            said = set(range(text.lineno, (text.end_lineno or 0) + 1)) if text else set()
+            count = len(lines & set(range(node.body[0].lineno, (node.end_lineno or 0) + 1)) - said)
+            if count > FUNCTION_LINES_MAX:
+                yield f"{node.name}: {count}"
+
+
+def test_no_function_is_long() -> None:
+    found = [f"{path.name}: {one}" for path in PACKAGE.rglob("*.py") for one in long_functions(path.read_text())]
+
+    assert not found, "\n".join(found)
+
+
+def test_a_long_function_is_named_with_its_lines() -> None:
+    body = "".join(f"    x = {number}\n\n    # no code\n" for number in range(FUNCTION_LINES_MAX + 1))
+
+    assert list(long_functions(f'def f(\n):\n    """\n    Text.\n    """\n{body}')) == ["f: 61"]
+    assert list(long_functions(f"def f():\n{body}".replace("    x = 0\n", ""))) == []
