@@ -56,8 +56,8 @@ def commands() -> str:
     text = [
         f"{MADE}\n# Commands\n",
         _filled(
-            "What each command says for `--help`, and the environment variables that stand for its options. "
-            "[Deployment](deployment.md) tells of exit codes, signals and the variables that all share."
+            "The `--help` of each command, and the environment variables that stand for its options. "
+            "[Deployment](deployment.md) describes exit codes, signals and the variables that all commands share."
         ),
     ]
     for command in (cli.worker, cli.submit, cli.monitor):
@@ -100,8 +100,8 @@ def python() -> str:
     text = [
         f"{MADE}\n# Python reference\n",
         _filled(
-            "All of these are found in `rq_ceylon`, but those that name another module. A `Duration` is seconds, a "
-            "`timedelta`, or text such as `30s`, `5m`, `1h30m`, `250ms`, `2d`."
+            "Import these names from `rq_ceylon`, unless they name another module. A `Duration` is a number of "
+            "seconds, a `timedelta`, or text such as `30s`, `5m`, `1h30m`, `250ms`, `2d`."
         ),
     ]
     told = set()
@@ -230,15 +230,15 @@ def group_file() -> str:
     text = [
         f"{MADE}\n# Group file reference\n",
         _filled(
-            "What each key of a [group file](group-file.md) takes, and what holds if it is left out. A key with "
-            "nothing behind it counts as left out; any other key is refused."
+            "The keys of a [group file](group-file.md): what each takes, and what applies if it is left out. A key "
+            "without a value counts as left out. Any key that is not listed here is refused."
         ),
         "## A group\n",
         _keys(whole),
         "## A task\n",
         _filled(
-            f"`defaults` takes all of these but {', '.join(few)}. In a task with a matrix all but `id` and `matrix` "
-            "may hold [look-ups](#look-up)."
+            f"`defaults` takes all of these except {', '.join(few)}. In a task with a matrix, all of them except `id` "
+            "and `matrix` may hold [look-ups](#look-up)."
         ),
         _keys(parts["listed"]),
         "## A goal\n",
@@ -250,12 +250,11 @@ def group_file() -> str:
     text += [
         "## A file\n",
         _filled(
-            f"At most {reader.MAX_BYTES // 2**20} MiB, {reader.MAX_VALUES:,} keys and values, {reader.MAX_DOCUMENTS} "
-            f"groups, {MAX_WRITTEN:,} tasks as written, {MAX_COMBINATIONS:,} tasks made of matrices, "
-            f"{reader.MAX_DEPTH} levels; "
-            f"`defaults` of {DEFAULTS_BYTES_MAX // 1024} KiB, a task of {PAYLOAD_BYTES_MAX // 2**20} MiB. Where needs "
-            f"and fields differ by look-ups, up to {reader.MAX_WORK:,} combinations are checked, and a need counts as "
-            f"{NEED_COST}."
+            f"A file may have at most {reader.MAX_BYTES // 2**20} MiB, {reader.MAX_VALUES:,} keys and values, "
+            f"{reader.MAX_DOCUMENTS} groups, {MAX_WRITTEN:,} tasks as written, {MAX_COMBINATIONS:,} tasks made of "
+            f"matrices, and {reader.MAX_DEPTH} levels. `defaults` may have {DEFAULTS_BYTES_MAX // 1024} KiB, a task "
+            f"{PAYLOAD_BYTES_MAX // 2**20} MiB. Needs and fields with look-ups may take at most {reader.MAX_WORK:,} "
+            f"checks of combinations, of which a need takes {NEED_COST}."
         ),
     ]
     return "\n".join(text)

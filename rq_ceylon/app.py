@@ -43,13 +43,13 @@ class Ceylon:
         @app.task(role="processor", timeout="30s")
         async def resize(path: str, width: int) -> str: ...
 
-    Workers and monitors are given the application to run its tasks and goal checks; importing it needs no Redis, which
-    is looked up when first needed. Functions stay what they are: `@app.task` gives an `AppTask`, which can be called
-    like the function, the other decorators give the function back.
+    Workers and monitors take the application to run its tasks and goal checks. Importing it needs no Redis, since the
+    settings are looked up when they are first needed. `@app.task` returns an `AppTask`, which can be called like the
+    function; the decorators of hooks and goal checks return the function unchanged.
 
     Args:
-        redis_url: where Redis is; without it CEYLON_REDIS_URL, REDIS_URL, or this user's running `ceylon server`.
-        namespace: keeps applications on one Redis apart; without it CEYLON_NAMESPACE, or `ceylon`.
+        redis_url: URL of Redis; default: CEYLON_REDIS_URL, REDIS_URL, or this user's running `ceylon server`.
+        namespace: keeps applications that share one Redis apart; default: CEYLON_NAMESPACE, or `ceylon`.
     """
 
     def __init__(self, redis_url: str | None = None, *, namespace: str | None = None) -> None:
@@ -61,27 +61,23 @@ class Ceylon:
 
     @cached_property
     def settings(self) -> Settings:
-        """
-        Looked up when first needed, so that importing an application needs no Redis.
-        """
+        """The settings, looked up when they are first needed, so that importing an application needs no Redis."""
         return self.settings_with()
 
     def settings_with(self, *, redis_url: str | None = None, namespace: str | None = None) -> Settings:
-        """
-        The settings where a command line says something else of them; what it leaves open is the application's own.
-        """
+        """The settings with these values, such as those of a command line, in place of the application's own."""
         return resolve(redis_url or self._redis_url, namespace=namespace or self._namespace)
 
     def configured(self) -> tuple[str, str] | None:
         """
-        The URL that the application or a variable gives, and which of them; see `rq_ceylon.settings.configured`.
+        The URL that the application or a variable gives, and which of the two; see `rq_ceylon.settings.configured`.
         """
         return (self._redis_url, "the application") if self._redis_url else configured()
 
     def use(self, settings: Settings) -> None:
         """
-        Take the place of what the application itself says of Redis and namespace. Workers and monitors call it before
-        they start, so that a task which submits others does so where its worker is.
+        Replace the application's own settings. Workers and monitors call this before they start, so that a task that
+        submits others submits them to the Redis of its worker.
         """
         self.settings = self.registry.settings = settings
 
@@ -118,17 +114,17 @@ class Ceylon:
         Register a function as the handler of a task; bare, or with rules.
 
         Args:
-            name: registered name; the function's own if left out.
-            aliases: former names, so that what is queued under them still runs.
-            role: which workers run it.
-            timeout: limit of one attempt; default 1 h.
-            max_attempts: the first included; default 3.
-            max_crashes: how often a task may lose its worker and run again; 0: never. Default 3. It holds for tasks
-                that are submitted where this function is registered, or that `bind` made.
+            name: registered name; default: the function's own.
+            aliases: former names, so that tasks queued under them still run.
+            role: the role whose workers run the task.
+            timeout: limit of one attempt; default: 1 h.
+            max_attempts: number of attempts, including the first; default: 3.
+            max_crashes: how often a task may lose its worker and run again; 0: never. Default: 3. It applies to tasks
+                that are made by `bind`, or submitted where this function is registered.
             priority: high, normal or low.
             backoff: the wait between attempts.
             retry: a rule per exception type: a `Backoff`, or None to fail at once.
-            cpu: run in a process of its own, which a timeout can end.
+            cpu: run the function in a child process, which a timeout can end.
         """
 
         def register(function: Callable[..., Any]) -> AppTask[..., Any, Any]:
@@ -148,11 +144,11 @@ class Ceylon:
 
     def goal_check(self, check: Any = None, /, *, name: str | None = None) -> Any:
         """
-        Register a callable for goals with `call: <name>`; bare, or with a name. Monitors run it with the group's view.
-        True: achieved.
+        Register a callable for goals with `call: <name>`; bare, or with a name. Monitors call it with the group's view.
+        True achieves the goal.
 
         Args:
-            name: registered name; the function's own if left out.
+            name: registered name; default: the function's own.
         """
 
         def register(check: G) -> G:
@@ -167,35 +163,34 @@ class Ceylon:
 
     def on_start(self, hook: H) -> H:
         """
-        Called once in every worker process before it takes work. If it raises, the worker ends with exit code 1.
+        Register a hook that every worker process calls once before it takes work. If it raises, the worker ends with
+        exit code 1.
         """
         return self._around("start", hook)
 
     def on_stop(self, hook: H) -> H:
         """
-        Called once in every worker process after its last task, if all start hooks registered before it have run; the
-        last registered first. It may take 30 s, and after a signal no more than the grace and 5 s in all. If it raises,
-        the others are called all the same, and the worker ends with exit code 1.
+        Register a hook that every worker process calls once after its last task, if all start hooks registered before
+        it have run. The hook registered last runs first. It may take 30 s; after a signal, the grace and 5 s are the
+        limit for everything together. If it raises, the others still run, and the worker ends with exit code 1.
         """
         return self._around("stop", hook)
 
     def on_error(self, hook: H) -> H:
-        """
-        Called with the context and the exception after an attempt failed.
-        """
+        """Register a hook that is called with the context and the exception after an attempt has failed."""
         return _hooked(self.registry.on_error, hook)
 
     def on_submit(self, hook: S) -> S:
         """
-        Called with each task before it is sent, by this application's clients; it may return metadata to travel with
-        the task, such as a trace's context. What the task says itself wins.
+        Register a hook that this application's clients call with each task before they send it. It may return metadata
+        to travel with the task, such as the context of a trace. The task's own metadata takes precedence.
         """
         return _hooked(self.registry.on_submit, hook)
 
     def lifespan(self, function: Callable[[], AsyncIterator[Any]] | Lifespan, /) -> Lifespan:
         """
-        Set up what the tasks of a process share, and take it down after the last one: an async generator function that
-        yields once, or a callable that gives an async context manager. What it yields is `context.state`.
+        Set up what the tasks of a process share, and tear it down after the last one. Takes an async generator function
+        that yields once, or a callable that returns an async context manager. The yielded value is `context.state`.
 
             @app.lifespan
             async def pool():
@@ -205,11 +200,11 @@ class Ceylon:
         It runs once in every worker process, and in each child process of `cpu=True` tasks.
 
         Raises:
-            InvalidInputError: the application has one.
+            InvalidInputError: the application already has one.
         """
         made: Any = asynccontextmanager(function) if inspect.isasyncgenfunction(function) else function
         if any(kind == "lifespan" and not is_again(known, made) for kind, known in self.registry.hooks):
-            raise InvalidInputError("lifespan: the application has one; put both into one function")
+            raise InvalidInputError("lifespan: the application already has one; put both into one function")
         return cast(Lifespan, self._around("lifespan", made))
 
     def _around(self, kind: Literal["start", "stop", "lifespan"], hook: H) -> H:
@@ -224,8 +219,8 @@ class Ceylon:
 
     def middleware(self, function: Any, /) -> Middleware:
         """
-        Surround every attempt: an async generator function that takes the context and yields once, or a callable that
-        gives an async context manager. The first declared is outermost.
+        Surround every attempt. Takes an async generator function that gets the context and yields once, or a callable
+        that returns an async context manager. The middleware declared first is outermost.
 
             @app.middleware
             async def timed(context: TaskContext):
@@ -235,8 +230,9 @@ class Ceylon:
                 finally:
                     print(context.uses, time.perf_counter() - began)
 
-        It runs on the worker's event loop, also for plain functions and `cpu=True`, and counts as time of the attempt.
-        An exception of the handler is raised at the `yield`: it may be looked at or replaced, but not swallowed.
+        It runs on the worker's event loop, also for plain functions and `cpu=True`, and its time counts as time of the
+        attempt. An exception of the handler is raised at the `yield`. The middleware may inspect or replace it, but
+        cannot suppress it.
         """
         made = asynccontextmanager(function) if inspect.isasyncgenfunction(function) else function
         return cast(Middleware, _hooked(self.registry.middleware, made))
@@ -249,9 +245,7 @@ class Ceylon:
         return Client(self.settings.redis_url, namespace=self.settings.namespace, registry=self.registry)
 
     def sync_client(self) -> SyncClient:
-        """
-        The same without await: `with app.sync_client() as client`.
-        """
+        """A client without await: `with app.sync_client() as client`."""
         return SyncClient(self.client)
 
     async def implicit_client(self) -> Client:
@@ -287,9 +281,7 @@ class Ceylon:
 
 
 class _Decorator(Protocol):
-    """
-    What `app.task(...)` with rules gives.
-    """
+    """The decorator that `app.task(...)` with rules returns."""
 
     @overload
     def __call__(
@@ -305,20 +297,20 @@ class _Decorator(Protocol):
 
 class AppTask(Generic[P, R, C]):
     """
-    A registered function, which is still called as before; beside that it makes tasks of calls.
+    A registered function. It can be called as before, and it also turns calls into tasks.
 
         await resize(path="a.jpg", width=64)                           # the function itself, here and now
         handle = await resize.aenqueue(path="a.jpg", width=64)         # a task, for some worker; without await: enqueue
         await resize.using(delay="5s").aenqueue(path="a.jpg", width=64)
         TaskGroup("thumbnails", [resize.bind(path=p, width=64) for p in paths])
 
-    The function's signature and return type survive: a type checker refuses a wrong call, `handle.result()` has the
-    function's type, and arguments are checked before anything is sent.
+    It keeps the function's signature and return type: a type checker refuses a wrong call, `handle.result()` has the
+    function's return type, and arguments are checked before anything is sent.
 
     Attributes:
-        function: as it was decorated.
-        handler: with its rules, as workers see it.
-        app: where it was registered.
+        function: the decorated function.
+        handler: the function with its rules, as workers see it.
+        app: the application that it is registered with.
     """
 
     def __init__(
@@ -342,9 +334,7 @@ class AppTask(Generic[P, R, C]):
         return cast(AppTask[P, R, C], MethodType(self, instance)) if is_called_on else self
 
     def __call__(self, /, *args: P.args, **kwargs: P.kwargs) -> C:
-        """
-        The plain function, here and now (a coroutine function gives its coroutine).
-        """
+        """Call the function itself, here and now; a coroutine function returns its coroutine."""
         return cast(C, self.function(*args, **kwargs))
 
     def using(
@@ -361,18 +351,16 @@ class AppTask(Generic[P, R, C]):
         needs: Sequence[str] | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> AppTask[P, R, C]:
-        """
-        The same with other options for the tasks it makes; see `Task`.
-        """
+        """The same function with these options for the tasks that it makes; see `Task`."""
         given = {name: value for name, value in locals().items() if name != "self" and value is not None}
         return _with_options(self._origin or self, replace(self._options, **given))
 
     def bind(self, /, *args: P.args, **kwargs: P.kwargs) -> Task:
         """
-        A task for a group, with these arguments.
+        Make a task with these arguments, for a group.
 
         Raises:
-            InvalidInputError: they do not fit the function.
+            InvalidInputError: the arguments do not fit the function.
         """
         return replace(self._options, arguments=self.handler.arguments(*args, **kwargs), handler=self.handler)
 
@@ -385,9 +373,7 @@ class AppTask(Generic[P, R, C]):
         return await client.submit(task)
 
     def enqueue(self, /, *args: P.args, **kwargs: P.kwargs) -> SyncTaskHandle[R]:
-        """
-        The same without await; also inside a running event loop, which it blocks for a moment.
-        """
+        """Submit one task without await; within a running event loop it works too, but blocks the loop for a moment."""
         task = self.bind(*args, **kwargs)
         return self.app.implicit_sync_client().submit(task)
 
@@ -398,7 +384,7 @@ def _has_failed(task: asyncio.Task[Any]) -> bool:
 
 def _before_close(loop: asyncio.AbstractEventLoop, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """
-    Run a coroutine when a loop is closed, by asyncio.run or by hand: then it runs no more, but still can.
+    Run a coroutine when a loop is closed, by asyncio.run or by hand: the loop has stopped by then, but can still run.
     """
     close = loop.close
 
@@ -411,7 +397,7 @@ def _before_close(loop: asyncio.AbstractEventLoop, last: Callable[[], Coroutine[
 
 
 def _hooked(hooks: list[Any], hook: H) -> H:
-    # What a notebook's cell defined before it ran again is not called beside what it defines now.
+    # When a notebook's cell runs again, its new hook replaces the one that it defined before.
     hooks[:] = [*(known for known in hooks if not is_again(known, hook)), hook]
     return hook
 

@@ -1,5 +1,5 @@
 """
-What a handler may know about the attempt it runs in, and what it may say about the next one.
+The attempt as its handler sees it: the context, and the exceptions and rules that decide about the next attempt.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ StopReason = Literal["cancelled", "lost", "shutdown", "timeout"]
 @dataclass(frozen=True)
 class Backoff:
     """
-    How long to wait before the next attempt: `min(cap, first * factor ** (attempt - 1))`; with jitter a uniform choice
-    between half of that and all of it. Tasks that failed together then come back spread out, which the server that
-    failed them needs; and still none comes back at once, as it may when the choice starts at zero.
+    How long to wait before the next attempt: `min(cap, first * factor ** (attempt - 1))`. With jitter, the wait is a
+    uniform choice between half of that and all of it: tasks that failed together come back spread out, which relieves
+    the server that failed them, and none comes back at once.
     """
 
     first: Duration = "1s"
@@ -57,8 +57,8 @@ class Backoff:
 
 class RetryTask(Portable, Exception):
     """
-    Raised by a handler: try again, after `delay` if given, else after the handler's backoff, while attempts are left.
-    In a group of exceptions the longest delay counts.
+    Raise this in a handler to try again, after `delay` if given, else after the handler's backoff, as long as attempts
+    are left. In an exception group, the longest delay counts.
     """
 
     delay_s: float | None = None
@@ -71,8 +71,8 @@ class RetryTask(Portable, Exception):
 
 class FailTask(Portable, Exception):
     """
-    Raised by a handler: the task has failed, and another attempt would not help. In a group of exceptions it counts if
-    no other member asks for another attempt.
+    Raise this in a handler if another attempt would not help: the task fails at once. In an exception group, it counts
+    only if no other member asks for another attempt.
     """
 
     def __init__(self, reason: str) -> None:
@@ -89,18 +89,18 @@ class AttemptStoppedError(Portable, BaseException):
 @dataclass(kw_only=True, eq=False)
 class TaskContext:
     """
-    What a handler may know about the attempt it runs in: it gets one for a parameter annotated `TaskContext`.
-    May be used from any thread.
+    The facts of the attempt in which a handler runs. A handler gets its context as the parameter annotated
+    `TaskContext`, and may use it from any thread.
 
     Attributes:
         uses: the name that the task asked for.
-        attempt: 1 for the first. `crashes` counts workers that died under the task; they spend no attempt.
-        fence: grows with every delivery of a task, so an external store can refuse whoever shows an older one.
+        attempt: 1 for the first. `crashes` counts the workers lost under the task, which use up no attempt.
+        fence: grows with every delivery of a task, so an external store can refuse a write with an older fence.
         duration: expected run time in seconds, 0 if the task gave none.
         needs: results of the tasks that this one needed, by their ids.
-        state: what the application's lifespan yielded in this process; None without one.
-        deadline: when this attempt times out, as `time.monotonic()` tells it.
-        reported: what `progress` last said: the fraction, if any, and the message.
+        state: the value that the application's lifespan yielded in this process; None without a lifespan.
+        deadline: when this attempt times out, on the clock of `time.monotonic()`.
+        reported: the last progress that was reported: the fraction, if any, and the message.
         stopped: why the attempt is over although its handler still runs; set by the worker.
     """
 
@@ -138,9 +138,10 @@ class TaskContext:
 
     def progress(self, fraction: float | None = None, message: str = "") -> None:
         """
-        Say how far the attempt is: from 0 to 1 (what is outside is moved to the nearer end), None for as before.
-        Shown with the worker's next heartbeat, for as long as the attempt runs; never stored. A fraction that is NaN
-        counts as None. In a message that is not Unicode, as the name of a file may be, the bad characters become `?`.
+        Report the progress of the attempt: a fraction from 0 to 1 (values outside are clipped), or None to keep the
+        last one, and a message. It is shown from the worker's next heartbeat on while the attempt runs, and never
+        stored. NaN counts as None. In a message that is not valid Unicode, as a file name may be, bad characters become
+        `?`.
         """
         new = math.nan if fraction is None else float(fraction)
         known = self.reported[0] if math.isnan(new) else min(max(new, 0.0), 1.0)
@@ -149,23 +150,20 @@ class TaskContext:
 
     @property
     def is_cancelled(self) -> bool:
-        """
-        Whether this attempt was cancelled, lost to another worker, or timed out: what it does now counts for nothing.
-        """
+        """Whether this attempt was cancelled, lost to another worker, or timed out, so that its result cannot count."""
         return self.stopped is not None or time.monotonic() >= self.deadline
 
     def check_cancelled(self) -> None:
         """
-        End the handler here if the attempt is over. For plain functions, whose thread nobody can stop, and long loops.
+        End the handler here if the attempt is over. For long loops, and for plain functions, since their thread cannot
+        be stopped from outside.
         """
         if self.is_cancelled:
             raise AttemptStoppedError(f"task {self.id}: this attempt is over ({self.stopped or 'timeout'})")
 
 
 def facts_of(context: TaskContext) -> dict[str, Any]:
-    """
-    What a context is made of, as JSON values, so that another process can make it too; without its state.
-    """
+    """The fields of a context, without its state, as JSON values, so that another process can make it too."""
     return {one.name: getattr(context, one.name) for one in fields(context) if one.init and one.name != "state"}
 
 
@@ -173,9 +171,7 @@ _running: ContextVar[TaskContext | None] = ContextVar("running attempt", default
 
 
 def mark_running(context: TaskContext) -> None:
-    """
-    Say what the present task of an event loop, and those it makes, run from now on.
-    """
+    """Note which attempt the current task of an event loop, and the tasks that it creates, run from now on."""
     _running.set(context)
 
 

@@ -1,6 +1,6 @@
 """
-Runs callables of goals beside the monitor. They are users' code: one that hangs must hold neither the monitor's event
-loop, nor other callables, nor the end of the process.
+Runs callables of goals beside the monitor. They are users' code, so one that hangs must block neither the monitor's
+event loop, nor other callables, nor the end of the process.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from rq_ceylon.handlers import GoalCheck
 from rq_ceylon.models import GroupView
 
 CHECK_S = 30.0
-"""How long a callable may take over one goal; later it has said nothing."""
+"""How long a callable may take over one goal; after that, the goal stays undecided."""
 
 PLACES = 16
-"""How many goals one callable is asked about at once. Those over which it hangs count, so hanging threads are bounded
-for each callable, and none takes a place of another."""
+"""How many goals one callable is asked about at once. The goals that it hangs on count, so each callable has a bounded
+number of hanging threads, and takes no place of another callable."""
 
 
 class CheckHangsError(TimeoutError):
@@ -33,7 +33,7 @@ class CheckHangsError(TimeoutError):
 
 class _Raised(NamedTuple):
     """
-    An exception of users' code as a value: a SystemExit that left its task would end the event loop.
+    An exception of users' code as a value, because a SystemExit that leaves its task would end the event loop.
     """
 
     error: BaseException
@@ -41,8 +41,8 @@ class _Raised(NamedTuple):
 
 class Checks:
     """
-    A callable is called in a daemon thread. What is async goes on in an event loop that belongs to this callable alone:
-    it meets the same loop each time, and may block no other.
+    Calls each callable in a daemon thread. An async callable goes on in an event loop of its own: it meets the same
+    loop each time, and cannot block that of another callable.
     """
 
     def __init__(self) -> None:
@@ -56,14 +56,15 @@ class Checks:
         self, name: str, check: GoalCheck, view: GroupView, *, on_hang: Callable[[], object]
     ) -> bool | BaseException:
         """
-        Ask a callable about a goal. Returns once its code has ended, even if it took too long: until then it is not to
-        be asked about this goal again.
+        Ask a callable about a goal. Returns once its code has ended, even if it took too long, because it must not be
+        asked about this goal again before that.
 
         Args:
-            on_hang: called when it has taken too long; `hanging` is how many do so now, this one included.
+            on_hang: called when the callable has taken too long; `hanging` counts the calls that hang now, including
+                this one.
 
         Returns:
-            whether it says that the goal is achieved, or what it raised, or that it hung.
+            whether the callable says that the goal is achieved, or the exception that it raised, or that it hung.
         """
         async with self._places[name]:
             question = _Question(lambda: self._loop_of(name))
@@ -91,9 +92,7 @@ class Checks:
             self.hanging -= 1
 
     def close(self) -> None:
-        """
-        End the loops as soon as what blocks them lets them.
-        """
+        """End the loops, each as soon as no code blocks it."""
         self._is_closed.set()
         for loop in self._loops.values():
             with suppress(RuntimeError):  # it has just ended

@@ -17,7 +17,7 @@ _PACKAGE = str(Path(__file__).parent)
 
 def guess(word: object, options: Iterable[str], otherwise: str = "", ask: str = 'did you mean "{}"?') -> str:
     """
-    The remedy for a word that is not known: the nearest of the options, else what is to be said otherwise.
+    The remedy for an unknown word: the option nearest to it, or `otherwise` if none is near.
     """
     known = list(islice(options, 5000))  # each takes about 10 µs
     forms = dict.fromkeys((word[:64], word[:64].lower())) if isinstance(word, str) else ()
@@ -48,8 +48,8 @@ def error_at(error: BaseException) -> str:
 
 class Portable:
     """
-    What makes an exception survive copying and pickling (by process pools, for example): it is made again from its
-    `args` and attributes, not by a call of its `__init__`, whose parameters are others.
+    Lets an exception survive copying and pickling (by process pools, for example). It is rebuilt from its `args` and
+    attributes, not by calling its `__init__`, whose parameters differ.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -70,7 +70,7 @@ class CeylonError(Portable, Exception):
 
 class InvalidInputError(CeylonError, ValueError):
     """
-    A value that a user gave cannot be used. Nothing was written.
+    A given value cannot be used. Nothing was written.
     """
 
     exit_code = 2
@@ -96,7 +96,7 @@ class GroupExistsError(InvalidInputError):
 
 class NotFoundError(InvalidInputError):
     """
-    No group or task of this id is known: never submitted, or pruned after its retention.
+    No group or task with this id is known: it was never submitted, or it was pruned after its retention.
     """
 
 
@@ -112,7 +112,7 @@ class GroupFileError(InvalidInputError):
 
 class RedisError(CeylonError):
     """
-    Redis is not configured, not reachable, refuses us, or is not fit for this work.
+    Redis is not configured, not reachable, refuses us, or is not suitable.
     """
 
     exit_code = 3
@@ -120,13 +120,13 @@ class RedisError(CeylonError):
 
 class ConnectionLostError(RedisError):
     """
-    Redis did not answer. Whether what was asked for has happened is unknown; asking again is safe.
+    Redis did not answer, so it is unknown whether the call took effect; repeating it is safe.
     """
 
 
 class QueueFullError(RedisError):
     """
-    Redis is at its memory limit and takes no new tasks. What is queued goes on and frees memory; submit again later.
+    Redis is at its memory limit and takes no new tasks. Queued tasks go on and free memory; submit again later.
     """
 
 
@@ -138,8 +138,9 @@ class RecordError(RedisError):
 
 class DurabilityError(RedisError):
     """
-    A submission is not as durable as it was to be. If `id` is empty, the server cannot make it so, and nothing was
-    written. Else the group or task of that id was accepted and runs, but a crash of Redis may still lose it.
+    A submission is not as durable as requested. If `id` is empty, the server cannot provide this durability, and
+    nothing was written. Otherwise the group or task of that id was accepted and runs, but a crash of Redis may still
+    lose it.
     """
 
     def __init__(self, message: str, id: str = "") -> None:
@@ -165,7 +166,7 @@ class UnknownTaskError(InvalidInputError):
 
 class WaitTimeoutError(CeylonError, TimeoutError):
     """
-    What was waited for did not happen within the given time. It goes on all the same.
+    The task or group did not get that far within the given time. It goes on all the same.
     """
 
     exit_code = 5
@@ -181,7 +182,7 @@ class NoWorkerError(CeylonError):
 
 class TaskFailedError(CeylonError):
     """
-    The awaited task ended as failed. `error_type`, `error_message` and `traceback` are the remote ones, as text.
+    The awaited task failed. `error_type`, `error_message` and `traceback` are those of the worker, as text.
     """
 
     def __init__(
@@ -197,7 +198,7 @@ class TaskFailedError(CeylonError):
 
 class TaskCancelledError(CeylonError):
     """
-    The awaited task ended as cancelled, so it has no result. `reason` is closed, cancelled, expired or skipped.
+    The awaited task was cancelled, so it has no result. `reason` is closed, cancelled, expired or skipped.
     """
 
     def __init__(self, task_id: str, reason: str) -> None:

@@ -199,8 +199,8 @@ def parse(text: str, name: str) -> Expression:
     operations = parser.negations + sum(token in (*_SIGNS, "and", "or", "*") for token in tokens)
     if operations > MAX_OPERATIONS:
         raise InvalidInputError(
-            f"{name}: the expression has {operations} operations, at most {MAX_OPERATIONS} are run; shorten it "
-            f"(each comparison, and, or, not counts one, each percentage two more)"
+            f"{name}: the expression has {operations} operations, at most {MAX_OPERATIONS} are allowed; shorten it "
+            f"(each comparison, and, or, not counts as one, each percentage as two more)"
         )
     return Expression(" ".join(text.split()), ",".join(tokens), node)
 
@@ -281,7 +281,7 @@ class _Parser:
         sign = self.tokens[self.next]
         if sign.kind != "sign":
             example = f"{left.text} >= 5" if left.kind == "counter" else f"completed >= {left.text}"
-            self._refuse(left, f"{left.text} alone is no condition", f"compare it, such as {example}")
+            self._refuse(left, f"{left.text} alone is not a condition", f"compare it, such as {example}")
         self.next += 1
         right = self._operand()
         after = self.tokens[self.next]
@@ -339,7 +339,7 @@ class _Parser:
         token = _Token("number", "".join(found[0].split()), found.start())
         decimals = (found["decimals"] or "").rstrip("0")
         if found["decimals"] and not found["percent"]:
-            self._refuse(token, f"{token.text} is no whole number", "write one, or a share of total such as 95%")
+            self._refuse(token, f"{token.text} is not a whole number", "write one, or a share of total such as 95%")
         if len(decimals) > MAX_DECIMALS:
             self._refuse(token, f"{token.text} is too fine", f"write at most {MAX_DECIMALS} decimals")
         value = int(found["whole"] + decimals)
@@ -454,7 +454,7 @@ def _deadline_ms(goal: Goal, name: str) -> int:
         return 0
     after = seconds(goal.deadline, name)
     if after <= 0:
-        raise InvalidInputError(f"{name}: {goal.deadline!r} leaves no time; give more than 0, or none at all")
+        raise InvalidInputError(f"{name}: {goal.deadline!r} leaves no time; give more than 0, or leave it out")
     return max(1, round(after * 1000))
 
 

@@ -17,7 +17,7 @@ from rq_ceylon.errors import InvalidInputError, guess
 
 MAX_NEEDS = 256
 FEWER_NEEDS = (
-    f"a task may need {MAX_NEEDS}; put it into a second group with depends_on, which waits for the whole first"
+    f"a task may need {MAX_NEEDS}; put it into a second group with depends_on, which waits for the whole first group"
 )
 _SHOWN_IDS = 10
 

@@ -1,6 +1,6 @@
 """
-What a task's name stands for: the registered functions with their rules, and their arguments and results as JSON.
-Nothing here runs a task or knows Redis.
+The registered functions behind the names of tasks, with their rules, and their arguments and results as JSON. Nothing
+here runs a task or knows Redis.
 """
 
 from __future__ import annotations
@@ -41,19 +41,21 @@ Middleware = Callable[[TaskContext], AbstractAsyncContextManager[Any]]
 GoalCheck = Callable[[GroupView], bool | Awaitable[bool | None] | None]
 
 DEFAULT_HANDLER = "default"
-"""What runs a task that names no handler."""
+"""The handler of tasks that name none."""
 
 
 class Handler(Generic[P, R]):
     """
-    One registered function and its rules. What is None is decided by the package's defaults.
+    One registered function and its rules. The package's defaults apply to rules that are None.
 
     Attributes:
-        kind: async: a coroutine function, on the event loop; thread: a plain function, also one that wraps a coroutine
-            function (what it returns may be awaitable); process: a plain function with cpu=True.
-        is_method: it is called on an object, which no worker has; so it is called here, and no task is made of it.
+        kind: `async` for a coroutine function, which runs on the event loop; `thread` for a plain function, also for
+            one that wraps a coroutine function (it may return an awaitable); `process` for a plain function with
+            cpu=True.
+        is_method: the function is called on an object. No worker has that object, so it can be called here only, and
+            cannot be made into a task.
         backoff: the wait between attempts, for exceptions that `retry` does not name.
-        retry: for an exception type another backoff, or None: fail at once. The most specific type decides.
+        retry: maps an exception type to a backoff of its own, or to None: fail at once. The most specific type decides.
 
     Raises:
         InvalidInputError: the function cannot be called by name from JSON, or a rule cannot be used.
@@ -111,8 +113,8 @@ class Handler(Generic[P, R]):
 
     def wait_s(self, says: Iterable[Said], attempt: int) -> float | None:
         """
-        How long to wait before the attempt after this one, by what an exception says (see `said`, as it may have been
-        raised in another process); None: fail at once. Of several that speak the longest wait counts, and the task
+        How long to wait before the next attempt, or None to fail at once. `says` is what `said` found in the exception,
+        which may have been raised in another process. If it found several rules, the longest wait counts, and the task
         fails at once only if all of them say so.
         """
         rules = {type_name(kind): rule for kind, rule in self.retry.items()} if self.retry else {}
@@ -130,7 +132,7 @@ class Handler(Generic[P, R]):
     def arguments(self, /, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """
         Bind a call as Python would and turn its arguments into JSON values, checked by the function's annotations.
-        What is left to the function's defaults stays out.
+        Arguments that are left to the function's defaults stay out.
 
         Raises:
             InvalidInputError: naming every argument that is missing, unknown, of the wrong type or not JSON.
@@ -153,14 +155,13 @@ class Handler(Generic[P, R]):
         return self._converted(given, JsonType.write, problems)
 
     def check(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """
-        As `arguments`, for JSON values that came from elsewhere, such as a file.
-        """
+        """Like `arguments`, for JSON values that come from elsewhere, such as a file."""
         return self._converted(arguments, JsonType.normal)
 
     def call_arguments(self, raw: Mapping[str, Any], context: TaskContext | None) -> dict[str, Any]:
         """
-        Turn JSON arguments into those for the call: of the annotated types, and with the context where it is asked for.
+        Turn JSON arguments into those of the call: converted to the annotated types, and with the context if the
+        function has a parameter for it.
 
         Raises:
             InvalidInputError: as `arguments`.
@@ -172,10 +173,11 @@ class Handler(Generic[P, R]):
 
     def dump_result(self, value: Any) -> bytes:
         """
-        The JSON text of what the function returned, by its return annotation.
+        The JSON text of the returned value, according to the return annotation.
 
         Raises:
-            InvalidInputError: it is not JSON, or not what the annotation says (`load_result` could not read it then).
+            InvalidInputError: the value is not JSON, or does not fit the annotation, so that `load_result` could not
+                read it.
         """
         try:
             return to_json(self._plan.returns.write(value))
@@ -186,10 +188,10 @@ class Handler(Generic[P, R]):
 
     def load_result(self, value: Any) -> R:
         """
-        Turn the JSON value of a result into the annotated return type; without one it stays as it is.
+        Turn the JSON value of a result into the annotated return type; without an annotation it is returned as it is.
 
         Raises:
-            InvalidInputError: it is of another type: the worker runs another version of the function.
+            InvalidInputError: the value has another type, as when the worker runs another version of the function.
         """
         try:
             return cast(R, self._plan.returns.read(value))
@@ -243,18 +245,20 @@ class Handler(Generic[P, R]):
 
 class Registry:
     """
-    The handlers that a process knows, by name, and what else an application registers.
+    The handlers that a process knows, by name, and everything else that an application registers.
 
     Attributes:
-        hooks: called without arguments once per process that runs handlers, when it starts or stops; may be async. A
-            lifespan gives an async context manager around the life of the process; what that yields is `context.state`.
-            In the order of their registration.
+        hooks: called without arguments, in the order of their registration, once in each process that runs handlers,
+            when it starts or stops; may be async. A lifespan returns an async context manager around the life of the
+            process, and the value that it yields is `context.state`.
         on_error: called with the context and the exception after an attempt failed; may be async.
-        on_submit: called with each task before it is sent; the metadata that it returns travels with the task.
-        middleware: called with the context for an async context manager around each attempt; the first is outermost.
-        goal_checks: callables for goals, by name: True achieved, else not yet (at the end: failed); may be async.
-        settings: of the worker or monitor that these handlers run in, for the processes of its `cpu=True` tasks; None:
-            each application goes by its own.
+        on_submit: called with each task before it is sent; the returned metadata travels with the task.
+        middleware: called with the context; returns an async context manager around each attempt. The first is
+            outermost.
+        goal_checks: callables for goals, by name; may be async. True achieves the goal; anything else leaves it
+            undecided, or fails it at the end.
+        settings: those of the worker or monitor that these handlers run in, for the child processes of its `cpu=True`
+            tasks; None: each application uses its own.
     """
 
     def __init__(self) -> None:
@@ -299,9 +303,7 @@ class Registry:
         return self._handlers.get(name)
 
     def names(self) -> list[str]:
-        """
-        All names that can be run, aliases and built-in ones included, sorted.
-        """
+        """All names that can be run, including aliases and built-in ones, sorted."""
         return sorted(self._handlers)
 
     def own(self) -> list[Handler[..., Any]]:
@@ -476,9 +478,7 @@ def _is_context(hint: Any) -> bool:
 
 
 async def awaited(answer: Any) -> Any:
-    """
-    What a user's function returned, whether it is async or not.
-    """
+    """The value that a user's function returned, awaited if the function is async."""
     return await answer if inspect.isawaitable(answer) else answer
 
 

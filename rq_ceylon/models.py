@@ -15,19 +15,19 @@ from typing import Any, Literal
 from rq_ceylon.errors import InvalidInputError
 
 ID_PATTERN = re.compile(r"[A-Za-z0-9._:-]{1,64}")
-"""What ids, roles, namespaces and names may look like: no braces, so that a name never moves a Redis slot."""
+"""The form of ids, roles, namespaces and names. It allows no braces, so a name never moves a key to another slot."""
 
 Duration = int | float | str | timedelta
 """Seconds as a number, a `timedelta`, or text such as `30s`, `5m`, `1h30m`, `250ms`, `2d`."""
 
 NeedPolicy = Literal["skip", "fail", "continue"]
-"""What becomes of a task that needs one that did not complete: cancelled, failed, or it runs all the same."""
+"""A task that needs one that did not complete is cancelled, fails, or runs all the same."""
 
 Durability = Literal["none", "replica", "fsync"]
-"""What a submission waits for beside Redis' answer: nothing; that a replica has it; that it is on the disk."""
+"""A submission waits for the answer of Redis only, until a replica has it, or until it is on the disk."""
 
 GoalPolicy = Literal["continue", "drain", "cancel"]
-"""What happens to the rest of a group when a goal settles: go on; finish what runs and cancel the rest; stop it all."""
+"""After a goal settles, the rest of the group goes on, lets only running tasks finish, or stops them as well."""
 
 DEFAULT_ROLE = "default"
 DEFAULT_TIMEOUT_S = 3600.0
@@ -37,7 +37,7 @@ DEFAULT_RETENTION_S = 24 * 3600.0
 DEPENDS_ON_MAX = 64
 CRASHES_MAX = 1_000_000
 PAYLOAD_BYTES_MAX = 1024 * 1024
-"""Of one task as it is sent: its arguments, metadata and needs."""
+"""Limit of one task as it is sent: its arguments, metadata and needs."""
 DEFAULTS_BYTES_MAX = 64 * 1024
 """The defaults of a group travel with every delivery of its tasks."""
 DESCRIPTION_MAX = 10_000
@@ -113,7 +113,7 @@ def seconds(value: Duration, name: str) -> float:
 
     Args:
         value: a number of seconds, a `timedelta`, or text such as `30s` or `1h30m`.
-        name: what the value is called where the user wrote it; used in the error.
+        name: the name of the value where the user wrote it; the error names it.
 
     Raises:
         InvalidInputError: not a duration, negative, infinite, or over 10 years.
@@ -221,25 +221,25 @@ def span_words(seconds: float) -> str:
 @dataclass(kw_only=True)
 class Task:
     """
-    One unit of work. What is None is decided elsewhere: by the group's defaults, then by the registered handler,
-    then by the package.
+    One unit of work. A field that is None is decided by the group's defaults, then by the registered handler, then by
+    the package.
 
     Attributes:
-        uses: registered name of the handler; without one the worker's default handler runs, which sleeps `duration`.
+        uses: registered name of the handler; default: the worker's default handler, which sleeps for `duration`.
         arguments: keyword arguments for the handler; JSON values.
-        id: unique in its group; without one it gets a short number.
-        role: which workers run it; without one the handler's, where that is known, else `default`.
+        id: unique in its group; default: a short number.
+        role: the role whose workers run the task; default: the handler's, where that is known, else `default`.
         needs: ids of tasks of the same group that must complete first.
         duration: expected run time; the default handler sleeps that long.
-        timeout: limit of one attempt; without one the handler's, else 1 h.
-        max_attempts: attempts in all, the first included; without it the handler's, else 3.
-        max_crashes: how often it may lose its worker and run again; 0: never, then it runs at most once for each
-            attempt. Without it the handler's, where that is known, else 3.
-        priority: which tasks of a role run first; without one the group's.
-        delay: earliest start, counted from the submission, or from when its group no longer waits for others.
-        expires: latest start, counted alike; a task not started by then is cancelled (expired).
-        metadata: anything JSON; handed to the handler and shown, never interpreted.
-        handler: set by `AppTask.bind`: its rules hold, whatever application's client submits the task.
+        timeout: limit of one attempt; default: the handler's, else 1 h.
+        max_attempts: number of attempts, including the first; default: the handler's, else 3.
+        max_crashes: how often the task may lose its worker and run again. With 0, each attempt runs at most once.
+            Default: the handler's, where that is known, else 3.
+        priority: tasks of a higher priority run first within their role; default: the group's.
+        delay: earliest start, counted from the submission, or from the moment its group no longer waits for others.
+        expires: latest start, counted in the same way; a task not started by then is cancelled (expired).
+        metadata: any JSON; passed to the handler and shown, but never interpreted.
+        handler: set by `AppTask.bind`; its rules apply, whichever application's client submits the task.
     """
 
     uses: str | None = None
@@ -264,16 +264,16 @@ class Task:
 @dataclass
 class Goal:
     """
-    When the purpose of a group is met.
+    Says when the purpose of a group is met.
 
     Attributes:
         when: an expression over the group's counters, such as `completed >= 95% and failed < 10`.
         call: instead of `when`, the registered name of a callable that a monitor runs.
-        name: unique in its group; default `goal`, or `goal2` and so on by position.
+        name: unique in its group; default: `goal`, or `goal2` and so on by position.
         deadline: counted from the group's start; a goal not achieved by then has failed.
-        fail_when: an expression; once it holds for certain the goal has failed.
-        on_achieved: what happens to the rest of the group then.
-        on_failed: what happens to the rest of the group then.
+        fail_when: an expression; once it holds for certain, the goal has failed.
+        on_achieved: what happens to the rest of the group when the goal is achieved.
+        on_failed: what happens to the rest of the group when the goal has failed.
         success_message: shown when the goal is achieved.
         failure_message: shown when the goal has failed.
     """
@@ -296,19 +296,19 @@ class TaskGroup:
     Tasks with a common purpose.
 
     Attributes:
-        name: for people; need not be unique.
+        name: shown to people; need not be unique.
         tasks: any iterable; a generator is submitted in parts, in constant memory.
         goal: none, one, or several; an expression is short for a goal with that `when`.
         key: makes the submission repeatable: the same key with the same content is the same group. At most 1,000
             characters.
         defaults: fields for tasks that leave them out; at most 64 KiB of JSON.
-        priority: for tasks that name none.
-        retention: how long the group is kept after it finished.
-        description: for people; at most 10,000 characters.
-        depends_on: ids of groups that must complete before this one starts; should one of them end otherwise, this one
-            is cancelled.
-        on_need_failed: what becomes of a task that needs one that did not complete: it is cancelled (`skip`),
-            fails (`fail`), or runs all the same (`continue`).
+        priority: the priority of tasks that name none.
+        retention: how long the group is kept after it has finished.
+        description: shown to people; at most 10,000 characters.
+        depends_on: ids of groups that must complete before this one starts; if one of them ends otherwise, this one is
+            cancelled.
+        on_need_failed: what happens to a task that needs one that did not complete. It is cancelled (`skip`), fails
+            (`fail`), or runs all the same (`continue`).
     """
 
     name: str
@@ -330,8 +330,8 @@ COUNTERS = ("waiting", "pending", "in_progress", "completed", "failed", "cancell
 @dataclass(frozen=True, slots=True)
 class Counters:
     """
-    How many tasks of a group are in each state; the six sum to `total` at every instant.
-    `attempts` and `crashes` count starts and lost workers over the whole group.
+    The number of tasks of a group in each state; the six sum to `total` at every instant. `attempts` counts the
+    attempts started in the whole group, `crashes` the workers lost under its tasks.
     """
 
     total: int = 0
@@ -356,8 +356,8 @@ class Counters:
 @dataclass(frozen=True, slots=True)
 class Settled:
     """
-    How a goal was settled: when (server time, epoch ms), by which event of the group, by what
-    (`commit`, `deadline`, `callable`, ...), and the counters at that instant.
+    How a goal was settled: when (`at_ms`, server time, epoch ms), by which event of the group (`seq`), by what (`by`:
+    `commit`, `deadline`, `callable`, ...), and the counters at that instant.
     """
 
     at_ms: int
@@ -369,8 +369,8 @@ class Settled:
 @dataclass(frozen=True, slots=True)
 class GoalView:
     """
-    A goal as it stands. `when` is the expression, or `call: name`. `deadline_ms` (server time, epoch ms) is None if it
-    has no deadline, or its group waits for others: it has not begun.
+    The current state of a goal. `when` is the expression, or `call: name`. `deadline_ms` (server time, epoch ms) is
+    None if the goal has no deadline, or if its group still waits for others, so that the deadline has not begun.
     """
 
     name: str
@@ -392,12 +392,12 @@ class GoalView:
 @dataclass(frozen=True, slots=True)
 class GroupView:
     """
-    A group as it stands. Times are server time, epoch ms.
+    The current state of a group. Times are server time, epoch ms.
 
     Attributes:
-        outcome: completed, failed or cancelled once finished, else None.
-        reason: why it was cancelled, if a group on which it depends did not complete.
-        depends_on: groups for which it still waits.
+        outcome: completed, failed or cancelled once the group has finished, else None.
+        reason: why the group was cancelled, if a group that it depends on did not complete.
+        depends_on: groups that it still waits for.
         events: length of the group's event list.
     """
 
@@ -435,10 +435,11 @@ class TaskResult:
     Attributes:
         task_id: its id in its group.
         status: completed, failed or cancelled.
-        reason: why, if not completed: error, timeout, poison, unroutable, invalid; closed, cancelled, expired, skipped.
-        attempts: how many were started.
+        reason: why a task did not complete: error, timeout, poison, unroutable, invalid; closed, cancelled, expired,
+            skipped.
+        attempts: how many attempts were started.
         ended_ms: None for a task that ended because its group closed before it started.
-        wait_ms: from ready to started. `run_ms`: the last attempt, by the worker's monotonic clock.
+        wait_ms: time from ready to started. `run_ms` is the time of the last attempt, by the worker's monotonic clock.
         error: `{"type", "message", "traceback"}` of a failed task.
     """
 
@@ -460,16 +461,17 @@ class TaskResult:
 @dataclass(frozen=True, slots=True)
 class TaskView:
     """
-    A task as it stands.
+    The current state of a task.
 
     Attributes:
-        task_id: its id in its group. `id` is the one that is good everywhere, as a handle's: `<group>/<task>`.
-        attempt: the attempt that runs or comes next; of a task that has ended, how many there were.
-        due_ms: set while it waits for a delay or a retry; for a delay not before its group is active.
-        needs: how many tasks that it needs have not ended.
-        progress: what its handler last said, up to 5 s old: a fraction, if any, and a message.
-        last_error: `{"type", "message", "traceback"}` of the attempt before, while it waits for the next or runs again.
-        result: set once it has ended.
+        task_id: its id in its group. `id` is valid everywhere, like that of a handle: `<group>/<task>`.
+        attempt: the attempt that runs or comes next; once the task has ended, the number of attempts.
+        due_ms: set while the task waits for a delay or a retry; for a delay, not before its group is active.
+        needs: how many of the tasks that it needs have not ended.
+        progress: the last progress that its handler reported, up to 5 s old: a fraction, if any, and a message.
+        last_error: `{"type", "message", "traceback"}` of the attempt before, while the task waits for the next or runs
+            again.
+        result: set once the task has ended.
     """
 
     group_id: str
@@ -496,13 +498,13 @@ class TaskView:
 @dataclass(frozen=True, slots=True)
 class WorkerView:
     """
-    A live worker or monitor as its heartbeat tells.
+    A live worker or monitor, as its heartbeat describes it.
 
     Attributes:
-        tasks: maps `<gid>/<tid>` to the start (epoch ms).
-        hung: attempts that are over, but whose code goes on: threads that do not end, coroutines that ignore their
-            cancellation.
-        is_exhausted: so many hang that they take places from others. The worker should be restarted.
+        tasks: maps `<gid>/<tid>` of each running task to its start (epoch ms).
+        hung: number of attempts that are over, but whose code goes on: threads that do not end, coroutines that ignore
+            their cancellation.
+        is_exhausted: so many attempts hang that they take places from others. Restart the worker.
     """
 
     name: str
@@ -523,8 +525,8 @@ class WorkerView:
 @dataclass(frozen=True, slots=True)
 class RoleView:
     """
-    A role as it stands: entries in its streams not yet delivered and delivered, due later, workers, and totals by
-    outcome since the role exists (statistics, not accounting).
+    The current state of a role: entries in its streams that are not yet delivered (`queued`), delivered, or due later
+    (`delayed`), its workers, and totals by outcome since the role exists (statistics, not accounting).
     """
 
     name: str

@@ -1,8 +1,8 @@
 """
-The monitor: says when goals settle, keeps deadlines, runs callable goals, and records statistics.
+The monitor: reports when goals settle, enforces deadlines, runs callable goals, and records statistics.
 
-It decides nothing alone: every verdict is a compare-and-set in Redis, so there may be several monitors, or none for an
-hour. A notification only wakes it; it reads each group's events from where it stopped.
+Every verdict is a compare-and-set in Redis, so no monitor decides anything alone: there may be several, or none for an
+hour. A notification only wakes the monitor; it reads each group's events from where it stopped.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from rq_ceylon.store.statistics import GroupStatistics, summary
 from rq_ceylon.store.trouble import complain
 
 COALESCE_S = 0.02
-"""Notifications that come within this time after a look are looked at together."""
+"""Notifications that arrive within this time after a look are handled together by the next."""
 
 BACKOFF_S = 1.0
 """Longest pause between two attempts to reach Redis."""
@@ -39,10 +39,10 @@ BACKOFF_S = 1.0
 @dataclass
 class _Watched:
     """
-    What the monitor knows of one group, which `created_ms` tells from an earlier one of the same id.
+    The monitor's knowledge of one group. `created_ms` distinguishes the group from an earlier one with the same id.
 
     Attributes:
-        checks: callables that run now, by goal; `again`: something happened meanwhile.
+        checks: callables that run now, by goal. `again` says that the group has changed meanwhile.
     """
 
     created_ms: int | None
@@ -58,7 +58,7 @@ class Monitor:
     Watches all groups of a namespace until stopped.
 
     Args:
-        registry: callables for goals with `call: <name>`.
+        registry: has the callables for goals with `call: <name>`.
     """
 
     def __init__(
@@ -90,12 +90,12 @@ class Monitor:
         Watch until stopped. If Redis is not reachable at the start, wait for it.
 
         Raises:
-            RedisError: Redis is not fit for this, or refuses this user.
+            RedisError: Redis is not suitable, or refuses this user.
         """
         connection, hub = Connection(self.url), EventHub(self.url, self.keys)
         try:
             await until_reached(connection.check, self._stop)
-            # What has settled before is not news.
+            # Goals that settled earlier are not news.
             for view in await until_reached(lambda: queries.groups(connection, self.keys), self._stop) or ():
                 settled = {goal.name for goal in view.goals if goal.settled}
                 self._groups[view.id] = _Watched(view.created_ms, announced=settled, finished=view.is_finished)
@@ -108,7 +108,7 @@ class Monitor:
         except ConnectionLostError as error:
             if not self._stop.is_set():
                 raise
-            logger.warning("Left without farewell: {}", error)
+            logger.warning("Ended without removing its heartbeat, which expires by itself: {}", error)
         finally:
             self._checks.close()
             await hub.close()
@@ -128,7 +128,7 @@ class Monitor:
 
     def _once(self, *key: str) -> bool:
         """
-        True the first time; for what would be said at every look. A key begins with the group that it is about.
+        True the first time; for messages that would otherwise be logged at every look. A key begins with its group.
         """
         if key in self._said:
             return False
@@ -164,7 +164,7 @@ class Monitor:
 
     async def _look(self, connection: Connection, watch: Watch, gids: set[str], *, everything: bool) -> None:
         """
-        Look at these groups, or also at all others that are not over, and forget those that are gone.
+        Look at these groups; with `everything`, also at all others that have not finished. Forget groups that are gone.
         """
         if everything:
             known = set(await queries.group_ids(connection, self.keys))
@@ -224,7 +224,7 @@ class Monitor:
     # ---- deadlines and callables -------------------------------------------------------------------------------------
     async def _judge_due(self, connection: Connection, watch: Watch) -> float:
         """
-        Judge the goals whose deadline has passed, and tell how long until the next, by the server's clock.
+        Judge the goals whose deadline has passed. Returns the seconds until the next deadline, by the server's clock.
         """
         if not self._deadlines:
             return LOOK_S
@@ -235,7 +235,7 @@ class Monitor:
             except ConnectionLostError:
                 raise
             except Exception as error:
-                complain(f"Group {gid} cannot be judged, or those that wait for it not told", error)
+                complain(f"Group {gid} cannot be judged, or the groups that wait for it cannot be told", error)
             del self._deadlines[gid]
             watch.tell(gid)
         nearest = min(self._deadlines.values(), default=now_ms + LOOK_S * 1000)
@@ -243,7 +243,8 @@ class Monitor:
 
     def _start_checks(self, connection: Connection, watch: Watch, view: GroupView, watched: _Watched) -> None:
         """
-        Run the callables of undecided goals beside the watching, one at a time each: they are other people's code.
+        Run the callables of undecided goals beside the watching, since they are users' code; each goal has one call at
+        a time.
         """
 
         def done(_: asyncio.Task[None]) -> None:
@@ -269,20 +270,20 @@ class Monitor:
 
     async def _check(self, connection: Connection, view: GroupView, goal: GoalView, check: GoalCheck) -> None:
         """
-        Ask a callable: true is achieved; else not yet, or failed once no task is left that could change it. One that
-        raises or hangs has said nothing, and is asked again.
+        Ask a callable. True achieves the goal; anything else leaves it undecided, or fails it once no task is left that
+        could change that. If the callable raises or hangs, the goal stays undecided and the callable is asked again.
         """
 
         def hangs() -> None:
             if self._once(view.id, goal.name, "hangs"):
-                words = 'Goal {} of "{}": {} has not answered for {:g} s, which counts as not yet; {} by now'
+                words = 'Goal {} of "{}": {} has not answered for {:g} s, so the goal stays undecided; {} by now'
                 hanging = counted(self._checks.hanging, "callable hangs", "callables hang")
                 logger.error(words, goal.name, view.name, goal.call, CHECK_S, hanging)
 
         achieved = await self._checks.ask(str(goal.call), check, view, on_hang=hangs)
         if isinstance(achieved, BaseException):
             if not isinstance(achieved, CheckHangsError) and self._once(view.id, goal.name, repr(achieved)):
-                words = 'Goal {} of "{}": its callable failed, which counts as not yet'
+                words = 'Goal {} of "{}": its callable failed, so the goal stays undecided'
                 logger.opt(exception=achieved).error(words, goal.name, view.name)
             return
         if achieved or (view.status is GroupStatus.CLOSING and view.counters.open == 0):
@@ -290,7 +291,7 @@ class Monitor:
             try:
                 await judge(connection, self.keys, view.id, goal=goal.name, verdict=verdict)
             except ConnectionLostError:
-                return  # said by the watching side, whose next look asks again
+                return  # the watching side logs it, and its next look asks again
             except CeylonError as error:
                 if self._once(view.id, goal.name, str(error)):
                     logger.error('Goal {} of "{}" cannot be settled: {}', goal.name, view.name, error)
@@ -308,7 +309,7 @@ class Monitor:
 
     async def _sample(self, connection: Connection) -> None:
         """
-        Once a minute, each role's totals and backlog; several monitors write the same.
+        Once a minute, record each role's totals and backlog. Several monitors write the same values.
         """
         minute = await queries.server_ms(connection, self.keys) // 60_000
         if minute == self._minute:
@@ -334,4 +335,4 @@ def _how_it_stood(goal: GoalView) -> str:
     if goal.status is GoalStatus.ACHIEVED:
         return words
     reasons = {"deadline": "its deadline has passed", "fail_when": f"{goal.fail_when} holds", "callable": goal.when}
-    return f"{words}; {reasons.get(goal.settled.by, f'{goal.when} can no longer be')}"
+    return f"{words}; {reasons.get(goal.settled.by, f'{goal.when} can no longer hold')}"

@@ -122,7 +122,9 @@ class Watch:
                     raise  # Ctrl-C, and no handler is installed for it
                 if task.done():
                     raise CeylonError(f"the process must end: {error_at(error)}") from error
-                logger.error("A task below a handler, hook or check tried to end the process: {}", error_at(error))
+                logger.error(
+                    "A task started by a handler, hook or goal check tried to end the process: {}", error_at(error)
+                )
             if self.handlers and not task.done():
                 loop.call_soon(self.take)  # a loop that is stopped lets go of the descriptor
         return task.result()
@@ -202,7 +204,7 @@ class Watch:
             try:
                 self.at_once()
             except Exception:  # the watch must outlive it
-                logger.exception("What was to be done at once at signal {} failed", number)
+                logger.exception("The immediate action at signal {} failed", number)
 
     def _end(self, what: str) -> NoReturn:
         code = self._code

@@ -1,5 +1,6 @@
 """
-Where Redis is, and what all commands share. It reads the environment and looks for one socket; it never connects.
+Finds the URL of Redis and the settings that all commands share. It reads the environment and looks for one socket; it
+never connects.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _FORMS = (
 
 REMEDIES = (
     "Start one in another terminal: ceylon server · ceylon up MODULE:APP · docker compose up -d redis\n"
-    "Or say where it is: --redis redis://host:6379/0, or the variable CEYLON_REDIS_URL."
+    "Or give its URL: --redis redis://host:6379/0, or the variable CEYLON_REDIS_URL."
 )
 
 _OPTIONS = {"db", "username", "password", "client_name", "socket_connect_timeout", "socket_keepalive"}
@@ -49,22 +50,22 @@ _TLS_VERSIONS = {"TLSv1_2": 771, "TLSv1_3": 772}
 """The names of `ssl.TLSVersion`, and the numbers by which redis-py knows them."""
 
 _OPEN_OPTIONS = {*_OPTIONS, *_TLS_OPTIONS, "sentinel_username"} - {"password", "ssl_password"}
-"""Those whose values messages may show."""
+"""Options whose values messages may show."""
 
 _HOST = r"(\[[0-9a-fA-F:.%]*\]|[\w.-]*)(:\d{0,5})?"
 SENTINEL_OPTIONS = {"sentinel_username": "username", "sentinel_password": "password"}
-"""The user of the Sentinels themselves, who know none otherwise."""
+"""Options for the user of the Sentinels themselves; without them, Sentinels are asked without a user."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """
-    What every command needs to know first.
+    The settings that every command needs first.
 
     Attributes:
         redis_url: `redis://`, `unix://`, `redis+sentinel://` or `redis+cluster://` (with TLS `rediss…`), or
             `embedded://` for a throw-away server of this process.
-        namespace: keeps installations apart that share one Redis.
+        namespace: keeps applications that share one Redis apart.
     """
 
     redis_url: str = field(repr=False)
@@ -75,12 +76,12 @@ def resolve(
     redis_url: str | None = None, *, namespace: str | None = None, environ: Mapping[str, str] = os.environ
 ) -> Settings:
     """
-    Find Redis: the argument, else CEYLON_REDIS_URL, REDIS_URL, or this user's running `ceylon server`.
-    An empty value counts as not given.
+    Find Redis: the argument, else CEYLON_REDIS_URL, else REDIS_URL, else this user's running `ceylon server`. An empty
+    value counts as not given.
 
     Raises:
         InvalidInputError: the URL or the namespace cannot be used.
-        RedisError: none of the four is there.
+        RedisError: none of the four names a server.
     """
     checked = check_namespace(namespace or environ.get("CEYLON_NAMESPACE") or DEFAULT_NAMESPACE)
     if found := configured(redis_url, environ=environ):
@@ -92,8 +93,8 @@ def resolve(
 
 def configured(redis_url: str | None = None, *, environ: Mapping[str, str] = os.environ) -> tuple[str, str] | None:
     """
-    The URL that the argument or a variable gives, unchecked, and which of them; None if none does, so that this user's
-    `ceylon server` would be looked for.
+    The URL that the argument or a variable gives, unchecked, and which of them gave it. None if none does; then
+    `resolve` looks for this user's `ceylon server`.
     """
     given = {
         "argument": redis_url,
@@ -105,8 +106,7 @@ def configured(redis_url: str | None = None, *, environ: Mapping[str, str] = os.
 
 def masked(url: str) -> str:
     """
-    The URL as messages show it: only those of its parts that cannot hold a secret, and `***` for every other part.
-    Works on malformed URLs too.
+    The URL as messages show it: parts that could hold a secret are replaced by `***`. Works on malformed URLs too.
     """
     front, mark, query = re.fullmatch(r"(.*?)(?:(\?)(?=\w+=)(.*))?", url, re.DOTALL).groups("")  # type: ignore[union-attr]
     scheme, rest = re.fullmatch(r"([a-z][a-z+]*://)?(.*)", front, re.DOTALL).groups("")  # type: ignore[union-attr]
@@ -163,7 +163,7 @@ def socket_url(path: Path) -> str:
 
 def is_private(folder: Path) -> bool:
     """
-    Whether `folder` is a real folder that belongs to this user and that nobody else may enter.
+    Whether `folder` is a real folder that belongs to this user and that no other user may enter.
     """
     if sys.platform == "win32":
         return False
@@ -195,10 +195,10 @@ def _running_server(environ: Mapping[str, str]) -> str | None:
 
 def check_url(url: str, source: str = "argument") -> str:
     """
-    Return `url` if it may be used. It need not be reachable.
+    Return `url` if it may be used; its server need not be reachable.
 
     Raises:
-        InvalidInputError: it is none of the forms, or one of its options, or the value of one, is not known. The
+        InvalidInputError: the URL has none of the known forms, or an option, or a value of one, is not known. The
             message hides passwords.
     """
 
@@ -228,14 +228,14 @@ def check_url(url: str, source: str = "argument") -> str:
     if not all(database.isdecimal() and database.isascii() for database in databases):
         raise refuse("the database is not a number")
     if place.kind == "cluster" and any(int(database) for database in databases):
-        raise refuse("a cluster has no database but 0")
+        raise refuse("a cluster has only the database 0")
     return url
 
 
 def _problem_of(name: str, value: str) -> str:
     """
-    Why an option cannot have this value, and what to write; '' if it can. redis-py finds out when it connects, or takes
-    it for something else: any word that is not no for yes.
+    Why an option cannot have this value, and what to write instead; '' if it can. redis-py would notice only when it
+    connects, or misread the value: it takes any word except no for yes.
     """
     given = f"{value!r} is not usable"
     match name:
@@ -283,13 +283,13 @@ Address = tuple[str, int]
 @dataclass(frozen=True)
 class Place:
     """
-    What a URL says.
+    The parts of a URL.
 
     Attributes:
         kind: one server; the primary that Sentinels know; a cluster; or a server of this process.
-        addresses: of the server, the Sentinels, or some nodes of the cluster; none for a unix socket.
-        primary: the name under which the Sentinels know the primary.
-        tls: all of it speaks TLS.
+        addresses: addresses of the server, the Sentinels, or some nodes of the cluster; none for a unix socket.
+        primary: the name by which the Sentinels know the primary.
+        tls: whether all connections use TLS.
     """
 
     url: str = field(repr=False)
@@ -332,8 +332,8 @@ def place_of(url: str) -> Place:
     Read a URL.
 
     Raises:
-        InvalidInputError: it is none of ours; the message says only what is wrong with it.
-        ValueError: it is no URL at all.
+        InvalidInputError: the URL has none of the known forms; the message says only what is wrong with it.
+        ValueError: this is not a URL at all.
     """
     parts = urlsplit(url)
     scheme = parts.scheme.replace("rediss", "redis", 1)
@@ -342,23 +342,23 @@ def place_of(url: str) -> Place:
         case "redis":
             addresses = _addresses(parts.netloc, 6379)
             if len(addresses) > 1:
-                raise InvalidInputError("it names several hosts, which only redis+sentinel:// and redis+cluster:// may")
+                raise InvalidInputError("it names several hosts; only redis+sentinel:// and redis+cluster:// may")
             return Place(url, "server", addresses, database=path or "0", tls=tls)
         case "redis+sentinel":
             addresses = _addresses(parts.netloc, 26379)
             primary, _, database = path.partition("/")
             if not primary:
-                raise InvalidInputError("it does not say under which name the Sentinels know the primary")
+                raise InvalidInputError("it does not give the name by which the Sentinels know the primary")
             return Place(url, "sentinel", addresses, unquote(primary), database or "0", tls)
         case "redis+cluster":
             return Place(url, "cluster", _addresses(parts.netloc, 6379), database=path or "0", tls=tls)
         case "unix":
             if parts.netloc.rpartition("@")[2] or not path:
-                raise InvalidInputError("it names no absolute path of a socket")
+                raise InvalidInputError("it does not give the absolute path of a socket")
             return Place(url, "server")
         case "embedded":
             if url != "embedded://":
-                raise InvalidInputError("embedded:// takes nothing more")
+                raise InvalidInputError("nothing may follow embedded://")
             return Place(url, "embedded")
         case "":
             raise InvalidInputError("it has no scheme")

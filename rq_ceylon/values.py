@@ -220,7 +220,7 @@ def _unicode(value: str) -> str:
 def _key(value: Any) -> str:
     if type(value) is not str:
         raise BadValueError(
-            f"the key {reprlib.repr(value)} is not text, as JSON wants it; use text, "
+            f"the key {reprlib.repr(value)} is not text, which JSON requires; use text, "
             f"or annotate the keys: dict[{type(value).__qualname__}, ...]"
         )
     return value if value.isascii() else _unicode(value)

@@ -112,7 +112,7 @@ def test_however_it_ends_nothing_is_left(number: signal.Signals, code: int, comm
     until(lambda: not Path(url.removeprefix("unix://")).parent.exists(), "the server's folder is gone")
     said = commands.said(demo)
     assert "Traceback" not in said
-    assert ("Stopped; all that this demo started has ended." in said) == (number == signal.SIGINT)
+    assert ("Stopped; everything that this demo started has ended." in said) == (number == signal.SIGINT)
 
 
 @pytest.mark.long

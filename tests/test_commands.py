@@ -120,7 +120,7 @@ def test_quiet_leaves_out_the_line_of_each_task_and_wins_over_the_environment(co
 def test_quiet_beside_a_log_level_is_refused(tmp_path: Path) -> None:
     ended = Commands("", tmp_path).run("worker", "-r", "r", "-q", "--log-level", "debug")
 
-    assert_refused(ended, 2, "--quiet and --log-level debug say two things; give one of them")
+    assert_refused(ended, 2, "--quiet and --log-level debug contradict each other; give only one")
 
 
 # ---- Redis -----------------------------------------------------------------------------------------------------------

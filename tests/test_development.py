@@ -138,8 +138,8 @@ def test_up_refuses_a_server_of_each_process_and_a_server_names_the_variable_tha
     until(lambda: "Note: " in commands.said(server), "the server notes it")
 
     assert ended.returncode == 2
-    assert "'embedded://' (from: the application) is a server of each process's own" in ended.stderr
-    note = "Note: REDIS_URL is set to redis://:***@elsewhere: where it is set, that one is used instead"
+    assert "'embedded://' (from: the application) gives each process a server of its own" in ended.stderr
+    note = "Note: REDIS_URL is set to redis://:***@elsewhere; commands with that setting do not use this server"
     assert note in commands.said(server)
 
 

@@ -267,7 +267,7 @@ async def test_a_file_that_was_switched_off_meanwhile_is_told_of(
 @pytest.mark.parametrize(
     ("info", "words"),
     [
-        ({"redis_version": "7.0.15", "aof_enabled": 1}, "is redis 7.0.15, which cannot tell; upgrade it to 7.2"),
+        ({"redis_version": "7.0.15", "aof_enabled": 1}, "is redis 7.0.15, which cannot confirm this; upgrade it"),
         ({"redis_version": "7.2.4", "valkey_version": "9.1.2", "aof_enabled": 0}, "writes no append-only file"),
         ({"redis_version": "7.2.4", "aof_enabled": 1}, ""),
         ({"redis_version": "7.2.4", "valkey_version": "7.2.6", "aof_enabled": 1}, ""),

@@ -258,7 +258,7 @@ def test_validate_says_what_a_file_holds_and_needs_no_redis(tmp_path: Path) -> N
     assert (ended.returncode, ended.stderr) == (0, "")
     assert "pipeline.yaml: valid: 3 groups, 6 tasks, 1 role (data), 1 goal; " in ended.stdout
     assert "matrix.yaml: valid: 1 group, 49 tasks, 1 role (pictures), 1 goal; " in ended.stdout
-    assert ended.stdout.count("whether a goal is possible is judged at the submission") == len(EXAMPLES)
+    assert ended.stdout.count("whether each goal is possible is checked at submission") == len(EXAMPLES)
 
 
 def test_validate_tells_all_problems_of_all_files_a_line_each(tmp_path: Path) -> None:

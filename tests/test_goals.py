@@ -201,7 +201,7 @@ def test_the_mark_is_the_least_count_that_satisfies_the_comparison(text: str, no
         ("completed >= " + "9" * 400, 14, "at most 1000000000000"),
         ("(completed >= 5", 16, "opened at column 1"),
         ("completed >= 5)", 15, "closes nothing"),
-        ("(completed) >= 5", 2, "completed alone is no condition"),
+        ("(completed) >= 5", 2, "completed alone is not a condition"),
         ("(completed > 1) > 2", 17, "a condition cannot be compared"),
         ("completed >=  ", 13, "the expression ends"),
         ("completed > 5 or", 17, "the expression ends"),

@@ -147,9 +147,10 @@ def test_pause_and_resume_as_commands(commands: Commands) -> None:
 
 
 REFUSALS = {
-    "waiting": "group g has not started: it waits for first and starts by itself; it can be {word}d then, or cancelled",
+    "waiting": "group g has not started: it waits for first and will start by itself; it can be {word}d after that, or "
+    "cancelled now",
     "staging": "group g is still being submitted; it can be {word}d once that is done",
-    "closing": "group g is closing: what runs comes to its end, nothing more starts",
+    "closing": "group g is closing: its running tasks come to their end, and no further task starts",
     "finished": "group g has finished (completed); there is nothing left to {word}",
 }
 
@@ -228,5 +229,5 @@ def test_a_task_that_has_ended_cannot_be_cancelled_but_a_cancelled_one_is(comman
         ended = commands.here("ceylon", "cancel", f"g/{tid}", "--namespace", bench.keys.namespace)
         return ended.exit_code, ended.output
 
-    assert said("a") == (1, "Error: task g/a has ended before (completed)\n")
+    assert said("a") == (1, "Error: task g/a had already ended (completed)\n")
     assert said("b") == said("b") == (0, "g/b: cancelled\n")

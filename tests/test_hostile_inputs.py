@@ -226,10 +226,10 @@ URLS = {
     "redis://host?db=first": ["the database is not a number", "use redis://host:port/db"],
     "redis://user:sec/ret@host": ["use redis://host:port/db"],
     "rediss://": ["it names no host, or port 0", "use redis://host:port/db"],
-    "unix://": ["it names no absolute path of a socket", "use redis://host:port/db"],
-    "unix:///": ["it names no absolute path of a socket", "use redis://host:port/db"],
-    "unix://folder/socket": ["it names no absolute path of a socket", "use redis://host:port/db"],
-    "embedded://here": ["embedded:// takes nothing more", "use redis://host:port/db"],
+    "unix://": ["it does not give the absolute path of a socket", "use redis://host:port/db"],
+    "unix:///": ["it does not give the absolute path of a socket", "use redis://host:port/db"],
+    "unix://folder/socket": ["it does not give the absolute path of a socket", "use redis://host:port/db"],
+    "embedded://here": ["nothing may follow embedded://", "use redis://host:port/db"],
     "redis+sentinel://": ["use redis://host:port/db"],
     "redis+cluster://": ["use redis://host:port/db"],
     "\u202eredis://host": ["use redis://host:port/db"],
@@ -256,7 +256,7 @@ NAMESPACES = ["a b", "{a}", "a\nb", "\u00e9", LONG, "*"]
 OPTIONS = {
     "an unknown option": Case(["submit", "FILE", "--wiat"], ["No such option '--wiat'", "--wait"], content=GOOD),
     "an unknown wait": Case(["submit", "FILE", "--wait=banana"], ["'banana'", "write --wait, --wait="], content=GOOD),
-    "an empty key": Case(["submit", "FILE", "--key", ""], ["--key: it is empty", "give text"], content=GOOD),
+    "an empty key": Case(["submit", "FILE", "--key", ""], ["--key: it is empty", "give a text"], content=GOOD),
     "one key for two groups": Case(
         ["submit", "FILE", "--key", "k"], ["FILE has 2 groups", "write key: into each"], content=f"{GOOD}---\n{GOOD}"
     ),

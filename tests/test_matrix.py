@@ -427,7 +427,7 @@ VALUES = "where values are needed; write [first, second], or {range: [first, end
          "1: tasks: tasks need each other in a circle: a -> b -> a; remove one of these needs"),
         ("  a: {matrix: {n: {range: [0, 257]}}}\n  b: {needs: a}",
          "14: tasks.b.needs: it needs 257 tasks; a task may need 256; "
-         "put it into a second group with depends_on, which waits for the whole first"),
+         "put it into a second group with depends_on, which waits for the whole first group"),
         ("  a: {matrix: {n: [b c, 1]}}\n  b: {needs: a-1}\n  a-x: {matrix: {n: [2]}}\n  c: {needs: a-2}",
          "14: tasks.c.needs[0]: no task has the id 'a-2'; did you mean \"a-x\"?"),
         ("  a: {matrix: {n: [1, b c]}}\n  b: {needs: a-1}",

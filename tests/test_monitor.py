@@ -128,7 +128,7 @@ async def test_a_failed_goal_is_a_warning_that_tells_why(
         await until_said(said, "Goal")
 
     assert about(said, "Goal") == [
-        'WARNING: Goal failed: goal of "g" (0 of 2 completed, 1 failed; completed >= 2 can no longer be). Pity.\n'
+        'WARNING: Goal failed: goal of "g" (0 of 2 completed, 1 failed; completed >= 2 can no longer hold). Pity.\n'
     ]
 
 
@@ -523,7 +523,7 @@ async def test_it_can_be_stopped_while_redis_is_away(
     monitor.stop()
     monitor.stop()
     await asyncio.wait_for(running, 5)
-    assert about(said, "Left without farewell")
+    assert about(said, "Ended without removing its heartbeat")
 
 
 # ---- registry, samples -----------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ async def test_what_is_no_protocol_of_redis_counts_as_a_lost_connection() -> Non
         async with Connection(f"redis://127.0.0.1:{port}") as connection:
             (reply,) = await connection.run_each([command("GET", "key")])
     assert isinstance(reply, ConnectionLostError)
-    assert "what answers there does not speak the protocol of Redis" in str(reply)
+    assert "the server there does not speak the protocol of Redis" in str(reply)
 
 
 async def test_words_that_cannot_be_packed_are_a_mistake_and_no_lost_connection(redis_url: str) -> None:

@@ -564,7 +564,7 @@ async def test_it_may_be_played_again_with_the_same_group(playground: TaskPlayGr
         async with playground.play(workers=[Fast("a", "r")]) as playing:
             assert playing.get_completed_tasks() == {}
             await playing.assign_task_groups([group])
-            with pytest.raises(CeylonError, match="plays already"):
+            with pytest.raises(CeylonError, match="already running"):
                 async with playground.play():
                     pass
         assert group.goal is not None
@@ -572,20 +572,20 @@ async def test_it_may_be_played_again_with_the_same_group(playground: TaskPlayGr
 
 
 async def test_what_cannot_be_assigned_is_refused_and_leaves_nothing(playground: TaskPlayGround) -> None:
-    with pytest.raises(CeylonError, match="does not play"):
+    with pytest.raises(CeylonError, match="is not running"):
         await playground.assign_task_groups([group_of(messages(1))])
 
     async with playground.play(workers=[Fast("a", "r")]) as playing:
         good = group_of(messages(1))
         await playing.assign_task_groups([good])
         refused: dict[str, Any] = {
-            "assigned already": good,
+            "already assigned": good,
             "'t1' is taken by another group": group_of(messages(1)),
             "two tasks have the id": group_of(messages(1, prefix="x") * 2),
-            "'nobody' is no task of the group": group_of(messages(1, prefix="x"), dependencies={"nobody": ["x1"]}),
+            "'nobody' is not a task of the group": group_of(messages(1, prefix="x"), dependencies={"nobody": ["x1"]}),
             "needs 'nobody'": group_of(messages(1, prefix="x"), dependencies={"x1": ["nobody"]}),
             "it is not JSON": group_of([custom(metadata={"at": object()})]),
-            "no group of a playground": models.TaskGroup("modern", []),
+            "not a group of a playground": models.TaskGroup("modern", []),
         }
         for words, group in refused.items():
             with pytest.raises(InvalidInputError, match=words):

@@ -181,7 +181,7 @@ def test_someone_elses_short_folder_is_refused(
     folder = short_tmp_path / ("x" * 100)
     socket_path(folder).parent.symlink_to(short_tmp_path)
 
-    with pytest.raises(RedisError, match="must be yours alone"):
+    with pytest.raises(RedisError, match="only you may have access"):
         start_server(folder=folder)
 
 

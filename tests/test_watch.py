@@ -73,7 +73,7 @@ def test_ctrl_c_in_the_demo_ends_all_of_it_and_gives_the_terminal_back(tmp_path:
 
     assert code == 130
     lines = [line for line in plain(drawn) if line]
-    assert lines[-1] == "Stopped; all that this demo started has ended."
+    assert lines[-1] == "Stopped; everything that this demo started has ended."
     assert "ceylon watch" not in drawn
     assert "Traceback" not in drawn
     assert max(len(line) for line in lines if not line.startswith("$ ")) <= 79

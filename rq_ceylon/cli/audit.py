@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("group", required=False)
 @click.option(
-    "--repair", is_flag=True, help="Put right what is certain: counters, leftovers of ended tasks, the index."
+    "--repair", is_flag=True, help="Repair what is certain: counters, leftovers of ended tasks, the index of groups."
 )
 @click.option("--json", is_flag=True, help="Print JSON.")
 @with_client
 async def audit(client: Client, group: str | None, repair: bool, json: bool) -> int:
     """
-    Recount all groups, or one, from their records, against their counters and events.
+    Recount one group, or all, from their records, and compare with their counters and events.
 
-    Exit code 0: drift 0, or all of it repaired; 1: there is drift.
+    Prints each difference (drift). Exit code 0 if there is none or all were repaired, else 1.
     """
     from rq_ceylon.audit import audit as recount
 
@@ -39,7 +39,7 @@ async def audit(client: Client, group: str | None, repair: bool, json: bool) -> 
         for drift in found.drift:
             say(drift)
         for gid in found.moving:
-            say(f"{gid}: changes too fast to be recounted; try again when less of it runs")
+            say(f"{gid}: changes too fast to be recounted; try again when fewer of its tasks run")
         checked = f"{counted(found.groups, 'group')}, {counted(found.tasks, 'task')}"
         click.echo(f"{checked}: drift {len(found.drift)}")
     return int(any(not drift.repaired for drift in found.drift))

@@ -1,5 +1,5 @@
 """
-`ceylon demo --chaos`: a group goes on while workers are killed before the user's eyes, and is recounted at the end.
+`ceylon demo --chaos`: runs a group while workers are killed before the user's eyes, and recounts it at the end.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ DEAD_S = 0.6, 1.4
 BACK_S = 2.0
 LOOK_S = 0.2
 LINE_S = 5.0
-"""How often the numbers are told where no terminal is."""
+"""How often the numbers are printed without a terminal."""
 
 REST_S = 120.0
-"""The longest that the rest may take once nobody is killed any more."""
+"""The longest that the remaining tasks may take after the last kill."""
 
 COLOURS = {"killed": "bold red", "starting": "yellow", "back": "green", "running": ""}
 
@@ -55,14 +55,14 @@ COLOURS = {"killed": "bold red", "starting": "yellow", "back": "green", "running
 @dataclass
 class _Place:
     """
-    A worker or the monitor, and those that follow it.
+    A worker or the monitor, and the processes that replace it.
 
     Attributes:
         process: None while it is dead; `due` says until when.
         up_since: when it was first seen in the registry; None until then.
-        running: tasks that it runs.
-        to_redo: tasks under which one of its dead was killed, and which nobody has taken up since.
-        done: tasks that it and its dead have ended.
+        running: number of tasks that it runs.
+        to_redo: number of tasks that a killed process ran and that no worker has taken up since.
+        done: number of tasks that it and its killed predecessors have ended.
     """
 
     name: str
@@ -91,9 +91,7 @@ class _Place:
 
     @property
     def alive(self) -> str:
-        """
-        How the name of its living worker begins; empty while it is dead.
-        """
+        """The beginning of the name of its live worker; empty while it is dead."""
         return f"{self.name}-{self.process.pid}-" if self.process else ""
 
     def row(self, now: float) -> Text:
@@ -115,11 +113,11 @@ class _Place:
 @dataclass
 class _Chaos:
     """
-    The kills, and all that is told of them.
+    Kills processes, and reports it.
 
     Attributes:
         settled: numbers of the events that settled each goal.
-        news: the last kills, for a terminal; elsewhere they are told as they come.
+        news: the last kills, for a terminal; elsewhere each kill is printed at once.
     """
 
     client: Client
@@ -135,9 +133,7 @@ class _Chaos:
     seq: int = 0
 
     async def run(self) -> GroupView:
-        """
-        Until the group has finished and the last one killed is back.
-        """
+        """Run until the group has finished and the last killed process is back."""
         told = 0.0
         await self.handle.pause()  # until all are there, so that nothing ends before the first is killed
         view = await self.handle.view()
@@ -162,16 +158,14 @@ class _Chaos:
 
     # ---- killing -----------------------------------------------------------------------------------------------------
     async def _look_after(self, now: float) -> None:
-        """
-        Start who is due, see who is up, and begin once all are.
-        """
+        """Start the processes that are due, note which are up, and begin once all are."""
         registered = {worker.pid for worker in await self.client.workers()}
         for place in self.places:
             if place.process is None:
                 if now >= place.due:
                     place.start(self.environ)
             elif (code := place.process.poll()) is not None:
-                raise CeylonError(f"{place.name} ended by itself, with exit code {code}; nobody killed it")
+                raise CeylonError(f"{place.name} ended by itself, with exit code {code}; the demo did not kill it")
             elif place.up_since is None and place.process.pid in registered:
                 place.up_since = now
         if self.began is None and len(self._up) == len(self.places):
@@ -180,9 +174,7 @@ class _Chaos:
             self.next_kill = now + random.uniform(*PAUSE_S)
 
     async def _kill_one(self, now: float) -> None:
-        """
-        If it is time, and somebody lives.
-        """
+        """Kill a process, if it is time and one is alive."""
         if not self._up or self.began is None or not self.next_kill <= now < self.began + self.limit_s:
             return
         (victim,) = random.choices(self._up, [WEIGHTS[place.command] for place in self._up])
@@ -212,7 +204,7 @@ class _Chaos:
 
     async def _count(self, view: GroupView) -> None:
         """
-        Count what runs; and from what is new in the group's events, who did the tasks and which goals settled.
+        Count running tasks. Read from the group's new events which worker ended which task and which goals settled.
         """
         await self._count_running()
         connection, keys, gid = self.client.connection, self.client.keys, self.handle.id
@@ -229,11 +221,11 @@ class _Chaos:
 
     def _below(self, now: float) -> list[Text]:
         if self.began is None:
-            words = "waiting for all to be there"
+            words = "waiting until all workers are up"
         elif (left := self.began + self.limit_s - now) > 0:
             words = f"{counted(_kills_of(self.places), 'kill')} so far; they go on for {left:.0f} s"
         else:
-            words = f"{counted(_kills_of(self.places), 'kill')}; no more of them, the rest goes on in peace"
+            words = f"{counted(_kills_of(self.places), 'kill')}, and no more; the remaining tasks run undisturbed"
         return [Text(), *self._table(now), Text(), Text(words), *(Text(line, "dim") for line in self.news)]
 
     def _table(self, now: float) -> list[Text]:
@@ -243,7 +235,7 @@ class _Chaos:
 
 def run_chaos(duration: str) -> int:
     """
-    Kill for so long, wait for the rest, and recount.
+    Kill processes for `duration`, wait until the group has finished, and recount it.
 
     Returns:
         the exit code: 0 if every task counted once and the goal settled once, else 1.
@@ -262,15 +254,15 @@ def run_chaos(duration: str) -> int:
 async def _run(server: EmbeddedServer, limit_s: float) -> int:
     tasks = [Task(duration=round(random.uniform(*TASK_S), 3)) for _ in range(int(limit_s * TASKS_PER_S))]
     group = TaskGroup("Chaos", tasks, goal=Goal("completed >= 60%", name="most"), defaults=Task(role="chaos"))
-    # A short lease is for workers on other hosts; here those that live see at once who has died.
+    # The lease matters only for workers on other hosts; here the live ones notice a dead one at once.
     options = ["--role", "chaos", "-c", str(SLOTS), "--lease", "5s", "--grace", "2s"]
     places = [_Place(f"worker-{number}", "worker", options) for number in range(1, WORKERS + 1)]
     places.append(_Place("monitor", "monitor"))
     async with Client(server.url) as client:
         handle = await client.submit(group)
         click.echo(
-            f"{counted(len(tasks), 'task')} on a throw-away server that ends with this demo. From elsewhere, see\n"
-            f"ceylon status --redis {server.url}",
+            f"{counted(len(tasks), 'task')} on a throw-away server that ends with this demo. In another terminal, "
+            f"try:\nceylon status --redis {server.url}",
             err=True,
         )
         chaos = _Chaos(client, handle, Display(client, sys.stdout), processes.environ_of(server), limit_s, places)
@@ -285,7 +277,7 @@ async def _run(server: EmbeddedServer, limit_s: float) -> int:
 async def _verdict(chaos: _Chaos, view: GroupView) -> int:
     found = await audit(chaos.client.connection, chaos.client.keys, [view.id])
     problems = [str(drift) for drift in found.drift]
-    problems += [f"{gid} changes though it has finished" for gid in found.moving]
+    problems += [f"{gid} changes although it has finished" for gid in found.moving]
     for goal in view.goals:
         at = chaos.settled[goal.name]
         if len(at) != 1:

@@ -1,5 +1,5 @@
 """
-What all commands share: options, errors in one line, logging, the event loop.
+The parts that all commands share: options, one-line errors, logging, the event loop.
 """
 
 from __future__ import annotations
@@ -48,17 +48,13 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 @dataclass(frozen=True)
 class RedisOptions:
-    """
-    What the options say about where Redis is; looked up only by what needs it.
-    """
+    """The options that name Redis and the namespace; resolved only when a command needs them."""
 
     redis_url: str | None
     namespace: str | None
 
     def settings(self, app: Ceylon | None = None) -> Settings:
-        """
-        The options, each else the application's own, else what the environment says.
-        """
+        """Each option if given, else the application's own setting, else the environment."""
         from rq_ceylon.settings import resolve
 
         if app is not None:
@@ -67,8 +63,8 @@ class RedisOptions:
 
     def bound(self, app: Ceylon | None) -> Settings:
         """
-        The same for a process that runs users' code: what that submits goes where the process itself is. The
-        application is told; other applications and other processes that it starts find it in the environment.
+        The same for a process that runs users' code, so that this code submits to the Redis of the process itself. The
+        application gets the settings; other applications and child processes find them in the environment.
         """
         settings = self.settings(app)
         if app is not None:
@@ -78,9 +74,7 @@ class RedisOptions:
 
 
 def command(name: str) -> Callable[[F], click.Command]:
-    """
-    A command with a name of its own on PATH. Each option is a variable too, such as CEYLON_WORKER_GRACE.
-    """
+    """A command with a name of its own on PATH. Each option is also a variable, such as CEYLON_WORKER_GRACE."""
 
     def make(function: F) -> click.Command:
         prefix = name.upper().replace("-", "_")
@@ -96,7 +90,7 @@ def where(function: Callable[..., Any]) -> Callable[..., Any]:
     The options that say which Redis and which namespace, as the argument `options`.
     """
 
-    @click.option("--redis", "redis_url", metavar="URL", help="Where Redis is; else CEYLON_REDIS_URL, REDIS_URL.")
+    @click.option("--redis", "redis_url", metavar="URL", help="URL of Redis; else CEYLON_REDIS_URL, else REDIS_URL.")
     @click.option("--namespace", metavar="NAME", help="Keeps applications apart; else CEYLON_NAMESPACE, else ceylon.")
     @functools.wraps(function)
     def run(*args: Any, redis_url: str | None, namespace: str | None, **kwargs: Any) -> Any:
@@ -106,9 +100,7 @@ def where(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def with_client(function: Callable[..., Coroutine[Any, Any, int | None]]) -> Callable[..., None]:
-    """
-    The command is a coroutine that gets an open client first; what it returns is the exit code.
-    """
+    """Make a command of a coroutine that takes an open client first and returns the exit code."""
 
     @where
     @reported
@@ -138,7 +130,7 @@ def logs(function: Callable[..., Any]) -> Callable[..., Any]:
         default="info",
         envvar="CEYLON_LOG_LEVEL",
         show_default=True,
-        help="What to log, to stderr.",
+        help="Least severe level to log, on stderr.",
     )
     @click.option("-q", "--quiet", is_flag=True, help="Short for --log-level warning: no line for each task.")
     @click.option(
@@ -147,14 +139,14 @@ def logs(function: Callable[..., Any]) -> Callable[..., Any]:
         default="text",
         envvar="CEYLON_LOG_FORMAT",
         show_default=True,
-        help="One JSON object per line, or text.",
+        help="Text, or one JSON object per line.",
     )
     @functools.wraps(function)
     def run(*args: Any, log_level: str, quiet: bool, log_format: log.Form, **kwargs: Any) -> Any:
         if quiet:
             source = click.get_current_context().get_parameter_source("log_level")
             if source is ParameterSource.COMMANDLINE:
-                raise click.UsageError(f"--quiet and --log-level {log_level} say two things; give one of them")
+                raise click.UsageError(f"--quiet and --log-level {log_level} contradict each other; give only one")
             log_level = "warning"
         log.set_up(log_level, log_format)
         # Commands that this one starts log alike.
@@ -165,16 +157,12 @@ def logs(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def say(words: object, *, err: bool = False) -> None:
-    """
-    Tell people something in which there may be text that others wrote.
-    """
+    """Print words for people; text that others wrote may be in them, so control characters are escaped."""
     click.echo(log.plain(str(words)), err=err)
 
 
 def reported(function: Callable[..., Any]) -> Callable[..., Any]:
-    """
-    An expected error is one message and its exit code, never a traceback.
-    """
+    """Report an expected error as one message and its exit code, never as a traceback."""
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:

@@ -1,5 +1,5 @@
 """
-What `--json` prints: groups, goals, tasks and results as plain values with stable names.
+The output of `--json`: groups, goals, tasks and results as plain values with stable names.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rq_ceylon.models import TaskGroup
 
 MAX_NAMED = 20
-GOALS_LATER = "whether a goal is possible is judged at the submission"
+GOALS_LATER = "whether each goal is possible is checked at submission"
 """The one evaluator of goals runs in Redis, so nothing here can tell."""
 
 
@@ -64,8 +64,9 @@ def planned(groups: Sequence[TaskGroup], namespace: str = "ceylon") -> list[tupl
 
 def in_words(groups: Sequence[TaskGroup], registry: Registry | None = None) -> str:
     """
-    What a file holds, once all is checked that a submission checks before it sends. Of a matrix one task is checked: a
-    file that says more of one is refused while it is read. With handlers, the arguments of every task.
+    Check the groups of a file as a submission does before it sends anything, and return what the file holds, in words.
+    Of a matrix one task is checked, since reading the file has refused whatever is wrong with single combinations. With
+    handlers, the arguments of every task are checked.
 
     Raises:
         InvalidInputError: as `Client.submit`.
@@ -93,9 +94,9 @@ def in_words(groups: Sequence[TaskGroup], registry: Registry | None = None) -> s
 @reported
 def validate(files: tuple[str, ...]) -> None:
     """
-    Check group files: all that a submission checks before it sends. Needs no Redis.
+    Check group files as a submission does before it sends anything. Needs no Redis.
 
-    Every problem is a line FILE:LINE:COLUMN: WHERE: WHAT; REMEDY.
+    Prints each problem on a line of its own: FILE:LINE:COLUMN: WHERE: WHAT; REMEDY.
     """
     from rq_ceylon.errors import InvalidInputError
 
@@ -122,7 +123,7 @@ def schema() -> None:
     \b
     Example:
       ceylon schema > ceylon-group.schema.json
-    and in a file's first line:
+    and as the first line of a file:
       # yaml-language-server: $schema=ceylon-group.schema.json
     """
     from rq_ceylon import groupfile
@@ -136,10 +137,10 @@ def schema() -> None:
 @reported
 def graph(source: str, options: RedisOptions) -> None:
     """
-    Print what needs what, as a Mermaid flowchart: of a group file, or of a submitted group with its states.
+    Print which tasks need which, as a Mermaid flowchart. Takes a group file or a submitted group.
 
-    Many tasks are drawn as one box per kind: those that need the same kinds of tasks, in the same role. Of a submitted
-    group only the needs of tasks that have not ended are known.
+    For a submitted group, the chart shows the state of each task, but only the needs of tasks that have not ended. Many
+    tasks are drawn as one box per kind: the tasks of one role that need the same kinds.
 
     \b
     Example:

@@ -1,5 +1,5 @@
 """
-A group as it goes on: live on a terminal, a plain line per change elsewhere.
+Shows the progress of a group: live on a terminal, as a plain line per change elsewhere.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from rq_ceylon.client import Client, GroupHandle
 
 LOOK_S = 1.0
-"""How often a terminal is brought up to date while nothing ends: starts are no events."""
+"""How often a terminal is updated while no task ends: the start of a task writes no event."""
 
 RATE_S = 10.0
-"""The rate is that of so many last seconds."""
+"""The rate is measured over this many seconds."""
 
 
 async def follow(
@@ -44,17 +44,17 @@ async def follow(
     end: asyncio.Future[GroupView] | None = None,
 ) -> tuple[GroupView, int]:
     """
-    Show a group on `file` until what is waited for is there. Ctrl-C only stops the watching.
+    Show a group on `file` until its goals are settled, or until it has finished. Ctrl-C only stops the watching.
 
     Args:
-        end: how what is waited for was found, if it is there already: the group may be gone since.
+        end: the result of a wait that was started earlier. If it is done, it is shown, as the group may be gone by now.
 
     Returns:
         the group and the exit code: 0 if its goals were achieved or, without goals, all its tasks completed; else 1;
         130 after Ctrl-C.
 
     Raises:
-        WaitTimeoutError: not within `limit_s`.
+        WaitTimeoutError: this has not happened within `limit_s`.
     """
     current = asyncio.current_task()
     assert current is not None
@@ -72,7 +72,7 @@ async def follow(
             f"{not_over(handle.id, view, until)} within the --timeout; it goes on.\n"
             f"Come back with: ceylon watch {handle.id}"
         ) from None
-    except asyncio.CancelledError:  # Nobody else cancels this: it is how Ctrl-C is told of.
+    except asyncio.CancelledError:  # only Ctrl-C cancels this task
         current.uncancel()
         if SUPERVISED not in os.environ:  # else the group ends with the command that started this one
             click.echo(f"Stopped watching; the group goes on.\nCome back with: ceylon watch {handle.id}", err=True)
@@ -82,9 +82,7 @@ async def follow(
 
 
 async def _show(handle: GroupHandle, view: GroupView, display: Display, until: Literal["goal", "all"]) -> GroupView:
-    """
-    Show every change until what is waited for is there; on a terminal, also that time goes by.
-    """
+    """Show every change until the wait is over; on a terminal, also refresh the time regularly."""
     changes = handle.progress()
     change = asyncio.ensure_future(anext(changes))
     try:
@@ -105,9 +103,7 @@ async def _show(handle: GroupHandle, view: GroupView, display: Display, until: L
 
 
 class Display:
-    """
-    Reads the group's events once, as they come, for rates and numbers per role.
-    """
+    """Shows a group. Reads its events once, as they come, for rates and numbers per role."""
 
     def __init__(self, client: Client, file: TextIO) -> None:
         self._client = client
@@ -191,7 +187,7 @@ class Display:
 
     def _bar(self, view: GroupView, width: int, targets: set[int]) -> Text:
         """
-        Cells for what completed, what failed or was cancelled, and what is left, with a mark at each goal.
+        A bar of cells for tasks that completed, that failed or were cancelled, and that are left; goals have marks.
         """
         room = max(10, width - 2)
         counters, total = view.counters, max(view.counters.total, 1)
@@ -223,9 +219,7 @@ def _numbers(view: GroupView) -> str:
 
 
 def _marks(view: GroupView) -> dict[str, int]:
-    """
-    Where on the bar each goal is achieved that has such a place.
-    """
+    """The number of completed tasks at which each goal is achieved, for goals that have such a number."""
     found = {}
     for goal in view.goals:
         mark = None if goal.call else parse(goal.when, goal.name).mark(view.counters.total)
@@ -236,7 +230,7 @@ def _marks(view: GroupView) -> dict[str, int]:
 
 def settled_words(goal: GoalView) -> str:
     """
-    A settled goal with the numbers that settled it, and what its author has to say.
+    A settled goal with the numbers that settled it, and its success or failure message.
     """
     assert goal.settled is not None
     words = goal.when if goal.call else parse(goal.when, goal.name).words(goal.settled.counters)
@@ -252,9 +246,7 @@ def _running_words(task: TaskView) -> str:
 
 
 def _last_words(view: GroupView) -> str:
-    """
-    How it ended, and what the goal spared.
-    """
+    """Say how the group ended, and how many tasks never had to run."""
     counters = view.counters
     parts = [f"{counters.completed} completed", f"{counters.failed} failed", f"{counters.cancelled} cancelled"]
     words = f"{plain(view.name, keep='')}: {', '.join(parts)} of {counters.total}"

@@ -62,9 +62,9 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 @with_client
 async def status(client: Client, json: bool) -> None:
     """
-    Roles with their backlog, workers and totals; groups by status.
+    Show roles with their backlog, workers and totals, and groups by status.
 
-    QUEUED and DELIVERED are of this moment; BUSY/SLOTS is what workers said in their heartbeats, up to 5 s ago.
+    QUEUED and DELIVERED are current. BUSY/SLOTS comes from the workers' heartbeats and may be 5 s old.
     """
     roles, groups, workers = await client.roles(), await client.groups(), await client.workers()
     counts: dict[str, int] = {}
@@ -99,17 +99,15 @@ async def status(client: Client, json: bool) -> None:
 @click.option(
     "--check",
     is_flag=True,
-    help="For health checks: end with 1 if none lives on this host, or too much hangs in one that does.",
+    help="For health checks: end with 1 if no worker or monitor is alive on this host, or if too much hangs in one.",
 )
 @with_client
 async def workers(client: Client, json: bool, check: bool) -> int:
-    """
-    Live workers and monitors.
-    """
+    """List live workers and monitors."""
     found = await client.workers()
     if check:
         here = [worker for worker in found if worker.host == socket.gethostname() and not worker.stopping]
-        say("\n".join(_health(worker) for worker in here) or "none lives on this host")
+        say("\n".join(_health(worker) for worker in here) or "no worker or monitor is alive on this host")
         return 0 if here and not any(worker.is_exhausted for worker in here) else 1
     if json:
         click.echo(to_json({"schema": 1, "workers": found}))
@@ -137,17 +135,16 @@ def _health(worker: WorkerView) -> str:
     from rq_ceylon.models import counted
 
     if worker.is_exhausted:
-        return f"{worker.kind} {worker.name} lives, but {counted(worker.hung, 'attempt')} hang in it: restart it"
-    return f"{worker.kind} {worker.name} lives"
+        hung = counted(worker.hung, "attempt hangs", "attempts hang")
+        return f"{worker.kind} {worker.name} is alive, but {hung} in it: restart it"
+    return f"{worker.kind} {worker.name} is alive"
 
 
 @ceylon.command()
 @JSON
 @with_client
 async def groups(client: Client, json: bool) -> None:
-    """
-    All groups, oldest first.
-    """
+    """List all groups, oldest first."""
     found = await client.groups()
     if json:
         facts = [group_facts(view) for view in found]
@@ -177,7 +174,8 @@ async def groups(client: Client, json: bool) -> None:
 @with_client
 async def show(client: Client, target: str, json: bool) -> None:
     """
-    One group with its goals and tasks, or one task. DETAIL is the result, the error, how far it is, or why it waits.
+    Show one group with its goals and tasks, or one task. DETAIL is the result, the error, the progress, or why the task
+    waits.
     """
     from rq_ceylon.client import why_waiting
     from rq_ceylon.store import statistics
@@ -210,9 +208,7 @@ async def show(client: Client, target: str, json: bool) -> None:
 
 
 async def _show_more(client: Client, gid: str, task: TaskView, why: str) -> None:
-    """
-    What the row of one task has no room for.
-    """
+    """Print the facts of one task for which its row has no room."""
     from rq_ceylon.store import queries
 
     if task.uses:
@@ -262,10 +258,10 @@ def _in_order(task: TaskView) -> tuple[bool, list[str | int]]:
 @with_client
 async def watch(client: Client, group: str) -> int:
     """
-    Follow a group until it has finished: how far it is, when it will be there, and what runs.
+    Follow a group until it has finished: its progress, the time left, and the running tasks.
 
-    Without a terminal it prints a plain line per change, of a large group per hundredth. Ctrl-C stops watching, the
-    group goes on.
+    Without a terminal it prints a plain line per change, or per percent of a large group. Ctrl-C stops watching, but
+    the group goes on.
     """
     from rq_ceylon.cli.live import follow
 
@@ -275,12 +271,15 @@ async def watch(client: Client, group: str) -> int:
 
 @ceylon.command()
 @click.argument("group")
-@click.option("-f", "--follow", is_flag=True, help="Go on with each task as it ends, until the group has finished.")
+@click.option(
+    "-f",
+    "--follow",
+    is_flag=True,
+    help="Also print each further result as its task ends, until the group has finished.",
+)
 @with_client
 async def results(client: Client, group: str, follow: bool) -> None:
-    """
-    Results of the tasks that have ended, as JSON Lines.
-    """
+    """Print the results of the tasks that have ended, as JSON Lines."""
     handle = client.group(group)
     if follow:
         async for result in handle.results():
@@ -297,9 +296,10 @@ async def results(client: Client, group: str, follow: bool) -> None:
 @with_client
 async def cancel(client: Client, target: str) -> int:
     """
-    Cancel a group or a task: at once what has not started, by asking its worker what runs.
+    Cancel a group or a task. A task that has not started is cancelled at once; if it runs, its worker is asked to stop
+    it.
 
-    Exit code 1: it had ended before.
+    Exit code 1 if it had already ended.
     """
     if "/" not in target:
         group = client.group(target)
@@ -308,13 +308,13 @@ async def cancel(client: Client, target: str) -> int:
         return _told(target, "" if problem else await group.cancel(), problem and f"group {target} {problem}")
     task = client.task(target)
     word = await task.cancel()
-    if word == "ended":  # also if it is cancelled and the answer that said so was lost
+    if word == "ended":  # perhaps cancelled by this very call, if the first answer to it was lost
         word = await task.status()
-    problem = f"task {target} has ended before ({word})" if word in ("completed", "failed") else ""
+    problem = f"task {target} had already ended ({word})" if word in ("completed", "failed") else ""
     return _told(target, word, problem)
 
 
-ROLE = click.option("--role", metavar="ROLE", help="A role, for all groups.")
+ROLE = click.option("--role", metavar="ROLE", help="A role, in place of one group.")
 
 
 @ceylon.command()
@@ -323,9 +323,9 @@ ROLE = click.option("--role", metavar="ROLE", help="A role, for all groups.")
 @with_client
 async def pause(client: Client, group: str | None, role: str | None) -> int:
     """
-    Start nothing more of a group or role; what runs goes on, and so do deadlines.
+    Pause a group or role: no further task starts, but running tasks and deadlines go on.
 
-    Exit code 1: the group has not started, or starts nothing more as it is.
+    Exit code 1 if the group has not started yet, or starts nothing more anyway.
     """
     return await _hold(client, group, role, "pause")
 
@@ -336,9 +336,9 @@ async def pause(client: Client, group: str | None, role: str | None) -> int:
 @with_client
 async def resume(client: Client, group: str | None, role: str | None) -> int:
     """
-    Go on after a pause.
+    Resume a paused group or role.
 
-    Exit code 1: the group has not started, or starts nothing more.
+    Exit code 1 if the group has not started yet, or starts nothing more.
     """
     return await _hold(client, group, role, "resume")
 
@@ -351,8 +351,9 @@ async def lease(client: Client, role: str, duration: str) -> None:
     """
     Change how long a worker of a role that stops responding keeps its tasks.
 
-    A running role keeps its lease whatever --lease new workers are started with; this changes it. Workers hear of it
-    within 10 s; until 30 s have passed, or the new lease, no task changes hands.
+    A role that workers serve keeps its lease, whatever --lease further workers are started with; only this command
+    changes it. Workers learn of the change within 10 s. Until 30 s have passed, or the new lease if that is longer, no
+    task is taken from a worker.
 
     \b
     Example:
@@ -377,9 +378,7 @@ async def _hold(client: Client, group: str | None, role: str | None, word: Liter
 
 
 def _told(target: str, status: str, problem: str) -> int:
-    """
-    Tell how a group or task stands, or why nothing could be done; returns the exit code.
-    """
+    """Print the status of a group or task, or why nothing could be done. Returns the exit code."""
     if problem:
         say(f"Error: {problem}", err=True)
         return 1
@@ -398,11 +397,12 @@ def _why_not(word: Literal["pause", "resume", "cancel"], status: str, view: Grou
     match status:
         case "waiting":
             others = ", ".join(view.depends_on) or "another group"
-            return f"has not started: it waits for {others} and starts by itself; it can be {word}d then, or cancelled"
+            now = f"it waits for {others} and will start by itself"
+            return f"has not started: {now}; it can be {word}d after that, or cancelled now"
         case "staging":
             return f"is still being submitted; it can be {word}d once that is done"
         case _:
-            return "is closing: what runs comes to its end, nothing more starts"
+            return "is closing: its running tasks come to their end, and no further task starts"
 
 
 async def _is_paused(client: Client, role: str) -> bool:
@@ -428,14 +428,14 @@ async def _is_paused(client: Client, role: str) -> bool:
 
 @ceylon.command()
 @click.option("--chaos", metavar="[=DURATION]", flag_value="60s", is_flag=False, default=None,
-              help="Instead: kill workers at random for a minute, or so long, and recount.")  # fmt: skip
+              help="Instead, kill workers at random for DURATION (default 60s), then recount.")  # fmt: skip
 @reported
 def demo(chaos: str | None) -> None:
     """
-    The main job on a throw-away server: two worker processes, a monitor, ten tasks, a goal at five.
+    Run a demo on a throw-away server: two worker processes, a monitor, ten tasks, a goal at five.
 
-    With --chaos four workers and a monitor are killed at random, and replaced, while they run a larger group. At the
-    end it is audited: exit code 0 if every task counted once and the goal settled once, else 1.
+    With --chaos, four workers and a monitor run a larger group while they are killed at random and replaced. An audit
+    follows: exit code 0 if every task counted once and the goal settled once, else 1.
     """
     from rq_ceylon.cli.chaos import run_chaos
     from rq_ceylon.cli.processes import run_demo
@@ -443,16 +443,18 @@ def demo(chaos: str | None) -> None:
     try:
         sys.exit(run_demo() if chaos is None else run_chaos(chaos))
     except KeyboardInterrupt:
-        click.echo("Stopped; all that this demo started has ended.", err=True)
+        click.echo("Stopped; everything that this demo started has ended.", err=True)
         raise
 
 
 @ceylon.command()
-@click.option("--port", type=click.IntRange(1, 65535), help="Listen on this port of 127.0.0.1 as well.")
+@click.option("--port", type=click.IntRange(1, 65535), help="Also listen on this port of 127.0.0.1.")
 @reported
 def server(port: int | None) -> None:
     """
-    Run a local Redis-compatible server with a kept folder, for development; other commands of this user find it.
+    Run a local Redis-compatible server, for development.
+
+    It keeps its data in a folder of yours, and your other commands find it.
     """
     from rq_ceylon.cli.processes import run_server
 
@@ -461,14 +463,14 @@ def server(port: int | None) -> None:
 
 @ceylon.command()
 @click.argument("app", metavar="MODULE:APP")
-@click.option("-c", "--concurrency", type=click.IntRange(1, 10_000), help="Tasks at once.")
+@click.option("-c", "--concurrency", type=click.IntRange(1, 10_000), help="How many tasks run at once.")
 @logs
 @reported
 def up(app: str, concurrency: int | None) -> None:
     """
-    Server, worker and monitor for one application together, for development. Ctrl-C ends all.
+    Run a server, a worker and a monitor for one application, for development. Ctrl-C ends them all.
 
-    It starts no server where the application or a variable names a Redis: clients use that one too.
+    No server is started if the application or a variable names a Redis, since clients use that one too.
     """
     from rq_ceylon.cli.processes import run_up
 

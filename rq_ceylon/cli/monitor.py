@@ -10,20 +10,20 @@ from rq_ceylon.cli.common import RedisOptions, command, load_app, logs, serve, w
 
 
 @command("ceylon-monitor")
-@click.option("--app", metavar="MODULE:APP", envvar="CEYLON_APP", help="Where callables for goals are registered.")
-@click.option("--name", metavar="NAME", help="Shown in lists; a unique part is added. Default: the host.")
+@click.option("--app", metavar="MODULE:APP", envvar="CEYLON_APP", help="Application with callables for goals.")
+@click.option("--name", metavar="NAME", help="Shown in lists, with a unique suffix. Default: the host.")
 @where
 @logs
 def monitor(app: str | None, name: str | None, options: RedisOptions) -> None:
     """
-    Watch all groups: say when goals settle, keep deadlines, run callable goals, record statistics.
+    Watch all groups: report settled goals, enforce deadlines, run callable goals, record statistics.
 
     \b
     Examples:
       ceylon-monitor
       ceylon-monitor --app myjobs:app
 
-    Any number of monitors may run, or none: goals over counters are judged where tasks are counted.
+    You may run any number of monitors, or none: Redis judges goals over counters in the step that counts a task.
     """
     # Before anything of the application's folder is on the path.
     from rq_ceylon.monitor import Monitor

@@ -54,7 +54,7 @@ def run_demo() -> int:
             file.write_text(DEMO, "utf-8")
         shown = os.path.relpath(file)
         with EmbeddedServer.start() as server:
-            click.echo("A throw-away server runs; it ends with this demo.", err=True)
+            click.echo("A throw-away server is running; it ends with this demo.", err=True)
             environ = environ_of(server)
             # On a terminal the bar is drawn where they log.
             quiet = ["--quiet"] if sys.stderr.isatty() else []
@@ -77,7 +77,9 @@ def run_server(port: int | None) -> int:
         click.echo(f"Server at {server.url}, data in {folder}; Ctrl-C ends it", err=True)
         if found := configured():
             url, source = found
-            click.echo(f"Note: {source} is set to {masked(url)}: where it is set, that one is used instead", err=True)
+            click.echo(
+                f"Note: {source} is set to {masked(url)}; commands with that setting do not use this server", err=True
+            )
         signals = _signals()
         while not signals:
             time.sleep(0.2)
@@ -113,7 +115,7 @@ def _shared_by_all(url: str, source: str) -> str:
     """
     if place_of(check_url(url, source)).kind == "embedded":
         raise InvalidInputError(
-            f"ceylon up: {url!r} (from: {source}) is a server of each process's own, so that worker and client would "
+            f"ceylon up: {url!r} (from: {source}) gives each process a server of its own, so worker and client would "
             "never meet; leave it out, and ceylon up starts one server for all"
         )
     return f"{masked(url)} (from: {source}), so no server was started"

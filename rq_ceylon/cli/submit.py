@@ -26,16 +26,16 @@ INTERRUPTED = 130
 
 @command("ceylon-submit")
 @click.argument("file", metavar="FILE")
-@click.option("--dry-run", is_flag=True, help="Check the file, send nothing.")
+@click.option("--dry-run", is_flag=True, help="Check the file and send nothing.")
 @click.option("--wait", "wait", flag_value="auto", is_flag=False, default=None, metavar="[=goal|all]",
-              help="Wait: bare, for the goals, or without goals for all tasks.")  # fmt: skip
-@click.option("--timeout", metavar="DURATION", help="Give up waiting after this; the group goes on.")
-@click.option("--json", is_flag=True, help="Print JSON, a line for each group.")
-@click.option("--require-workers", is_flag=True, help="Refuse if a role has no live worker.")
-@click.option("--key", metavar="KEY", help="Submitting the same content again under a key changes nothing.")
+              help="Wait for the goals, or for all tasks if there are none; =all: for all tasks.")  # fmt: skip
+@click.option("--timeout", metavar="DURATION", help="Stop waiting after this; the group goes on.")
+@click.option("--json", is_flag=True, help="Print JSON, one line per group.")
+@click.option("--require-workers", is_flag=True, help="Refuse the submission if a role has no live worker.")
+@click.option("--key", metavar="KEY", help="Submitting the same content again with the same key changes nothing.")
 @click.option("--durability", type=click.Choice(["none", "replica", "fsync"]), default="none", show_default=True,
-              help="Wait until a replica has it, or until it is on the disk.")  # fmt: skip
-@click.option("--app", metavar="MODULE:APP", help="Check the arguments by the handlers of this application.")
+              help="Wait until a replica has the submission, or until it is on the disk.")  # fmt: skip
+@click.option("--app", metavar="MODULE:APP", help="Check arguments against the functions of this application.")
 @where
 def submit(
     file: str,
@@ -57,8 +57,8 @@ def submit(
       ceylon-submit examples/data_processing.yaml --wait=all
       generate-group | ceylon-submit - --key nightly-2026-11-24
 
-    Prints the id of each group. With --wait a bar shows how far it is, with a mark at the goal; Ctrl-C stops watching,
-    the group goes on.
+    Prints the id of each group. With --wait, a bar shows the progress, with a mark at the goal; Ctrl-C stops watching,
+    but the group goes on.
     """
     from rq_ceylon.errors import InvalidInputError
     from rq_ceylon.models import seconds
@@ -72,7 +72,7 @@ def submit(
     if key is not None:
         if not key:
             raise InvalidInputError(
-                "--key: it is empty; give text that is the same for the same submission, or no --key"
+                "--key: it is empty; give a text that stays the same for the same submission, or leave --key out"
             )
         if len(groups) > 1:
             raise InvalidInputError(f"--key: {file} has {len(groups)} groups; write key: into each of them instead")
@@ -103,8 +103,8 @@ def submit(
 
 class _Sending:
     """
-    The groups of one file: sent in their order, since later ones may depend on earlier ones, then waited for. What was
-    sent is told, whatever happens to the rest.
+    Sends the groups of one file in their order, since later ones may depend on earlier ones, then waits for them. It
+    reports every group that was sent, whatever happens to the rest.
     """
 
     def __init__(self, client: Client, groups: Sequence[TaskGroup], *, json: bool, print_ids: bool) -> None:
@@ -113,9 +113,7 @@ class _Sending:
         self.told = 0
 
     async def submit(self, durability: Durability, *, require: bool) -> None:
-        """
-        Judge all groups, then send them.
-        """
+        """Check all groups, then send them."""
         from rq_ceylon.client import check_groups
         from rq_ceylon.groupfile import resolved
 
@@ -154,8 +152,8 @@ class _Sending:
 
     async def wait(self, until: Literal["goal", "all"], limit_s: float | None) -> int:
         """
-        Show one group after another until what is waited for is there. All are waited for from the start: one that is
-        kept for a short time only may be gone when its turn comes.
+        Show one group after another until its goals are settled or all its tasks have ended. Wait for all groups from
+        the start: a group with a short retention may be gone when its turn comes.
         """
         from rq_ceylon.cli.live import follow
 
@@ -176,9 +174,7 @@ class _Sending:
         return code
 
     async def tell_rest(self) -> None:
-        """
-        The groups that were sent and of which nothing was told yet, as they stand.
-        """
+        """Report the groups that were sent but not reported yet, as they stand."""
         for handle in self.handles[self.told :] if self.json else ():
             try:
                 self._tell(await handle.view())

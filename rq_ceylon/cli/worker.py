@@ -52,9 +52,7 @@ def _size(context: click.Context, parameter: click.Parameter, text: str | None) 
 
 
 def _child(arguments: Sequence[str]) -> list[str]:
-    """
-    A child is this very command with one process. Options end at `--`.
-    """
+    """The command of a child: this command with one process. Options end at `--`."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     return [*PYTHON, "worker", *arguments[:end], "--processes", "1", *arguments[end:]]
 
@@ -71,9 +69,7 @@ def _check_roles(roles: Sequence[str]) -> None:
 
 
 def _warn_of_unused(served: Sequence[str], registry: Registry) -> None:
-    """
-    Warn of a role that no task of the application has, which is most often a mistyped one.
-    """
+    """Warn of a role that no task of the application has: it is most often mistyped."""
     from loguru import logger
 
     from rq_ceylon.errors import guess
@@ -82,8 +78,8 @@ def _warn_of_unused(served: Sequence[str], registry: Registry) -> None:
     for role in served:
         if known and role not in known:
             logger.warning(
-                "No task of the application has the role {!r} (they have: {}){}; only tasks that are sent to it by "
-                "name will run",
+                "No task of the application has the role {!r} (they have: {}){}; it will get only tasks that are "
+                "submitted to this role explicitly",
                 role,
                 ", ".join(known),
                 guess(role, known, ask='; did you mean "{}"?'),
@@ -113,23 +109,33 @@ def _warn_of_unused(served: Sequence[str], registry: Registry) -> None:
     default="1",
     show_default=True,
     callback=_bounds,
-    help="Worker processes; with bounds, as many as busy slots and backlog ask for.",
+    help="How many worker processes run; between bounds, as many as busy slots and backlog need.",
 )
 @click.option("-b", "--burst", is_flag=True, help="End when nothing is left to do.")
-@click.option("--name", metavar="NAME", help="Shown in lists; a unique part is added. Default: the host.")
-@click.option("--grace", metavar="DURATION", default="25s", show_default=True, help="For running tasks at a stop.")
+@click.option("--name", metavar="NAME", help="Shown in lists, with a unique suffix. Default: the host.")
 @click.option(
-    "--lease", metavar="DURATION", default="30s", show_default=True, help="A silent worker keeps tasks for so long."
+    "--grace",
+    metavar="DURATION",
+    default="25s",
+    show_default=True,
+    help="How long running tasks may go on after a stop signal.",
+)
+@click.option(
+    "--lease",
+    metavar="DURATION",
+    default="30s",
+    show_default=True,
+    help="How long a worker that stops responding keeps its tasks.",
 )
 @click.option("--max-tasks", type=click.IntRange(1), metavar="N", help="Drain and end after about N tasks.")
 @click.option(
-    "--max-memory", metavar="SIZE", callback=_size, help="Drain and end at about this much memory, such as 500MB."
+    "--max-memory", metavar="SIZE", callback=_size, help="Drain and end once memory use is about SIZE, such as 500MB."
 )
 @click.option(
     "--max-hung-threads",
     type=click.IntRange(0),
     metavar="N",
-    help="Drain and end with 7 once more than about N attempts hang.",
+    help="Drain and end with exit code 7 once more than about N attempts hang.",
 )
 @where
 @logs
@@ -156,9 +162,9 @@ def worker(
       ceylon-worker myjobs:app --processes 4
       ceylon-worker myjobs:app --processes 2..10
 
-    Without MODULE:APP it serves two tasks: `default`, which sleeps for the task's duration, and `echo`. Roles default
-    to those of the application's tasks. A first SIGTERM or Ctrl-C lets running tasks finish within --grace, a second
-    one gives them back at once.
+    Without MODULE:APP, the worker has two functions: `default`, which sleeps for the task's duration, and `echo`.
+    Without --role, it serves the roles of the application's tasks. A first SIGTERM or Ctrl-C lets running tasks finish
+    within --grace; a second one gives them back at once.
     """
     from rq_ceylon.errors import InvalidInputError
     from rq_ceylon.handlers import Registry

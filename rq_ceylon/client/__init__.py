@@ -1,9 +1,10 @@
 """
-Submits work and follows it.
+Submits tasks and groups, and follows them.
 
-`session` is the connection that all share; `staging` turns tasks and groups into what is sent, `submission` sends
-groups, `rolling` single tasks; `following` waits, `waits` says why tasks do; `handles` are what a submission gives;
-`client` is the door to all, and `sync` the same without await.
+`session` holds the connection that all parts share. `staging` turns tasks and groups into the form in which they are
+sent; `submission` sends groups, `rolling` single tasks. `following` waits for tasks and groups, `waits` explains why
+tasks wait. A submission returns one of the `handles`. `client` is the entry to all of this, and `sync` the same without
+await.
 """
 
 from rq_ceylon.client.client import Client

@@ -1,5 +1,5 @@
 """
-The door: submits tasks and groups, and finds them again.
+The client: submits tasks and groups, and finds them again.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ LONG_DELAY_MS = 600_000
 
 class Client(Session):
     """
-    A producer's connection to Redis: submits work, and follows it.
+    A connection to Redis that submits tasks and groups, and follows them.
 
         async with app.client() as client:
             run = await client.submit(TaskGroup("thumbnails", tasks, goal="completed >= 95%"))
             print(await run.wait("goal"))
 
-    Concurrent submissions and waits share their round trips, so one client serves as many of them as you like. It
-    belongs to one event loop and one process; `app.sync_client()` is the same without await, for any thread.
+    Concurrent submissions and waits share their round trips, so one client serves any number of them. It belongs to one
+    event loop and one process; `app.sync_client()` is the same without await, for any thread.
 
     Args:
-        url: where Redis is.
-        namespace: keeps applications on one Redis apart.
-        registry: handlers known here: the arguments of their tasks are checked before anything is sent, and their
-            results come back as the annotated type.
+        url: URL of Redis.
+        namespace: keeps applications that share one Redis apart.
+        registry: handlers known here. The arguments of their tasks are checked before anything is sent, and their
+            results are converted to the annotated type.
     """
 
     def __init__(self, url: str, *, namespace: str = "ceylon", registry: Registry | None = None) -> None:
@@ -55,10 +55,10 @@ class Client(Session):
 
     async def open(self) -> Self:
         """
-        Connect, and refuse a server that is not fit.
+        Connect, and refuse an unsuitable server.
 
         Raises:
-            RedisError: not reachable (nothing is retried), or too old, evicting, or of another kind.
+            RedisError: Redis is not reachable (the client does not retry), too old, evicting, or of another kind.
         """
         try:
             await self.connect()
@@ -70,7 +70,8 @@ class Client(Session):
 
     async def close(self) -> None:
         """
-        Send what is on its way and disconnect. Submitted work goes on; who still waits for it here gets an error.
+        Finish the submissions under way and disconnect. Submitted tasks go on; calls that still wait for them here
+        raise an error.
         """
         for rolling in self._rolling.values():
             await rolling.close()
@@ -95,21 +96,22 @@ class Client(Session):
         self, work: Task | TaskGroup, *, require_workers: bool = False, durability: Durability = "none"
     ) -> TaskHandle[Any] | GroupHandle:
         """
-        Hand over a task or a group; returns once Redis has it.
+        Submit a task or a group; returns once Redis has it.
 
         Args:
-            require_workers: refuse if a role has no live worker.
-            durability: `replica` returns once a replica of its server has it too, `fsync` once it is in the append-only
-                file on the disk (Redis or Valkey 7.2); both wait for up to 5 s. Single tasks that are submitted
-                meanwhile share the next wait. Entries of roles are not waited for: they are put back from the group.
+            require_workers: refuse the submission if a role has no live worker.
+            durability: `replica` returns once a replica of the server has the submission too, `fsync` once it is in the
+                append-only file on the disk (Redis or Valkey 7.2). Both wait for up to 5 s. Single tasks submitted
+                meanwhile share the next wait. The wait does not cover entries of roles, since these are put back from
+                the group.
 
         Raises:
-            InvalidInputError: something in it cannot be used; nothing was written.
+            InvalidInputError: something in the task or group cannot be used; nothing was written.
             GoalImpossibleError: a goal could hold in no outcome; nothing is kept.
-            GroupExistsError: its key was used for other content.
+            GroupExistsError: the key was used for other content.
             NoWorkerError: see `require_workers`; nothing was written.
             QueueFullError: Redis is at its memory limit.
-            DurabilityError: see `durability`; nothing was written if its `id` is empty.
+            DurabilityError: see `durability`; if its `id` is empty, nothing was written.
             ConnectionLostError: no answer for 5 s. Submitting again is safe for a group with a key.
         """
         self.check_owner()
@@ -137,10 +139,10 @@ class Client(Session):
     # ---- look up -----------------------------------------------------------------------------------------------------
     def task(self, task_id: str) -> TaskHandle[Any]:
         """
-        A task by its id, `<group>/<task>`, as handles and views give it, from any process. Asks nothing of Redis.
+        The handle of a task, made from its id, `<group>/<task>`, in any process. Does not ask Redis.
 
         Raises:
-            InvalidInputError: it is no such id.
+            InvalidInputError: it cannot be the id of a task.
         """
         gid, _, tid = task_id.partition("/")
         if not gid or not tid:
@@ -151,7 +153,7 @@ class Client(Session):
 
     def group(self, gid: str) -> GroupHandle:
         """
-        A group by its id, from any process. Asks nothing of Redis.
+        The handle of a group, made from its id, in any process. Does not ask Redis.
 
         Raises:
             InvalidInputError: it cannot be the id of a group.
@@ -171,14 +173,13 @@ class Client(Session):
         return await queries.workers(self.connection, self.keys)
 
     async def roles(self) -> list[RoleView]:
-        """
-        All roles ever used, as they stand.
-        """
+        """The current state of all roles that were ever used."""
         return await queries.roles(self.connection, self.keys)
 
     async def pause_role(self, role: str) -> None:
         """
-        Deliver nothing of a role, of whatever group, until `resume_role`; what its workers have is finished.
+        Deliver no more tasks of a role, of whatever group, until `resume_role`. Tasks that its workers already have are
+        finished.
         """
         await self.call(transitions.pause_role(self.keys, check_id(role, "role")))
 
@@ -187,9 +188,9 @@ class Client(Session):
 
     async def set_lease(self, role: str, lease: Duration) -> float:
         """
-        Put another lease in force in a role whose workers are running: how long one that stops responding keeps its
-        tasks. Workers hear of it within 10 s; until 30 s have passed, or the new lease, no task changes hands. Returns
-        the lease that was in force, in seconds.
+        Change the lease of a role whose workers are running: how long a worker that stops responding keeps its tasks.
+        Workers learn of the change within 10 s. Until 30 s have passed, or the new lease if that is longer, no task is
+        taken from a worker. Returns the previous lease, in seconds.
 
         Raises:
             InvalidInputError: a bad role, or not a duration of 100 ms or more.

@@ -1,8 +1,8 @@
 """
-Waits for groups and their tasks, however many wait, with one reader per group.
+Waits for groups and their tasks. All waiters of a group share one reader.
 
-A notification says only "look now", and Redis may be away, or come back without its data: so a reader looks by itself
-every few seconds, begins anew after a lost connection, and tells everybody if the group is gone.
+A notification says only "look now", and Redis may be away, or come back without its data. So a reader looks by itself
+every few seconds, starts over after a lost connection, and tells all its waiters if the group is gone.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from rq_ceylon.store.keys import Keys
 log = logging.getLogger("rq_ceylon")
 
 NO_WORKER_S = 10.0
-"""How long a client waits before it asks whether tasks that have not begun have a worker, and tells `Warn` if not."""
+"""How long a client waits before it checks whether tasks that have not started have a worker; it warns if not."""
 
 REMIND_TASKS_MAX = 1000
 RESULTS_PER_READ = 500
 
 FEW = 100
-"""Up to so many results are simply read at every look, which is cheaper than reading the events that name them."""
+"""Up to this many results are read at every look, which is cheaper than reading the events that name them."""
 
 CLOSED = (GroupStatus.CLOSING, GroupStatus.FINISHED)
 RECONNECT_S = 0.2
@@ -40,9 +40,7 @@ Warn = Callable[[Collection[tuple[str, str]]], Awaitable[None]]
 
 
 class Following:
-    """
-    The readers of one client: one per group that somebody waits for.
-    """
+    """The readers of one client: one per group that has waiters."""
 
     def __init__(self, connection: Connection, keys: Keys, hub: EventHub, warn: Warn) -> None:
         self._readers: set[asyncio.Task[None]] = set()
@@ -51,9 +49,7 @@ class Following:
 
     @contextmanager
     def follow(self, gid: str) -> Iterator[Follower]:
-        """
-        The reader of a group, shared with all others who wait for it; it ends with the last of them.
-        """
+        """Share the reader of a group with all its other waiters; it ends with the last of them."""
         follower = self._followers.get(gid)
         if follower is None:
             follower = self._followers[gid] = Follower(gid, *self._shared)
@@ -67,9 +63,7 @@ class Following:
                 follower.wake()
 
     async def close(self) -> None:
-        """
-        End all, also those that are about to end by themselves: none may use the connection after this.
-        """
+        """End all readers, also those about to end by themselves: none may use the connection after this."""
         for follower in self._followers.values():
             follower.close()
         for reader in self._readers:
@@ -79,7 +73,7 @@ class Following:
 
 class Follower:
     """
-    Reads the events of one group for all who wait for it: each event once, and the results that somebody waits for.
+    Reads the events of one group for all its waiters: each event once, and only the results that one waits for.
     """
 
     def __init__(
@@ -103,13 +97,13 @@ class Follower:
         self._created_ms: int | None = None
         self._closed = False
 
-    # ---- who waits ---------------------------------------------------------------------------------------------------
+    # ---- waiters -----------------------------------------------------------------------------------------------------
     async def result(self, tid: str) -> TaskResult:
         """
-        The result of a task, once it has ended.
+        Wait for the result of a task.
 
         Raises:
-            NotFoundError: the group or the task is not, or no longer, known.
+            NotFoundError: the group or the task is not known, or no longer.
         """
         future: asyncio.Future[TaskResult] = asyncio.get_running_loop().create_future()
         self._results.setdefault(tid, []).append(future)
@@ -126,10 +120,10 @@ class Follower:
 
     async def change(self, seen: GroupView | None) -> GroupView:
         """
-        The group, once it is no longer as it was seen.
+        Wait until the group differs from `seen`, and return it.
 
         Raises:
-            NotFoundError: the group is not, or no longer, known.
+            NotFoundError: the group is not known, or no longer.
         """
         future: asyncio.Future[GroupView] = asyncio.get_running_loop().create_future()
         self._changes[future] = seen
@@ -162,7 +156,7 @@ class Follower:
         try:
             async with self._hub.watch(self._gid) as self._watch:
                 await self._read_on(self._watch)
-        except Exception as error:  # whatever it is, it must not leave anybody waiting
+        except Exception as error:  # of any kind: else the waiters would wait for ever
             self._fail(error)
 
     async def _read_on(self, watch: Watch) -> None:
@@ -188,8 +182,8 @@ class Follower:
 
     async def _look(self, *, fresh: bool) -> None:
         """
-        Ask for what is newly waited for, and for what has ended by the events since the last look; for everything, if
-        that is little, or the look is a fresh one.
+        Read the results that have new waiters, and those of tasks that ended according to the events since the last
+        look. Read all results instead if there are few, or if the look is a fresh one.
         """
         new, self._new = self._new, set()
         doubtful = fresh or bool(new)
@@ -208,7 +202,7 @@ class Follower:
 
     async def _ask(self, tids: Sequence[str], *, doubtful: bool = False) -> GroupView:
         """
-        Tell those who wait for these tasks what has become of them. Returns the group as it was before.
+        Give the results of these tasks to their waiters. Returns the group as it was before that.
         """
         view = None
         for first in range(0, len(tids) or 1, RESULTS_PER_READ):
@@ -234,7 +228,7 @@ class Follower:
             if self._created_ms is None:
                 raise
             raise self._lost() from None
-        # A key gives the same id again, so the group may be there anew: another one, whose events begin at 1.
+        # A key always gives the same id, so this may be a new group under the old id, whose events begin at 1.
         if self._created_ms not in (None, seen[0].created_ms):
             raise self._lost()
         self._created_ms = seen[0].created_ms
@@ -247,9 +241,7 @@ class Follower:
         )
 
     async def _ended(self, last: int) -> set[str]:
-        """
-        The tasks in the events up to this number that were not yet read.
-        """
+        """The tasks named by the events, up to this number, that were not read yet."""
         ended: set[str] = set()
         async for batch in queries.new_events(self._connection, self._keys, self._gid, self._seq, last):
             ended.update(task.tid for event in batch for task in event.tasks)
@@ -258,11 +250,11 @@ class Follower:
 
     async def _remind(self, waited: set[str]) -> None:
         """
-        Tell the roles and names of what has been waited for a while and has not begun; of a big group, of some of its
-        tasks.
+        Warn of the roles and names of tasks that have waiters for a while and have not started; in a big group, of some
+        of its tasks.
         """
         stuck = list(islice((tid for tid in self._results if tid in waited), 20))
-        with suppress(CeylonError):  # the next look will meet it too
+        with suppress(CeylonError):  # the next look will raise it too
             tasks = await queries.some_tasks(self._connection, self._keys, self._gid, stuck)
             if self.holders > sum(map(len, self._results.values())):
                 async for task in queries.tasks(self._connection, self._keys, self._gid):
@@ -290,4 +282,4 @@ class Follower:
 
 
 def _closed_words() -> CeylonError:
-    return CeylonError("the client was closed; what was waited for goes on")
+    return CeylonError("the client was closed while this waited; the submitted tasks go on")

@@ -1,5 +1,6 @@
 """
-What a submission gives: a task or group to wait for, look at and cancel. Also made from an id, in any process.
+Handles of tasks and groups: to wait for them, view them and cancel them. A submission returns one; one can also be made
+from an id, in any process.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ class TaskHandle(Generic[R]):
     """
     A submitted task.
 
-    `await handle.result(timeout=30)` gives what its handler returned, or raises what became of it; `status()` and
-    `view()` look at it as it stands, `cancel()` ends it. Its `id` is good in any process: `client.task(id)`.
+    `await handle.result(timeout=30)` returns the value that the handler returned, or raises if the task failed or was
+    cancelled. `status()` and `view()` return the current state, `cancel()` ends the task. The `id` is valid in any
+    process: `client.task(id)`.
 
-    Waiting survives a restart of Redis. Any number of handles may be waited for at once; those of one group share their
-    reads. After 10 s the standard library's logger `rq_ceylon` warns of a role that no worker serves; a program that
-    sets up no logging shows it on stderr.
+    A wait survives a restart of Redis. You may wait for any number of handles at once; those of one group share their
+    reads. After 10 s, a role that no worker serves is named in a warning of the standard library's logger `rq_ceylon`;
+    a program that does not configure logging shows it on stderr.
     """
 
     def __init__(self, session: Session, gid: str, tid: str, handler: Handler[..., R] | None = None) -> None:
@@ -45,23 +47,22 @@ class TaskHandle(Generic[R]):
         return f"<TaskHandle {self.id}>"
 
     def through(self, session: Session) -> TaskHandle[R]:
-        """
-        The same task, by another client.
-        """
+        """A handle of the same task that uses another client."""
         return TaskHandle(session, self._gid, self._tid, self._handler)
 
     async def result(self, timeout: float | None = None) -> R:
         """
-        What the handler returned, once the task has completed; of the annotated type if the handler is known here.
+        Wait until the task has completed, and return the value that the handler returned; it has the annotated type if
+        the handler is known here.
 
         Args:
             timeout: seconds; None waits as long as it takes.
 
         Raises:
-            TaskFailedError: it failed; the remote traceback is with it.
-            TaskCancelledError: it was cancelled, or its group closed before it started.
-            WaitTimeoutError: not within `timeout` seconds; the task goes on.
-            NotFoundError: the task is not, or no longer, known.
+            TaskFailedError: the task failed; the error carries the remote traceback.
+            TaskCancelledError: the task was cancelled, or its group closed before it started.
+            WaitTimeoutError: the task has not ended within `timeout` seconds; it goes on.
+            NotFoundError: the task is not known, or no longer.
         """
         try:
             with self._session.follow(self._gid) as follower:
@@ -85,10 +86,10 @@ class TaskHandle(Generic[R]):
 
     async def view(self) -> TaskView:
         """
-        The task as it stands.
+        The current state of the task.
 
         Raises:
-            NotFoundError: the task is not, or no longer, known.
+            NotFoundError: the task is not known, or no longer.
         """
         return await queries.task(self._session.connection, self._session.keys, self._gid, self._tid)
 
@@ -97,14 +98,14 @@ class TaskHandle(Generic[R]):
 
     async def cancel(self) -> str:
         """
-        Cancel it: at once if it has not started (`cancelled`), by asking its worker if it runs (`stopping`); `ended` if
-        it is over.
+        Cancel the task. Returns `cancelled` if it had not started, `stopping` if it runs and its worker was asked to
+        stop it, and `ended` if it had already ended.
         """
         cancel = transitions.cancel_tasks(self._session.keys, self._gid, [self._tid])
         ((_, *words),) = await self._session.call([cancel])
         if len(words) < 2 or words[1] == "unknown":
             raise NotFoundError(f"task {self.id} is not known; it was never submitted, or its group was pruned")
-        if words[1] != "stopping":  # "ended" too: the answer that it is cancelled may be lost
+        if words[1] != "stopping":  # "ended" too: perhaps an earlier answer, that it is cancelled, was lost
             await self._session.relay(self._gid)
         return str(words[1])
 
@@ -113,14 +114,14 @@ class GroupHandle:
     """
     A submitted group.
 
-    `await run.wait("goal")` returns once its goals are settled, `wait("all")` once it has finished. `progress()` gives
-    the group after every change, `events()` every state change, `results()` each task's result as it ends; all three
-    end with the group. `tasks()` lists its tasks, `task(id)` is the handle of one, `cancel()` ends the group.
+    `await run.wait("goal")` returns once the goals are settled, `wait("all")` once the group has finished. `progress()`
+    yields the group after every change, `events()` every state change, `results()` each task's result as it ends; all
+    three end with the group. `tasks()` lists its tasks, `task(id)` is the handle of one, `cancel()` ends the group.
 
     Attributes:
-        id: good in any process: `client.group(id)`.
-        name: as submitted; empty for a handle made from an id.
-        repeated: its key was known with the same content, so nothing was written.
+        id: valid in any process: `client.group(id)`.
+        name: the submitted name; empty for a handle made from an id.
+        repeated: the same content had been submitted under this key before, so nothing was written.
     """
 
     def __init__(self, session: Session, gid: str, *, name: str = "", repeated: bool = False) -> None:
@@ -130,14 +131,12 @@ class GroupHandle:
         return f"<GroupHandle {self.id} {self.name!r}>"
 
     def through(self, session: Session) -> GroupHandle:
-        """
-        The same group, by another client.
-        """
+        """A handle of the same group that uses another client."""
         return GroupHandle(session, self.id, name=self.name, repeated=self.repeated)
 
     def task(self, tid: str) -> TaskHandle[Any]:
         """
-        A task of this group, by its id in the group or by the one that is good everywhere. Asks nothing of Redis.
+        The handle of a task of this group, made from its id, with or without the group. Does not ask Redis.
 
         Raises:
             InvalidInputError: it cannot be the id of a task of this group.
@@ -146,20 +145,20 @@ class GroupHandle:
 
     async def view(self) -> GroupView:
         """
-        The group as it stands.
+        The current state of the group.
 
         Raises:
-            NotFoundError: the group is not, or no longer, known.
+            NotFoundError: the group is not known, or no longer.
         """
         return await queries.group(self._session.connection, self._session.keys, self.id)
 
     async def wait(self, until: Literal["goal", "all"] = "goal", timeout: float | None = None) -> GroupView:
         """
-        Until every goal is settled (without goals: the group has finished), or, with `all`, until it has finished.
+        Wait until every goal is settled; with `all`, or if the group has no goals, until the group has finished.
 
         Raises:
-            WaitTimeoutError: not within `timeout` seconds; the group goes on.
-            NotFoundError: the group is not, or no longer, known.
+            WaitTimeoutError: this has not happened within `timeout` seconds; the group goes on.
+            NotFoundError: the group is not known, or no longer.
         """
         view: GroupView | None = None
         try:
@@ -174,10 +173,10 @@ class GroupHandle:
 
     async def progress(self) -> AsyncIterator[GroupView]:
         """
-        The group now, and after every change, until it has finished.
+        Yield the group now and after every change, until it has finished.
 
         Raises:
-            NotFoundError: the group is not, or no longer, known.
+            NotFoundError: the group is not known, or no longer.
         """
         with self._session.follow(self.id) as follower:
             view = await follower.change(None)
@@ -188,11 +187,11 @@ class GroupHandle:
 
     async def events(self, start: int = 1) -> AsyncIterator[Event]:
         """
-        Every event from number `start` on, until the group has finished.
+        Yield every event from number `start` on, until the group has finished.
 
         Raises:
-            NotFoundError: the group is not, or no longer, known.
-            ConnectionLostError: Redis went away while they were read; go on from the next number.
+            NotFoundError: the group is not known, or no longer.
+            ConnectionLostError: Redis went away while the events were read; go on from the next number.
         """
         seq, connection, keys = start - 1, self._session.connection, self._session.keys
         async for view in self.progress():
@@ -205,11 +204,12 @@ class GroupHandle:
 
     async def results(self) -> AsyncIterator[TaskResult]:
         """
-        Every task's result as it ends, until the group has finished; those cancelled by its closing come last.
+        Yield each task's result as it ends, until the group has finished. Tasks that were cancelled because the group
+        closed come last.
 
         Raises:
-            NotFoundError: the group is not, or no longer, known; what was given so far may not be all.
-            ConnectionLostError: Redis went away while they were read; begin again.
+            NotFoundError: the group is not known, or no longer; results may be missing.
+            ConnectionLostError: Redis went away while the results were read; start again.
         """
         told: set[str] = set()
         connection, keys = self._session.connection, self._session.keys
@@ -221,64 +221,56 @@ class GroupHandle:
         async for task in self.tasks():
             if task.result is not None and task.task_id not in told:
                 yield task.result
-        await self.view()  # had it gone meanwhile, these would not be all
+        await self.view()  # raises if the group has gone meanwhile, since results would be missing then
 
     async def tasks(self) -> AsyncIterator[TaskView]:
         """
-        All tasks, each once, those still open first; as they stand, so two may be of different moments.
+        Yield each task once, open tasks first. Each is read when its turn comes, so two tasks may show different
+        moments.
         """
         async for task in queries.tasks(self._session.connection, self._session.keys, self.id):
             yield task
 
     async def cancel(self) -> str:
         """
-        End the group: what has not started is cancelled, what runs is asked to stop. Returns the group's status.
+        End the group: tasks that have not started are cancelled, running tasks are asked to stop. Returns the group's
+        status.
         """
         return await self._control(transitions.cancel_group(self._session.keys, self.id))
 
     async def pause(self) -> str:
-        """
-        Start nothing more; what runs goes on, and so do deadlines. Returns the group's status.
-        """
+        """Start no further task; running tasks and deadlines go on. Returns the group's status."""
         return await self._control(transitions.pause_group(self._session.keys, self.id))
 
     async def resume(self) -> str:
-        """
-        Go on after `pause`. Returns the group's status.
-        """
+        """Resume after `pause`. Returns the group's status."""
         return await self._control(transitions.resume_group(self._session.keys, self.id))
 
     async def _control(self, call: Call) -> str:
         (reply,) = await self._session.call([call])
         if reply[0] == "GONE":
             raise NotFoundError(f"group {self.id} is not known; it was never submitted, or it was pruned")
-        # What follows from it: tasks that may go on, messages to groups that depend on it.
+        # Hand over what follows from the change: tasks that may go on, messages to groups that depend on this one.
         await self._session.relay(self.id)
         return str(reply[1])
 
 
 def is_over(view: GroupView, until: Literal["goal", "all"]) -> bool:
-    """
-    Is what was waited for there?
-    """
+    """Whether a wait for `until` is over."""
     if until == "all" or not view.goals:
         return view.is_finished
     return all(goal.status.is_final for goal in view.goals)
 
 
 def not_over(gid: str, view: GroupView | None, until: Literal["goal", "all"]) -> str:
-    """
-    What was waited for in vain, in words.
-    """
+    """Say in words what has not happened yet."""
     if until == "goal" and view is not None and view.goals:
         return f"the goals of group {gid} have not settled"
     return f"group {gid} has not finished"
 
 
 def succeeded(view: GroupView) -> bool:
-    """
-    Were the goals achieved or, without goals, every task completed?
-    """
+    """Whether the goals were achieved or, without goals, every task completed."""
     if view.goals:
         return all(goal.status is GoalStatus.ACHIEVED for goal in view.goals)
     return view.outcome == "completed"

@@ -1,6 +1,6 @@
 """
-Sends single tasks. They share *rolling groups*: one submission is in flight at a time, and what is submitted meanwhile
-goes with the next, so that many cost little.
+Sends single tasks. They share *rolling groups*: one submission is in flight at a time, and tasks submitted meanwhile go
+with the next, so that many tasks share a round trip.
 """
 
 from __future__ import annotations
@@ -26,18 +26,16 @@ from rq_ceylon.store.transitions import GroupFacts, Page, PageAck, StagedTask
 log = logging.getLogger("rq_ceylon")
 
 ROLLING_TASKS_MAX, ROLLING_S = 1000, 60.0
-"""A group takes no more tasks once it has so many, or is so old."""
+"""A group takes no more tasks once it has this many, or is this old."""
 
 ACKNOWLEDGED_S = 1.0
-"""So long the acknowledgement of what was enqueued waits for a submission to go with: far less than a relay waits."""
+"""How long an acknowledgement of enqueued pages waits for a submission to go with: far less than a relay waits."""
 
 FACTS = GroupFacts(name="single tasks", retention_ms=3_600_000)
 
 
 class _Waiting(NamedTuple):
-    """
-    A task to be sent, who hears its ids, and since when (monotonic seconds) it waits.
-    """
+    """A task to be sent, the future that gets its ids, and since when (monotonic seconds) it waits."""
 
     task: ReadyTask
     ids: asyncio.Future[tuple[str, str]]
@@ -46,9 +44,7 @@ class _Waiting(NamedTuple):
 
 @dataclass
 class _Group:
-    """
-    The group that tasks go to at present. Nobody else writes it: its id comes from the system's randomness.
-    """
+    """The group that tasks go to now. Only this client writes it, since its id comes from the system's randomness."""
 
     gid: str = field(default_factory=new_id)
     part: int = 0
@@ -58,9 +54,7 @@ class _Group:
 
 
 class Rolling:
-    """
-    The single tasks of one client on their way.
-    """
+    """Sends the single tasks of one client."""
 
     def __init__(self, session: Session, durability: Durability = "none") -> None:
         self._session, self._durability = session, durability
@@ -75,18 +69,14 @@ class Rolling:
         self._ageing: asyncio.TimerHandle | None = None
 
     async def submit(self, task: ReadyTask) -> tuple[str, str]:
-        """
-        Returns the ids of its group and of the task once Redis has it, and its role too.
-        """
+        """Send a task. Returns the ids of its group and of the task once Redis has it, and its role too."""
         ids: asyncio.Future[tuple[str, str]] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Waiting(task, ids, time.monotonic()))
         self._wake()
         return await ids
 
     async def close(self) -> None:
-        """
-        Send what is on its way, and seal.
-        """
+        """Finish the submissions under way, and seal the group."""
         if self._pump is not None:
             await asyncio.gather(self._pump, return_exceptions=True)
         if self._tidying is not None:
@@ -109,14 +99,14 @@ class Rolling:
             batch = self._next_batch()
             try:
                 await self._turn(batch)
-            except Exception as error:  # whatever it is, it must not leave anybody waiting
+            except Exception as error:  # of any kind: else the submitters would wait for ever
                 for waiting in batch:
                     _refuse(waiting, error)
                 if not batch:
-                    log.warning("Left to maintenance: %s", error)
+                    log.warning("Acknowledging and sealing groups of single tasks is left to maintenance: %s", error)
                 self._acks, self._to_seal = [], []
                 self._renew()
-            # Who was answered just now and submits again at once shares the next round trip.
+            # Let callers that were answered just now submit again at once, so that they share the next round trip.
             await asyncio.sleep(0)
             if not self._waiting and not self._to_seal:
                 break
@@ -132,7 +122,7 @@ class Rolling:
 
     async def _turn(self, batch: list[_Waiting]) -> None:
         """
-        Acknowledge what the turns before enqueued, and send the next part, with its entries right behind it.
+        Acknowledge the pages that earlier turns enqueued, and send the next part with its entries right behind it.
         """
         keys, group = self._session.keys, self._group
         acks = self._take_acks()
@@ -208,8 +198,9 @@ class Rolling:
 
     def _expected(self, gid: str, tasks: Sequence[StagedTask], batch: Sequence[_Waiting]) -> list[Page]:
         """
-        What the group will answer with for what is due now, of each role on its own node: that is enqueued without
-        waiting for the answer, as the node runs one after the other. If the part is refused, the claim finds no task.
+        Foresee the pages that the group will return for tasks that are due now, for each role on the group's own node.
+        They are enqueued without waiting for the answer, since a node runs calls in order. If the part is refused, the
+        claim finds no task.
         """
         if self._durability != "none":
             return []  # these go by another connection, which may know other owners of the slots
@@ -241,14 +232,12 @@ class Rolling:
     def _unconfirmed(self, why: str, task_id: str) -> DurabilityError:
         return DurabilityError(
             f"durability: {self._durability!r} is not confirmed ({why}): the task was accepted as {task_id} and runs, "
-            "but a crash of Redis may lose it; see what becomes of it before you submit it again",
+            "but a crash of Redis may lose it; check its outcome before you submit it again",
             task_id,
         )
 
     def _retire(self) -> None:
-        """
-        Seal the group for its age, used or not.
-        """
+        """Seal the group because of its age, used or not."""
         self._to_seal.append(self._renew().gid)
         self._wake()
 

@@ -1,5 +1,6 @@
 """
-What all parts of a client share: where Redis is, one connection, one ear for events, and who may use them.
+The part of a client that all others share: the URL of Redis, one connection, one subscription to events, and the check
+that they are used only by the process and event loop that opened them.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from rq_ceylon.store.scripts import Call, command
 
 log = logging.getLogger("rq_ceylon")
 """A client's messages go through the standard library's logging: Python prints its warnings to stderr even in a program
-that has not configured logging, so its user learns why it waits."""
+that has not configured logging, so its user learns why the program waits."""
 
 ANSWER_S = 5.0
 """How long a call is repeated while Redis does not answer, and how long one answer may take."""
 
 WARN_AGAIN_S = 60.0
-"""A role, or a name, that no worker serves is named in a warning this often at most, however many wait for it."""
+"""How often at most a warning names a role, or a name, that no worker serves, however many tasks wait for it."""
 
 
 class Session:
@@ -59,18 +60,19 @@ class Session:
     def connection(self) -> Connection:
         """
         Raises:
-            CeylonError: not open, or of another process or loop: the words of two on one connection would mix.
+            CeylonError: the client is not open, or belongs to another process or loop. If two used one connection,
+                their calls would mix.
         """
         self.check_owner()
         return self._connection
 
     async def connect(self) -> None:
         """
-        Does nothing but check again if it is open here.
+        Connect and check the server; if the client is already open here, only check it again.
 
         Raises:
-            RedisError: not reachable (nothing is retried), or too old, evicting, or of another kind.
-            CeylonError: it was closed, or is open in another process or loop.
+            RedisError: Redis is not reachable (nothing is retried), too old, evicting, or of another kind.
+            CeylonError: the client was closed, or is open in another process or loop.
         """
         if self._owner is not None or self._was_closed:
             self.check_owner()
@@ -78,9 +80,7 @@ class Session:
         await self.connection.check()
 
     async def disconnect(self) -> None:
-        """
-        Who still waits gets an error.
-        """
+        """Close all connections. Calls that still wait raise an error."""
         self._owner, self._was_closed = None, True
         await self._following.close()
         await self.hub.close()
@@ -103,12 +103,12 @@ class Session:
 
     async def relay(self, gid: str, *, again: bool = False, meet: bool = False) -> None:
         """
-        Hand over at once what follows from a change of a group. Redis has that change, so this raises nothing: what
-        cannot be handed over within 5 s is left to maintenance.
+        Hand over at once the pages that follow from a change of a group. Redis has recorded the change, so this raises
+        nothing: pages that cannot be handed over within 5 s are left to maintenance.
 
         Args:
-            again: the change was made before, and the answer with what follows may be lost.
-            meet: it depends on other groups, which are asked first, so that they tell it at once.
+            again: the change was made before, and the answer with its pages may have been lost.
+            meet: the group depends on others. Ask those first, so that they tell the group at once if they have ended.
         """
 
         async def hand_over() -> None:
@@ -121,7 +121,7 @@ class Session:
         try:
             await until_answered(self.url, hand_over, self.answer_s)
         except CeylonError as error:
-            log.warning("What follows in group %s is left to maintenance: %s", gid, error)
+            log.warning("The next tasks of group %s are left to maintenance to hand over: %s", gid, error)
 
     async def send_part(
         self,
@@ -136,19 +136,20 @@ class Session:
         limit_s: float | None = None,
     ) -> tuple[list[Any], str]:
         """
-        Announce a group and send a part of it. Returns the replies of `before`, of the part and of `behind`, and why it
-        is not confirmed what the group has so far ('': it is).
+        Announce a group and send a part of it. Returns the replies of `before`, of the part and of `behind`, and why
+        the group as sent so far is not confirmed to be durable ('' if it is, or need not be).
 
         Args:
-            roles: to announce with the group; None: it was announced with all of them, and its entry in the index
-                confirmed.
-            before: calls that ride along.
+            roles: the roles to announce with the group. None: all its roles were announced before, and its entry in the
+                index is confirmed.
+            before: further calls to send ahead of the part.
             behind: calls that follow the part, and may be refused; their errors are among the replies.
-            again: announce it behind the part too: maintenance may just be dropping an older group of its key.
-            limit_s: seconds until it gives up, None: 5; a confirmation takes longer by what it waits for.
+            again: announce the group after the part too, since maintenance may just be removing an older group of the
+                same key.
+            limit_s: seconds until this gives up; default: 5. A confirmation adds the time that it may take.
 
         Raises:
-            CeylonError: a child process of `cpu=True` tasks imports a script, which is not to submit again.
+            CeylonError: a child process of `cpu=True` tasks is importing a script, which must not submit again.
         """
         refuse_while_loading("submit")
         announce = [] if roles is None else transitions.announce(self.keys, gid, roles, durability=durability)
@@ -169,20 +170,22 @@ class Session:
                 if isinstance(reply, CeylonError) and (needed or not isinstance(reply, QueueFullError)):
                     raise reply
         if any(isinstance(reply, CeylonError) for reply in announced):
-            # At the memory limit one call is refused and the next is not. What was accepted must be found.
+            # At the memory limit, one call may be refused and the next accepted. An accepted group must be in the
+            # index, or maintenance would not find it.
             await self.call(transitions.announce(self.keys, gid, roles or (), insisting=True))
         return replies[first : end + len(behind)], next((why for _, why in pairs if why), "")
 
     async def require_durable(self, durability: Durability, gid: str) -> None:
         """
         Raises:
-            DurabilityError: the server of this group, or of its entry in the index, cannot confirm.
+            DurabilityError: the server of this group, or that of its entry in the index, cannot confirm.
         """
         if durability == "none":
             return
         wanted = (self.keys.group_part(gid, "meta"), self.keys.index_of(gid))
         keys = {self.connection.node_of(key): key for key in wanted}
-        # While it loads its data, a server answers INFO as if it wrote no file. It refuses EXISTS, which is sent again.
+        # While a server loads its data, it answers INFO as if it wrote no file. But it refuses EXISTS, so the calls are
+        # sent again until it has loaded.
         calls = [call for key in keys.values() for call in (command("EXISTS", key), Call("", (key,), ("INFO",)))]
         for info in (await self.call(calls))[1::2]:
             if problem := unable(info, durability):
@@ -192,16 +195,14 @@ class Session:
                 )
 
     def follow(self, gid: str) -> AbstractContextManager[Follower]:
-        """
-        The one reader of a group's events that all waiters of this client share.
-        """
+        """Share the one reader of a group's events with all other waiters of this client."""
         self.check_owner()
         return self._following.follow(gid)
 
     # ---- who serves a role -------------------------------------------------------------------------------------------
     async def missing_roles(self, roles: Iterable[str]) -> list[str]:
         """
-        Return a sentence for each of `roles` that no live worker serves, with the nearest role that has one.
+        Return a sentence for each of `roles` that no live worker serves; it names the most similar role that has one.
         """
         return list((await self._missing(roles)).values())
 
@@ -216,8 +217,8 @@ class Session:
 
     async def unknown_names(self, names: Iterable[tuple[str, str]]) -> list[str]:
         """
-        Return a sentence for each (role, task name) that no live worker of the role knows, with the nearest name that
-        one knows. Roles that no worker serves are left out.
+        Return a sentence for each (role, task name) that no live worker of the role knows; it names the most similar
+        name that one knows. Roles that no worker serves are left out.
         """
         return list((await self._unknown(names)).values())
 
@@ -251,8 +252,6 @@ class Session:
 
 
 def missing_words(role: str, served: set[str]) -> str:
-    """
-    That no live worker serves a role, with the nearest of those that one does.
-    """
+    """Say that no live worker serves a role, and name the most similar role that one serves."""
     serve = f"workers serve: {', '.join(sorted(served))}" if served else "no worker is running"
     return f"no worker serves role {role!r} ({serve})" + guess(role, sorted(served), ask='; did you mean "{}"?')

@@ -1,5 +1,6 @@
 """
-Turns tasks and groups into what is sent. No I/O: all that can be refused without Redis is refused here.
+Turns tasks and groups into the form in which they are sent. No I/O: everything that can be refused without Redis is
+refused here.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ from rq_ceylon.values import BadValueError, JsonType
 
 def check_group(group: TaskGroup, registry: Registry | None = None) -> None:
     """
-    All that a submission checks before it sends, without Redis. Consumes `group.tasks` if that is an iterator.
+    Check everything that a submission checks before it sends, without Redis. Consumes `group.tasks` if it is an
+    iterator.
 
     Args:
         registry: handlers known here, which check the arguments of their tasks.
@@ -61,7 +63,7 @@ class StagedGroup:
 
     Attributes:
         gid: its id; the same for the same key.
-        roles, count: of the parts made so far.
+        roles, count: the roles and the number of tasks in the parts made so far.
     """
 
     def __init__(self, group: TaskGroup, registry: Registry | None, *, gid: str) -> None:
@@ -93,9 +95,7 @@ class StagedGroup:
         self._registry = registry
 
     def digest(self) -> bytes:
-        """
-        Of all but the tasks; the start of the chain of its parts' digests.
-        """
+        """The digest of everything but the tasks; the chain of the parts' digests starts with it."""
         facts = [self.facts.meta()[1::2], self.facts.programs(), list(self.facts.depends_on)]
         return hashlib.sha256(encode(facts)).digest()
 
@@ -137,11 +137,11 @@ class StagedGroup:
 
 class ReadyTask(NamedTuple):
     """
-    A task as it is sent, but for its id.
+    A task as it is sent, without its id.
 
     Attributes:
-        known: the text by which the same submission is known again, if that is another: without what `on_submit` hooks
-            added, which may differ each time.
+        known: the text that identifies a repeated submission, if it differs from `text`: without the metadata that
+            `on_submit` hooks added, which may differ each time.
         stream: the number of its priority.
     """
 
@@ -165,11 +165,11 @@ def stage(
     priority: Priority | str | None = None,
 ) -> ReadyTask:
     """
-    Check a task and pack it. What is None is taken from the group, then from the handler.
+    Check a task and pack it. A field that is None is taken from the group, then from the handler.
 
     Args:
         registry: handlers known here, which check the arguments of their tasks.
-        priority: the group's.
+        priority: the priority of the group.
 
     Raises:
         InvalidInputError: a field, or an argument, cannot be used.
@@ -238,7 +238,7 @@ def _check_text(text: object, where: str, most: int) -> None:
 
 def handler_of(task: Task, uses: str | None, registry: Registry | None) -> Handler[..., Any] | None:
     """
-    The handler that checks a task and whose rules hold: the one that bound it, else the one known here.
+    The handler that checks a task and whose rules apply: the one that bound it, else the one known here.
     """
     bound: Handler[..., Any] | None = task.handler
     if bound is not None and uses in (bound.name, *bound.aliases):
@@ -250,7 +250,7 @@ def _rules(
     handler: Handler[..., Any] | None, task: Task, defaults: Task, registry: Registry | None
 ) -> dict[str, float | int | None]:
     """
-    The rules of a handler that another application registered. One of this application is known to its workers.
+    The rules of a handler that another application registered. Workers know the rules of this application's handlers.
     """
     if handler is None or handler is not task.handler or (registry and registry.find(handler.name) is handler):
         return {}
@@ -311,17 +311,13 @@ def keyed_id(namespace: str, key: str) -> str:
 
 
 def new_id() -> str:
-    """
-    Sorts by time; its 50 random bits come from the system, so a copied process draws others.
-    """
+    """An id that sorts by time. Its 50 random bits come from the system, so a forked process draws others."""
     stamp = int(time.time() * 1000).to_bytes(6, "big")
     return base64.b32hexencode(stamp + os.urandom(7)).decode().rstrip("=").lower()[:20]
 
 
 def chain(digest: bytes, tasks: Sequence[StagedTask]) -> bytes:
-    """
-    The digest of all parts so far: a repeated part is known by it, and a key's content too.
-    """
+    """The digest of all parts so far. It identifies a repeated part, and the content submitted under a key."""
     longer = hashlib.sha256(digest)
     for task in tasks:
         longer.update(b"%b\0%b\0%b\0" % (task.tid.encode(), task.known or task.text, " ".join(task.needs).encode()))

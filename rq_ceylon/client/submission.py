@@ -1,5 +1,5 @@
 """
-Sends one group: staged in parts, one after another, and active with its last one, all or nothing.
+Sends one group, all or nothing: it is staged in parts, one after another, and becomes active with the last one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from rq_ceylon.store.transitions import StagedTask, SubmitReply
 async def check_known(session: Session, gids: Sequence[str], where: str) -> None:
     """
     Raises:
-        NotFoundError: one of these groups is not, or no longer, there.
+        NotFoundError: one of these groups is not known, or no longer.
     """
     async for gid, view in queries.views(session.connection, session.keys, gids):
         if view is None:
@@ -47,15 +47,15 @@ async def check_groups(
     durability: Durability = "none",
 ) -> None:
     """
-    Judge several groups before the first is sent, as `Client.submit` judges each. Their tasks are gone through.
+    Check several groups, as `Client.submit` checks each, before the first is sent. This iterates over their tasks.
 
     Args:
-        groups: each with the id it will have. Only those with a key keep that id; `depends_on` may name all.
+        groups: each with the id that it will have. Only groups with a key keep that id; `depends_on` may name all.
 
     Raises:
-        InvalidInputError: something in one of them cannot be used; or some were submitted before, under their keys, and
-            others have no key: these would run again.
-        NotFoundError: one depends on a group that is not known.
+        InvalidInputError: something in a group cannot be used; or some groups were submitted before, under their keys,
+            and others have no key, so they would run again.
+        NotFoundError: a group depends on one that is not known.
         GoalImpossibleError, GroupExistsError, NoWorkerError, DurabilityError: as `Client.submit`.
     """
     roles: set[str] = set()
@@ -99,9 +99,7 @@ def _impossible(staged: StagedGroup, name: str) -> GoalImpossibleError:
 
 
 class Submission:
-    """
-    One group on its way.
-    """
+    """Sends one group."""
 
     def __init__(self, session: Session, group: TaskGroup, durability: Durability = "none") -> None:
         self._session, self._key, self._durability = session, group.key, durability
@@ -116,9 +114,7 @@ class Submission:
         return self._staged.gid
 
     async def run(self, *, require_workers: bool) -> bool:
-        """
-        Send all; False if the same was submitted before, and nothing is changed.
-        """
+        """Send the group; returns False if the same group was submitted before, so that nothing was changed."""
         await self._session.require_durable(self._durability, self.gid)
         others = self._staged.facts.depends_on
         if others and not (self._key and await self._is_known()):
@@ -126,29 +122,27 @@ class Submission:
         try:
             reply = await self._send_all(require_workers=require_workers)
         except ConnectionLostError:
-            raise  # what is staged cannot be removed now; maintenance does it
+            raise  # the staged parts cannot be removed now; maintenance will do it
         except BaseException:
-            # Nothing half-written; but of a key another client may be staging the same: that one goes on, or the next
-            # submission does, or maintenance removes what is left.
+            # Leave nothing half-written. But under a key another client may be staging the same group: then that client
+            # or the next submission goes on, or maintenance removes what is left.
             if self._part and not self._key:
                 # In a task of its own: this one may be cancelled.
                 await asyncio.gather(asyncio.create_task(self._drop()), return_exceptions=True)
             raise
         await self._enqueue(reply)
         if self._unconfirmed:
-            again = f"key {self._key!r}: that waits anew" if self._key else "a key: without one it is another group"
+            again = f"key {self._key!r} to wait once more" if self._key else "a key: without one it is another group"
             raise DurabilityError(
                 f"durability: {self._durability!r} is not confirmed ({self._unconfirmed}): {self._staged.what} was "
                 f"accepted as {self.gid} and runs, but a crash of Redis may lose it; submit it again with {again}",
                 self.gid,
             )
-        # Without a key nobody else writes this group: its answer was lost, and it was sent again.
+        # Without a key only this client writes the group, so REPEAT means that an answer was lost and the part resent.
         return reply.word != "REPEAT" or not self._key
 
     async def _is_known(self) -> bool:
-        """
-        Whether the group of this key was submitted: then the groups that it waited for may be gone.
-        """
+        """Whether a group of this key was submitted before: then the groups that it waited for may be gone."""
         return any([view async for _, view in queries.views(self._session.connection, self._session.keys, [self.gid])])
 
     async def _send_all(self, *, require_workers: bool) -> SubmitReply:
@@ -191,8 +185,8 @@ class Submission:
                 raise InvalidInputError(f"{what}: two tasks have the id {reply.name!r}; ids are unique")
             case "REFUSED", _:
                 raise InvalidInputError(
-                    f"{what}: a task needs {reply.name!r}, which no earlier task has as its id; "
-                    "give it before the tasks that need it"
+                    f"{what}: a task needs {reply.name!r}, but no earlier task has that id; "
+                    "put it before the tasks that need it"
                 )
         raise RedisError(f"Redis lost earlier parts of {what} ({reply.word}); submit it again")
 
@@ -202,7 +196,7 @@ class Submission:
             view = await queries.group(self._session.connection, self._session.keys, self.gid)
             if view.status is GroupStatus.STAGING:
                 return (
-                    f"{words}, which has not come to its end: another client is still sending it, or gave up; "
+                    f"{words}, whose submission is not complete: another client is still sending it, or gave up; "
                     f"use another key, submit the same content, or remove it with: ceylon cancel {self.gid}"
                 )
         return f"{words}; {_SAME_CONTENT}"

@@ -34,7 +34,7 @@ T = TypeVar("T")
 _NOT_OPEN = "this client is not open, or was closed; use `with app.sync_client() as client`"
 
 OF_PARENTS: list[Any] = []
-"""What a forked child inherited and must neither use nor end."""
+"""Loops and clients that a forked child inherited and must neither use nor end."""
 
 
 class SyncClient:
@@ -45,9 +45,10 @@ class SyncClient:
             run = client.submit(TaskGroup("thumbnails", tasks))
             print(run.wait("all", timeout=600))
 
-    It is the same code on an event loop in a thread of its own: any number of threads may share one, also where an
-    event loop already runs, which a call blocks. After a fork the child connects anew. Methods, arguments and errors
-    are those of `Client`; `submit` returns once the role of a single task has it too, so the process may end at once.
+    It runs the same code on an event loop in a thread of its own. Any number of threads may share a client. A call made
+    within a running event loop blocks that loop. After a fork, the child opens a new connection. Methods, arguments and
+    errors are those of `Client`. When `submit` of a single task returns, its role has it too, so the process may end
+    right after.
     """
 
     def __init__(self, make: Callable[[], Client]) -> None:
@@ -58,7 +59,7 @@ class SyncClient:
 
     def open(self) -> Self:
         """
-        Connect; does nothing if it is open. A closed one may be opened again.
+        Connect; does nothing if the client is open. A closed client may be opened again.
 
         Raises:
             RedisError: as `Client.open`.
@@ -83,9 +84,7 @@ class SyncClient:
         return self
 
     def close(self) -> None:
-        """
-        May be called twice; does nothing in a forked child, whose parent owns the thread.
-        """
+        """Disconnect. May be called twice; does nothing in a forked child, since its parent owns the thread."""
         if self._loop is not None and self._pid == os.getpid():
             self.call(self.inner.close())
             self._inner = None
@@ -107,10 +106,10 @@ class SyncClient:
     @property
     def inner(self) -> Client:
         """
-        The client of this process: a new one after a fork, whose parent goes on with the one before.
+        The client of this process. A forked child gets a new one, and the parent keeps its own.
 
         Raises:
-            CeylonError: it was not opened, or was closed.
+            CeylonError: the client was not opened, or was closed.
         """
         if self._inner is None:
             raise CeylonError(_NOT_OPEN)
@@ -119,18 +118,14 @@ class SyncClient:
         return self._inner
 
     def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """
-        Run a coroutine of `inner`, or of a handle that goes through it.
-        """
+        """Run a coroutine of `inner`, or of a handle that uses it, and return its result."""
         if self._loop is None:
             coroutine.close()
             raise CeylonError(_NOT_OPEN)
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     def iterate(self, items: AsyncIterator[T]) -> Iterator[T]:
-        """
-        The items of an async iterator.
-        """
+        """Yield the items of an async iterator."""
         refuse_to_block("following a group", "`async for` with a client of `async with app.client()`")
         end = object()
 
@@ -188,7 +183,8 @@ class SyncClient:
 
 class SyncTaskHandle(Generic[R]):
     """
-    `TaskHandle` without await: a submitted task to wait for, look at and cancel. `id` is good in any process.
+    `TaskHandle` without await: waits for a submitted task, shows its state, and cancels it. The `id` is valid in any
+    process.
     """
 
     def __init__(self, client: SyncClient, handle: TaskHandle[R]) -> None:
@@ -224,8 +220,8 @@ class SyncTaskHandle(Generic[R]):
 
 class SyncGroupHandle:
     """
-    `GroupHandle` without await: a submitted group to wait for, follow and cancel. What that one gives as an async
-    iterator, `progress`, `events`, `results` and `tasks`, is a plain one here.
+    `GroupHandle` without await: waits for a submitted group, follows it, and cancels it. `progress`, `events`,
+    `results` and `tasks` are plain iterators here.
     """
 
     def __init__(self, client: SyncClient, handle: GroupHandle) -> None:

@@ -17,9 +17,8 @@ WAITS = (TaskStatus.WAITING, TaskStatus.PENDING)
 
 async def why_waiting(session: Session, view: GroupView, tasks: Sequence[TaskView]) -> dict[str, str]:
     """
-    Why each of these tasks of a group that has not started does not start, in words; all causes that hold, but for one:
-    that Redis and the workers are just about to start it is said of whatever has no other. It costs one read for each
-    role, however many tasks there are.
+    Explain in words why each of these tasks of a group has not started, with all causes that apply. A task without a
+    cause is about to start, so it only waits for its turn. This reads once per role, however many tasks there are.
     """
     waiting = [task for task in tasks if task.status in WAITS]
     if not waiting:

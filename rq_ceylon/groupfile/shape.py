@@ -59,7 +59,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "pattern": f"^{models.ID_PATTERN.pattern}$",
     },
     "id": {
-        "description": "As a name; a whole number counts as its text.",
+        "description": "Like a name; a whole number is taken as text.",
         "type": ["string", "integer"],
         "pattern": f"^{models.ID_PATTERN.pattern}$",
     },
@@ -77,19 +77,20 @@ KINDS: dict[str, dict[str, Any]] = {
         "maxLength": goals.MAX_CHARACTERS,
     },
     "priority": {
-        "description": "`high`, `normal` or `low`: which tasks of a role run first.",
+        "description": "`high`, `normal` or `low`: tasks of a higher priority run first within their role.",
         "enum": [level.value for level in Priority],
     },
     "policy": {
-        "description": "What happens to the rest of the group: `continue`, it goes on; `drain`, what runs is finished "
-        "and the rest cancelled; `cancel`, what runs is stopped too.",
+        "description": "What happens to the rest of the group. `continue`: it goes on. `drain`: running tasks finish, "
+        "the others are cancelled. `cancel`: running tasks are stopped too.",
         "enum": list(get_args(models.GoalPolicy)),
     },
     "matrix": {
-        "description": "One axis per key, each a list of values or `{range: [first, end, step]}`, whose end is not "
-        f"included. At most {MAX_AXES} axes, and {MAX_COMBINATIONS:,} tasks in a group. Axes are named by letters, "
-        "digits, `_` and `-`, and begin with no digit and no `-`. `exclude` leaves out combinations, `include` adds "
-        f"values to combinations, or combinations; with one of them a matrix has at most {MAX_LISTED:,}.",
+        "description": "One axis per key. An axis is a list of values, or `{range: [first, end, step]}`, where `end` "
+        f"is not included. A matrix has at most {MAX_AXES} axes, a group at most {MAX_COMBINATIONS:,} tasks. The name "
+        "of an axis consists of letters, digits, `_` and `-`, and does not begin with a digit or `-`. `exclude` "
+        "removes combinations. `include` adds values to combinations, or adds combinations. A matrix with either of "
+        f"them has at most {MAX_LISTED:,} combinations.",
         "type": "object",
         "minProperties": 1,
         "anyOf": [
@@ -115,7 +116,7 @@ KINDS: dict[str, dict[str, Any]] = {
         },
     },
     "look-up": {
-        "description": "`${{ matrix.NAME }}`, also inside a longer text: the value of an axis of the task's matrix.",
+        "description": "`${{ matrix.NAME }}` is the value of an axis of the task's matrix, also within a longer text.",
         "type": "string",
         "pattern": r"\$\{\{",
     },
@@ -180,15 +181,13 @@ class DefaultFields(BaseModel, extra="forbid", strict=True):
 class TaskFields(DefaultFields):
     arguments: dict[str, Any] = Field({}, alias="with")
     needs: Needs = Field(
-        [], description="Tasks of this group that must complete first; one with a matrix stands for all it makes."
+        [], description="Tasks of this group that must complete first; a task with a matrix stands for all it makes."
     )
-    matrix: Matrix = Field(None, description="Makes one task for each combination of some values.")
+    matrix: Matrix = Field(None, description="Makes one task for each combination of the given values.")
 
 
 class ListedTask(TaskFields):
-    id: TaskId | None = Field(
-        None, description="Unique in its group; without one it gets a number. Only where tasks are a list."
-    )
+    id: TaskId | None = Field(None, description="Unique in the group; default: a number. Only where `tasks` is a list.")
 
 
 class GoalFields(BaseModel, extra="forbid", strict=True):
@@ -216,14 +215,14 @@ class GroupFields(BaseModel, extra="forbid", strict=True):
             Field(min_length=1, json_schema_extra={"propertyNames": {REF: "name"}}),
         ]
         | Annotated[list[ListedTask | None], Field(min_length=1)]
-    ] = Field(description="One task per key, which is its id, or a list of tasks.")
+    ] = Field(description="A mapping with one task per key, which is its id, or a list of tasks.")
     goal: SkipValidation[
         Expression | GoalFields | Annotated[list[Expression | GoalFields], Field(max_length=goals.MAX_GOALS)] | None
     ] = None
     depends_on: Groups = Field(
         [],
         description="Groups that must complete before this one starts: keys or names of groups further up in the file, "
-        "or ids. Should one of them end otherwise, this one is cancelled.",
+        "or ids. If one of them ends otherwise, this one is cancelled.",
     )
     on_need_failed: models.NeedPolicy = "skip"
 

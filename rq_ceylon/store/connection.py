@@ -202,8 +202,8 @@ class Connection:
                 raise RedisError(f"Redis at {where} {problem}")
             if not info.get("aof_enabled") and place.kind != "embedded" and not is_throw_away(self.url):
                 warn_once(
-                    f"Redis at {where} writes no append-only file: a restart loses tasks, or all of them; "
-                    "set it with: redis-cli CONFIG SET appendonly yes (and in its configuration file)"
+                    f"Redis at {where} writes no append-only file, so a restart loses some or all tasks; "
+                    "turn it on with: redis-cli CONFIG SET appendonly yes (and in its configuration file)"
                 )
 
     async def _infos(self) -> list[dict[str, Any]]:
@@ -257,7 +257,7 @@ class ThreadConnection:
 LISTEN_S = 10.0
 """A subscription on which nothing came for so long is asked whether it lives, and has as long to answer."""
 
-UNHEARD = "Notifications do not come, so changes are noticed late"
+UNHEARD = "Notifications do not arrive, so changes are noticed late"
 
 
 class _PubSub(redis.asyncio.client.PubSub):

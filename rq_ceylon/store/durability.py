@@ -67,10 +67,10 @@ def unable(info: Mapping[str, Any], durability: Durability) -> str:
         return ""
     engine, version, numbers = engine_of(info)
     if numbers < _AOF_FLOOR:
-        return f"is {engine} {version}, which cannot tell; upgrade it to 7.2, or use another durability"
+        return f"is {engine} {version}, which cannot confirm this; upgrade it to 7.2, or use another durability"
     if not info.get("aof_enabled"):
         return (
-            "writes no append-only file; set it with: redis-cli CONFIG SET appendonly yes (and in its configuration "
-            "file), or use another durability"
+            "writes no append-only file; turn it on with: redis-cli CONFIG SET appendonly yes (and in its "
+            "configuration file), or use another durability"
         )
     return ""

@@ -18,12 +18,12 @@ from rq_ceylon.store.places import heed_cancellation
 from rq_ceylon.store.trouble import LOST, carrying, complain
 
 LOOK_S = 5.0
-"""The longest anybody goes on without looking, should notifications be lost."""
+"""How long a waiter goes at most without looking, in case notifications are lost."""
 
 
 class TaskEvent(NamedTuple):
     """
-    What happened to one task: completed, failed or cancelled (its end), retry or release.
+    A change of one task: `outcome` is completed, failed or cancelled (its end), retry or release.
     """
 
     tid: str

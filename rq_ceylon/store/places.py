@@ -248,7 +248,7 @@ async def _primary_address(place: Place, answer_s: float | None) -> Address:
             raise RedisError(
                 f"The Sentinels at {where} know no primary {place.primary!r}; they know: {', '.join(known)}"
             ) from None
-        problem = f"the Sentinels know no primary {place.primary!r} that lives" if known else "no Sentinel answers"
+        problem = f"the Sentinels know no primary {place.primary!r} that is alive" if known else "no Sentinel answers"
         raise ConnectionLostError(f"Cannot reach Redis at {where} ({problem})") from error
     finally:
         for sentinel in sentinels.sentinels:

@@ -309,7 +309,7 @@ def _throw_away_folder() -> Path:
     try:
         folder = Path(tempfile.mkdtemp(prefix="ceylon-"))
     except OSError as error:
-        raise RedisError(f"No temporary folder for a server can be made: {error.strerror}; set TMPDIR") from error
+        raise RedisError(f"Cannot make a temporary folder for a server: {error.strerror}; set TMPDIR") from error
     if not fits_socket(folder / "redis.sock"):
         folder.rmdir()
         folder = Path(tempfile.mkdtemp(prefix="ceylon-", dir="/tmp"))
@@ -323,4 +323,6 @@ def _make_private(folder: Path) -> None:
     except OSError as error:
         raise RedisError(f"{folder} cannot be used for a server: {error.strerror}") from error
     if not private:
-        raise RedisError(f"{folder} cannot be used for a server: it must be yours alone; try: chmod 700 '{folder}'")
+        raise RedisError(
+            f"{folder} cannot be used for a server: only you may have access to it; try: chmod 700 '{folder}'"
+        )

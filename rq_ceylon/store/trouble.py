@@ -40,7 +40,7 @@ _LOST_WORDS = {
     "not known": "unknown host",
     "No address associated": "unknown host",
     "name resolution": "the name server does not answer",
-    "unreachable": "no way to that network",
+    "unreachable": "that network cannot be reached",
     "Permission denied": "this user may not use the socket",
 }
 
@@ -89,7 +89,7 @@ def carrying() -> Iterator[None]:
     try:
         yield
     except redis.exceptions.InvalidResponse as error:
-        raise redis.ConnectionError(f"what answers there does not speak the protocol of Redis: {error}") from error
+        raise redis.ConnectionError(f"the server there does not speak the protocol of Redis: {error}") from error
     except (redis.RedisError, OSError, CeylonError):
         raise
     except Exception as error:
@@ -178,7 +178,7 @@ def _plain(error: BaseException, text: str, *, tls: bool) -> str:
         return "no answer in time; does it speak TLS at this port?" if tls else "no answer in time"
     if any(words in text for words in ("closed by server", "reset by peer", "Connection lost")):
         # What a server says when it misses a certificate may be lost with the connection.
-        missed = "does it want a certificate of this client, ssl_certfile and ssl_keyfile?"
+        missed = "does it require a client certificate (ssl_certfile and ssl_keyfile)?"
         return "connection closed; " + (missed if tls else "if it speaks TLS, use rediss://")
     for words, plain in _LOST_WORDS.items():
         if words in text:
@@ -211,9 +211,7 @@ def _tls_problem(text: str) -> str:
     if any(word in text for word in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG")):
         return "does not speak TLS at this port; use redis:// or its TLS port"
     if "CERTIFICATE_REQUIRED" in text or "certificate required" in text:
-        return (
-            "wants a certificate of this client; name it: rediss://…?ssl_certfile=/path/to/cert.pem&ssl_keyfile=/path"
-        )
+        return "requires a client certificate; name it: rediss://…?ssl_certfile=/path/to/cert.pem&ssl_keyfile=/path"
     if "[SSL" in text:
         return f"and this client do not agree on TLS ({text})"
     return ""

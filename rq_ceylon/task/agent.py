@@ -20,10 +20,10 @@ from rq_ceylon.task.data import TaskMessage, TaskStatus
 
 class TaskExecutionAgent:
     """
-    Runs tasks of one role, so many at once. What a task is worth is decided by `execute_task`: override it.
+    Runs tasks of one role, up to `max_concurrent_tasks` at once. Override `execute_task` to say what a task does.
 
     Attributes:
-        active_tasks: what it runs now, by task id.
+        active_tasks: the tasks that it runs now, by task id.
     """
 
     def __init__(self, name: str, worker_role: str, max_concurrent_tasks: int = 3) -> None:
@@ -35,26 +35,23 @@ class TaskExecutionAgent:
 
     async def execute_task(self, task: TaskMessage) -> Any:
         """
-        Do what the task asks for; here: sleep for its duration. A plain function may override it, and runs in a thread.
+        Run the task; by default, sleep for its duration. A plain function may override this method, and runs in a
+        thread.
 
-        What it returns, a JSON value, becomes `task.result`; if it returns None, what it wrote there stays. If it
-        raises, the task has failed, or has another attempt if its `max_attempts` allows; `RetryTask` and `FailTask`
-        work as in any handler.
+        The returned JSON value becomes `task.result`; if it is None, a value that was written there stays. If the
+        method raises, the task has failed, or gets another attempt if its `max_attempts` allows one. `RetryTask` and
+        `FailTask` work as in any handler.
         """
         await asyncio.sleep(seconds(task.duration, "duration"))
 
     def another(self, name: str) -> Self:
-        """
-        One more of its kind.
-        """
+        """Make another agent like this one."""
         twin = copy.copy(self)
         twin.name, twin.active_tasks = name, {}
         return twin
 
     def handler(self) -> Handler[..., Any]:
-        """
-        `execute_task` as the handler of tasks that name none.
-        """
+        """Make `execute_task` the handler of tasks that name none."""
         if not inspect.iscoroutinefunction(self.execute_task):
 
             def run_in_thread(context: TaskContext) -> Any:

@@ -1,5 +1,5 @@
 """
-The agents of a playground at work: whoever stands in a list works, and a scale may change who stands there.
+The agents of a playground at work: each agent in a list works, and with a scale agents are added to it and removed.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from rq_ceylon.worker import Worker
 from rq_ceylon.worker.scale import Scale
 
 LOOK_S = 0.2
-"""Between two looks at the list and at the load."""
+"""The pause between two looks at the list and at the load."""
 
 QUIET_S = 2.0
-"""For so long an agent less must have sufficed before one is let go."""
+"""How long one agent fewer must have sufficed before one is let go."""
 
 
 @dataclass
@@ -40,12 +40,12 @@ class _Post:
 class Crew:
     """
     Args:
-        agents: who works; changes are followed. With a scale it is changed here too.
-        registry: handlers that all agents know beside their own `execute_task`.
-        scale: least and most agents of each role.
+        agents: the agents that work. Changes of this list are followed; with a scale, the crew changes it too.
+        registry: handlers that all agents know besides their own `execute_task`.
+        scale: the least and the most agents of each role.
 
     Attributes:
-        state: what the application's lifespan yielded; all agents share it.
+        state: the value that the application's lifespan yielded; all agents share it.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Crew:
         self._scales: dict[str, tuple[Scale, TaskExecutionAgent]] = {}
         if scale is not None:
             _check_scale(scale, agents)
-            # One agent per role stays in mind, should the list be emptied.
+            # Keep one agent per role as a model, in case the list is emptied.
             self._scales = {agent.worker_role: (Scale(*scale, QUIET_S), agent) for agent in agents}
         self._posts: dict[int, _Post] = {}
         self._tending: asyncio.Task[None] | None = None
@@ -68,10 +68,10 @@ class Crew:
 
     async def start(self) -> None:
         """
-        Returns once all agents are connected.
+        Start the agents; returns once all are connected.
 
         Raises:
-            RedisError: Redis is not fit for this.
+            RedisError: Redis is not suitable.
         """
         self._follow_list()
         for post in list(self._posts.values()):
@@ -83,9 +83,7 @@ class Crew:
         self._tending = asyncio.create_task(self._tend(), name="crew")
 
     async def guard(self) -> None:
-        """
-        Returns when the crew was dismissed; raises what ended an agent before that.
-        """
+        """Wait until the crew was dismissed; raises the error that ended an agent before that."""
         if self._tending is not None:
             await asyncio.wait([self._tending])
             if not self._tending.cancelled():
@@ -93,7 +91,7 @@ class Crew:
 
     async def stop(self, *, at_once: bool = False) -> None:
         """
-        Let what runs end, or give it back at once; returns when every agent has left. May be called twice.
+        Let running tasks end, or give them back at once. Returns when every agent has left. May be called twice.
         """
         if self._tending is not None:
             self._tending.cancel()
@@ -109,7 +107,7 @@ class Crew:
                 try:
                     await self._follow_load()
                 except ConnectionLostError as error:
-                    logger.debug("No look at the load: {}", error)
+                    logger.debug("The load cannot be read now: {}", error)
             self._follow_list()
             for key, post in list(self._posts.items()):
                 if post.run.done():
@@ -178,4 +176,4 @@ def _check_scale(scale: tuple[int, int], agents: Sequence[TaskExecutionAgent]) -
     if not (isinstance(least, int) and isinstance(most, int) and 1 <= least <= most):
         raise InvalidInputError(f"scale: {scale!r} is not usable; give the least and the most agents, such as (2, 10)")
     if not agents:
-        raise InvalidInputError("scale: there is no agent to make more of; give `workers` at least one")
+        raise InvalidInputError("scale: there is no agent to copy; give `workers` at least one")

@@ -1,6 +1,6 @@
 """
-Tasks, groups and goals in the tutorial's words. They are live: while a playground works on them, it writes how they
-stand into these very objects.
+Tasks, groups and goals in the tutorial's words. They are live: while a playground runs them, it keeps these very
+objects up to date.
 """
 
 from __future__ import annotations
@@ -29,29 +29,30 @@ FIRST_HIGH = 5
 """Whole-numbered priorities: 0 is low, from here on high, in between normal."""
 
 _here: WeakValueDictionary[tuple[str | None, str], TaskMessage] = WeakValueDictionary()
-"""What this process submitted, so that its own agents get the very objects. By group and task id."""
+"""The tasks that this process submitted, by group and task id, so that its own agents get these very objects."""
 
 
 @dataclass(kw_only=True, eq=False)
 class TaskMessage:
     """
-    One unit of work. A subclass may add fields; its agents in this process get it as it is. For other processes they
-    are JSON, by their annotations: the handler's arguments if `uses` names one, else part of the metadata. There an
-    agent gets an object of the subclass if its process has imported one of that name, else a plain TaskMessage.
+    One unit of work. A subclass may add fields. Agents in this process get the object itself. For other processes, the
+    added fields are written as JSON, according to their annotations: as arguments of the handler if `uses` names one,
+    else into the metadata. An agent there gets an object of the subclass if its process has imported a subclass of that
+    name, else a plain TaskMessage.
 
     Attributes:
         task_id: unique in its playground.
         duration: expected run time; an agent that does not override `execute_task` sleeps that long.
-        required_role: which agents and workers run it.
-        uses: registered name of a handler, run in place of `execute_task`.
-        arguments: for that handler.
-        timeout: limit of one attempt; default 1 h.
-        max_attempts: the first included; default: the handler's own, and 1 for `execute_task`.
-        group_id: `task_id` of the group it is in.
-        result: what was returned, as JSON carries it. `error`: type and message of a failure.
-        assigned_to: the agent, or the name of a worker elsewhere.
-        start_time, end_time: of the last attempt, in seconds since the epoch. Those of a task that ended are the
-            server's; a start elsewhere is known only then.
+        required_role: the role whose agents and workers run the task.
+        uses: registered name of a handler, which runs in place of `execute_task`.
+        arguments: the arguments of that handler.
+        timeout: limit of one attempt; default: 1 h.
+        max_attempts: number of attempts, including the first; default: the handler's own, and 1 for `execute_task`.
+        group_id: `task_id` of the group that the task is in.
+        result: the returned value, as JSON carries it. `error` is the type and message of a failure.
+        assigned_to: the name of the agent, or of a worker elsewhere.
+        start_time, end_time: times of the last attempt, in seconds since the epoch. Once the task has ended they are
+            the server's; the start of a task that runs elsewhere is known only then.
     """
 
     task_id: str
@@ -74,9 +75,7 @@ class TaskMessage:
     end_time: float | None = field(init=False, default=None)
 
     def renew(self) -> None:
-        """
-        Forget an earlier run, and be found by the agents of this process.
-        """
+        """Forget an earlier run, and make the object known to the agents of this process."""
         self.status, self.completed, self.result, self.error = TaskStatus.PENDING, False, None, ""
         self.assigned_to = self.start_time = self.end_time = None
         _here[self.group_id, self.task_id] = self
@@ -170,13 +169,13 @@ def _class_named(name: object) -> type[TaskMessage]:
 @dataclass(eq=False)
 class TaskGroupGoal:
     """
-    When the purpose of a group is met, as its own process can tell.
+    Says when the purpose of a group is met, by a condition in the process of the playground.
 
     Attributes:
-        check_condition: looked at, on this event loop, whenever a task of the playground has ended; may be async. True
-            achieves the goal; it has failed when all tasks of its group have ended without that. One that raises has
-            said nothing.
-        error: what the condition raised last.
+        check_condition: called on this event loop whenever a task of the playground has ended; may be async. True
+            achieves the goal. The goal has failed if all tasks of its group have ended without that. If the condition
+            raises, the goal stays undecided.
+        error: the exception that the condition raised last.
     """
 
     name: str
@@ -202,9 +201,9 @@ class TaskGroup:
     Tasks with a common purpose. `TaskManager.create_task_group` makes one.
 
     Attributes:
-        dependencies: per task id the ids of the tasks of this group that must complete before it starts; read when the
-            group is assigned.
-        priority: 0 is low, 1 to 4 normal, from 5 on high; or `Priority`.
+        dependencies: maps the id of a task to the ids of tasks of this group that must complete before it starts; read
+            when the group is assigned.
+        priority: 0 is low, 1 to 4 is normal, 5 and above is high; or a `Priority`.
         task_id: the group's own id.
         status: pending until it is assigned, then in progress until it is completed, failed or cancelled.
     """
@@ -223,9 +222,7 @@ class TaskGroup:
             task.group_id = self.task_id
 
     def renew(self) -> None:
-        """
-        Forget an earlier run, of the tasks and the goal too.
-        """
+        """Forget an earlier run of the group, its tasks and its goal."""
         self.status = TaskStatus.PENDING
         if self.goal is not None:
             self.goal.status, self.goal.error = GoalStatus.NOT_STARTED, ""
@@ -238,12 +235,12 @@ class TaskGroup:
         The group as it is submitted.
 
         Raises:
-            InvalidInputError: `dependencies` speaks of tasks that are not in the group.
+            InvalidInputError: `dependencies` names tasks that are not in the group.
         """
         if strangers := set(self.dependencies) - {task.task_id for task in self.subtasks}:
             raise InvalidInputError(
-                f"group {self.name!r}: dependencies: {sorted(strangers)[0]!r} is no task of the group; "
-                "give, per task_id of a subtask, those it needs"
+                f"group {self.name!r}: dependencies: {sorted(strangers)[0]!r} is not a task of the group; "
+                "map the task_id of a subtask to the task_ids that it needs"
             )
         return models.TaskGroup(
             self.name,

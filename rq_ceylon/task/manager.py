@@ -1,5 +1,5 @@
 """
-The groups of a playground: submitted, followed event by event, their goals judged as their owner sees them.
+The groups of a playground: submits them, follows their events, and judges their goals by the owner's conditions.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ PAUSE_S = 0.2
 
 class TaskManager:
     """
-    What a playground works on.
+    Keeps the groups and tasks of a playground.
 
     Attributes:
-        task_groups: by their `task_id`; the objects that were assigned, kept up to date.
-        tasks: of all groups, by their `task_id`.
-        completed_tasks: those of them that completed, in that order.
+        task_groups: the assigned groups by their `task_id`; these objects are kept up to date.
+        tasks: the tasks of all groups, by their `task_id`.
+        completed_tasks: the tasks that completed, in the order in which they did.
     """
 
     def __init__(self) -> None:
@@ -50,9 +50,7 @@ class TaskManager:
         dependencies: Mapping[str, Sequence[str]] | None = None,
         priority: int | Priority | str = 1,
     ) -> TaskGroup:
-        """
-        A group of its own id, which its tasks carry from now on as their `group_id`. See `TaskGroup`.
-        """
+        """Make a group with an id of its own, which becomes the `group_id` of its tasks. See `TaskGroup`."""
         return TaskGroup(
             name=name,
             description=description,
@@ -64,9 +62,7 @@ class TaskManager:
 
     # ---- for the playground ------------------------------------------------------------------------------------------
     def open(self, client: Client) -> None:
-        """
-        Begin anew.
-        """
+        """Forget all groups and tasks, and use this client from now on."""
         for known in (self.task_groups, self.tasks, self.completed_tasks, self._followers):
             known.clear()
         self._client = client
@@ -76,21 +72,21 @@ class TaskManager:
         Submit groups; returns once Redis has them.
 
         Raises:
-            CeylonError: the playground does not play.
-            InvalidInputError: something in a group cannot be used; it and those after it were not submitted.
+            CeylonError: the playground is not running.
+            InvalidInputError: something in a group cannot be used; this group and those after it were not submitted.
         """
         if self._client is None:
-            raise CeylonError("the playground does not play; assign groups within `async with playground.play(...)`")
+            raise CeylonError("the playground is not running; assign groups within `async with playground.play(...)`")
         for group in groups:
             await self._assign(self._client, group)
 
     async def _assign(self, client: Client, group: TaskGroup) -> None:
         if not isinstance(group, TaskGroup):
             raise InvalidInputError(
-                f"{group!r} is no group of a playground; make one with TaskManager.create_task_group"
+                f"{group!r} is not a group of a playground; make one with TaskManager.create_task_group"
             )
         if group.task_id in self.task_groups:
-            raise InvalidInputError(f"group {group.name!r} is assigned already; make another for a second run")
+            raise InvalidInputError(f"group {group.name!r} is already assigned; make another for a second run")
         tasks = {task.task_id: task for task in group.subtasks}
         if taken := tasks.keys() & self.tasks.keys():
             raise InvalidInputError(
@@ -122,9 +118,7 @@ class TaskManager:
                 group.renew()
 
     async def wait(self) -> None:
-        """
-        Until every group has finished.
-        """
+        """Wait until every group has finished."""
         while running := [one.run for one in self._followers.values() if not one.run.done()]:
             await asyncio.wait(running, return_when=asyncio.FIRST_EXCEPTION)
             for run in running:
@@ -133,7 +127,8 @@ class TaskManager:
 
     async def cancel(self) -> None:
         """
-        End every group that has not finished: what has not started is cancelled, what runs is asked to stop.
+        End every group that has not finished: tasks that have not started are cancelled, running tasks are asked to
+        stop.
         """
         for follower in self._followers.values():
             if not follower.run.done():
@@ -141,9 +136,7 @@ class TaskManager:
                     await follower.handle.cancel()
 
     async def close(self) -> None:
-        """
-        Look no longer.
-        """
+        """Stop following the groups."""
         self._client = None
         runs = [one.run for one in self._followers.values()]
         for run in runs:
@@ -153,7 +146,8 @@ class TaskManager:
     # ---- as tasks end ------------------------------------------------------------------------------------------------
     async def take(self, follower: _Follower, event: Event, results: Mapping[str, TaskResult]) -> None:
         """
-        Write what happened into the objects, and after each end let the goals look. One event at a time, of all groups.
+        Write an event into the objects, and check the goals after each task that ended. One event at a time is taken,
+        whatever its group.
         """
         async with self._in_order:
             for happened in event.tasks:
@@ -182,14 +176,12 @@ class TaskManager:
             return bool(await awaited(goal.check_condition(self.task_groups, self.completed_tasks)))
         except Exception as error:
             goal.error = f"{type(error).__name__}: {error}"
-            logger.exception('The condition of goal "{}" failed, which counts as not yet', goal.name)
+            logger.exception('The condition of goal "{}" failed, so the goal stays undecided', goal.name)
             return False
 
     # ---- statistics --------------------------------------------------------------------------------------------------
     def statistics(self) -> list[str]:
-        """
-        What completed, and how long that took on average.
-        """
+        """Lines that say how many tasks completed, and how long they took on average."""
         lines = ["Final Statistics:", f"Completed Tasks: {len(self.completed_tasks)}"]
         if failed := sum(task.status is TaskStatus.FAILED for task in self.tasks.values()):
             lines.append(f"Failed Tasks: {failed}")
@@ -198,9 +190,7 @@ class TaskManager:
         return lines
 
     def all_statistics(self) -> list[str]:
-        """
-        The same, and how each group, its goal and each worker did.
-        """
+        """The same lines, and some for each group, its goal, and each worker."""
         lines = self.statistics()
         for group in self.task_groups.values():
             count = {status: sum(task.status is status for task in group.subtasks) for status in TaskStatus}
@@ -269,9 +259,7 @@ class _Follower:
             self.settle(GoalStatus(verdict))
 
     def settle(self, status: GoalStatus) -> None:
-        """
-        Say once how the goal was settled.
-        """
+        """Log once how the goal was settled."""
         goal = self.group.goal
         if goal is None or goal.status.is_final:
             return

@@ -1,5 +1,5 @@
 """
-The playground of the tutorial: groups are assigned to it, and it plays until they have finished.
+The playground of the tutorial: it takes groups and runs until they have finished.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ CLOSE_S = 5.0
 
 class TaskPlayGround:
     """
-    Works on groups of tasks with agents of this process, with workers elsewhere, or with both. May be played again,
+    Runs groups of tasks with agents of this process, with workers elsewhere, or with both. It may be played again, but
     not twice at a time.
 
     Args:
-        name: for logs.
-        app: where Redis is, and handlers that agents know beside `execute_task`. Where no Redis is configured it is a
-            throw-away one of this process.
+        name: shown in logs.
+        app: names Redis, and has the handlers that agents know besides `execute_task`. If no Redis is configured, the
+            playground uses a throw-away server of this process.
     """
 
     def __init__(self, name: str = "task_manager", *, app: Ceylon | None = None) -> None:
@@ -47,19 +47,19 @@ class TaskPlayGround:
         self, workers: Sequence[TaskExecutionAgent] | None = None, *, scale: tuple[int, int] | None = None
     ) -> AsyncIterator[Self]:
         """
-        Start the agents; at the end wait until all groups have finished, then let the agents go. What an exception
-        leaves is closed at once.
+        Start the agents; at the end, wait until all groups have finished, then let the agents go. After an exception,
+        all groups and agents are stopped at once.
 
         Args:
-            workers: agents of this process. A list is followed: who is appended to it starts, who is removed from it
-                ends what it runs and goes.
+            workers: agents of this process. If it is a list, the playground follows it: an agent appended to it starts,
+                an agent removed from it finishes its running tasks and leaves.
             scale: the least and the most agents of each role; the list then grows and shrinks with the load.
 
         Raises:
-            RedisError: Redis is not reachable, or not fit for this.
+            RedisError: Redis is not reachable, or not suitable.
         """
         if self._crew is not None:
-            raise CeylonError(f"playground {self.name!r} plays already; make another")
+            raise CeylonError(f"playground {self.name!r} is already running; make another")
         agents = workers if isinstance(workers, list) else list(workers or ())
         url, namespace = self._place()
         async with Client(url, namespace=namespace, registry=self._app.registry) as client:
@@ -71,7 +71,7 @@ class TaskPlayGround:
                     try:
                         await crew.start()
                         hands = counted(len(agents), "agent")
-                        logger.info("Playground {} plays in namespace {} with {}", self.name, namespace, hands)
+                        logger.info("Playground {} runs in namespace {} with {}", self.name, namespace, hands)
                         yield self
                         await self._drain(crew)
                     except BaseException:
@@ -93,9 +93,7 @@ class TaskPlayGround:
         return settings.redis_url, settings.namespace
 
     async def _drain(self, crew: Crew) -> None:
-        """
-        Until all groups have finished, somebody dismissed the crew, or an agent met its end.
-        """
+        """Wait until all groups have finished, the crew was dismissed, or an agent has ended."""
         drained, guard = asyncio.create_task(self.task_manager.wait()), asyncio.create_task(crew.guard())
         try:
             await asyncio.wait((drained, guard), return_when=asyncio.FIRST_COMPLETED)
@@ -110,14 +108,13 @@ class TaskPlayGround:
             await asyncio.gather(drained, guard, return_exceptions=True)
 
     async def assign_task_groups(self, groups: Iterable[TaskGroup]) -> None:
-        """
-        Hand over groups; see `TaskManager.assign_task_groups`.
-        """
+        """Submit groups; see `TaskManager.assign_task_groups`."""
         await self.task_manager.assign_task_groups(groups)
 
     async def finish(self) -> None:
         """
-        Leave early: what runs here ends, what has not started is cancelled, and what runs elsewhere is asked to stop.
+        Leave early: tasks that run here finish, tasks that have not started are cancelled, and tasks that run elsewhere
+        are asked to stop.
         """
         if self._crew is not None:
             await self._crew.stop()
@@ -125,9 +122,7 @@ class TaskPlayGround:
             await self._hear_the_end()
 
     async def force_close(self) -> None:
-        """
-        Leave at once: what runs is stopped, what has not started is cancelled.
-        """
+        """Leave at once: running tasks are stopped, and tasks that have not started are cancelled."""
         if self._crew is not None:
             await self.task_manager.cancel()
             await self._crew.stop(at_once=True)
@@ -140,15 +135,11 @@ class TaskPlayGround:
 
     # ---- what came of it ---------------------------------------------------------------------------------------------
     def get_completed_tasks(self) -> dict[str, TaskMessage]:
-        """
-        The tasks that completed, by id, in that order.
-        """
+        """The completed tasks by id, in the order in which they completed."""
         return dict(self.task_manager.completed_tasks)
 
     def get_task_results(self) -> dict[str, Any]:
-        """
-        What they returned, by id.
-        """
+        """The results of the completed tasks, by id."""
         return {key: task.result for key, task in self.task_manager.completed_tasks.items()}
 
     async def print_statistics(self) -> None:
@@ -158,7 +149,5 @@ class TaskPlayGround:
         print("\n".join(self.task_manager.statistics()))
 
     async def print_all_statistics(self) -> None:
-        """
-        Print also how each group, its goal and each worker did.
-        """
+        """Print the same, and statistics of each group, its goal, and each worker."""
         print("\n".join(self.task_manager.all_statistics()))
