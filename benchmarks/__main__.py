@@ -1,6 +1,4 @@
-"""
-Benchmarks of rq_ceylon, on a server of their own: `python -m benchmarks --help`.
-"""
+"""Benchmarks of rq_ceylon, on a server of their own: `python -m benchmarks --help`."""
 
 from __future__ import annotations
 
@@ -65,9 +63,7 @@ def main() -> None:
 
 # ---- this project ----------------------------------------------------------------------------------------------------
 def _ours(console: Console, server: Server, tasks: int, runs: int, latencies: int) -> None:
-    """
-    Print what a bare client and what we cost.
-    """
+    """Print what a bare client and what we cost."""
     table = _table("bare redis-py, pipelines of", "add /s", "client µs", "read, keep, ack /s", "client µs")
     ceiling: dict[int, list[tuple[Sample, Sample]]] = {}
     for batch in (50, 500):
@@ -117,9 +113,7 @@ def _ours(console: Console, server: Server, tasks: int, runs: int, latencies: in
 async def _once(
     server: Server, method: str, arguments: tuple[int, ...], slots: tuple[int, ...]
 ) -> tuple[list[Sample], list[Sample]]:
-    """
-    Submit, then process with a worker of so many slots, anew for each number of them; at least submit.
-    """
+    """Submit, then process with a worker of so many slots, anew for each number of them; at least submit."""
     submits, runs = [], []
     for some in slots or (0,):
         server.empty()
@@ -157,9 +151,7 @@ def _by_script(samples: list[Sample]) -> str:
 
 # ---- others ----------------------------------------------------------------------------------------------------------
 def _peers(console: Console, server: Server, names: list[str], tasks: int, runs: int) -> None:
-    """
-    Beside each run of another queue stands one of ours, so that both meet the same machine.
-    """
+    """Beside each run of another queue stands one of ours, so that both meet the same machine."""
     console.print(
         "Others, with fewer tasks where they are slow. Ours: how many times as fast we are, in a run beside each of "
         f"theirs with at least {OWN_TASKS_MIN:,} tasks: single, in groups of {GROUP_TASKS}, {PEER_SLOTS} slots."
@@ -190,9 +182,7 @@ def _peers(console: Console, server: Server, names: list[str], tasks: int, runs:
 
 
 def _same_as_peer(server: Server, tasks: int) -> tuple[float, float, float]:
-    """
-    Our rates as `Peer.measure` gives them.
-    """
+    """Our rates as `Peer.measure` gives them."""
     (single,), _ = run_async(_once(server, "singly", (tasks, 1), ()))
     (grouped,), (processed,) = run_async(_once(server, "in_groups", (tasks, GROUP_TASKS), (PEER_SLOTS,)))
     return single.rate, grouped.rate, processed.rate

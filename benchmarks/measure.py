@@ -1,6 +1,4 @@
-"""
-What a bare client, and what rq_ceylon needs for a no-op task: a server and one process, which is client and worker.
-"""
+"""The cost of a no-op task with a bare client and with rq_ceylon: one server, one client-and-worker process."""
 
 from __future__ import annotations
 
@@ -58,9 +56,7 @@ class Sample:
 
 
 class Server:
-    """
-    The server as the benchmark sees it. It is emptied before every measurement.
-    """
+    """The server as the benchmark sees it. It is emptied before every measurement."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -74,9 +70,7 @@ class Server:
 
     @contextmanager
     def measured(self, tasks: int) -> Iterator[Sample]:
-        """
-        Everything that happens in the block counts, except that `stopwatch` alone sets the clock and the CPU.
-        """
+        """Everything that happens in the block counts, except that `stopwatch` alone sets the clock and the CPU."""
         sample = Sample(tasks=tasks)
         self.redis.slowlog_reset()
         memory, cpu_s = self._memory(), self._cpu_s()
@@ -111,9 +105,7 @@ def stopwatch(sample: Sample) -> Iterator[None]:
 
 @contextmanager
 def _counted(sample: Sample) -> Iterator[None]:
-    """
-    Count what goes over rq_ceylon's connections.
-    """
+    """Count what goes over rq_ceylon's connections."""
     send = Connection.run_each
 
     async def counting(self: Connection, calls: Any) -> list[Any]:
@@ -157,9 +149,7 @@ def bare(server: Server, tasks: int, batch: int) -> tuple[Sample, Sample]:
 
 
 async def bare_latencies(server: Server, tasks: int) -> list[float]:
-    """
-    Seconds of one round trip each, with a command that adds an entry; sorted.
-    """
+    """Seconds of one round trip each, with a command that adds an entry; sorted."""
     client = redis.asyncio.Redis.from_url(server.url)
     found = []
     for _ in range(tasks):
@@ -173,9 +163,7 @@ async def bare_latencies(server: Server, tasks: int) -> list[float]:
 
 # ---- rq_ceylon -------------------------------------------------------------------------------------------------------
 class Queue:
-    """
-    An application with one no-op task, and what it has seen of it.
-    """
+    """An application with one no-op task, and what it has seen of it."""
 
     def __init__(self, server: Server) -> None:
         self.server = server
@@ -192,18 +180,14 @@ class Queue:
         return TaskGroup("bench", [self.noop.bind(number) for number in range(tasks)])
 
     async def in_groups(self, client: Client, tasks: int, size: int) -> Sample:
-        """
-        Submit groups of so many tasks, one after another. Making the tasks counts, since every user does.
-        """
+        """Submit groups of so many tasks, one after another. Making the tasks counts, since every user does."""
         with self.server.measured(tasks) as sample, stopwatch(sample):
             for first in range(0, tasks, size):
                 await client.submit(self.group(min(size, tasks - first)))
         return sample
 
     async def singly(self, client: Client, tasks: int, flying: int) -> Sample:
-        """
-        Submit single tasks, each awaited, by so many callers at once.
-        """
+        """Submit single tasks, each awaited, by so many callers at once."""
         numbers = iter(range(tasks))
 
         async def caller() -> None:
@@ -239,9 +223,7 @@ class Queue:
         return sample
 
     async def latencies(self, client: Client, tasks: int) -> list[float]:
-        """
-        Seconds from `submit` to the start of the handler, at a worker that is idle each time; sorted.
-        """
+        """Seconds from `submit` to the start of the handler, at a worker that is idle each time; sorted."""
         found = []
         arrived: asyncio.Queue[float] = asyncio.Queue()
         self.started = lambda number: arrived.put_nowait(time.perf_counter())

@@ -30,9 +30,7 @@ WORK_S = 300.0
 
 
 class PeerError(Exception):
-    """
-    A queue that cannot be installed, or does not do the work.
-    """
+    """A queue that cannot be installed, or does not do the work."""
 
 
 class Spec(NamedTuple):
@@ -66,9 +64,7 @@ NAMES = list(SPECS)
 
 # ---- our side --------------------------------------------------------------------------------------------------------
 class Peer:
-    """
-    One other queue, installed if it is not yet.
-    """
+    """One other queue, installed if it is not yet."""
 
     def __init__(self, name: str) -> None:
         self.name, self.spec = name, SPECS[name]
@@ -89,9 +85,7 @@ class Peer:
         return max(2, round(tasks * self.spec.share))
 
     def measure(self, url: str, tasks: int, empty: Callable[[], None]) -> tuple[float, float, float]:
-        """
-        Tasks per second: submitted one by one, submitted in bulk (0 if it cannot), processed by one worker.
-        """
+        """Tasks per second: submitted one by one, submitted in bulk (0 if it cannot), processed by one worker."""
         bulk = 0.0
         if self.spec.bulk:
             empty()
@@ -101,9 +95,7 @@ class Peer:
         return single, bulk, (tasks - 1) / self._worked(url, tasks)
 
     def _worked(self, url: str, tasks: int) -> float:
-        """
-        Seconds from the first run of a task until every task has run.
-        """
+        """Seconds from the first run of a task until every task has run."""
         with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as log:
             notes = Path(folder, "notes")
             notes.touch()
@@ -137,9 +129,7 @@ class Peer:
 
 
 def _seconds(notes: Path, tasks: int) -> float | None:
-    """
-    From the first run to the first run of the last task to have one; None while a task has not run.
-    """
+    """From the first run to the first run of the last task to have one; None while a task has not run."""
     if notes.stat().st_size < tasks * RUN_NOTE.size:
         return None
     first_runs: dict[int, float] = {}
@@ -153,9 +143,7 @@ RUN_NOTE = struct.Struct("=qd")
 
 
 def noop(n: int) -> None:
-    """
-    The task. Every run is noted with its time, since nobody promises an order, or that a task runs only once.
-    """
+    """The task. Every run is noted with its time, since nobody promises an order, or that a task runs only once."""
     with open(os.environ["BENCH_NOTES"], "ab", buffering=0) as notes:
         notes.write(RUN_NOTE.pack(n, time.monotonic()))
 
@@ -297,9 +285,7 @@ RUN: dict[str, Callable[[str, str, int], Any]] = {
 
 @contextmanager
 def timed() -> Iterator[None]:
-    """
-    Prints the seconds that its block took.
-    """
+    """Prints the seconds that its block took."""
     began = time.perf_counter()
     yield
     print(time.perf_counter() - began)

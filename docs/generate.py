@@ -142,9 +142,7 @@ def _class(kind: type, is_public: bool) -> Iterator[str]:
 
 
 def _head(kind: type) -> Iterator[str]:
-    """
-    How one is made; of an enum its members, of an error what it is and ends a command with.
-    """
+    """How one is made; of an enum its members, of an error what it is and ends a command with."""
     if not issubclass(kind, Enum | BaseException):
         yield _call(kind.__name__, kind)
         return
@@ -158,9 +156,7 @@ def _head(kind: type) -> Iterator[str]:
 
 
 def _home(kind: type) -> str:
-    """
-    The shortest module that offers it.
-    """
+    """The shortest module that offers it."""
     return "rq_ceylon.task" if kind.__module__.startswith("rq_ceylon.task.") else kind.__module__
 
 
@@ -201,9 +197,7 @@ def _default(value: Any) -> str:
 
 
 def _prose(doc: str | None) -> Iterator[str]:
-    """
-    A docstring as Markdown: its sections as lists, its indented code as it is.
-    """
+    """A docstring as Markdown: its sections as lists, its indented code as it is."""
     if not doc:
         return
     lines: list[str] = []

@@ -1,6 +1,4 @@
-"""
-The whole of docs/tutorial.md: `python tutorial.py`. It needs no Redis; where one is configured, that one is used.
-"""
+"""The whole of docs/tutorial.md: `python tutorial.py`. It needs no Redis; where one is configured, that one is used."""
 
 import asyncio
 import uuid

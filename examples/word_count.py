@@ -36,9 +36,7 @@ def count_words(path: Path) -> dict[str, int]:
 
 
 def make_files(folder: Path, count: int = 60, words: int = 5000) -> list[Path]:
-    """
-    Text in which some words are more frequent than others, as in any language.
-    """
+    """Text in which some words are more frequent than others, as in any language."""
     dice = random.Random(7)
     weights = [1 / rank for rank in range(1, len(WORDS) + 1)]
     paths = [folder / f"file-{number}.txt" for number in range(count)]

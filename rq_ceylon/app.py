@@ -1,6 +1,4 @@
-"""
-The application object: registers handlers, and gives clients, async and sync.
-"""
+"""The application object: registers handlers, and gives clients, async and sync."""
 
 from __future__ import annotations
 
@@ -69,9 +67,7 @@ class Ceylon:
         return resolve(redis_url or self._redis_url, namespace=namespace or self._namespace)
 
     def configured(self) -> tuple[str, str] | None:
-        """
-        The URL that the application or a variable gives, and which of the two; see `rq_ceylon.settings.configured`.
-        """
+        """The URL that the application or a variable gives, and which of them; see `settings.configured`."""
         return (self._redis_url, "the application") if self._redis_url else configured()
 
     def use(self, settings: Settings) -> None:
@@ -239,9 +235,7 @@ class Ceylon:
 
     # ---- clients -----------------------------------------------------------------------------------------------------
     def client(self) -> Client:
-        """
-        A client for the running event loop: `async with app.client() as client`.
-        """
+        """A client for the running event loop: `async with app.client() as client`."""
         return Client(self.settings.redis_url, namespace=self.settings.namespace, registry=self.registry)
 
     def sync_client(self) -> SyncClient:
@@ -249,9 +243,7 @@ class Ceylon:
         return SyncClient(self.client)
 
     async def implicit_client(self) -> Client:
-        """
-        The client behind `aenqueue`: one per event loop and process.
-        """
+        """The client behind `aenqueue`: one per event loop and process."""
         loop = asyncio.get_running_loop()
         key = os.getpid(), loop
         opening = self._clients.get(key)
@@ -268,9 +260,7 @@ class Ceylon:
             await opening.result().close()
 
     def implicit_sync_client(self) -> SyncClient:
-        """
-        The client behind `enqueue`: one per process, so that a forked child makes its own.
-        """
+        """The client behind `enqueue`: one per process, so that a forked child makes its own."""
         with self._sync_guard:
             if self._sync is None or self._sync[0] != os.getpid():
                 if self._sync is not None:
@@ -365,9 +355,7 @@ class AppTask(Generic[P, R, C]):
         return replace(self._options, arguments=self.handler.arguments(*args, **kwargs), handler=self.handler)
 
     async def aenqueue(self, /, *args: P.args, **kwargs: P.kwargs) -> TaskHandle[R]:
-        """
-        Submit one task with these arguments.
-        """
+        """Submit one task with these arguments."""
         task = self.bind(*args, **kwargs)
         client = await self.app.implicit_client()
         return await client.submit(task)
@@ -383,9 +371,7 @@ def _has_failed(task: asyncio.Task[Any]) -> bool:
 
 
 def _before_close(loop: asyncio.AbstractEventLoop, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """
-    Run a coroutine when a loop is closed, by asyncio.run or by hand: the loop has stopped by then, but can still run.
-    """
+    """Run a coroutine when a loop is closed, by asyncio.run or by hand; the loop can still run it then."""
     close = loop.close
 
     def close_after_last() -> None:
@@ -407,9 +393,7 @@ def _with_options(task: AppTask[P, R, C], options: Task) -> AppTask[P, R, C]:
 
 
 def _mark_as_coroutine_function(task: AppTask[..., Any, Any]) -> None:
-    """
-    Let `inspect.iscoroutinefunction` and that of asyncio say of a task what they say of its function.
-    """
+    """Let `inspect.iscoroutinefunction` and that of asyncio say of a task what they say of its function."""
     one = cast(Any, task)
     if sys.version_info >= (3, 12):
         inspect.markcoroutinefunction(one)
@@ -425,9 +409,7 @@ def _mark_as_coroutine_function(task: AppTask[..., Any, Any]) -> None:
 if TYPE_CHECKING:
 
     class ContextTask(AppTask[P, R, C]):
-        """
-        The type of an `AppTask` whose function takes a `TaskContext` first: the worker gives it, its caller does not.
-        """
+        """The type of an `AppTask` whose function takes a `TaskContext` first, which the worker passes."""
 
         def __call__(self, context: TaskContext, /, *args: P.args, **kwargs: P.kwargs) -> C:  # type: ignore[override]
             ...

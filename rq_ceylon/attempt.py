@@ -1,6 +1,4 @@
-"""
-The attempt as its handler sees it: the context, and the exceptions and rules that decide about the next attempt.
-"""
+"""The attempt as its handler sees it: the context, and the exceptions and rules that decide about the next attempt."""
 
 from __future__ import annotations
 
@@ -44,9 +42,7 @@ class Backoff:
             raise InvalidInputError(f"backoff: factor: {self.factor!r} is not usable; give a number from 1 on")
 
     def delay_s(self, attempt: int) -> float:
-        """
-        The wait after attempt 1, 2, ... failed.
-        """
+        """The wait after attempt 1, 2, ... failed."""
         cap = seconds(self.cap, "backoff: cap")
         try:
             delay = min(cap, seconds(self.first, "backoff: first") * self.factor ** (attempt - 1))
@@ -81,9 +77,7 @@ class FailTask(Portable, Exception):
 
 
 class AttemptStoppedError(Portable, BaseException):
-    """
-    Raised by `TaskContext.check_cancelled`. Not an `Exception`, so that a handler's `except Exception` lets it through.
-    """
+    """Raised by `check_cancelled`. It is no `Exception`, so a handler's `except Exception` lets it through."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -127,9 +121,7 @@ class TaskContext:
 
     @property
     def idempotency_key(self) -> str:
-        """
-        The same for every attempt of the task, and for no other task.
-        """
+        """The same for every attempt of the task, and for no other task."""
         return self.id
 
     @property
@@ -246,9 +238,7 @@ def said(error: BaseException) -> tuple[Said, ...]:
 
 
 def says_stopped(error: BaseException) -> bool:
-    """
-    Whether the handler ended because `TaskContext.check_cancelled` told it to, be it in a group of exceptions.
-    """
+    """Whether the handler ended because `TaskContext.check_cancelled` told it to, be it in a group of exceptions."""
     return all(type_name(AttemptStoppedError) in one.names for one in said(error))
 
 
@@ -258,7 +248,5 @@ def type_name(kind: type) -> str:
 
 
 def type_names(kind: type[BaseException]) -> tuple[str, ...]:
-    """
-    The full names of an exception type and its bases, the most specific first.
-    """
+    """The full names of an exception type and its bases, the most specific first."""
     return tuple(map(type_name, kind.__mro__))

@@ -52,9 +52,7 @@ class Drift:
 
 @dataclass(slots=True)
 class Audit:
-    """
-    What was found. `moving`: groups that changed too fast to be judged.
-    """
+    """What was found. `moving`: groups that changed too fast to be judged."""
 
     groups: int = 0
     tasks: int = 0
@@ -145,9 +143,7 @@ async def _meta(connection: Connection, keys: Keys, gid: str) -> dict[str, str]:
 
 async def _read(connection: Connection, keys: Keys, gid: str, meta: Mapping[str, str]) -> _Records:
     async def part(name: str) -> dict[str, str]:
-        """
-        Of each text of a hash what stands before the first bar.
-        """
+        """Of each text of a hash what stands before the first bar."""
         found: dict[str, str] = {}
         async for some in queries.scan(connection, keys.group_part(gid, name)):
             found |= {tid: text.partition("|")[0] for tid, text in some.items()}

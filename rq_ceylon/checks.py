@@ -26,15 +26,11 @@ number of hanging threads, and takes no place of another callable."""
 
 
 class CheckHangsError(TimeoutError):
-    """
-    A callable did not answer within `CHECK_S`.
-    """
+    """A callable did not answer within `CHECK_S`."""
 
 
 class _Raised(NamedTuple):
-    """
-    An exception of users' code as a value, because a SystemExit that leaves its task would end the event loop.
-    """
+    """An exception of users' code as a value, because a SystemExit that leaves its task would end the event loop."""
 
     error: BaseException
 
@@ -108,9 +104,7 @@ class Checks:
 
 
 class _Question:
-    """
-    One callable asked about one goal; `answer` gets a bool or `_Raised`, whenever its code has ended.
-    """
+    """One callable asked about one goal; `answer` gets a bool or `_Raised`, whenever its code has ended."""
 
     def __init__(self, loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
         self.answer: Future[bool | _Raised] = Future()
@@ -129,9 +123,7 @@ class _Question:
             self.answer.set_result(_Raised(error))
 
     def cancel(self) -> None:
-        """
-        End it if it is async; a plain function cannot be ended.
-        """
+        """End it if it is async; a plain function cannot be ended."""
         if (task := self._task) is not None:
             self._loop().call_soon_threadsafe(task.cancel)
 

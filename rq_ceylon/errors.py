@@ -16,9 +16,7 @@ _PACKAGE = str(Path(__file__).parent)
 
 
 def guess(word: object, options: Iterable[str], otherwise: str = "", ask: str = 'did you mean "{}"?') -> str:
-    """
-    The remedy for an unknown word: the option nearest to it, or `otherwise` if none is near.
-    """
+    """The remedy for an unknown word: the option nearest to it, or `otherwise` if none is near."""
     known = list(islice(options, 5000))  # each takes about 10 µs
     forms = dict.fromkeys((word[:64], word[:64].lower())) if isinstance(word, str) else ()
     near = next((found for form in forms for found in get_close_matches(form, known, 1)), None)
@@ -37,9 +35,7 @@ def shown(what: str, text: Callable[[], str]) -> str:
 
 
 def error_at(error: BaseException) -> str:
-    """
-    An exception of users' code in one line: its type, its message, and the innermost line that is not ours.
-    """
+    """An exception of users' code in one line: its type, its message, and the innermost line that is not ours."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if "importlib" not in frame.filename and not frame.filename.startswith(_PACKAGE)]
     at = f" (at {own[-1].filename}:{own[-1].lineno}: {own[-1].line})" if own else ""
@@ -61,49 +57,35 @@ def _made_again(kind: type[BaseException], args: tuple[Any, ...]) -> BaseExcepti
 
 
 class CeylonError(Portable, Exception):
-    """
-    Base of all errors of this package.
-    """
+    """Base of all errors of this package."""
 
     exit_code = 1
 
 
 class InvalidInputError(CeylonError, ValueError):
-    """
-    A given value cannot be used. Nothing was written.
-    """
+    """A given value cannot be used. Nothing was written."""
 
     exit_code = 2
 
 
 class PayloadTooLargeError(InvalidInputError):
-    """
-    The arguments of a task, or its result, are larger than the limit (1 MiB by default).
-    """
+    """The arguments of a task, or its result, are larger than the limit (1 MiB by default)."""
 
 
 class GoalImpossibleError(InvalidInputError):
-    """
-    A goal could hold in no outcome of its group, so the group was refused. Nothing is kept of it.
-    """
+    """A goal could hold in no outcome of its group, so the group was refused. Nothing is kept of it."""
 
 
 class GroupExistsError(InvalidInputError):
-    """
-    The same `key` was submitted before with other content.
-    """
+    """The same `key` was submitted before with other content."""
 
 
 class NotFoundError(InvalidInputError):
-    """
-    No group or task with this id is known: it was never submitted, or it was pruned after its retention.
-    """
+    """No group or task with this id is known: it was never submitted, or it was pruned after its retention."""
 
 
 class GroupFileError(InvalidInputError):
-    """
-    A group file is not valid. `problems` holds one line per problem, `file:line:column: where: what; remedy`.
-    """
+    """A group file is not valid. `problems` holds one line per problem, `file:line:column: where: what; remedy`."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         super().__init__("\n".join(problems))
@@ -111,29 +93,21 @@ class GroupFileError(InvalidInputError):
 
 
 class RedisError(CeylonError):
-    """
-    Redis is not configured, not reachable, refuses us, or is not suitable.
-    """
+    """Redis is not configured, not reachable, refuses us, or is not suitable."""
 
     exit_code = 3
 
 
 class ConnectionLostError(RedisError):
-    """
-    Redis did not answer, so it is unknown whether the call took effect; repeating it is safe.
-    """
+    """Redis did not answer, so it is unknown whether the call took effect; repeating it is safe."""
 
 
 class QueueFullError(RedisError):
-    """
-    Redis is at its memory limit and takes no new tasks. Queued tasks go on and free memory; submit again later.
-    """
+    """Redis is at its memory limit and takes no new tasks. Queued tasks go on and free memory; submit again later."""
 
 
 class RecordError(RedisError):
-    """
-    A record in Redis cannot be read: a newer version of rq-ceylon wrote it, or another program did.
-    """
+    """A record in Redis cannot be read: a newer version of rq-ceylon wrote it, or another program did."""
 
 
 class DurabilityError(RedisError):
@@ -149,41 +123,31 @@ class DurabilityError(RedisError):
 
 
 class AppImportError(CeylonError):
-    """
-    The application named on the command line cannot be imported, or is not one.
-    """
+    """The application named on the command line cannot be imported, or is not one."""
 
     exit_code = 4
 
 
 class UnknownTaskError(InvalidInputError):
-    """
-    No task is registered under this name.
-    """
+    """No task is registered under this name."""
 
     exit_code = 4
 
 
 class WaitTimeoutError(CeylonError, TimeoutError):
-    """
-    The task or group did not get that far within the given time. It goes on all the same.
-    """
+    """The task or group did not get that far within the given time. It goes on all the same."""
 
     exit_code = 5
 
 
 class NoWorkerError(CeylonError):
-    """
-    No live worker serves a role that the tasks need.
-    """
+    """No live worker serves a role that the tasks need."""
 
     exit_code = 6
 
 
 class TaskFailedError(CeylonError):
-    """
-    The awaited task failed. `error_type`, `error_message` and `traceback` are those of the worker, as text.
-    """
+    """The awaited task failed. `error_type`, `error_message` and `traceback` are those of the worker, as text."""
 
     def __init__(
         self, task_id: str, reason: str, *, error_type: str = "", error_message: str = "", traceback: str = ""
@@ -197,9 +161,7 @@ class TaskFailedError(CeylonError):
 
 
 class TaskCancelledError(CeylonError):
-    """
-    The awaited task was cancelled, so it has no result. `reason` is closed, cancelled, expired or skipped.
-    """
+    """The awaited task was cancelled, so it has no result. `reason` is closed, cancelled, expired or skipped."""
 
     def __init__(self, task_id: str, reason: str) -> None:
         super().__init__(f"task {task_id} was cancelled ({reason})")

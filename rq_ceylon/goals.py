@@ -54,9 +54,7 @@ _NOUNS = {"total": ("task", "tasks"), "attempts": ("attempt", "attempts"), "cras
 
 @dataclass(frozen=True, slots=True)
 class _Share:
-    """
-    `parts / scale` of total, in the lowest power of ten that makes it whole: 99.5% is 995 / 1000.
-    """
+    """`parts / scale` of total, in the lowest power of ten that makes it whole: 99.5% is 995 / 1000."""
 
     parts: int
     scale: int
@@ -70,15 +68,11 @@ class _Comparison:
 
     @property
     def is_reach(self) -> bool:
-        """
-        Whether it asks a counter to get as far as a number, or a share.
-        """
+        """Whether it asks a counter to get as far as a number, or a share."""
         return self.sign in (">=", ">") and not isinstance(self.other, str)
 
     def edge(self, total: int) -> int:
-        """
-        The count nearest to the number that still satisfies it: the least for `>=` and `>`, the most for `<=` and `<`.
-        """
+        """The nearest count that satisfies the comparison: the least for `>=` and `>`, the most for `<=` and `<`."""
         match self.other:
             case _Share(parts, scale):
                 parts *= total
@@ -161,15 +155,11 @@ class Expression:
     _node: _Node = field(repr=False, compare=False)
 
     def words(self, counters: Counters) -> str:
-        """
-        How far it is, for people: `12 of 190 completed; and 2 failed, fewer than 10 allowed`.
-        """
+        """How far it is, for people: `12 of 190 completed; and 2 failed, fewer than 10 allowed`."""
         return _say(self._node, counters)
 
     def mark(self, total: int) -> int | None:
-        """
-        How many of `total` tasks must complete until the first `completed >=` or `>` holds; None if there is none.
-        """
+        """How many of `total` tasks must complete for the first `completed >=` or `>`; None if there is none."""
         for comparison in _comparisons(self._node):
             if comparison.counter == "completed" and comparison.is_reach:
                 return comparison.edge(total)
@@ -386,9 +376,7 @@ class CompiledGoal:
     failure_message: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """
-        Everything that is set.
-        """
+        """Everything that is set."""
         return {key: value for key, value in asdict(self).items() if value not in (None, "", 0)}
 
 
@@ -467,9 +455,7 @@ def _message(value: object, name: str) -> str | None:
 
 
 def impossible_words(goal: CompiledGoal, counters: Counters) -> str:
-    """
-    Why a group is refused whose goal (one with `when`) the evaluator found impossible from the start, and the remedy.
-    """
+    """Why a group is refused whose goal is impossible from the start, and the remedy."""
     label, tasks = f'goal "{goal.name}"', _counted(counters.total, "total")
     expression = parse(goal.when or "", label)
     for comparison in _comparisons(expression._node):

@@ -99,9 +99,7 @@ _COLOURS = {
 
 @dataclass
 class Drawing:
-    """
-    A group to be drawn. `depends_on` names other drawings by their ids, or groups that are not drawn.
-    """
+    """A group to be drawn. `depends_on` names other drawings by their ids, or groups that are not drawn."""
 
     id: str
     title: str
@@ -153,9 +151,7 @@ def draw(drawings: Sequence[Drawing]) -> str:
 
 
 def _boxes(drawing: Drawing) -> tuple[list[list[str]], list[tuple[int, int]]]:
-    """
-    The tasks of each box, and the arrows between boxes.
-    """
+    """The tasks of each box, and the arrows between boxes."""
     known = {task_id: [need for need in needs if need in drawing.needs] for task_id, needs in drawing.needs.items()}
     is_folded = len(known) > MAX_TASKS_DRAWN
     boxes: list[list[str]] = []
@@ -181,7 +177,5 @@ def _label(box: Sequence[str], states: Mapping[str, str]) -> str:
 
 
 def _quoted(text: str) -> str:
-    """
-    As Mermaid reads it: anything that could end the text, or be markup, by its number.
-    """
+    """As Mermaid reads it: anything that could end the text, or be markup, by its number."""
     return '"' + re.sub(r"[^\w .,:()…/-]", lambda found: f"#{ord(found[0])};", text[:200]) + '"'

@@ -307,22 +307,16 @@ class Registry:
         return sorted(self._handlers)
 
     def own(self) -> list[Handler[..., Any]]:
-        """
-        The handlers that a user registered.
-        """
+        """The handlers that a user registered."""
         return [handler for name, handler in self._handlers.items() if handler is not _BUILTINS.get(name)]
 
     def roles(self) -> list[str]:
-        """
-        The roles that the registered tasks ask for, sorted; a task that names none asks for the default role.
-        """
+        """The roles that the registered tasks ask for, sorted; a task that names none asks for the default role."""
         return sorted({handler.role or DEFAULT_ROLE for handler in self.own()})
 
 
 def is_again(known: Callable[..., Any], function: Callable[..., Any]) -> bool:
-    """
-    Whether a function is a known one whose definition ran again. Two definitions in one file are two functions.
-    """
+    """Whether a function is a known one whose definition ran again. Two definitions in one file are two functions."""
     one, other = (_inner(each) for each in (known, function))
     if one is other:
         return True
@@ -337,9 +331,7 @@ def is_again(known: Callable[..., Any], function: Callable[..., Any]) -> bool:
 
 
 class _Plan(NamedTuple):
-    """
-    What the annotations say: which parameters are arguments, which get the context, and their types.
-    """
+    """What the annotations say: which parameters are arguments, which get the context, and their types."""
 
     accepted: dict[str, inspect.Parameter]
     contexts: tuple[str, ...]
@@ -349,9 +341,7 @@ class _Plan(NamedTuple):
     returns: JsonType
 
     def name_problems(self, given: Mapping[str, Any]) -> list[str]:
-        """
-        What is missing or too much among the names; nothing in the usual case, and that quickly.
-        """
+        """What is missing or too much among the names; nothing in the usual case, and that quickly."""
         if self.required <= given.keys() <= self.types.keys():
             return []
         problems = [f"argument {name!r} is missing" for name in self.accepted if name in self.required - given.keys()]
@@ -408,9 +398,7 @@ def _is_method(function: Callable[..., Any], signature: inspect.Signature) -> bo
 
 
 def _check_process(name: str, function: Callable[..., Any]) -> None:
-    """
-    A child process imports the function by its name, so it must have one.
-    """
+    """A child process imports the function by its name, so it must have one."""
     module, qualname = getattr(function, "__module__", None), getattr(function, "__qualname__", "<")
     is_interactive = module == "__main__" and not hasattr(sys.modules["__main__"], "__file__")
     if not inspect.isroutine(function) or inspect.ismethod(function) or "<" in qualname or is_interactive:
@@ -425,9 +413,7 @@ def _described(function: Callable[..., Any]) -> str:
 
 
 def _inner(function: Callable[..., Any]) -> Callable[..., Any]:
-    """
-    The function that carries the annotations and the names they use.
-    """
+    """The function that carries the annotations and the names they use."""
     while isinstance(function, partial):
         function = function.func
     function = inspect.unwrap(function)
@@ -435,9 +421,7 @@ def _inner(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _supplied(function: Callable[..., Any]) -> frozenset[str]:
-    """
-    The arguments that decorators may supply: those that a wrapper names in its code, as in `function(session=...)`.
-    """
+    """The arguments that decorators may supply: those a wrapper names in its code (`function(session=...)`)."""
     words: set[Any] = set()
     while (wrapped := getattr(function, "__wrapped__", None)) is not None:
         code = getattr(function, "__code__", None)
@@ -449,9 +433,7 @@ def _supplied(function: Callable[..., Any]) -> frozenset[str]:
 
 
 def _annotations(function: Callable[..., Any]) -> dict[str, Any]:
-    """
-    The annotations as they were written.
-    """
+    """The annotations as they were written."""
     inner = _inner(function)
     if sys.version_info >= (3, 14):
         from annotationlib import Format, get_annotations
@@ -461,9 +443,7 @@ def _annotations(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
-    """
-    The annotations as types. What cannot be resolved is left out: it counts as Any.
-    """
+    """The annotations as types. What cannot be resolved is left out: it counts as Any."""
     # TaskContext is often imported for type checkers only.
     names = {"TaskContext": TaskContext, **getattr(_inner(function), "__globals__", {})}
     hints: dict[str, Any] = {}

@@ -1,6 +1,4 @@
-"""
-The log of a process: ours and that of users' standard logging, to stderr, as text or as JSON.
-"""
+"""The log of a process: ours and that of users' standard logging, to stderr, as text or as JSON."""
 
 from __future__ import annotations
 
@@ -31,9 +29,7 @@ in_force: Setup | None = None
 
 
 def set_up(level: str, form: Form) -> None:
-    """
-    Log what is at least of this level. The log of the standard library goes the same way.
-    """
+    """Log what is at least of this level. The log of the standard library goes the same way."""
     global in_force  # noqa: PLW0603 - a process has one log
     in_force = Setup(level, form)
     logger.remove()
@@ -67,9 +63,7 @@ class _ToLoguru(logging.Handler):
 
 
 def _text_line(record: Any) -> str:
-    """
-    A record is one line, so that no text of others can look like another record; a traceback follows it, indented.
-    """
+    """A record is one line, so no foreign text can look like a second record; its traceback is indented."""
     lines = [plain(record["message"], keep="\t")]
     if trace := _traceback(record):
         lines += [f"    {plain(line, keep='')}" for line in trace.rstrip().split("\n")]
@@ -93,18 +87,14 @@ def _json_line(record: Any) -> str:
 
 
 def _traceback(record: Any) -> str:
-    """
-    The traceback of the record: of its exception, or, as text, of one that was raised elsewhere.
-    """
+    """The traceback of the record: of its exception, or, as text, of one that was raised elsewhere."""
     if record["exception"] is not None:
         return shown("the traceback", lambda: "".join(traceback.format_exception(*record["exception"])))
     return str(record["extra"].get("traceback", ""))
 
 
 def plain(text: str, *, keep: str = "\n\t") -> str:
-    """
-    Text that others wrote, as it may be shown: what could steer a terminal is escaped, but for what is to be kept.
-    """
+    """Escape everything in a foreign text that could control a terminal, except the characters in `keep`."""
     if text.isprintable():
         return text
     return "".join(
@@ -113,9 +103,7 @@ def plain(text: str, *, keep: str = "\n\t") -> str:
 
 
 def plain_json(text: str) -> str:
-    """
-    JSON that shows the same, in which what could steer a terminal is escaped.
-    """
+    """JSON that shows the same, in which what could steer a terminal is escaped."""
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)

@@ -1,6 +1,4 @@
-"""
-The values that users build and read: tasks, groups, goals, results and progress. No I/O, no protocol.
-"""
+"""The values that users build and read: tasks, groups, goals, results and progress. No I/O, no protocol."""
 
 from __future__ import annotations
 
@@ -45,9 +43,7 @@ KEY_MAX = 1_000
 
 
 class TaskStatus(StrEnum):
-    """
-    State of a task. Anything finer is its reason (see `TaskResult.reason`).
-    """
+    """State of a task. Anything finer is its reason (see `TaskResult.reason`)."""
 
     WAITING = "waiting"
     PENDING = "pending"
@@ -62,9 +58,7 @@ class TaskStatus(StrEnum):
 
 
 class GroupStatus(StrEnum):
-    """
-    State of a group: staging → active → closing → finished (`waiting` on other groups, `paused` by a user).
-    """
+    """State of a group: staging → active → closing → finished (`waiting` on other groups, `paused` by a user)."""
 
     STAGING = "staging"
     WAITING = "waiting"
@@ -75,9 +69,7 @@ class GroupStatus(StrEnum):
 
 
 class GoalStatus(StrEnum):
-    """
-    State of a goal. Achieved and failed are final.
-    """
+    """State of a goal. Achieved and failed are final."""
 
     NOT_STARTED = "not_started"
     IN_PROGRESS = "in_progress"
@@ -90,9 +82,7 @@ class GoalStatus(StrEnum):
 
 
 class Priority(StrEnum):
-    """
-    Which of a role's three streams a task waits in.
-    """
+    """Which of a role's three streams a task waits in."""
 
     HIGH = "high"
     NORMAL = "normal"
@@ -201,16 +191,12 @@ def check_priority(value: str, name: str) -> Priority:
 
 
 def counted(number: int, one: str, many: str | None = None) -> str:
-    """
-    A number of things, for people: `1 task`, `2,000 tasks`.
-    """
+    """A number of things, for people: `1 task`, `2,000 tasks`."""
     return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 def span_words(seconds: float) -> str:
-    """
-    A length of time, for people: `12 s`, `3 min 20 s`, `26 h 5 min`.
-    """
+    """A length of time, for people: `12 s`, `3 min 20 s`, `26 h 5 min`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

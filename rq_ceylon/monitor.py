@@ -80,9 +80,7 @@ class Monitor:
         self._minute: int | None = None
 
     def stop(self) -> None:
-        """
-        End `run`. May be called twice.
-        """
+        """End `run`. May be called twice."""
         self._stop.set()
 
     async def run(self) -> None:
@@ -127,9 +125,7 @@ class Monitor:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     def _once(self, *key: str) -> bool:
-        """
-        True the first time; for messages that would otherwise be logged at every look. A key begins with its group.
-        """
+        """True the first time: for messages that every look would log again. A key begins with its group."""
         if key in self._said:
             return False
         self._said.add(key)
@@ -163,9 +159,7 @@ class Monitor:
                 gids = await watch.wait(max(0.001, rest_s - COALESCE_S))
 
     async def _look(self, connection: Connection, watch: Watch, gids: set[str], *, everything: bool) -> None:
-        """
-        Look at these groups; with `everything`, also at all others that have not finished. Forget groups that are gone.
-        """
+        """Look at these groups, with `everything` at all unfinished ones too. Forget groups that are gone."""
         if everything:
             known = set(await queries.group_ids(connection, self.keys))
             for gid in set(self._groups) - known:
@@ -223,9 +217,7 @@ class Monitor:
 
     # ---- deadlines and callables -------------------------------------------------------------------------------------
     async def _judge_due(self, connection: Connection, watch: Watch) -> float:
-        """
-        Judge the goals whose deadline has passed. Returns the seconds until the next deadline, by the server's clock.
-        """
+        """Judge goals whose deadline has passed. Returns the seconds to the next one by the server's clock."""
         if not self._deadlines:
             return LOOK_S
         now_ms = await queries.server_ms(connection, self.keys)
@@ -308,9 +300,7 @@ class Monitor:
                 await asyncio.sleep(BEAT_S)
 
     async def _sample(self, connection: Connection) -> None:
-        """
-        Once a minute, record each role's totals and backlog. Several monitors write the same values.
-        """
+        """Once a minute, record each role's totals and backlog. Several monitors write the same values."""
         minute = await queries.server_ms(connection, self.keys) // 60_000
         if minute == self._minute:
             return

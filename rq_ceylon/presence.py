@@ -1,6 +1,4 @@
-"""
-How workers and monitors show that they live: an entry in the registry that goes when its heartbeat stops.
-"""
+"""How workers and monitors show that they live: an entry in the registry that goes when its heartbeat stops."""
 
 from __future__ import annotations
 
@@ -89,9 +87,7 @@ class Presence:
 
 
 async def is_unroutable(connection: Connection, keys: Keys, role: str, task_name: str) -> bool:
-    """
-    Has no worker of the role that knows this task asked for it in an hour, and is none alive now?
-    """
+    """Has no worker of the role that knows this task asked for it in an hour, and is none alive now?"""
     now_ms = await queries.server_ms(connection, keys)
     since_ms = await queries.waiting_since_ms(connection, keys, role, task_name)
     if since_ms is None or now_ms - since_ms < transitions.UNROUTABLE_MS:

@@ -79,9 +79,7 @@ class Watch:
 
     # ---- in the main thread ------------------------------------------------------------------------------------------
     def listen(self, stop: Callable[[int], object]) -> None:
-        """
-        From now on each SIGTERM and SIGINT calls `stop` with its number in the running loop.
-        """
+        """From now on each SIGTERM and SIGINT calls `stop` with its number in the running loop."""
         self._stop = stop
         self._loop = loop = asyncio.get_running_loop()
         with contextlib.suppress(NotImplementedError):  # Windows: there Ctrl-C cancels the main task
@@ -91,9 +89,7 @@ class Watch:
             self._keep_taking()
 
     def take(self) -> None:
-        """
-        Have what the running loop would read of signals come to the watch first, which passes it on.
-        """
+        """Have what the running loop would read of signals come to the watch first, which passes it on."""
         if (found := signal.set_wakeup_fd(self._far.fileno(), warn_on_full_buffer=False)) != self._far.fileno():
             self._loop_fd = found
 
@@ -131,9 +127,7 @@ class Watch:
 
     @contextlib.contextmanager
     def limit(self, seconds: float, what: str) -> Iterator[None]:
-        """
-        End the process if the block takes longer than `seconds`; the last line then names `what`.
-        """
+        """End the process if the block takes longer than `seconds`; the last line then names `what`."""
         key = object()
         with self._guard:
             self._limits[key] = time.monotonic() + seconds, what
@@ -145,9 +139,7 @@ class Watch:
                 self._limits.pop(key, None)
 
     def leave(self, code: int) -> NoReturn:
-        """
-        End the process: run what is registered with `atexit`, flush, and join no thread.
-        """
+        """End the process: run what is registered with `atexit`, flush, and join no thread."""
         self._code, self._loop_fd = code, -1
         with self._guard:
             self._what = "its atexit functions"
@@ -228,9 +220,7 @@ _watching: list[Watch] = []
 
 @contextlib.contextmanager
 def limit(seconds: float, what: str) -> Iterator[None]:
-    """
-    `Watch.limit` of this process; nothing where none watches, as in a program that runs a worker of its own.
-    """
+    """`Watch.limit` of this process; nothing where none watches, as in a program that runs a worker of its own."""
     with _watching[0].limit(seconds, what) if _watching else contextlib.nullcontext():
         yield
 
@@ -270,9 +260,7 @@ def end_fork(parent: int, error: BaseException | None = None) -> None:
 
 
 def stop_with_supervisor() -> None:
-    """
-    In a child: end when the parent is gone, however it went.
-    """
+    """In a child: end when the parent is gone, however it went."""
     if os.environ.pop(SUPERVISED, None) is None:
         return
     # Neither is for users' code, nor for what that starts: a command of ours would take itself for a child, a program
@@ -310,9 +298,7 @@ def _flush() -> None:
 
 
 def _end_children() -> None:
-    """
-    SIGTERM to children of `multiprocessing`, which `atexit` would wait for.
-    """
+    """SIGTERM to children of `multiprocessing`, which `atexit` would wait for."""
     if (module := sys.modules.get("multiprocessing.process")) is not None:
         for child in module.active_children():
             child.terminate()

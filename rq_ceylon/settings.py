@@ -105,9 +105,7 @@ def configured(redis_url: str | None = None, *, environ: Mapping[str, str] = os.
 
 
 def masked(url: str) -> str:
-    """
-    The URL as messages show it: parts that could hold a secret are replaced by `***`. Works on malformed URLs too.
-    """
+    """The URL as messages show it: whatever could be a secret is `***`. Works on malformed URLs too."""
     front, mark, query = re.fullmatch(r"(.*?)(?:(\?)(?=\w+=)(.*))?", url, re.DOTALL).groups("")  # type: ignore[union-attr]
     scheme, rest = re.fullmatch(r"([a-z][a-z+]*://)?(.*)", front, re.DOTALL).groups("")  # type: ignore[union-attr]
     # Up to the last @: a password may hold a / or @ that its owner forgot to quote.
@@ -162,9 +160,7 @@ def socket_url(path: Path) -> str:
 
 
 def is_private(folder: Path) -> bool:
-    """
-    Whether `folder` is a real folder that belongs to this user and that no other user may enter.
-    """
+    """Whether `folder` is a real folder that belongs to this user and that no other user may enter."""
     if sys.platform == "win32":
         return False
     status = folder.lstat()
@@ -271,9 +267,7 @@ def _are_ciphers(value: str) -> bool:
 
 
 def for_redis_py(url: str) -> str:
-    """
-    The URL as redis-py reads it: it knows versions of TLS by their numbers.
-    """
+    """The URL as redis-py reads it: it knows versions of TLS by their numbers."""
     return re.sub(r"(?<=[?&]ssl_min_version=)\w+", lambda found: str(_TLS_VERSIONS.get(found[0], found[0])), url)
 
 
@@ -300,18 +294,14 @@ class Place:
     tls: bool = False
 
     def server_url(self, address: Address) -> str:
-        """
-        The URL of one server: same user, database and options, another address.
-        """
+        """The URL of one server: same user, database and options, another address."""
         parts = urlsplit(self.url)
         user = parts.netloc.rpartition("@")[0]
         options = [(name, value) for name, value in parse_qsl(parts.query) if name not in SENTINEL_OPTIONS]
         return self._url(address, f"{user}@" if user else "", options)
 
     def sentinel_url(self, address: Address) -> str:
-        """
-        The URL of a Sentinel: the options for its own user take the place of the servers' user.
-        """
+        """The URL of a Sentinel: the options for its own user take the place of the servers' user."""
         given = parse_qsl(urlsplit(self.url).query)
         options = [(name, value) for name, value in given if name not in {"db", *SENTINEL_OPTIONS.values()}]
         return self._url(address, "", [(SENTINEL_OPTIONS.get(name, name), value) for name, value in options], "0")

@@ -95,9 +95,7 @@ class JsonType:
         return _json_copy(value) if self._is_plain else _proven(adapter, value)
 
     def read(self, value: Any) -> Any:
-        """
-        A JSON value as a Python value.
-        """
+        """A JSON value as a Python value."""
         if self._is_open or (self._is_scalar and type(value) is self.annotation) or (adapter := self._adapter) is None:
             return value
         try:
@@ -107,9 +105,7 @@ class JsonType:
             raise BadValueError.of(error) from None
 
     def normal(self, value: Any) -> Any:
-        """
-        A JSON value as `write` would have written it.
-        """
+        """A JSON value as `write` would have written it."""
         value = _json_copy(value)
         if self._is_open or (self._is_scalar and type(value) is self.annotation):
             return value
@@ -128,9 +124,7 @@ class JsonType:
 
 
 class BadValueError(Exception):
-    """
-    A value that cannot pass: where in it (keys and positions from the outside in), and what is wrong there.
-    """
+    """A value that cannot pass: where in it (keys and positions from the outside in), and what is wrong there."""
 
     def __init__(self, what: str) -> None:
         super().__init__(what)
@@ -146,9 +140,7 @@ class BadValueError(Exception):
         return bad
 
     def inside(self, step: Any) -> BadValueError:
-        """
-        The same as seen from what contains the value at `step`.
-        """
+        """The same as seen from what contains the value at `step`."""
         for path, _ in self.problems:
             path.insert(0, step if isinstance(step, int) else str(step))
         return self
@@ -254,9 +246,7 @@ def _not_json(value: Any) -> str:
 
 # ---- values of annotated types ---------------------------------------------------------------------------------------
 def _proven(adapter: TypeAdapter[Any], value: Any) -> Any:
-    """
-    The JSON value of a validated value, proven by reading it back.
-    """
+    """The JSON value of a validated value, proven by reading it back."""
     try:
         # By alias and round_trip: what `read` accepts. Warnings: the value was just validated.
         text = adapter.dump_json(value, by_alias=True, round_trip=True, warnings=False)
@@ -276,9 +266,7 @@ def _proven(adapter: TypeAdapter[Any], value: Any) -> Any:
 
 
 def _difference(value: Any, back: Any) -> BadValueError | None:
-    """
-    The first place where what was read back is not what was written: it is not equal, or of another type.
-    """
+    """The first place where what was read back is not what was written: it is not equal, or of another type."""
     kind = type(value)
     if kind is type(back) and (value is back or (kind in _LEAVES and value == back)):
         return None
@@ -313,9 +301,7 @@ def _changed_keys(keys: Collection[Any], back: Collection[Any]) -> BadValueError
 
 
 def _parts(value: Any) -> Mapping[Any, Any] | None:
-    """
-    What a value consists of, by position, key or field. None: it is one thing.
-    """
+    """What a value consists of, by position, key or field. None: it is one thing."""
     if isinstance(value, Mapping):
         return value
     if isinstance(value, list | tuple | deque):
@@ -350,9 +336,7 @@ def _changed(value: Any, back: Any) -> BadValueError:
 
 
 def _unwritable(value: Any, is_of_bytes: bool = False, depth: int = _DEPTH_MAX) -> BadValueError | None:
-    """
-    The first part of a value that no annotation writes as JSON.
-    """
+    """The first part of a value that no annotation writes as JSON."""
     if not depth:
         return BadValueError(f"nested more than {_DEPTH_MAX} levels deep, or inside itself")
     try:

@@ -1,6 +1,4 @@
-"""
-A hand on every script: tests of the protocol play workers, clients and relays one call at a time.
-"""
+"""A hand on every script: tests of the protocol play workers, clients and relays one call at a time."""
 
 from __future__ import annotations
 
@@ -21,9 +19,7 @@ LEASE_MS = 400
 
 
 class Bench:
-    """
-    One namespace on a real server. Every call is sent twice where `twice` is set, and must answer as a repetition may.
-    """
+    """One namespace on a real server. With `twice`, every call is sent twice, and the repetition is answered."""
 
     def __init__(self, url: str, namespace: str) -> None:
         self.redis: Any = redis.Redis.from_url(url, decode_responses=True, protocol=2)
@@ -70,9 +66,7 @@ class Bench:
         return transitions.submit_reply(gid, self.run(call))
 
     def ring(self, pages: Sequence[Page]) -> None:
-        """
-        Take pages where they belong, and acknowledge them.
-        """
+        """Take pages where they belong, and acknowledge them."""
         for page in pages:
             if page.is_message:
                 self.run(transitions.deliver(self.keys, page))
@@ -112,9 +106,7 @@ class Bench:
         return answers[1:]
 
     def unknown(self, worker: str, delivery: Delivery, name: str = "name") -> str:
-        """
-        Claim a task whose name this worker does not know, and have it wait for one that does.
-        """
+        """Claim a task whose name this worker does not know, and have it wait for one that does."""
         assert self.claim(worker, delivery) == ["GRANTED"]
         verdict, pages = self.commit_with_pages(worker, delivery, "release")
         for page in pages:
@@ -125,16 +117,12 @@ class Bench:
         return verdict
 
     def waiting_names(self, worker: str, *, role: str = "p") -> list[str]:
-        """
-        What a fetch tells of the names that tasks wait for.
-        """
+        """What a fetch tells of the names that tasks wait for."""
         call = transitions.fetch(self.keys, role, worker, budget=0, lease_ms=LEASE_MS)
         return sorted(transitions.fetch_reply(role, self.run(call)).names)
 
     def probe(self, gid: str, horizon: str, *, role: str = "p", to_the_end: bool = False) -> list[str]:
-        """
-        The word, and what the role shows; of the first answer, or of all.
-        """
+        """The word, and what the role shows; of the first answer, or of all."""
         begin = ""
         shown: list[str] = []
         while True:
@@ -145,9 +133,7 @@ class Bench:
                 return [word, *shown]
 
     def relay(self, gid: str) -> None:
-        """
-        Hand over all that is visible in an outbox.
-        """
+        """Hand over all that is visible in an outbox."""
         call = transitions.outbox(self.keys, gid, wanted=50)
         while pages := transitions.outbox_reply(gid, self.run(call)).pages:
             self.ring(pages)
@@ -178,9 +164,7 @@ class Bench:
         return answer.verdicts[0], answer.pages
 
     def started(self, worker: str, gid: str) -> Delivery:
-        """
-        Fetch and claim the next task of this group.
-        """
+        """Fetch and claim the next task of this group."""
         (delivery,) = self.fetch(worker, 1)
         assert delivery.gid == gid
         assert self.claim(worker, delivery) == ["GRANTED"]
@@ -209,9 +193,7 @@ class Bench:
         return found
 
     def state(self, gid: str) -> dict[str, Any]:
-        """
-        All that is stored of a group.
-        """
+        """All that is stored of a group."""
         found: dict[str, Any] = {}
         for key in self.keys.group(gid):
             match self.redis.type(key):

@@ -49,9 +49,7 @@ def run_to_end(
     limit_s: float = 60,
     in_one_stream: bool = False,
 ) -> Ended:
-    """
-    Run a program to its end, however it ends; what it prints is caught, all in `stdout` if in one stream.
-    """
+    """Run a program to its end, however it ends; what it prints is caught, all in `stdout` if in one stream."""
     return subprocess.run(
         words,
         cwd=folder,
@@ -86,9 +84,7 @@ class Commands:
     def run(
         self, name: str, *arguments: str, stdin: str = "", environ: Mapping[str, str] | None = None, limit_s: float = 30
     ) -> Ended:
-        """
-        Run a command to its end.
-        """
+        """Run a command to its end."""
         own = self.environ(environ)
         words = [name, *arguments]
         return forked.run("rq_ceylon.cli", words, folder=self.folder, environ=own, stdin=stdin, limit_s=limit_s)
@@ -96,37 +92,27 @@ class Commands:
     def python(
         self, *words: str, stdin: str = "", environ: Mapping[str, str] | None = None, limit_s: float = 60
     ) -> Ended:
-        """
-        Run this Python with such words to its end.
-        """
+        """Run this Python with such words to its end."""
         own = self.environ(environ)
         return run_to_end(sys.executable, *words, folder=self.folder, environ=own, stdin=stdin, limit_s=limit_s)
 
     def here(self, name: str, *arguments: str) -> Result:
-        """
-        Run a command, under the name that it is installed by, in this process, which spares a second.
-        """
+        """Run a command, under the name that it is installed by, in this process, which spares a second."""
         with contextlib.chdir(self.folder):
             return CliRunner(env=self.environ()).invoke(getattr(cli, NAMES[name]), arguments, prog_name=name)
 
     def json(self, name: str, *arguments: str, stdin: str = "") -> Any:
-        """
-        What a command that succeeds prints, read as JSON.
-        """
+        """What a command that succeeds prints, read as JSON."""
         ended = self.run(name, *arguments, stdin=stdin)
         assert ended.returncode == 0, ended.stderr
         return json.loads(ended.stdout)
 
     def start(self, name: str, *arguments: str, environ: Mapping[str, str] | None = None) -> Process:
-        """
-        Run a command in the background, in a session of its own.
-        """
+        """Run a command in the background, in a session of its own."""
         return self.launch("-m", "rq_ceylon.cli", name, *arguments, environ=environ)
 
     def launch(self, *words: str, environ: Mapping[str, str] | None = None) -> Process:
-        """
-        Run this Python with such words in the background, in a session of its own.
-        """
+        """Run this Python with such words in the background, in a session of its own."""
         with self.log(len(self.started)).open("w") as log:
             process = subprocess.Popen(
                 [sys.executable, *words],
@@ -145,15 +131,11 @@ class Commands:
         return self.folder / f"process-{number}.log"
 
     def said(self, process: Process) -> str:
-        """
-        What a command in the background has printed so far.
-        """
+        """What a command in the background has printed so far."""
         return self.log(self.started.index(process)).read_text()
 
     def end(self) -> None:
-        """
-        SIGTERM to all that run, SIGKILL to those that do not heed it.
-        """
+        """SIGTERM to all that run, SIGKILL to those that do not heed it."""
         for process in self.started:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
@@ -215,9 +197,7 @@ def plain(drawn: str) -> list[str]:
 
 
 def is_alive(pid: int) -> bool:
-    """
-    Whether a process runs; one that has ended and was not waited for does not.
-    """
+    """Whether a process runs; one that has ended and was not waited for does not."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -227,9 +207,7 @@ def is_alive(pid: int) -> bool:
 
 
 def until(condition: Callable[[], object], what: str, limit_s: float = LIMIT_S) -> None:
-    """
-    Wait for a condition, and fail in words if it does not come.
-    """
+    """Wait for a condition, and fail in words if it does not come."""
     started = time.monotonic()
     while not condition():
         assert time.monotonic() - started < limit_s, f"not within {limit_s:g} s: {what}"
@@ -237,9 +215,7 @@ def until(condition: Callable[[], object], what: str, limit_s: float = LIMIT_S) 
 
 
 async def eventually(condition: Callable[[], object], what: str, limit_s: float = LIMIT_S) -> None:
-    """
-    As `until`, while the event loop goes on; the condition may be asynchronous.
-    """
+    """As `until`, while the event loop goes on; the condition may be asynchronous."""
     try:
         async with asyncio.timeout(limit_s):
             while True:

@@ -51,9 +51,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """
-    What tests measured, and how often each fault struck each script, in all runs of the simulator.
-    """
+    """What tests measured, and how often each fault struck each script, in all runs of the simulator."""
     properties = [dict(report.user_properties) for report in terminalreporter.getreports("passed")]
     for found in properties:
         if "figures" in found:
@@ -106,9 +104,7 @@ def binary(engine: str) -> str:
 
 @pytest.fixture(scope="session")
 def server(binary: str) -> Iterator[EmbeddedServer]:
-    """
-    The session's server, shared by all tests of this worker and engine: leave it as you found it.
-    """
+    """The session's server, shared by all tests of this worker and engine: leave it as you found it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CEYLON_SERVER_BIN", binary)
         started = EmbeddedServer.start()
@@ -118,9 +114,7 @@ def server(binary: str) -> Iterator[EmbeddedServer]:
 
 @pytest.fixture
 def redis_url(server: EmbeddedServer) -> str:
-    """
-    The session's server, emptied.
-    """
+    """The session's server, emptied."""
     with redis.Redis.from_url(server.url) as client:
         client.flushall()
     return server.url
@@ -144,9 +138,7 @@ async def client(app: Ceylon) -> AsyncIterator[Client]:
 
 @pytest.fixture
 def commands(redis_url: str, tmp_path: Path) -> Iterator[Commands]:
-    """
-    The commands as processes, on the session's server and in a folder of this test.
-    """
+    """The commands as processes, on the session's server and in a folder of this test."""
     with commands_on(redis_url, tmp_path) as commands:
         yield commands
 
@@ -173,9 +165,7 @@ def said() -> Iterator[list[str]]:
 
 
 class _Lines(logging.Handler):
-    """
-    Adds what the standard library logs to a list, as loguru's sink does.
-    """
+    """Adds what the standard library logs to a list, as loguru's sink does."""
 
     def __init__(self, lines: list[str]) -> None:
         super().__init__()
@@ -187,9 +177,7 @@ class _Lines(logging.Handler):
 
 @pytest.fixture
 def bench(redis_url: str, namespace: str) -> Bench:
-    """
-    A hand on every script, on the session's server.
-    """
+    """A hand on every script, on the session's server."""
     return Bench(redis_url, namespace)
 
 
@@ -202,9 +190,7 @@ async def connection(redis_url: str) -> AsyncIterator[Connection]:
 
 @pytest.fixture
 def trips(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """
-    The round trips of all connections of this process, each with the scripts or commands that it carried.
-    """
+    """The round trips of all connections of this process, each with the scripts or commands that it carried."""
     trips: list[list[str]] = []
     run_each = Connection.run_each
 
@@ -218,9 +204,7 @@ def trips(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 @pytest.fixture
 def short_tmp_path() -> Iterator[Path]:
-    """
-    As `tmp_path`, where the path of a unix socket must fit: under xdist pytest's own are too long.
-    """
+    """As `tmp_path`, where the path of a unix socket must fit: under xdist pytest's own are too long."""
     folder = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))
     yield folder
     shutil.rmtree(folder)
@@ -228,18 +212,14 @@ def short_tmp_path() -> Iterator[Path]:
 
 @pytest.fixture
 def fleet(binary: str, short_tmp_path: Path) -> Iterator[Fleet]:
-    """
-    Servers of this test's own, each with lines of configuration.
-    """
+    """Servers of this test's own, each with lines of configuration."""
     with fleet_of(binary, short_tmp_path) as fleet:
         yield fleet
 
 
 @pytest.fixture
 def start_server(binary: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., EmbeddedServer]]:
-    """
-    Starts servers of this test's own, with the arguments of `EmbeddedServer.start`, and ends them after it.
-    """
+    """Starts servers of this test's own, with the arguments of `EmbeddedServer.start`, and ends them after it."""
     monkeypatch.setenv("CEYLON_SERVER_BIN", binary)
     started: list[EmbeddedServer] = []
 

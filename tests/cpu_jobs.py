@@ -1,6 +1,4 @@
-"""
-Functions that tests run in child processes, which import them from here.
-"""
+"""Functions that tests run in child processes, which import them from here."""
 
 import os
 import signal
@@ -77,9 +75,7 @@ def start_a_program_and_sleep(path: str) -> None:
 
 
 def meet(folder: str) -> int:
-    """
-    How many of these ran at the same time as this one, at most.
-    """
+    """How many of these ran at the same time as this one, at most."""
     mine = Path(folder) / str(os.getpid())
     mine.touch()
     time.sleep(0.1)

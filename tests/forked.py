@@ -35,9 +35,7 @@ IMPORTED = (
 def run(
     module: str, arguments: list[str], *, folder: Path, environ: Mapping[str, str], stdin: str, limit_s: float
 ) -> subprocess.CompletedProcess[str]:
-    """
-    As `subprocess.run` with `python -m module arguments`, which heeds no variable of Python's but PYTHONPATH.
-    """
+    """As `subprocess.run` with `python -m module arguments`, which heeds no variable of Python's but PYTHONPATH."""
     words = ["-m", module, *arguments]
     ours, theirs = socket.socketpair()
     with (

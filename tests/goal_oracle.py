@@ -35,9 +35,7 @@ _SHARE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*%")
 
 
 def oracle(text: str, counters: Counters, *, closing: bool = False) -> bool | None:
-    """
-    Whether the expression holds in every outcome of the open tasks, in none, or in some.
-    """
+    """Whether the expression holds in every outcome of the open tasks, in none, or in some."""
     assert _CHECKED.fullmatch(text), text
     source = _SHARE.sub(r"(Fraction('\1') / 100 * total)", " ".join(text.split()))
     condition = compile(source, "expression", "eval")
@@ -134,9 +132,7 @@ def _apply(token: str, left: tuple[float, float], right: tuple[float, float]) ->
 
 
 def check_sound(verdict: Verdict, text: str, counters: Counters, *, closing: bool = False) -> None:
-    """
-    What the evaluator calls certain is certain, and a group without open tasks leaves it nothing to wait for.
-    """
+    """What the evaluator calls certain is certain, and a group without open tasks leaves it nothing to wait for."""
     said, truth = verdict(parse(text, "when").program, counters), oracle(text, counters, closing=closing)
 
     assert said is None or said is truth, f"{text} at {counters}: said {said}, is {truth}"
@@ -144,9 +140,7 @@ def check_sound(verdict: Verdict, text: str, counters: Counters, *, closing: boo
 
 
 def check_exact(verdict: Verdict, text: str, counters: Counters, *, closing: bool = False) -> None:
-    """
-    For a single comparison of one counter with a number or a share, the evaluator says at once what is certain.
-    """
+    """For a single comparison of one counter with a number or a share, the evaluator says at once what is certain."""
     said, truth = verdict(parse(text, "when").program, counters), oracle(text, counters, closing=closing)
 
     assert said is truth, f"{text} at {counters}: said {said}, is {truth}"
@@ -165,9 +159,7 @@ _SHARES = st.one_of(
 
 @st.composite
 def comparisons(draw: st.DrawFn) -> str:
-    """
-    One counter against a number or a share, on either side.
-    """
+    """One counter against a number or a share, on either side."""
     counter = draw(st.sampled_from(GOAL_COUNTERS))
     other = draw(_NUMBERS if counter == "total" else st.one_of(_NUMBERS, _SHARES))
     return _compared(draw, counter, other)
@@ -185,9 +177,7 @@ def _compared(draw: st.DrawFn, counter: str, other: str) -> str:
 
 
 def expressions() -> st.SearchStrategy[str]:
-    """
-    Any expression that `parse` takes, spelt in many ways.
-    """
+    """Any expression that `parse` takes, spelt in many ways."""
     single = st.one_of(comparisons(), comparisons(), _counter_comparisons())
     return st.recursive(single, _larger, max_leaves=8).filter(_is_within_limits)
 
@@ -207,9 +197,7 @@ def _is_within_limits(text: str) -> bool:
 
 @st.composite
 def small_counters(draw: st.DrawFn, *, closing: bool = False) -> Counters:
-    """
-    Counters of a group with few open tasks, often none; of a closing group only running tasks are open.
-    """
+    """Counters of a group with few open tasks, often none; of a closing group only running tasks are open."""
     open_tasks = [0 if closing else draw(st.integers(0, 2)) for _ in range(2)] + [draw(st.integers(0, 3))]
     ended = [draw(st.integers(0, 4)) for _ in range(3)]
     names = ("waiting", "pending", "in_progress", "completed", "failed", "cancelled")

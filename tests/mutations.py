@@ -24,9 +24,7 @@ UNREADABLE = re.compile(r"Error compiling script|SyntaxError|ImportError|ModuleN
 
 
 class Edit(NamedTuple):
-    """
-    In this file of the package, these lines, or parts of them, become those.
-    """
+    """In this file of the package, these lines, or parts of them, become those."""
 
     file: str
     old: list[str]
@@ -34,9 +32,7 @@ class Edit(NamedTuple):
 
 
 def mutations() -> dict[str, list[Edit]]:
-    """
-    Those of `mutations.txt`: `# name`, then per edit a file, the lines `- ` that it holds once, and `+ ` those to come.
-    """
+    """The mutations of `mutations.txt`: `# name`, then per edit a file, its `- ` lines and the new `+ ` lines."""
     found: dict[str, list[Edit]] = {}
     edits: list[Edit] = []
     for line in Path(__file__).with_suffix(".txt").read_text().splitlines():
@@ -55,9 +51,7 @@ def mutations() -> dict[str, list[Edit]]:
 
 
 class Tree:
-    """
-    A copy of the tree, with one mutation at a time.
-    """
+    """A copy of the tree, with one mutation at a time."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -67,9 +61,7 @@ class Tree:
         shutil.copy(ROOT / "pyproject.toml", folder)
 
     def applied(self, edits: list[Edit]) -> dict[Path, str]:
-        """
-        Apply edits; returns the texts to put back.
-        """
+        """Apply edits; returns the texts to put back."""
         before: dict[Path, str] = {}
         for edit in edits:
             path = self.folder / "rq_ceylon" / edit.file
@@ -82,9 +74,7 @@ class Tree:
         return before
 
     def killer(self) -> str | None:
-        """
-        The test or seed that fails, None if all pass.
-        """
+        """The test or seed that fails, None if all pass."""
         code, output = self._run("-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *TESTS)
         if code:
             found = re.search(r"^(?:FAILED|ERROR) \S+?::(\S+)", output, re.MULTILINE)

@@ -1,6 +1,4 @@
-"""
-A TCP proxy before a server, which hurts the connections that pass through it as a network does.
-"""
+"""A TCP proxy before a server, which hurts the connections that pass through it as a network does."""
 
 from __future__ import annotations
 
@@ -19,9 +17,7 @@ What a new connection meets: nothing; a close at once; a reset within 2 ms; a re
 
 @dataclass(eq=False)
 class Line:
-    """
-    One connection through the proxy: what its client sent (its last 4,000 bytes), and whether it has gone silent.
-    """
+    """One connection through the proxy: what its client sent (its last 4,000 bytes), and whether it has gone silent."""
 
     client: asyncio.StreamWriter
     server: asyncio.StreamWriter | None = None
@@ -61,18 +57,14 @@ class Proxy:
 
     # ---- faults ------------------------------------------------------------------------------------------------------
     def silence(self, which: Callable[[Line], bool] = lambda line: True) -> int:
-        """
-        Pass on nothing more of these connections, and close none of them. Returns how many they are.
-        """
+        """Pass on nothing more of these connections, and close none of them. Returns how many they are."""
         return self._hurt("silenced", which, lambda line: setattr(line, "is_silent", True))
 
     def reset(self, which: Callable[[Line], bool] = lambda line: True) -> int:
         return self._hurt("reset", which, Line.abort)
 
     def half_close(self, which: Callable[[Line], bool] = lambda line: True) -> int:
-        """
-        Tell these clients that the server says no more, but go on to take what they say.
-        """
+        """Tell these clients that the server says no more, but go on to take what they say."""
 
         def close(line: Line) -> None:
             with contextlib.suppress(OSError, RuntimeError):
@@ -170,9 +162,7 @@ class Proxy:
 
 @contextlib.contextmanager
 def proxy_to(port: int, seed: int = 7) -> Iterator[Proxy]:
-    """
-    A proxy before the server at this port.
-    """
+    """A proxy before the server at this port."""
     proxy = Proxy(port, seed)
     proxy.start()
     try:

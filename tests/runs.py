@@ -1,6 +1,4 @@
-"""
-One attempt at a time, without a worker.
-"""
+"""One attempt at a time, without a worker."""
 
 from __future__ import annotations
 

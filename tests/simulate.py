@@ -1,6 +1,4 @@
-"""
-Runs seeds of the simulator and says what they violated, as tests/test_simulator.py does.
-"""
+"""Runs seeds of the simulator and says what they violated, as tests/test_simulator.py does."""
 
 from __future__ import annotations
 

@@ -47,9 +47,7 @@ class Step:
 
 
 def steps(text: str) -> list[Step]:
-    """
-    The commands of a console block, each with the lines below it.
-    """
+    """The commands of a console block, each with the lines below it."""
     found: list[Step] = []
     for line in text.splitlines():
         if line.startswith("$ "):
@@ -61,9 +59,7 @@ def steps(text: str) -> list[Step]:
 
 
 def same(line: str) -> str:
-    """
-    A line without what differs from run to run.
-    """
+    """A line without what differs from run to run."""
     for pattern, instead in VARIES:
         line = pattern.sub(instead, line)
     return line.strip()
@@ -85,9 +81,7 @@ class Shell:
     _seen: int = 0
 
     def run(self, step: Step, *, code: int = 0) -> None:
-        """
-        Run a step; what it prints, in either stream, must have the lines below it, in their order.
-        """
+        """Run a step; what it prints, in either stream, must have the lines below it, in their order."""
         command = GROUP.sub(lambda found: self.groups.get(found[0], found[0]), step.command)
         if re.match(STAYS, command):
             self._start(Step(command.removesuffix("&"), step.printed))
@@ -112,9 +106,7 @@ class Shell:
             self.groups.update(zip(GROUP.findall(next(alike)), GROUP.findall(found), strict=True))
 
     def _start(self, step: Step) -> None:
-        """
-        A command that runs until the end of the test, once it has logged what it is to.
-        """
+        """A command that runs until the end of the test, once it has logged what it is to."""
         name, *arguments = shlex.split(step.command)
         self.commands.start(NAMES[name], *arguments)
         self.workers += {"ceylon-worker": _processes(arguments), "ceylon-monitor": 1, "ceylon": 2}[name]
@@ -131,9 +123,7 @@ class Shell:
         return ended.stdout, ended.returncode
 
     def _bin(self) -> Path:
-        """
-        A folder with the commands as an installed package has them, of this very source.
-        """
+        """A folder with the commands as an installed package has them, of this very source."""
         folder = self.commands.folder / "bin"
         if not folder.exists():
             folder.mkdir()

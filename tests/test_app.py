@@ -1,6 +1,4 @@
-"""
-The application object: registering, making tasks of functions, and the side without await.
-"""
+"""The application object: registering, making tasks of functions, and the side without await."""
 
 from __future__ import annotations
 
@@ -72,9 +70,7 @@ def app(redis_url: str, namespace: str) -> Iterator[Ceylon]:
 
 @contextmanager
 def working(app: Ceylon) -> Iterator[None]:
-    """
-    A worker in a thread and loop of its own.
-    """
+    """A worker in a thread and loop of its own."""
     started = threading.Event()
     stop: list[Callable[[], object]] = []
 
@@ -97,9 +93,7 @@ def working(app: Ceylon) -> Iterator[None]:
 
 
 def task_of(app: Ceylon, name: str) -> Any:
-    """
-    The `AppTask` of a function that `make_app` registered; typed ones are in `typing_cases`.
-    """
+    """The `AppTask` of a function that `make_app` registered; typed ones are in `typing_cases`."""
     from rq_ceylon import AppTask
 
     return AppTask(app, app.registry.get(name), Task(uses=name))
@@ -318,9 +312,7 @@ def test_a_group_is_submitted_and_followed_without_await(app: Ceylon) -> None:
 
 @pytest.mark.anyio
 async def test_the_sync_side_works_inside_a_running_loop(app: Ceylon) -> None:
-    """
-    As in a notebook, where a loop runs that the user did not start.
-    """
+    """As in a notebook, where a loop runs that the user did not start."""
     with working(app):
         assert task_of(app, "double").enqueue(4).result(timeout=20) == 8
 
@@ -453,9 +445,7 @@ say(double.enqueue(4))
 
 
 def test_two_loops_and_a_fork_have_clients_of_their_own_and_the_process_ends_by_itself(app: Ceylon) -> None:
-    """
-    Nobody closes the implicit clients, in the parent or in the child; neither hangs at its end.
-    """
+    """Nobody closes the implicit clients, in the parent or in the child; neither hangs at its end."""
     with working(app):
         ran = run_to_end(sys.executable, "-W", "error", "-c", SCRIPT, app.settings.redis_url, app.settings.namespace)
 
@@ -485,9 +475,7 @@ with Ceylon(sys.argv[1], namespace=sys.argv[2]).sync_client() as client:
 def test_a_forked_child_goes_on_with_the_client_and_handles_of_its_parent_on_a_connection_of_its_own(
     app: Ceylon,
 ) -> None:
-    """
-    Both used the parent's connection at the same time, and got each other's answers.
-    """
+    """Both used the parent's connection at the same time, and got each other's answers."""
     ran = run_to_end(sys.executable, "-c", FORKED, app.settings.redis_url, app.settings.namespace)
 
     assert (ran.returncode, ran.stderr) == (0, "")
@@ -530,9 +518,7 @@ def test_what_has_no_name_is_told_to_take_one() -> None:
 
 
 def defined(text: str, file: str) -> Any:
-    """
-    What a notebook does with a cell: it runs in the main module, and each version of it is a file of its own.
-    """
+    """What a notebook does with a cell: it runs in the main module, and each version of it is a file of its own."""
     scope: dict[str, Any] = {"__name__": "__main__"}
     exec(compile(text, file, "exec"), scope)  # noqa: S102
     return scope["work"]

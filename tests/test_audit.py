@@ -1,6 +1,4 @@
-"""
-The audit: silent on what is right at every stage of a group, exact about what is not, and careful with what it repairs.
-"""
+"""The audit: silent on healthy groups at every stage, exact about faults, and careful with repairs."""
 
 from __future__ import annotations
 
@@ -56,9 +54,7 @@ async def test_nothing_is_found_at_any_stage_of_a_group(bench: Bench, connection
 
 
 def _leave_error(bench: Bench, part: Callable[[str], str]) -> None:
-    """
-    As if `a` had completed at its second attempt.
-    """
+    """As if `a` had completed at its second attempt."""
     state, reason, role, attempts, rest = bench.redis.hget(part("results"), "a").split("|", 4)
     bench.redis.hset(part("results"), "a", "|".join([state, reason, role, str(int(attempts) + 1), rest]))
     bench.redis.hset(part("errors"), "a 1", "{}")

@@ -1,6 +1,4 @@
-"""
-The benchmark runs; what it measures is for people to judge, not for a test.
-"""
+"""The benchmark runs; what it measures is for people to judge, not for a test."""
 
 import sys
 

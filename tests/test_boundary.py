@@ -1,6 +1,4 @@
-"""
-Users' code in a worker: however an attempt ends, it has an outcome and one line in the log, and the worker goes on.
-"""
+"""Users' code in a worker: every attempt ends in an outcome and one log line, and the worker goes on."""
 
 from __future__ import annotations
 
@@ -215,9 +213,7 @@ CPU: dict[str, tuple[str, str]] = {
 
 
 def source() -> str:
-    """
-    An application with a task for each ending.
-    """
+    """An application with a task for each ending."""
     functions = [HEAD]
     for prefix, endings, head, rules in (
         ("async", ASYNC, "async def", ""),

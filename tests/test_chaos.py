@@ -1,6 +1,4 @@
-"""
-`ceylon demo --chaos`: workers really die, the audit judges, and nothing is left behind however it ends.
-"""
+"""`ceylon demo --chaos`: workers really die, the audit judges, and nothing is left behind however it ends."""
 
 from __future__ import annotations
 
@@ -28,9 +26,7 @@ def commands(short_tmp_path: Path) -> Iterator[Commands]:
 
 
 def chaos(commands: Commands, duration: str) -> tuple[Process, str]:
-    """
-    The demo in a pipe, with settings around that are not meant for it, and its server's URL.
-    """
+    """The demo in a pipe, with settings around that are not meant for it, and its server's URL."""
     mine = {"CEYLON_APP": "nowhere:app", "CEYLON_WORKER_BURST": "1", "CEYLON_NAMESPACE": "mine"}
     demo = commands.start("ceylon", "demo", f"--chaos={duration}", environ=mine)
     until(lambda: "--redis unix://" in commands.said(demo), "its server is named")

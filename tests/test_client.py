@@ -1,6 +1,4 @@
-"""
-Submitting and following, with real workers in the same process.
-"""
+"""Submitting and following, with real workers in the same process."""
 
 from __future__ import annotations
 
@@ -178,9 +176,7 @@ async def test_the_same_key_is_the_same_group_and_other_content_is_refused(app: 
 
 
 def lose_answers(client: Client) -> list[Sequence[Call]]:
-    """
-    Whatever this client sends is answered only when it is sent again. Returns what was sent.
-    """
+    """Whatever this client sends is answered only when it is sent again. Returns what was sent."""
     sent: list[Sequence[Call]] = []
     send = client.connection.run_until_answered
 
@@ -234,9 +230,7 @@ async def test_what_was_submitted_is_with_its_role_at_once_though_the_answer_was
 
 
 def lose_once(client: Client, script: str) -> list[Call]:
-    """
-    The first call of this script is lost; it is in the list then.
-    """
+    """The first call of this script is lost; it is in the list then."""
     run_each, lost = client.connection.run_each, list[Call]()
 
     async def losing(calls: Sequence[Call]) -> list[Any]:
@@ -283,9 +277,7 @@ async def test_what_follows_from_a_cancelled_task_is_with_its_role_at_once_thoug
 
 
 def _tasks(count: int, *, words: str = "", at: int = 0, then: Callable[[], None] = lambda: None) -> Iterator[Task]:
-    """
-    Tasks in parts of 500; `then` is called when the producer asks for number `at`.
-    """
+    """Tasks in parts of 500; `then` is called when the producer asks for number `at`."""
     for n in range(count):
         if n == at:
             then()
@@ -305,9 +297,7 @@ async def test_two_clients_that_submit_the_same_under_one_key_at_once_both_succe
 
 
 async def test_other_content_under_a_key_that_is_being_submitted_is_refused_and_harms_nothing(app: Ceylon) -> None:
-    """
-    The later one's parts seem known until it meets the newest; its failure removed the group of the first.
-    """
+    """The later one's parts seem known until it meets the newest; its failure removed the group of the first."""
     begun = asyncio.Event()
     async with app.client() as one, app.client() as other:
         first = asyncio.create_task(one.submit(TaskGroup("g", _tasks(9000, at=2500, then=begun.set), key="nightly")))
@@ -452,9 +442,7 @@ async def test_a_rolling_group_is_sealed_and_its_tasks_all_run(app: Ceylon) -> N
 
 @contextlib.contextmanager
 def refusing(client: Client, script: str) -> Iterator[None]:
-    """
-    At the memory limit one call is refused and the next is not.
-    """
+    """At the memory limit one call is refused and the next is not."""
     run_each = client.connection.run_each
 
     async def refuse(calls: Sequence[Call]) -> list[Any]:

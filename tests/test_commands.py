@@ -1,6 +1,4 @@
-"""
-The commands as a user meets them: fast help, one message and one exit code for whatever is wrong, JSON for programs.
-"""
+"""The commands as a user meets them: fast help, one message and exit code per fault, JSON for programs."""
 
 from __future__ import annotations
 
@@ -60,9 +58,7 @@ def submitted(commands: Commands, *arguments: str) -> str:
 
 
 def assert_refused(ended: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
-    """
-    The command ended with this code and one message that has all these words, and no traceback.
-    """
+    """The command ended with this code and one message that has all these words, and no traceback."""
     assert ended.returncode == code, (ended.returncode, ended.stdout, ended.stderr)
     assert "Traceback" not in ended.stderr
     messages = [line for line in ended.stderr.splitlines() if line.startswith("Error: ")]
@@ -462,9 +458,7 @@ def test_options_of_a_worker_with_several_processes_may_end_before_its_applicati
 
 @pytest.mark.parametrize("name", ["queue", "redis", "click", "types"])
 def test_a_file_named_like_a_module_of_ours_takes_the_place_of_none(name: str, commands: Commands) -> None:
-    """
-    The application's own modules are still found beside it.
-    """
+    """The application's own modules are still found beside it."""
     (commands.folder / f"{name}.py").write_text("MINE = 1\n")
     (commands.folder / "helpers.py").write_text("WIDTH = 1\n")
     (commands.folder / "jobs.py").write_text("import helpers\n" + ADD)

@@ -1,6 +1,4 @@
-"""
-The compose file and the image: valid, private, unprivileged, and stopped with time to hand tasks back.
-"""
+"""The compose file and the image: valid, private, unprivileged, and stopped with time to hand tasks back."""
 
 import re
 import sys

@@ -68,9 +68,7 @@ async def connected(url: str) -> AsyncIterator[Connection]:
 
 
 async def problem_of(url: str) -> str:
-    """
-    What a command that starts with this URL says.
-    """
+    """What a command that starts with this URL says."""
     async with connected(url) as connection:
         with pytest.raises(RedisError) as caught:
             await connection.check()
@@ -138,9 +136,7 @@ def test_all_parts_of_a_process_share_one_embedded_server_that_is_gone_with_it()
 
 # ---- the main job, disturbed -----------------------------------------------------------------------------------------
 async def finish_the_main_job(url: str, disturb: Callable[[Ceylon, str], object], *, tasks: int = 60) -> None:
-    """
-    A group on two workers, with something that happens in its middle; at the end each task is counted once.
-    """
+    """A group on two workers, with something that happens in its middle; at the end each task is counted once."""
     app = Ceylon(url)
     half, disturbed = tasks // 2, asyncio.Event()
 
@@ -199,9 +195,7 @@ async def test_the_main_job_goes_on_through_a_failover_that_sentinels_decide(fle
 
 @pytest.mark.every_engine
 async def test_a_demoted_primary_is_left_for_the_new_one(fleet: Fleet) -> None:
-    """
-    Both go on to live, so nothing breaks the connection but what the old one answers.
-    """
+    """Both go on to live, so nothing breaks the connection but what the old one answers."""
     watched = start_watched(fleet)
 
     def fail_over() -> None:
@@ -234,9 +228,7 @@ async def test_the_main_job_goes_on_in_a_cluster_while_its_slots_move(fleet: Fle
 
 
 def takes_all(bench: Bench) -> list[str]:
-    """
-    A worker fetches, claims, and acknowledges what it does not get.
-    """
+    """A worker fetches, claims, and acknowledges what it does not get."""
     verdicts = []
     for delivery in bench.fetch("w"):
         verdicts += bench.claim("w", delivery)
@@ -408,17 +400,13 @@ async def test_a_bell_of_any_role_is_heard_in_a_cluster(fleet: Fleet) -> None:
 
 # ---- what goes wrong at the start ------------------------------------------------------------------------------------
 def info(**facts: object) -> bytes:
-    """
-    An answer to INFO.
-    """
+    """An answer to INFO."""
     text = "".join(f"{name}:{value}\r\n" for name, value in facts.items())
     return f"${len(text)}\r\n{text}\r\n".encode()
 
 
 def answering(reply: Callable[[], bytes]) -> Callable[[bytes], bytes]:
-    """
-    This to INFO, OK to all else.
-    """
+    """This to INFO, OK to all else."""
 
     def answer(piece: bytes) -> bytes:
         commands = re.split(rb"^\*\d+\r\n", piece, flags=re.MULTILINE)[1:]
@@ -723,9 +711,7 @@ async def test_a_worker_that_loses_redis_says_so_once_and_once_when_it_is_back(f
 
 @asynccontextmanager
 async def at_work(url: str, said: list[str], **options: Any) -> AsyncIterator[tuple[Worker, str]]:
-    """
-    A worker in the middle of a task whose first attempt never ends by itself. Ends with the worker's own end.
-    """
+    """A worker in the middle of a task whose first attempt never ends by itself. Ends with the worker's own end."""
     app, started = Ceylon(url), asyncio.Event()
 
     @app.task(role="r")

@@ -39,9 +39,7 @@ def span(seconds: float) -> str:
 
 
 def option(name: str) -> Any:
-    """
-    The default of an option of `ceylon-worker`.
-    """
+    """The default of an option of `ceylon-worker`."""
     (found,) = [one for one in cli.worker.params if isinstance(one, click.Option) and name in one.opts]
     return found.default if isinstance(found.default, str) else "no limit"  # click has a word of its own for none
 

@@ -34,9 +34,7 @@ DEPLOYMENTS: dict[str, Any] = {
 
 
 def parses(words: Sequence[str]) -> None:
-    """
-    Fails if one of our commands does not take these arguments.
-    """
+    """Fails if one of our commands does not take these arguments."""
     name = words[0].rpartition("/")[2]
     getattr(cli, name.removeprefix("ceylon-")).make_context(name, list(words[1:]))
 

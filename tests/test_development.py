@@ -1,6 +1,4 @@
-"""
-What a developer starts: a server of one's own, everything at once, an application with logging and callable goals.
-"""
+"""What a developer starts: an embedded server, everything at once, an app with logging and callable goals."""
 
 from __future__ import annotations
 
@@ -47,9 +45,7 @@ goal: {name: two, call: enough, success_message: Both are there.}
 
 @pytest.fixture
 def commands(short_tmp_path: Path) -> Iterator[Commands]:
-    """
-    Without a configured server: this user's own is the one in the test's folder.
-    """
+    """Without a configured server: this user's own is the one in the test's folder."""
     (short_tmp_path / "jobs.py").write_text(JOBS)
     (short_tmp_path / "group.yaml").write_text(GROUP)
     with pytest.MonkeyPatch.context() as patch:

@@ -72,9 +72,7 @@ class Block:
 
     @property
     def name(self) -> str:
-        """
-        The file that it is, if it says so.
-        """
+        """The file that it is, if it says so."""
         found = re.match(r"# ([\w.-]+\.(py|ya?ml))\n", self.text)
         return found[1] if found else ""
 
@@ -85,17 +83,13 @@ def blocks(page: str) -> list[Block]:
 
 
 def told(page: str) -> list[Step]:
-    """
-    The commands of a page that are run here.
-    """
+    """The commands of a page that are run here."""
     consoles = [block for block in blocks(page) if block.kind == "console"]
     return [step for block in consoles for step in steps(block.text) if (page, step.command) not in NOT_RUN]
 
 
 def saved(page: str, folder: Path) -> Path:
-    """
-    The files that a page speaks of.
-    """
+    """The files that a page speaks of."""
     shutil.copytree(ROOT / "examples", folder / "examples")
     for block in blocks(page):
         if block.name:

@@ -1,6 +1,4 @@
-"""
-What a submission waits for beside Redis' answer: a replica that really follows, or the disk of a server that is killed.
-"""
+"""What a durable submission waits for: a replica that really follows, or the disk of a killed server."""
 
 from __future__ import annotations
 
@@ -31,9 +29,7 @@ pytestmark = pytest.mark.anyio
 
 @contextmanager
 def hanging(replica: Running, wait_s: float = 0.2) -> Iterator[None]:
-    """
-    A replica that acknowledges nothing, and how long it is waited for.
-    """
+    """A replica that acknowledges nothing, and how long it is waited for."""
     os.kill(replica.process.pid, signal.SIGSTOP)
     try:
         with pytest.MonkeyPatch.context() as patch:
@@ -44,9 +40,7 @@ def hanging(replica: Running, wait_s: float = 0.2) -> Iterator[None]:
 
 
 def start_pair(fleet: Fleet) -> tuple[Running, Running]:
-    """
-    A primary, and its replica.
-    """
+    """A primary, and its replica."""
     primary = fleet.start("repl-diskless-sync-delay 0")
     replica = fleet.start(f"replicaof 127.0.0.1 {primary.port}", "repl-diskless-sync-delay 0")
     until(lambda: replica.ask("INFO").get("master_link_status") == "up", "the replica follows")
@@ -223,9 +217,7 @@ async def test_single_tasks_that_are_submitted_together_share_the_wait_for_the_d
 async def test_the_entry_of_a_task_is_not_sent_beside_the_task_where_another_connection_confirms_it(
     start_server: Callable[..., EmbeddedServer], short_tmp_path: Path, namespace: str
 ) -> None:
-    """
-    The two may know different owners of the slots of a cluster: the entry might be there before the task.
-    """
+    """The two may know different owners of the slots of a cluster: the entry might be there before the task."""
     server = start_server(folder=short_tmp_path, appendonly=True)
     async with Client(server.url, namespace=namespace) as client:
         confirming, sent = client._confirming, list[str]()

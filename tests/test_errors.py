@@ -1,6 +1,4 @@
-"""
-Exceptions and tasks cross the borders of processes: process pools pickle them, and debuggers copy them.
-"""
+"""Exceptions and tasks cross the borders of processes: process pools pickle them, and debuggers copy them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""
-Every example runs as its first lines say, and prints what they say.
-"""
+"""Every example runs as its first lines say, and prints what they say."""
 
 from __future__ import annotations
 
@@ -23,9 +21,7 @@ ELSEWHERE = {
 
 
 def head(path: Path) -> str:
-    """
-    The docstring, or the comment at the top of a YAML file.
-    """
+    """The docstring, or the comment at the top of a YAML file."""
     text = path.read_text()
     if path.suffix == ".py":
         return text.split('"""')[1]

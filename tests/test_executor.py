@@ -1,6 +1,4 @@
-"""
-The executor: whatever a handler does becomes one outcome, and whatever goes on in spite of it is counted.
-"""
+"""The executor: whatever a handler does becomes one outcome, and whatever goes on in spite of it is counted."""
 
 from __future__ import annotations
 
@@ -53,9 +51,7 @@ async def _close_executors() -> AsyncIterator[None]:
 
 
 def executor_of(function: Callable[..., Any], **options: Any) -> Runs:
-    """
-    An executor that knows one handler, `job`; its backoff is 1 s, 2 s, 4 s, ... It is closed after the test.
-    """
+    """An executor that knows one handler, `job`; its backoff is 1 s, 2 s, 4 s, ... It is closed after the test."""
     own = {name: options.pop(name) for name in ("threads", "on_freed") if name in options}
     registry = Registry()
     registry.add(Handler("job", function, **{"backoff": STEADY, **options}))
@@ -463,9 +459,7 @@ async def test_a_plain_function_can_ask_whether_it_is_over() -> None:
 # ---- waiting for a place ---------------------------------------------------------------------------------------------
 @pytest.fixture
 def _a_place_is_free_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """
-    Attempts ended here in the last moment, so that others may wait for their place.
-    """
+    """Attempts ended here in the last moment, so that others may wait for their place."""
     monkeypatch.setattr(Places, "room", 1)
 
 
@@ -1024,9 +1018,7 @@ async def test_what_a_handler_raises_while_it_is_stopped_says_nothing_about_its_
 
 
 async def test_cancelling_one_of_two_roles_with_equal_fences_spares_the_other() -> None:
-    """
-    Each role counts its own fences, so a worker of two roles may hold the same number twice.
-    """
+    """Each role counts its own fences, so a worker of two roles may hold the same number twice."""
     may_end = asyncio.Event()
 
     async def work() -> None:

@@ -1,6 +1,4 @@
-"""
-What a user does with group files: several groups in one, `ceylon validate`, `schema` and `graph`, and the page on them.
-"""
+"""Group files as users write them: several groups in one, `ceylon validate`, `schema` and `graph`."""
 
 from __future__ import annotations
 

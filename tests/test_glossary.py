@@ -1,6 +1,4 @@
-"""
-The glossary is whole: it has each answer of a script, each state of a claim, each key, and each term of the protocol.
-"""
+"""The glossary has each answer of a script, state of a claim, key, and term of the protocol."""
 
 from __future__ import annotations
 
@@ -16,9 +14,7 @@ STRING = re.compile(r"'([^'\n]*)'")
 
 
 def defined() -> set[str]:
-    """
-    The words that the glossary defines: those in bold, in lower case.
-    """
+    """The words that the glossary defines: those in bold, in lower case."""
     rows = [line for line in (ROOT / "docs" / "glossary.md").read_text().splitlines() if line.startswith("|")]
     return {word.strip("`").lower() for row in rows for word in re.findall(r"\*\*([^*]+)\*\*", row)}
 
@@ -30,17 +26,13 @@ def missing(words: set[str]) -> list[str]:
 
 # ---- what the scripts say --------------------------------------------------------------------------------------------
 def code(lua: str) -> str:
-    """
-    A script without comments, and with only such strings as may be an answer.
-    """
+    """A script without comments, and with only such strings as may be an answer."""
     lua = re.sub(r"--.*", "", lua)
     return STRING.sub(lambda string: string[0] if re.fullmatch(r"[A-Z]+", string[1]) else "''", lua)
 
 
 def without_commands(lua: str) -> str:
-    """
-    Without the words that go to Redis: the arguments of its calls, and tables that are unpacked as such.
-    """
+    """Without the words that go to Redis: the arguments of its calls, and tables that are unpacked as such."""
     for table in re.findall(r"call\(unpack\((\w+)\)", lua):
         lua = re.sub(rf"local {table} = {{[^}}]*}}", "", lua)
     return "".join(_outside_of_calls(lua))

@@ -1,6 +1,4 @@
-"""
-The one evaluator, in Lua, against the brute-force oracle and, for single comparisons, equal to it.
-"""
+"""The one evaluator, in Lua, against the brute-force oracle and, for single comparisons, equal to it."""
 
 from __future__ import annotations
 
@@ -20,9 +18,7 @@ CHECKED = settings(max_examples=150, deadline=None, suppress_health_check=[Healt
 
 
 class LuaVerdict:
-    """
-    Runs the evaluator of the shipped scripts on counters given as arguments.
-    """
+    """Runs the evaluator of the shipped scripts on counters given as arguments."""
 
     def __init__(self, url: str, *, closing: bool) -> None:
         client: Any = redis.Redis.from_url(url, protocol=2)

@@ -1,6 +1,4 @@
-"""
-The order of tasks that need each other: what comes first, what stays, and what is refused.
-"""
+"""The order of tasks that need each other: what comes first, what stays, and what is refused."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -38,9 +36,7 @@ def test_each_task_comes_after_its_needs_and_otherwise_stays(needs: dict[str, Se
 
 @st.composite
 def graphs(draw: st.DrawFn) -> dict[str, list[str]]:
-    """
-    Any graph without a circle, its tasks given in any order.
-    """
+    """Any graph without a circle, its tasks given in any order."""
     ids = [f"t{index}" for index in range(draw(st.integers(0, 12)))]
     needs = {
         tid: draw(st.lists(st.sampled_from(ids[:index]), max_size=4)) if index else [] for index, tid in enumerate(ids)
@@ -109,9 +105,7 @@ def test_a_task_needs_at_most_256_others() -> None:
 
 @pytest.mark.parametrize("shape", ["chain", "backward", "fan", "circle", "misspelt"])
 def test_a_hundred_thousand_tasks_take_about_a_second(shape: str) -> None:
-    """
-    The bound is far above what it takes, so that only another order of growth fails it, never a slow machine.
-    """
+    """The bound is far above what it takes, so that only another order of growth fails it, never a slow machine."""
     size = 100_000
     ids = [f"t{index}" for index in range(size)]
     needs: dict[str, list[str]] = {tid: [] for tid in ids}

@@ -1,6 +1,4 @@
-"""
-Group files: what a good one becomes, and what is said about each mistake and each attack, with the exact position.
-"""
+"""Group files: what a good one becomes, and the message and position for each mistake and each attack."""
 
 from __future__ import annotations
 
@@ -835,9 +833,7 @@ def test_a_key_with_nothing_behind_it_counts_as_left_out() -> None:
 
 
 def test_words_and_odd_numbers_stay_the_text_they_are() -> None:
-    """
-    YAML 1.1 would make truths, sixties, octals and dates of these.
-    """
+    """YAML 1.1 would make truths, sixties, octals and dates of these."""
     words = ["yes", "no", "on", "off", "y", "n", "1:30", "12:30:00", "010", "0o10", "0x1F", "1_000", "+1", ".5", "1."]
     words += ["2026-01-01", "2026-01-01T10:00:00Z", "=", "<<", "nan", "inf"]
     text = f"name: no\ntasks:\n  on: {{with: {{x: [{', '.join(words)}]}}}}\n  1: {{needs: on}}\n  010: {{needs: 1}}\n"

@@ -1,6 +1,4 @@
-"""
-Groups on groups, pauses, and needs that were not met, as their users see them.
-"""
+"""Groups on groups, pauses, and needs that were not met, as their users see them."""
 
 import json
 
@@ -160,9 +158,7 @@ REFUSALS = {
 def test_pause_resume_and_cancel_are_done_or_refused_in_a_sentence(
     status: GroupStatus, word: str, commands: Commands, bench: Bench
 ) -> None:
-    """
-    A group that has finished cannot be cancelled; only one that has started and is not closing can be paused.
-    """
+    """A group that has finished cannot be cancelled; only one that has started and is not closing can be paused."""
     _group_of(status, bench)
 
     ended = commands.here("ceylon", word, "g", "--namespace", bench.keys.namespace)
@@ -176,9 +172,7 @@ def test_pause_resume_and_cancel_are_done_or_refused_in_a_sentence(
 
 
 def _group_of(status: GroupStatus, bench: Bench) -> None:
-    """
-    Group `g`, brought to this status.
-    """
+    """Group `g`, brought to this status."""
     match status:
         case GroupStatus.STAGING:
             bench.submit("g", last=False)
@@ -200,9 +194,7 @@ def _group_of(status: GroupStatus, bench: Bench) -> None:
 def test_show_and_results_count_the_attempts_of_a_cancelled_task_alike(
     reason: str, commands: Commands, bench: Bench
 ) -> None:
-    """
-    One that was tried once and waited for its second attempt, and one that was never tried.
-    """
+    """One that was tried once and waited for its second attempt, and one that was never tried."""
     bench.queued("g", ["tried", "never"])
     bench.commit("w", bench.started("w", "g"), "retry", delay_ms=60_000)
     cancel = transitions.cancel_group(bench.keys, "g")

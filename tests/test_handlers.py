@@ -1,6 +1,4 @@
-"""
-Registered functions: their names and rules, their arguments and results as JSON, and what a handler knows.
-"""
+"""Registered functions: their names and rules, their arguments and results as JSON, and what a handler knows."""
 
 from __future__ import annotations
 
@@ -572,9 +570,7 @@ def test_an_argument_that_a_decorator_supplies_is_not_missing() -> None:
 
 
 def test_a_plain_wrapper_of_a_coroutine_function_is_called_as_the_plain_function_it_is() -> None:
-    """
-    It may return a coroutine, or run it to its end: `asyncio.run` in it would fail on the event loop.
-    """
+    """It may return a coroutine, or run it to its end: `asyncio.run` in it would fail on the event loop."""
     handler = Handler("x", with_session(resize))
 
     assert handler.kind == "thread"

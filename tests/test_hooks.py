@@ -1,6 +1,4 @@
-"""
-Start and stop hooks of an application: which run, in which order, and what becomes of one that raises, exits or hangs.
-"""
+"""Start and stop hooks: which run, in which order, and what happens if one raises, exits or hangs."""
 
 from __future__ import annotations
 
@@ -24,9 +22,7 @@ def ran() -> list[str]:
 
 
 def note(app: Ceylon, ran: list[str], *names: str) -> None:
-    """
-    Register hooks that note their names: those that begin with `stop` as stop hooks.
-    """
+    """Register hooks that note their names: those that begin with `stop` as stop hooks."""
 
     def hook(name: str) -> Callable[[], None]:
         return lambda: ran.append(name)

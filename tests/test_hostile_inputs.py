@@ -64,9 +64,7 @@ def assert_one_message(case: Case, code: int, stdout: str, stderr: str) -> None:
 
 
 def run_here(case: Case, url: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str, str]:
-    """
-    Run the command in this process, as its script would.
-    """
+    """Run the command in this process, as its script would."""
     monkeypatch.chdir(folder)
     if case.content is not None:
         content = case.content if isinstance(case.content, bytes) else case.content.encode("utf-8", "surrogatepass")
@@ -362,9 +360,7 @@ def test_a_file_that_may_not_be_read(
 def test_strange_but_usable_texts_are_taken_as_they_are(
     redis_url: str, store: redis.Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """
-    Only ids are restricted: names, keys, arguments and metadata hold any text.
-    """
+    """Only ids are restricted: names, keys, arguments and metadata hold any text."""
     text = '"{g:1}:meta\\n\\"\\\\ %s {0} \\u0001\\uFFFF 😀 \\u202e |:,;"'
     task = f"{{with: {{{text}: {text}}}, metadata: {{x: {text}}}}}"
     content = f"name: {text}\nkey: {text}\ntasks: {{'a.b:c_d-{'e' * 56}': {task}}}\n"

@@ -54,9 +54,7 @@ EVALUATORS = {"eval", "exec"}
 
 @dataclass(frozen=True)
 class Import:
-    """
-    One imported module, by its full name, and where that stands.
-    """
+    """One imported module, by its full name, and where that stands."""
 
     importer: str
     target: str
@@ -64,9 +62,7 @@ class Import:
 
 
 def offences(root: Path) -> list[str]:
-    """
-    Everything in the package below `root` that breaks the house rules, as `file:line: what`.
-    """
+    """Everything in the package below `root` that breaks the house rules, as `file:line: what`."""
     found: list[str] = []
     imports: list[Import] = []
     modules = {_module_name(path, root): path for path in sorted((root / PACKAGE).rglob("*.py"))}
@@ -104,9 +100,7 @@ def _problem(one: Import) -> str | None:
 
 
 def _cycles(imports: list[Import]) -> list[str]:
-    """
-    Modules of one subpackage that import each other in a circle; each circle once, naming the line of each step.
-    """
+    """Modules of one subpackage that import each other in a circle; each circle once, naming the line of each step."""
     steps: dict[str, list[Import]] = {}
     for one in imports:
         if _part(one.importer) and _part(one.importer) == _part(one.target) and one.importer != one.target:
@@ -159,9 +153,7 @@ def _module_name(path: Path, root: Path) -> str:
 
 
 def _part(module: str) -> str:
-    """
-    The file or subpackage of ours that a module belongs to; empty for the door itself.
-    """
+    """The file or subpackage of ours that a module belongs to; empty for the door itself."""
     return ".".join(module.split(".")[1:2])
 
 
@@ -297,9 +289,7 @@ def test_a_circle_in_a_subpackage_is_named_once_with_all_its_lines(tmp_path: Pat
 
 
 def test_a_house_in_order_has_no_offences(tmp_path: Path) -> None:
-    """
-    Every step that is allowed; and names that only look like offences.
-    """
+    """Every step that is allowed; and names that only look like offences."""
     build(
         tmp_path,
         {

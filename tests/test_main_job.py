@@ -1,6 +1,4 @@
-"""
-The main job as its commands run it: ten tasks, two worker processes, a goal at five; also while processes die.
-"""
+"""The main job as its commands run it: ten tasks, two worker processes, a goal at five; also while processes die."""
 
 from __future__ import annotations
 
@@ -20,17 +18,13 @@ from rq_ceylon.client import SyncClient
 
 @pytest.fixture
 def client(redis_url: str) -> Iterator[SyncClient]:
-    """
-    What the tests look with while the commands run: many looks cost little.
-    """
+    """What the tests look with while the commands run: many looks cost little."""
     with Ceylon(redis_url).sync_client() as client:
         yield client
 
 
 def job(folder: Path, duration: float) -> str:
-    """
-    The example with other durations.
-    """
+    """The example with other durations."""
     text = EXAMPLE.read_text()
     assert "duration: 1}" in text
     path = folder / "job.yaml"
@@ -43,9 +37,7 @@ def start_two_workers(commands: Commands, *more: str) -> list[Process]:
 
 
 def await_workers(client: SyncClient, count: int) -> list[int]:
-    """
-    The process ids of that many workers, once they are registered.
-    """
+    """The process ids of that many workers, once they are registered."""
     found: list[int] = []
 
     def are_there() -> bool:
@@ -63,9 +55,7 @@ def shown(commands: Commands, client: SyncClient) -> dict[str, Any]:
 
 
 def await_middle(client: SyncClient) -> None:
-    """
-    Some are completed, some are left, and all slots are in use.
-    """
+    """Some are completed, some are left, and all slots are in use."""
 
     def is_in_the_middle() -> bool:
         (group,) = client.groups()
@@ -75,9 +65,7 @@ def await_middle(client: SyncClient) -> None:
 
 
 def assert_finished(told: dict[str, Any]) -> None:
-    """
-    The goal was achieved before the end, and at the end all ten are completed, each once.
-    """
+    """The goal was achieved before the end, and at the end all ten are completed, each once."""
     counters, (goal,) = told["group"]["counters"], told["goals"]
     assert goal["status"] == "achieved"
     assert 5 <= goal["settled"]["counters"]["completed"] < 10
@@ -141,9 +129,7 @@ def test_the_goal_needs_no_monitor_and_workers_may_come_late(commands: Commands,
 
 # ---- as the compose file says ----------------------------------------------------------------------------------------
 def start_service(commands: Commands, name: str) -> Process:
-    """
-    Start what a service of the compose file starts, on the test's server.
-    """
+    """Start what a service of the compose file starts, on the test's server."""
     service = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"][name]
     program, *arguments = service["command"]
     environ = dict(service["environment"])

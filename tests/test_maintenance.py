@@ -1,6 +1,4 @@
-"""
-Maintenance: what was left lying is handed over, judged, sealed and removed, by anyone, as often as they like.
-"""
+"""Maintenance: what was left lying is handed over, judged, sealed and removed, by anyone, as often as they like."""
 
 import asyncio
 from types import SimpleNamespace
@@ -41,18 +39,14 @@ def maintenance(connection: Connection, bench: Bench) -> Maintenance:
 
 
 def make_visible(bench: Bench, gid: str) -> None:
-    """
-    Let the relay lease of all pages be over.
-    """
+    """Let the relay lease of all pages be over."""
     key = bench.keys.group_part(gid, "outbox")
     for page in bench.redis.zrange(key, 0, -1):
         bench.redis.zadd(key, {page: 1})
 
 
 def next_look_ms(bench: Bench, gid: str) -> float | None:
-    """
-    From now, by the server's clock; None if the group is not in the index.
-    """
+    """From now, by the server's clock; None if the group is not in the index."""
     score = bench.redis.zscore(bench.keys.index_of(gid), gid)
     return None if score is None else score - server_ms(bench)
 
@@ -435,9 +429,7 @@ async def test_a_role_wiped_in_redis_is_rung_again_once_with_retries_in_their_ti
 async def test_a_role_without_workers_does_not_grow_in_a_day_nor_after_it_was_wiped(
     bench: Bench, maintenance: Maintenance
 ) -> None:
-    """
-    A day of looks at both groups, one every quarter of an hour: the next one would add what the one before has.
-    """
+    """A day of looks at both groups, one every quarter of an hour: the next one would add what the one before has."""
     bench.queued("g", [str(n) for n in range(250)])
     bench.queued("h", ["a", "b"])
 

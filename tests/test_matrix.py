@@ -1,6 +1,4 @@
-"""
-Tasks with a matrix: what they become, what is refused, and that a hundred thousand cost no more memory than a few.
-"""
+"""Tasks with a matrix: their expansion, refusals, and constant memory for a hundred thousand of them."""
 
 from __future__ import annotations
 
@@ -30,9 +28,7 @@ def ids(found: Iterable[Task]) -> list[str | None]:
 
 
 def problems(text: str) -> list[str]:
-    """
-    Without the file's name and the line: `column: where: what`.
-    """
+    """Without the file's name and the line: `column: where: what`."""
     with pytest.raises(GroupFileError) as caught:
         load(f"name: x\ntasks:\n{text}", "group.yaml")
     return [problem.split(":", 2)[2] for problem in caught.value.problems]
@@ -290,9 +286,7 @@ def test_exclude_leaves_out_every_combination_that_it_fits() -> None:
 
 
 def test_include_adds_values_where_it_fits_and_else_a_combination() -> None:
-    """
-    The example of the documentation of GitHub Actions, and its result.
-    """
+    """The example of the documentation of GitHub Actions, and its result."""
     found = tasks("""
   t:
     matrix:
@@ -479,9 +473,7 @@ def test_a_broken_matrix_is_one_problem_and_the_rest_of_the_task_is_checked() ->
 
 # ---- many ------------------------------------------------------------------------------------------------------------
 def peak_of_submitting(size: int) -> int:
-    """
-    Bytes held at most while such a file is read and all its parts are made.
-    """
+    """Bytes held at most while such a file is read and all its parts are made."""
     text = f"name: x\ntasks: {{a: {{matrix: {{n: {{range: [0, {size}]}}}}, with: {{n: '${{{{ matrix.n }}}}'}}}}}}"
     tracemalloc.start()
     try:

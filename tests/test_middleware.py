@@ -1,6 +1,4 @@
-"""
-What an application puts around its attempts and around the life of its processes.
-"""
+"""What an application puts around its attempts and around the life of its processes."""
 
 from __future__ import annotations
 
@@ -31,9 +29,7 @@ Around = Callable[[TaskContext], AsyncIterator[None]]
 
 @pytest.fixture
 async def run() -> AsyncIterator[Callable[..., Awaitable[Any]]]:
-    """
-    Runs a function once, as the one task of an application with this middleware; gives the outcome.
-    """
+    """Runs a function once, as the one task of an application with this middleware; gives the outcome."""
     made: list[Runs] = []
 
     async def run(function: Callable[..., Any], *around: Around, **rules: Any) -> Any:

@@ -33,9 +33,7 @@ ENDED = ("completed", "failed", "cancelled")
 
 @dataclass
 class Modelled:
-    """
-    A task. `holder` is the delivery on record: it runs under it, or did last.
-    """
+    """A task. `holder` is the delivery on record: it runs under it, or did last."""
 
     needs: Sequence[str]
     status: str
@@ -190,9 +188,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.runs)
     @rule(data=st.data(), kind=st.sampled_from(["completed", "completed", "failed", "retry", "release"]))
     def commit(self, data: st.DataObject, kind: str) -> None:
-        """
-        Of any delivery that was ever granted: a live worker's, a sleeper's, or a second time.
-        """
+        """Of any delivery that was ever granted: a live worker's, a sleeper's, or a second time."""
         worker, delivery = self.runs[data.draw(st.integers(0, len(self.runs) - 1))]
         expected = self.group.commit(worker, delivery, kind)
         verdict, pages = self.bench.commit_with_pages(worker, delivery, kind)
@@ -213,9 +209,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.pages)
     @rule(data=st.data())
     def requeue(self, data: st.DataObject) -> None:
-        """
-        A page is handed over again.
-        """
+        """A page is handed over again."""
         page = self.pages[data.draw(st.integers(0, len(self.pages) - 1))]
         self.bench.run(transitions.enqueue(self.bench.keys, "p", [page]))
 
@@ -271,9 +265,7 @@ class Machine(RuleBasedStateMachine):
             assert goal == ("failed" if completed + open_ < self.group.goal else "")
 
     def teardown(self) -> None:
-        """
-        Whatever happened, a healthy worker brings the group to its end.
-        """
+        """Whatever happened, a healthy worker brings the group to its end."""
         if not self.group.tasks:
             return
         if self.group.status == "paused":

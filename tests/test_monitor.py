@@ -1,6 +1,4 @@
-"""
-The monitor: goals are announced once and judged in time, whoever else is about and whatever happens to Redis.
-"""
+"""The monitor: goals are announced once and judged in time, whoever else is about and whatever happens to Redis."""
 
 import asyncio
 import contextlib
@@ -44,9 +42,7 @@ async def until_said(said: list[str], words: str, times: int = 1) -> None:
 
 @contextlib.asynccontextmanager
 async def watching(url: str, namespace: str, said: list[str], **options: Any) -> AsyncIterator[Monitor]:
-    """
-    A running monitor that already watches.
-    """
+    """A running monitor that already watches."""
     monitor = Monitor(url, namespace=namespace, **options)
     running = asyncio.create_task(monitor.run())
     try:
@@ -78,9 +74,7 @@ def finish_all(bench: Bench, kind: str = "completed", count: int = 1000) -> None
 
 
 def goal_of(bench: Bench, gid: str, name: str = "goal") -> str:
-    """
-    Status and what settled it; empty while undecided.
-    """
+    """Status and what settled it; empty while undecided."""
     text = bench.meta(gid).get(f"goal:{name}", "")
     return " by ".join(text.split("|")[:4:3]) if text else ""
 

@@ -1,6 +1,4 @@
-"""
-Workers on one host give back at once what a killed one held; nobody takes from the living.
-"""
+"""Workers on one host give back at once what a killed one held; nobody takes from the living."""
 
 import os
 import signal
@@ -36,9 +34,7 @@ async def work(context: TaskContext) -> None:
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """
-    A host of the test's own.
-    """
+    """A host of the test's own."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     return tmp_path

@@ -107,9 +107,7 @@ async def test_a_reply_that_is_not_utf_8_takes_no_other_reply_with_it(redis_url:
 async def test_a_loop_of_a_worker_or_monitor_outlives_what_nobody_foresaw(
     app: Ceylon, client: Client, monkeypatch: pytest.MonkeyPatch, said: list[str]
 ) -> None:
-    """
-    Each loop meets an error once; a mistake of the program is shown with its traceback, and work goes on.
-    """
+    """Each loop meets an error once; a mistake of the program is shown with its traceback, and work goes on."""
 
     @app.task(role="r")
     async def work() -> str:

@@ -1,6 +1,4 @@
-"""
-The deterministic figures: round trips, commands, calls inside scripts and bytes, counted, never timed.
-"""
+"""The deterministic figures: round trips, commands, calls inside scripts and bytes, counted, never timed."""
 
 from __future__ import annotations
 

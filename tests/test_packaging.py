@@ -1,6 +1,4 @@
-"""
-What is installed: the wheel has all that the package needs, and its door opens to every name it promises.
-"""
+"""What is installed: the wheel has all that the package needs, and its door opens to every name it promises."""
 
 from __future__ import annotations
 
@@ -39,9 +37,7 @@ def run(command: Sequence[str], folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """
-    The wheel, built without the network from what is here.
-    """
+    """The wheel, built without the network from what is here."""
     folder = tmp_path_factory.mktemp("wheel")
     run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)], folder)
     (built,) = folder.glob("*.whl")

@@ -1,6 +1,4 @@
-"""
-The tutorial's words: its text as printed, and what a playground promises beyond it.
-"""
+"""The tutorial's words: its text as printed, and what a playground promises beyond it."""
 
 from __future__ import annotations
 
@@ -47,9 +45,7 @@ pytestmark = pytest.mark.anyio
 
 # ---- the tutorial as printed -----------------------------------------------------------------------------------------
 def lifted(*, debug_mode: bool) -> str:
-    """
-    The code of the tutorial as one module: definitions, the class with its methods, and what runs it.
-    """
+    """The code of the tutorial as one module: definitions, the class with its methods, and what runs it."""
     fences = re.findall(r"```python\n(.*?)```", TUTORIAL.read_text(), re.DOTALL)
     first, debug = fences[0], next(fence for fence in fences if fence.startswith(DEBUG_MODE))
     (head,) = [fence for fence in fences if fence.startswith("class TaskProcessor")]
@@ -82,9 +78,7 @@ TaskExecutionAgent.execute_task = hold
 
 
 def run_module(text: str, commands: Commands) -> tuple[str, str]:
-    """
-    Run it as a user would, but for HELD; returns what it printed and what it logged.
-    """
+    """Run it as a user would, but for HELD; returns what it printed and what it logged."""
     path, told = commands.folder / "lifted.py", "await self.print_statistics(active_playground)\n"
     assert text.count(told) == 1
     path.write_text("import held\n" + text.replace(told, f"{told}            open('told', 'a').close()\n"))
@@ -158,18 +152,14 @@ def test_the_tutorial_runs_with_worker_processes(commands: Commands) -> None:
 
 # ---- building blocks -------------------------------------------------------------------------------------------------
 class Fast(TaskExecutionAgent):
-    """
-    Returns the task's name.
-    """
+    """Returns the task's name."""
 
     async def execute_task(self, task: TaskMessage) -> Any:
         return task.name
 
 
 class Gated(TaskExecutionAgent):
-    """
-    Holds every task until its gate opens.
-    """
+    """Holds every task until its gate opens."""
 
     def __init__(self, name: str, worker_role: str = "r", max_concurrent_tasks: int = 2) -> None:
         super().__init__(name, worker_role, max_concurrent_tasks)

@@ -1,6 +1,4 @@
-"""
-How a process ends, whatever users' code does: hostile handlers in real workers, on both event loops.
-"""
+"""How a process ends, whatever users' code does: hostile handlers in real workers, on both event loops."""
 
 from __future__ import annotations
 
@@ -86,16 +84,12 @@ def client(redis_url: str) -> Iterator[SyncClient]:
 
 
 def launch(commands: Commands, loop: str, *arguments: str, command: str = "worker") -> Process:
-    """
-    A command on that loop, with the shorter allowance.
-    """
+    """A command on that loop, with the shorter allowance."""
     return commands.launch("-c", LAUNCH.replace("COMMAND", command), loop, *arguments)
 
 
 def workers_with(commands: Commands, client: SyncClient, body: str, *arguments: str) -> dict[str, Process]:
-    """
-    One worker per event loop, each of which has begun the hostile task.
-    """
+    """One worker per event loop, each of which has begun the hostile task."""
     (commands.folder / "jobs.py").write_text(app_with(body))
     found = {}
     for loop in LOOPS:
@@ -124,9 +118,7 @@ def test_sigterm_ends_a_worker_whatever_its_handler_does(name: str, commands: Co
 
 
 def served(commands: Commands, loop: str, body: str) -> Process:
-    """
-    A process whose main coroutine is that body, with a grace of an hour.
-    """
+    """A process whose main coroutine is that body, with a grace of an hour."""
     lines = ["import asyncio, os, signal, sys, time", *SERVED_HEAD[loop], "async def main(watch):"]
     lines += [textwrap.indent(textwrap.dedent(body), "    "), "    return 0", "serve(main, grace_s=3600)"]
     return commands.launch("-u", "-c", "\n".join(lines))

@@ -1,6 +1,4 @@
-"""
-The protocol row by row: states, verdicts of claim and commit, what each script does when it is repeated.
-"""
+"""The protocol row by row: states, verdicts of claim and commit, what each script does when it is repeated."""
 
 import collections
 import random
@@ -1121,9 +1119,7 @@ def test_a_group_starts_when_all_on_which_it_depends_have_completed_and_its_dead
 
 
 def waited(bench: Bench, ms: int, **options: Any) -> None:
-    """
-    Let a group wait so long for another, and start.
-    """
+    """Let a group wait so long for another, and start."""
     bench.queued("first")
     bench.queued("g", depends_on=["first"], **options)
     depend(bench, "g", "first")
@@ -1273,9 +1269,7 @@ def test_what_needs_a_task_that_did_not_complete_ends_as_the_group_wants_it(
 
 # ---- suspects --------------------------------------------------------------------------------------------------------
 def crashed(bench: Bench, gid: str, times: int) -> None:
-    """
-    Let the workers of all tasks of a group die so often.
-    """
+    """Let the workers of all tasks of a group die so often."""
     for round_ in range(times):
         deliveries = bench.fetch(f"dead{round_}", 10)
         assert [bench.claim(f"dead{round_}", delivery) for delivery in deliveries] == [["GRANTED"]] * len(deliveries)

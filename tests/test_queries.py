@@ -1,6 +1,4 @@
-"""
-What the only reader says of a group, its tasks, events, roles and workers, against states made by the real scripts.
-"""
+"""What queries tell of groups, tasks, events, roles and workers, in states made by the real scripts."""
 
 from __future__ import annotations
 
@@ -38,9 +36,7 @@ FAILURE = b'{"type":"E","message":"m","traceback":"t"}'
 
 
 class Bench:
-    """
-    Plays client and worker on one connection, a call at a time.
-    """
+    """Plays client and worker on one connection, a call at a time."""
 
     def __init__(self, connection: Connection, keys: Keys) -> None:
         self.connection, self.keys = connection, keys
@@ -209,9 +205,7 @@ async def test_an_unknown_task_is_named(bench: Bench) -> None:
 
 
 async def test_many_tasks_are_told_once_each_while_they_end(bench: Bench) -> None:
-    """
-    A task that ends during the scan is met in both hashes.
-    """
+    """A task that ends during the scan is met in both hashes."""
     await bench.submit("g", [staged(f"t{n}") for n in range(500)])
     deliveries = list(await bench.fetch(500))
     await bench.claim("g", deliveries)
@@ -237,9 +231,7 @@ async def test_results_come_only_for_tasks_that_have_one(bench: Bench) -> None:
 
 # ---- events ----------------------------------------------------------------------------------------------------------
 async def test_events_tell_tasks_goals_and_status_and_go_on_where_a_reader_stopped(bench: Bench) -> None:
-    """
-    A goal's name may hold a colon, which is also what stands between it and its status.
-    """
+    """A goal's name may hold a colon, which is also what stands between it and its status."""
     goals = compile_goals(Goal("completed >= 2", name="a:b"))
     await bench.submit("g", [staged("a"), staged("b")], GroupFacts("g", 60_000, goals=goals))
     deliveries = await bench.fetch(2)

@@ -44,9 +44,7 @@ BAD_HEARTBEATS: dict[str, Callable[[Any, str], Any]] = {
 
 
 def forge(raw: Any, keys: Keys) -> None:
-    """
-    Every bad record at once, beside what is good.
-    """
+    """Every bad record at once, beside what is good."""
     for number, bad in enumerate(BAD_META.values()):
         gid = f"bad-{number}"
         bad(raw, keys.group_part(gid, "meta"))

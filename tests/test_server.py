@@ -1,6 +1,4 @@
-"""
-The embedded server: it answers at once, is nobody else's, and is gone with the process that started it.
-"""
+"""The embedded server: it answers at once, is nobody else's, and is gone with the process that started it."""
 
 import os
 import signal
@@ -106,9 +104,7 @@ def test_a_kept_folder_keeps_its_data_through_a_crash(
 def test_a_kept_folder_may_have_any_name(
     name: str, start_server: StartServer, client_of: Connect, short_tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """
-    Also one whose path is too long for a socket: then the socket lies elsewhere, and is found there.
-    """
+    """Also one whose path is too long for a socket: then the socket lies elsewhere, and is found there."""
     monkeypatch.setenv("TMPDIR", str(short_tmp_path))
     folder = short_tmp_path / name
     monkeypatch.setenv("CEYLON_SERVER_DIR", str(folder))
@@ -174,9 +170,7 @@ def test_a_folder_that_others_may_enter_is_refused(start_server: StartServer, sh
 def test_someone_elses_short_folder_is_refused(
     start_server: StartServer, short_tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """
-    Anybody can make a folder or link of our name under the temporary folder before we do.
-    """
+    """Anybody can make a folder or link of our name under the temporary folder before we do."""
     monkeypatch.setenv("TMPDIR", str(short_tmp_path))
     folder = short_tmp_path / ("x" * 100)
     socket_path(folder).parent.symlink_to(short_tmp_path)
@@ -272,9 +266,7 @@ match sys.argv[2]:
 def test_it_goes_with_its_parent_however_that_ends(
     kept: bool, ending: str, start_server: StartServer, short_tmp_path: Path
 ) -> None:
-    """
-    Started from a thread that has ended, and with a forked child of the parent still alive.
-    """
+    """Started from a thread that has ended, and with a forked child of the parent still alive."""
     folder = short_tmp_path / "kept" if kept else None
     waits = "wait" if ending.startswith("SIG") else ending
     with subprocess.Popen([sys.executable, "-c", PARENT, str(folder or ""), waits], stdout=subprocess.PIPE) as parent:
@@ -301,9 +293,7 @@ def test_it_goes_with_its_parent_however_that_ends(
 def test_a_kept_folder_is_free_again_at_once_after_its_parent_was_killed(
     start_server: StartServer, short_tmp_path: Path
 ) -> None:
-    """
-    The next start waits for the last server to end: two at once would spoil the data.
-    """
+    """The next start waits for the last server to end: two at once would spoil the data."""
     with subprocess.Popen(
         [sys.executable, "-c", PARENT, str(short_tmp_path), "wait"], stdout=subprocess.PIPE
     ) as parent:
@@ -326,9 +316,7 @@ def test_ctrl_c_in_the_terminal_does_not_reach_it(start_server: StartServer) -> 
 
 
 def test_told_to_end_with_its_whole_group_it_still_cleans_up(start_server: StartServer) -> None:
-    """
-    As systemd does with all processes of a service.
-    """
+    """As systemd does with all processes of a service."""
     server = start_server()
 
     os.killpg(os.getpgid(server.pid), signal.SIGTERM)

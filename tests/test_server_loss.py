@@ -78,17 +78,13 @@ def commands(start_server: Callable[..., EmbeddedServer], short_tmp_path: Path, 
 
 
 def runs(commands: Commands) -> collections.Counter[str]:
-    """
-    How often each task was run.
-    """
+    """How often each task was run."""
     path = commands.folder / "ran"
     return collections.Counter(path.read_text().split() if path.exists() else [])
 
 
 def everything(raw: Any) -> set[Any]:
-    """
-    But for the index, which is written before a group, and forgets what was not.
-    """
+    """But for the index, which is written before a group, and forgets what was not."""
     return {(key, member) for key in raw.scan_iter() if "{i:" not in key for member in members(raw, key)}
 
 
@@ -102,9 +98,7 @@ def members(raw: Any, key: str) -> list[Any]:
 
 # ---- the memory limit ------------------------------------------------------------------------------------------------
 def fill(client: SyncClient, payload: str) -> dict[str, int]:
-    """
-    Submit groups until one is refused; the ids of the others, with their sizes.
-    """
+    """Submit groups until one is refused; the ids of the others, with their sizes."""
     accepted = {}
     for number in range(1000):
         count = 1 + number % 7
@@ -151,9 +145,7 @@ def test_a_full_server_refuses_cleanly_and_drains_to_empty(commands: Commands, n
 
 
 def await_nothing_left(raw: Any, keys: Keys) -> None:
-    """
-    Nobody has to do anything any more: no entries, delayed ones, pages of outboxes, payloads, claims.
-    """
+    """Nobody has to do anything any more: no entries, delayed ones, pages of outboxes, payloads, claims."""
     began = time.monotonic()
     while left := list(undone(raw, keys)):
         assert time.monotonic() < began + 120, f"left: {left}"
@@ -175,9 +167,7 @@ def undone(raw: Any, keys: Keys) -> Iterator[str]:
 
 # ---- a file that was cut ---------------------------------------------------------------------------------------------
 def append_only_file(server: Running) -> Path:
-    """
-    The one that is written to; Redis 6.2 has no folder for it.
-    """
+    """The one that is written to; Redis 6.2 has no folder for it."""
     home = server.log.parent
     (path,) = {*home.glob("appendonlydir/*.incr.aof"), *home.glob("appendonly.aof")}
     return path
@@ -188,9 +178,7 @@ def await_loaded(server: Running) -> None:
 
 
 def rewrite_append_only_file(server: Running) -> None:
-    """
-    What docs/reliability.md says to do about a file that was cut.
-    """
+    """What docs/reliability.md says to do about a file that was cut."""
     await_loaded(server)
     server.ask("BGREWRITEAOF")
     until(lambda: not server.ask("INFO", "persistence")["aof_rewrite_in_progress"], "the file is written anew")
@@ -200,9 +188,7 @@ def rewrite_append_only_file(server: Running) -> None:
 def test_a_file_that_a_crash_cut_in_the_middle_of_a_script_is_mended_by_writing_it_anew(
     binary: str, short_tmp_path: Path, namespace: str
 ) -> None:
-    """
-    Without that, Redis 7.0 runs what it left of the script at the second restart, and 49 tasks stand there twice.
-    """
+    """Without that, Redis 7.0 runs what it left of the script at the second restart, and 49 tasks stand there twice."""
     lines = ["appendonly yes", "appendfsync always"]
     group = TaskGroup("g", [Task(uses="work")] * 50, key="k")
     stream = Keys(namespace).role_part("default", "normal")
@@ -262,9 +248,7 @@ class Outage:
         return runs(self.commands).total()
 
     def counted(self) -> tuple[int, int]:
-        """
-        How many tasks are counted, of how many; nothing, if the server does not answer.
-        """
+        """How many tasks are counted, of how many; nothing, if the server does not answer."""
         try:
             with redis.Redis(port=self.server.port, decode_responses=True) as raw:
                 pipeline = raw.pipeline(transaction=False)
@@ -277,9 +261,7 @@ class Outage:
 
     @contextlib.contextmanager
     def confirmation(self) -> Iterator[None]:
-        """
-        Note what is on the disk once a submission is; no kill may come in between.
-        """
+        """Note what is on the disk once a submission is; no kill may come in between."""
         self.confirming += 1
         try:
             yield
@@ -288,9 +270,7 @@ class Outage:
             self.confirming -= 1
 
     async def see_through(self, client: Client, number: int) -> None:
-        """
-        Submit a group until it is accepted, wait for its end, and do so again if it is lost: it has a key.
-        """
+        """Submit a group until it is accepted, wait for its end, and do so again if it is lost: it has a key."""
         durability: Durability = "fsync" if self.cut and number % 5 == 0 else "none"
         may_be_lost = self.cut and durability == "none"
         tasks = [Task(uses="work", arguments={"payload": "flaky" if i % 10 == 0 else ""}) for i in range(GROUP)]
@@ -313,9 +293,7 @@ class Outage:
 
 
 async def outlast(outage: Outage, namespace: str) -> list[float]:
-    """
-    Run all tasks with all kills; returns the seconds from each restart until a hundred more tasks were counted.
-    """
+    """Run all tasks with all kills; returns the seconds from each restart until a hundred more tasks were counted."""
     times: list[float] = []
     commands, (tasks, kills, limit_s) = outage.commands, outage.distance
     for _ in range(2):
@@ -351,9 +329,7 @@ async def outlast(outage: Outage, namespace: str) -> list[float]:
 
 
 def check(outage: Outage, namespace: str) -> None:
-    """
-    Every task of every accepted group ended once, and every goal was settled once.
-    """
+    """Every task of every accepted group ended once, and every goal was settled once."""
     raw: Any = redis.Redis(port=outage.server.port, decode_responses=True)
     keys, tasks = outage.keys, outage.distance.tasks
     await_nothing_left(raw, keys)

@@ -1,6 +1,4 @@
-"""
-Where Redis is: which of several answers wins, what a URL may look like, and that no password is ever shown.
-"""
+"""Where Redis is: which of several answers wins, what a URL may look like, and that no password is ever shown."""
 
 import os
 import socket
@@ -47,9 +45,7 @@ def test_the_argument_wins_then_our_variable_then_the_common_one_then_the_runnin
 
 @pytest.mark.parametrize("lacking", ["socket", "privacy", "folder"])
 def test_without_any_of_them_the_error_names_the_remedies(lacking: str, short_tmp_path: Path) -> None:
-    """
-    A server that listens in a folder that others may enter is not taken for this user's own.
-    """
+    """A server that listens in a folder that others may enter is not taken for this user's own."""
     folder = short_tmp_path / "server"
     if lacking != "folder":
         folder.mkdir(mode=0o755 if lacking == "privacy" else 0o700)

@@ -44,9 +44,7 @@ SLICE = 10
 
 
 class Slice(NamedTuple):
-    """
-    Seeds to be run one after the other, at an engine or a cluster of the first one.
-    """
+    """Seeds to be run one after the other, at an engine or a cluster of the first one."""
 
     place: str
     seeds: range
@@ -57,9 +55,7 @@ class Slice(NamedTuple):
 
 
 def slices() -> Iterator[Slice]:
-    """
-    Every other one with loss of data.
-    """
+    """Every other one with loss of data."""
     first = 1
     for place, count in SEEDS.items():
         parts = 2 * max(1, round(count / SLICE / 2))
@@ -78,9 +74,7 @@ def slices() -> Iterator[Slice]:
 def test_nothing_is_lost_or_counted_twice_whatever_fails(
     engine: str, part: Slice, short_tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    """
-    A failing seed: `python tests/simulate.py --replay SEED --engine PLACE`.
-    """
+    """A failing seed: `python tests/simulate.py --replay SEED --engine PLACE`."""
     covered = Coverage()
     with running_at(part.place, short_tmp_path) as (url, move):
         failed = run(url, part.seeds, loss=part.loss, covered=covered, move=move)
@@ -96,9 +90,7 @@ def test_nothing_is_lost_or_counted_twice_whatever_fails(
 
 # ---- the judge -------------------------------------------------------------------------------------------------------
 class Finished(NamedTuple):
-    """
-    A run, and what it left in Redis.
-    """
+    """A run, and what it left in Redis."""
 
     url: str
     simulation: Simulation
@@ -107,9 +99,7 @@ class Finished(NamedTuple):
 
 @pytest.fixture(scope="module")
 def finished(server: Any) -> Finished:
-    """
-    A run in which nothing was wrong.
-    """
+    """A run in which nothing was wrong."""
     simulation = simulated(server.url, 7)
     assert simulation.found == []
     plain: Any = redis.Redis.from_url(server.url)
@@ -117,9 +107,7 @@ def finished(server: Any) -> Finished:
 
 
 class Case:
-    """
-    The end of that run, to be doctored.
-    """
+    """The end of that run, to be doctored."""
 
     def __init__(self, url: str, simulation: Simulation) -> None:
         self.raw: Any = redis.Redis.from_url(url, decode_responses=True, protocol=2)
@@ -140,9 +128,7 @@ class Case:
         return found
 
     def last(self, kind: type[Any]) -> Any:
-        """
-        The last record of a kind; of a commit, one that was counted as the end of a task.
-        """
+        """The last record of a kind; of a commit, one that was counted as the end of a task."""
         for record in reversed(self.ledger.records):
             if isinstance(record, kind) and (kind is not Committed or record.kind == "completed"):
                 return record
@@ -152,9 +138,7 @@ class Case:
         self.ledger.records.append(record)
 
     def edit(self, part: str, old: str, new: str) -> None:
-        """
-        Replace the first such text in a list or hash of the group.
-        """
+        """Replace the first such text in a list or hash of the group."""
         key = self.part(part)
         if part == "events":
             lines = self.raw.lrange(key, 0, -1)
@@ -170,9 +154,7 @@ class Case:
 
 @pytest.fixture
 def case(finished: Finished) -> Case:
-    """
-    Whatever was done to the server since, it is as that run left it.
-    """
+    """Whatever was done to the server since, it is as that run left it."""
     plain: Any = redis.Redis.from_url(finished.url)
     plain.flushall()
     for key, (dump, ttl_ms) in finished.left.items():
@@ -209,18 +191,14 @@ def pending_entry(case: Case) -> None:
 
 
 def deliver(case: Case, *, after: float | None = None) -> None:
-    """
-    A fresh entry reaches one worker, and at once, or at the given time, another.
-    """
+    """A fresh entry reaches one worker, and at once, or at the given time, another."""
     first = case.last(Delivered)._replace(entry="2:9-0", worker="live", fence=10**17, is_recovery=False)
     case.add(first)
     case.add(first._replace(worker="other", fence=10**17 + 1, after=first.before + 1 if after is None else after))
 
 
 def grant_beside(case: Case, **changes: Any) -> None:
-    """
-    Another worker gets the entry that a live one has just received and claimed.
-    """
+    """Another worker gets the entry that a live one has just received and claimed."""
     last = case.last(Granted)
     tid = "t-new"
     case.ledger.plans[last.gid] = {

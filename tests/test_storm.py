@@ -113,9 +113,7 @@ async def test_nothing_is_lost_or_counted_twice_while_workers_are_killed(
 
 
 async def quiet(url: str, namespace: str) -> None:
-    """
-    Until every stream, pending list, delayed set and outbox is empty.
-    """
+    """Until every stream, pending list, delayed set and outbox is empty."""
     raw: Any = redis.Redis.from_url(url, decode_responses=True)
     keys = Keys(namespace)
     for _ in range(300):
@@ -167,9 +165,7 @@ def check(url: str, namespace: str, needs: dict[str, dict[str, list[str]]]) -> N
 
 
 def check_order(tasks: dict[str, list[str]], results: dict[str, str], events: list[Event]) -> None:
-    """
-    No task started before the commits of those it needs.
-    """
+    """No task started before the commits of those it needs."""
     ended = {task.tid: event.at_ms for event in events for task in event.tasks if task.outcome == "completed"}
     for tid, text in results.items():
         outcome, _, _, _, _, _, started, *_ = text.split("|")

@@ -1,6 +1,4 @@
-"""
-Worker processes follow the load: more while tasks queue, fewer once it is quiet, and none loses a task.
-"""
+"""Worker processes follow the load: more while tasks queue, fewer once it is quiet, and none loses a task."""
 
 from __future__ import annotations
 

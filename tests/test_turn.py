@@ -1,6 +1,4 @@
-"""
-What a worker's turns say and leave unsaid, call by call, against a real server.
-"""
+"""What a worker's turns say and leave unsaid, call by call, against a real server."""
 
 from __future__ import annotations
 
@@ -25,9 +23,7 @@ pytestmark = pytest.mark.every_engine
 
 
 class Hand:
-    """
-    A worker whose round trips are made by hand.
-    """
+    """A worker whose round trips are made by hand."""
 
     def __init__(
         self, bench: Bench, name: str, *, roles: Sequence[str] = ("p",), slots: int = 4, knows: Sequence[str] = ()
@@ -74,9 +70,7 @@ class Hand:
         self.turns.finish(held, Committed(delivery.tid, delivery.fence, kind, reason, 0, 1, b"1"))
 
     def acknowledged(self) -> list[str]:
-        """
-        The entries that the last turn acknowledged.
-        """
+        """The entries that the last turn acknowledged."""
         (fetch,) = [call for call in self.calls if call.script == "fetch"]
         return [str(word) for word in fetch.args[6 + int(fetch.args[5]) :][1:] if str(word).startswith("2:")]
 
@@ -173,9 +167,7 @@ def test_a_low_mark_is_the_smallest_fence_held_or_one_more_than_the_largest_ever
 
 
 class Recorder:
-    """
-    A connection that remembers what was sent.
-    """
+    """A connection that remembers what was sent."""
 
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
@@ -260,9 +252,7 @@ def test_what_a_worker_committed_before_it_died_is_handed_on_by_the_next_one(
 
 
 class Direct:
-    """
-    The connection of a lease thread.
-    """
+    """The connection of a lease thread."""
 
     def __init__(self, bench: Bench) -> None:
         self.bench = bench

@@ -1,6 +1,4 @@
-"""
-Values of users' functions: each comes back equal and of the same type, or it is refused with its place and the remedy.
-"""
+"""Values of users' functions: each comes back equal and of the same type, or is refused with a remedy."""
 
 from __future__ import annotations
 
@@ -187,9 +185,7 @@ Animals = Annotated[Cat | Bird, Field(discriminator="kind")]
 
 
 def same(value: Any, back: Any) -> bool:
-    """
-    Equal and of the same types all the way down, told another way than the package tells it.
-    """
+    """Equal and of the same types all the way down, told another way than the package tells it."""
     if type(value) is not type(back):
         return False
     if isinstance(value, dict):
@@ -403,9 +399,7 @@ def filled(place: Any, members: list[Any]) -> Any:
 
 @st.composite
 def annotated_values(draw: st.DrawFn) -> tuple[Any, Any]:
-    """
-    An annotation, and a value of it or of another one: users pass what they should not.
-    """
+    """An annotation, and a value of it or of another one: users pass what they should not."""
     kinds = draw(st.lists(st.sampled_from([*LEAVES]), min_size=1, max_size=2))
     annotation = kinds[0] if len(kinds) == 1 else (kinds[0] or type(None)) | (kinds[1] or type(None))
     annotation = draw(st.sampled_from([annotation, annotation, Any]))

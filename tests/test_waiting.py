@@ -1,6 +1,4 @@
-"""
-Many who wait cost no more than a few, and nobody waits for ever.
-"""
+"""Many who wait cost no more than a few, and nobody waits for ever."""
 
 from __future__ import annotations
 
@@ -37,9 +35,7 @@ async def test_a_thousand_waiters_share_a_few_round_trips(app: Ceylon, trips: li
 
 
 async def test_waiting_for_a_group_asks_nothing_while_nothing_changes(app: Ceylon, trips: list[list[str]]) -> None:
-    """
-    A wait was answered at once with the same view, and began anew: thousands of round trips a second.
-    """
+    """A wait was answered at once with the same view, and began anew: thousands of round trips a second."""
     async with app.client() as client:
         run = await client.submit(TaskGroup("g", [Task(role="p")] * 2))
         waiting = [asyncio.create_task(run.wait("all")) for _ in range(10)]
@@ -159,9 +155,7 @@ async def test_a_position_that_is_taken_by_a_given_id_is_passed_over(app: Ceylon
 
 @pytest.mark.parametrize("turns", range(0, 60, 3))
 async def test_closing_a_client_ends_every_wait_at_whatever_moment(app: Ceylon, turns: int) -> None:
-    """
-    A group's waiter that was answered just before the end asked again, and waited for ever.
-    """
+    """A group's waiter that was answered just before the end asked again, and waited for ever."""
     async with app.client() as client:
         run = await client.submit(TaskGroup("g", [Task(role="p"), Task(role="p")]))
         waiting = [asyncio.create_task(run.task("1").result()), asyncio.create_task(run.wait())]
@@ -175,9 +169,7 @@ async def test_closing_a_client_ends_every_wait_at_whatever_moment(app: Ceylon, 
 
 
 async def test_a_client_that_closes_right_after_a_wait_leaves_no_connection(app: Ceylon, redis_url: str) -> None:
-    """
-    The reader that the last waiter left behind unsubscribed after the end, on a new connection.
-    """
+    """The reader that the last waiter left behind unsubscribed after the end, on a new connection."""
     with redis.Redis.from_url(redis_url) as raw:
         before = raw.info("clients")["connected_clients"]
         for turns in range(12):

@@ -1,6 +1,4 @@
-"""
-Why a task waits, as `ceylon show` tells it: every cause by its own words.
-"""
+"""Why a task waits, as `ceylon show` tells it: every cause by its own words."""
 
 import json
 from typing import Any
@@ -14,9 +12,7 @@ from rq_ceylon.store import transitions
 
 
 def serve(bench: Bench, *, roles: list[str], names: list[str], busy: int = 0) -> None:
-    """
-    The heartbeat of a worker with two slots.
-    """
+    """The heartbeat of a worker with two slots."""
     tasks = {f"x/{n}": 1 for n in range(busy)}
     facts = {"roles": roles, "slots": 2, "task_names": names, "tasks": tasks}
     for call in transitions.heartbeat(bench.keys, "w", facts, ttl_ms=60_000, roles=roles):
@@ -24,9 +20,7 @@ def serve(bench: Bench, *, roles: list[str], names: list[str], busy: int = 0) ->
 
 
 def shown(commands: Commands, bench: Bench, target: str) -> dict[str, Any]:
-    """
-    Why each task waits.
-    """
+    """Why each task waits."""
     ended = commands.here("ceylon", "show", target, "--json", "--namespace", bench.keys.namespace)
     assert ended.exit_code == 0, ended.output
     return {task["id"].partition("/")[2]: task["waits"] for task in json.loads(ended.stdout)["tasks"]}

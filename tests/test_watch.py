@@ -1,6 +1,4 @@
-"""
-Following a group: on a terminal, in a pipe, and as JSON Lines; and leaving it.
-"""
+"""Following a group: on a terminal, in a pipe, and as JSON Lines; and leaving it."""
 
 from __future__ import annotations
 

@@ -82,9 +82,7 @@ REMEDY = "needs Linux or macOS; on Windows run it in WSL or in a container (clie
 
 @pytest.fixture
 def commands(start_server: Callable[..., EmbeddedServer], tmp_path: Path) -> Iterator[Commands]:
-    """
-    With a server on a port: there are no unix sockets.
-    """
+    """With a server on a port: there are no unix sockets."""
     port = free_port()
     start_server(folder=tmp_path / "server", port=port)
     (tmp_path / "hiding.py").write_text(HIDING)

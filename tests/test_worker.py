@@ -1,6 +1,4 @@
-"""
-A worker in this process, against a real server: what it runs, in which order, and what it leaves to others.
-"""
+"""A worker in this process, against a real server: what it runs, in which order, and what it leaves to others."""
 
 from __future__ import annotations
 
@@ -39,9 +37,7 @@ def worker_of(app: Ceylon, *roles: str, **options: Any) -> Worker:
 
 @asynccontextmanager
 async def running(worker: Worker) -> AsyncIterator[asyncio.Task[None]]:
-    """
-    The worker at work; killed at the end, should it still run.
-    """
+    """The worker at work; killed at the end, should it still run."""
     task = asyncio.create_task(worker.run())
     try:
         yield task
@@ -619,9 +615,7 @@ async def test_a_thread_that_outlived_its_timeout_takes_nothing_from_other_tasks
 async def test_a_task_that_takes_longer_than_the_lease_keeps_its_worker(
     app: Ceylon, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """
-    Also the first task after the start, and on a worker that asked for a longer lease than its role has.
-    """
+    """Also the first task after the start, and on a worker that asked for a longer lease than its role has."""
     monkeypatch.setattr("rq_ceylon.worker.turn.UNCLAIMED_S", 0)  # so long it would be kept without being begun
     ran: list[str] = []
 
@@ -646,9 +640,7 @@ async def test_a_task_that_takes_longer_than_the_lease_keeps_its_worker(
 async def test_a_round_of_renewals_that_breaks_does_not_end_the_rounds(
     app: Ceylon, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """
-    The thread ended with the first unforeseen error, and from then on every lease ran out under its task.
-    """
+    """The thread ended with the first unforeseen error, and from then on every lease ran out under its task."""
 
     @app.task(role="r")
     async def work(context: TaskContext) -> None:
@@ -700,9 +692,7 @@ async def test_a_task_whose_lease_is_lost_before_it_begins_is_not_run_and_not_ke
 
 
 def stall(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """
-    From now on the worker neither renews nor fetches, as if its process were frozen. Returns how to wake it.
-    """
+    """From now on the worker neither renews nor fetches, as if its process were frozen. Returns how to wake it."""
     renew, fetches = worker.leases.renew, worker.turns._fetches
     monkeypatch.setattr(worker.leases, "renew", lambda connection: None)
     monkeypatch.setattr(worker.turns, "_fetches", lambda free: [])
@@ -835,9 +825,7 @@ async def test_a_task_known_to_a_live_worker_that_has_not_asked_for_an_hour_wait
 
 
 async def unknown_for_an_hour(client: Client, name: str) -> int:
-    """
-    Let a task wait for a worker that knows it, and have it waited for an hour. Returns since when.
-    """
+    """Let a task wait for a worker that knows it, and have it waited for an hour. Returns since when."""
 
     async def is_waiting() -> bool:
         return await queries.waiting_since_ms(client.connection, client.keys, "r", name) is not None

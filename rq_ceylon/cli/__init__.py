@@ -1,6 +1,4 @@
-"""
-The commands. Each imports what it runs only when it runs, so that `--help` is fast.
-"""
+"""The commands. Each imports what it runs only when it runs, so that `--help` is fast."""
 
 from rq_ceylon.cli.main import ceylon
 from rq_ceylon.cli.monitor import monitor

@@ -1,6 +1,4 @@
-"""
-`python -m rq_ceylon.cli worker|submit|monitor|ceylon …`: the commands without their scripts on PATH.
-"""
+"""`python -m rq_ceylon.cli worker|submit|monitor|ceylon …`: the commands without their scripts on PATH."""
 
 import sys
 

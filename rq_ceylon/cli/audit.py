@@ -1,6 +1,4 @@
-"""
-`ceylon audit`.
-"""
+"""`ceylon audit`."""
 
 from __future__ import annotations
 

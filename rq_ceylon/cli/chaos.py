@@ -1,6 +1,4 @@
-"""
-`ceylon demo --chaos`: runs a group while workers are killed before the user's eyes, and recounts it at the end.
-"""
+"""`ceylon demo --chaos`: runs a group while workers are killed before the user's eyes, and recounts it at the end."""
 
 from __future__ import annotations
 
@@ -203,9 +201,7 @@ class _Chaos:
             place.to_redo = len(own) - place.running
 
     async def _count(self, view: GroupView) -> None:
-        """
-        Count running tasks. Read from the group's new events which worker ended which task and which goals settled.
-        """
+        """`ceylon demo --chaos`: workers are killed while a group runs; at the end all results are counted again."""
         await self._count_running()
         connection, keys, gid = self.client.connection, self.client.keys, self.handle.id
         places = {place.name: place for place in self.places}
@@ -305,7 +301,5 @@ def _kills_of(places: Iterable[_Place]) -> int:
 
 
 def _place_of(worker: str) -> str:
-    """
-    A worker's name is its place's, its pid, and a part that is unique.
-    """
+    """A worker's name is its place's, its pid, and a part that is unique."""
     return worker.rsplit("-", 2)[0]

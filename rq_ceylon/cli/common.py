@@ -1,6 +1,4 @@
-"""
-The parts that all commands share: options, one-line errors, logging, the event loop.
-"""
+"""The parts that all commands share: options, one-line errors, logging, the event loop."""
 
 from __future__ import annotations
 
@@ -86,9 +84,7 @@ def command(name: str) -> Callable[[F], click.Command]:
 
 
 def where(function: Callable[..., Any]) -> Callable[..., Any]:
-    """
-    The options that say which Redis and which namespace, as the argument `options`.
-    """
+    """The options that say which Redis and which namespace, as the argument `options`."""
 
     @click.option("--redis", "redis_url", metavar="URL", help="URL of Redis; else CEYLON_REDIS_URL, else REDIS_URL.")
     @click.option("--namespace", metavar="NAME", help="Keeps applications apart; else CEYLON_NAMESPACE, else ceylon.")
@@ -120,9 +116,7 @@ def with_client(function: Callable[..., Coroutine[Any, Any, int | None]]) -> Cal
 
 
 def logs(function: Callable[..., Any]) -> Callable[..., Any]:
-    """
-    The options of the log, which is set up before the command runs.
-    """
+    """The options of the log, which is set up before the command runs."""
 
     @click.option(
         "--log-level",
@@ -182,9 +176,7 @@ def reported(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def run_async(main: Coroutine[Any, Any, T]) -> T:
-    """
-    Run a coroutine on uvloop where it is installed. Ctrl-C cancels it, a second one ends the process at once.
-    """
+    """Run a coroutine on uvloop where it is installed. Ctrl-C cancels it, a second one ends the process at once."""
     import asyncio
 
     was_interrupted = False
@@ -252,9 +244,7 @@ def serve(main: Callable[[Watch], Coroutine[Any, Any, int]], *, grace_s: float =
 
 
 def _runner(loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None) -> asyncio.Runner:
-    """
-    A runner on uvloop where it is installed, else on the given loop, else on asyncio's own.
-    """
+    """A runner on uvloop where it is installed, else on the given loop, else on asyncio's own."""
     import asyncio
 
     try:

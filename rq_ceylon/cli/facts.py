@@ -1,6 +1,4 @@
-"""
-The output of `--json`: groups, goals, tasks and results as plain values with stable names.
-"""
+"""The output of `--json`: groups, goals, tasks and results as plain values with stable names."""
 
 from __future__ import annotations
 
@@ -13,18 +11,14 @@ if TYPE_CHECKING:
 
 
 def to_json(value: Any) -> str:
-    """
-    One line of JSON of dataclasses and plain values.
-    """
+    """One line of JSON of dataclasses and plain values."""
     from pydantic_core import to_json as dump
 
     return plain_json(dump(value).decode())
 
 
 def group_facts(view: GroupView) -> dict[str, Any]:
-    """
-    A group and its goals, as `submit`, `groups` and `show` tell it.
-    """
+    """A group and its goals, as `submit`, `groups` and `show` tell it."""
     group = {
         "id": view.id,
         "key": view.key,
@@ -42,9 +36,7 @@ def group_facts(view: GroupView) -> dict[str, Any]:
 
 
 def task_facts(task: TaskView) -> dict[str, Any]:
-    """
-    A task as it stands, with its result once it has ended.
-    """
+    """A task as it stands, with its result once it has ended."""
     result = task.result
     return {
         "id": task.id,
@@ -69,9 +61,7 @@ def task_facts(task: TaskView) -> dict[str, Any]:
 
 
 def result_facts(gid: str, result: TaskResult) -> dict[str, Any]:
-    """
-    How a task ended.
-    """
+    """How a task ended."""
     return {
         "id": f"{gid}/{result.task_id}",
         "status": result.status,

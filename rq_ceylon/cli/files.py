@@ -1,6 +1,4 @@
-"""
-`ceylon validate`, `ceylon schema`, `ceylon graph`: group files without a submission.
-"""
+"""`ceylon validate`, `ceylon schema`, `ceylon graph`: group files without a submission."""
 
 from __future__ import annotations
 

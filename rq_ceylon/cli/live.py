@@ -1,6 +1,4 @@
-"""
-Shows the progress of a group: live on a terminal, as a plain line per change elsewhere.
-"""
+"""Shows the progress of a group: live on a terminal, as a plain line per change elsewhere."""
 
 from __future__ import annotations
 
@@ -186,9 +184,7 @@ class Display:
         return lines
 
     def _bar(self, view: GroupView, width: int, targets: set[int]) -> Text:
-        """
-        A bar of cells for tasks that completed, that failed or were cancelled, and that are left; goals have marks.
-        """
+        """A bar with cells for completed tasks, for failed or cancelled ones and for the rest, and marks of goals."""
         room = max(10, width - 2)
         counters, total = view.counters, max(view.counters.total, 1)
         marks = {min(room - 1, target * room // total) for target in targets}
@@ -229,9 +225,7 @@ def _marks(view: GroupView) -> dict[str, int]:
 
 
 def settled_words(goal: GoalView) -> str:
-    """
-    A settled goal with the numbers that settled it, and its success or failure message.
-    """
+    """A settled goal with the numbers that settled it, and its success or failure message."""
     assert goal.settled is not None
     words = goal.when if goal.call else parse(goal.when, goal.name).words(goal.settled.counters)
     message = goal.success_message if goal.status is GoalStatus.ACHIEVED else goal.failure_message

@@ -1,6 +1,4 @@
-"""
-`ceylon` and its commands.
-"""
+"""`ceylon` and its commands."""
 
 from __future__ import annotations
 
@@ -48,9 +46,7 @@ for _command in (validate, schema, graph, audit):
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """
-    Columns in plain text: the same on a terminal and in a pipe.
-    """
+    """Columns in plain text: the same on a terminal and in a pipe."""
     lines = [[plain(str(cell), keep="") for cell in row] for row in (head, *rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     for line in lines:
@@ -387,9 +383,7 @@ def _told(target: str, status: str, problem: str) -> int:
 
 
 def _why_not(word: Literal["pause", "resume", "cancel"], status: str, view: GroupView) -> str:
-    """
-    Why a group of this status cannot be paused, resumed or cancelled; '' if it can, or is so already.
-    """
+    """Why a group of this status cannot be paused, resumed or cancelled; '' if it can, or is so already."""
     if status == "finished":
         return f"has finished ({view.outcome}); there is nothing left to {word}"
     if word == "cancel" or status in ("active", "paused"):

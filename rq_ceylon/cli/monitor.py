@@ -1,6 +1,4 @@
-"""
-`ceylon-monitor`.
-"""
+"""`ceylon-monitor`."""
 
 from __future__ import annotations
 

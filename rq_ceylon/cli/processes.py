@@ -1,6 +1,4 @@
-"""
-Commands that start other commands: `ceylon demo`, `ceylon server`, `ceylon up`.
-"""
+"""Commands that start other commands: `ceylon demo`, `ceylon server`, `ceylon up`."""
 
 from __future__ import annotations
 
@@ -43,9 +41,7 @@ goal:
 
 
 def run_demo() -> int:
-    """
-    Run the main job with the commands a user would run, each said before it runs.
-    """
+    """Run the main job with the commands a user would run, each said before it runs."""
     require_unix("ceylon demo")
     example = Path(__file__).parents[2] / "examples" / "data_processing.yaml"
     with tempfile.TemporaryDirectory() as folder:
@@ -68,9 +64,7 @@ def run_demo() -> int:
 
 
 def run_server(port: int | None) -> int:
-    """
-    A server in the foreground, with a kept folder.
-    """
+    """A server in the foreground, with a kept folder."""
     require_unix("ceylon server")
     folder = server_folder()
     with EmbeddedServer.start(folder=folder, appendonly=True, port=port) as server:
@@ -87,9 +81,7 @@ def run_server(port: int | None) -> int:
 
 
 def run_up(app: str, concurrency: int | None) -> int:
-    """
-    Worker and monitor until a signal, with a server unless a Redis is configured: clients would use that one.
-    """
+    """Worker and monitor until a signal, with a server unless a Redis is configured: clients would use that one."""
     require_unix("ceylon up")
     found = load_app(app).configured()
     slots = ["-c", str(concurrency)] if concurrency else []
@@ -122,9 +114,7 @@ def _shared_by_all(url: str, source: str) -> str:
 
 
 def environ_of(server: EmbeddedServer) -> dict[str, str]:
-    """
-    For the commands of a demo: its server, and of this user's own settings, which are meant for other work, the log's.
-    """
+    """The environment of a demo's commands: its own server and the user's log settings, no other settings."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("CEYLON_") or "_LOG_" in name}
     return {**kept, "CEYLON_REDIS_URL": server.url}
 
@@ -143,9 +133,7 @@ def start(name: str, arguments: Sequence[str], environ: Mapping[str, str]) -> su
 
 
 def end(processes: Sequence[subprocess.Popen[bytes]], *, is_hurried: Callable[[], bool] = lambda: False) -> None:
-    """
-    SIGTERM to all, SIGKILL to those that outlive their grace, or at once when it is hurried.
-    """
+    """SIGTERM to all, SIGKILL to those that outlive their grace, or at once when it is hurried."""
     for process in processes:
         process.send_signal(signal.SIGTERM)
     limit = time.monotonic() + GRACE_S + CHILD_END_S
@@ -164,9 +152,7 @@ def _command(name: str, arguments: Sequence[str]) -> list[str]:
 def _running(
     name: str, arguments: Sequence[str], environ: Mapping[str, str], signals: Sequence[int] = ()
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """
-    A command in the background while the block runs; a second one in `signals` kills it.
-    """
+    """A command in the background while the block runs; a second one in `signals` kills it."""
     click.echo(f"$ ceylon-{name} {' '.join(arguments)} &", err=True)
     process = start(name, arguments, environ)
     try:
@@ -191,9 +177,7 @@ def _foreground(name: str, arguments: Sequence[str], environ: Mapping[str, str])
 
 
 def _signals() -> list[int]:
-    """
-    The numbers of the SIGTERMs and Ctrl-Cs from now on, as they come.
-    """
+    """The numbers of the SIGTERMs and Ctrl-Cs from now on, as they come."""
     heard: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: heard.append(number))

@@ -1,6 +1,4 @@
-"""
-`ceylon-submit`.
-"""
+"""`ceylon-submit`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""
-`ceylon-worker`.
-"""
+"""`ceylon-worker`."""
 
 from __future__ import annotations
 
@@ -26,9 +24,7 @@ has this many threads."""
 
 
 def _bounds(context: click.Context, parameter: click.Parameter, text: str) -> tuple[int, int]:
-    """
-    `4` or `2..10`.
-    """
+    """`4` or `2..10`."""
     low, dots, high = text.partition("..")
     try:
         bounds = int(low), int(high if dots else low)
@@ -40,9 +36,7 @@ def _bounds(context: click.Context, parameter: click.Parameter, text: str) -> tu
 
 
 def _size(context: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
-    """
-    Bytes: `500MB`, `2GB`, or a plain number.
-    """
+    """Bytes: `500MB`, `2GB`, or a plain number."""
     if text is None:
         return None
     found = re.fullmatch(r"(\d+)\s*([KMG]?)B?", text.strip(), re.IGNORECASE | re.ASCII)

@@ -1,6 +1,4 @@
-"""
-The client: submits tasks and groups, and finds them again.
-"""
+"""The client: submits tasks and groups, and finds them again."""
 
 from __future__ import annotations
 
@@ -161,15 +159,11 @@ class Client(Session):
         return GroupHandle(self, check_id(gid, "group id"))
 
     async def groups(self) -> list[GroupView]:
-        """
-        All groups of the namespace, oldest first.
-        """
+        """All groups of the namespace, oldest first."""
         return await queries.groups(self.connection, self.keys)
 
     async def workers(self) -> list[WorkerView]:
-        """
-        Live workers and monitors, by name.
-        """
+        """Live workers and monitors, by name."""
         return await queries.workers(self.connection, self.keys)
 
     async def roles(self) -> list[RoleView]:

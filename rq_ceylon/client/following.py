@@ -72,9 +72,7 @@ class Following:
 
 
 class Follower:
-    """
-    Reads the events of one group for all its waiters: each event once, and only the results that one waits for.
-    """
+    """Reads the events of one group for all its waiters: each event once, and only the results that one waits for."""
 
     def __init__(
         self,
@@ -201,9 +199,7 @@ class Follower:
                 future.set_result(view)
 
     async def _ask(self, tids: Sequence[str], *, doubtful: bool = False) -> GroupView:
-        """
-        Give the results of these tasks to their waiters. Returns the group as it was before that.
-        """
+        """Give the results of these tasks to their waiters. Returns the group as it was before that."""
         view = None
         for first in range(0, len(tids) or 1, RESULTS_PER_READ):
             some = tids[first : first + RESULTS_PER_READ]

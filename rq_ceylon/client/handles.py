@@ -38,9 +38,7 @@ class TaskHandle(Generic[R]):
 
     @property
     def id(self) -> str:
-        """
-        `<group>/<task>`.
-        """
+        """`<group>/<task>`."""
         return f"{self._gid}/{self._tid}"
 
     def __repr__(self) -> str:

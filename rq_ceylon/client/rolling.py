@@ -121,9 +121,7 @@ class Rolling:
         return batch
 
     async def _turn(self, batch: list[_Waiting]) -> None:
-        """
-        Acknowledge the pages that earlier turns enqueued, and send the next part with its entries right behind it.
-        """
+        """Acknowledge the pages that earlier turns enqueued, and send the next part with its entries behind it."""
         keys, group = self._session.keys, self._group
         acks = self._take_acks()
         own_acks = acks.pop(group.gid, []) if batch else []
@@ -213,9 +211,7 @@ class Rolling:
         return [Page(gid, f"|{role}||{' '.join(some)}") for role, some in items.items()]
 
     async def _enqueue(self, pages: Sequence[Page], horizons: Mapping[str, Any]) -> None:
-        """
-        Note the pages that arrived as expected, and enqueue the others.
-        """
+        """Note the pages that arrived as expected, and enqueue the others."""
         left: list[Page] = []
         for page in pages:
             horizon = horizons.get(page.role)
@@ -242,9 +238,7 @@ class Rolling:
         self._wake()
 
     def _renew(self) -> _Group:
-        """
-        Open a new group, and return the one before it.
-        """
+        """Open a new group, and return the one before it."""
         before, self._group = self._group, _Group()
         if self._ageing is not None:
             self._ageing.cancel()

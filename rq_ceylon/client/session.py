@@ -40,9 +40,7 @@ WARN_AGAIN_S = 60.0
 
 
 class Session:
-    """
-    One client's connection to Redis. It belongs to one event loop and one process.
-    """
+    """One client's connection to Redis. It belongs to one event loop and one process."""
 
     def __init__(self, url: str, namespace: str, registry: Registry | None) -> None:
         self.url, self.keys, self.registry = check_url(url), Keys(namespace), registry
@@ -96,9 +94,7 @@ class Session:
             raise CeylonError("this client belongs to another process or event loop; make one here")
 
     async def call(self, calls: Sequence[Call]) -> list[Any]:
-        """
-        Send calls that are safe to repeat, for up to 5 s.
-        """
+        """Send calls that are safe to repeat, for up to 5 s."""
         return await self.connection.run_until_answered(calls, give_up_after=self.answer_s)
 
     async def relay(self, gid: str, *, again: bool = False, meet: bool = False) -> None:
@@ -201,9 +197,7 @@ class Session:
 
     # ---- who serves a role -------------------------------------------------------------------------------------------
     async def missing_roles(self, roles: Iterable[str]) -> list[str]:
-        """
-        Return a sentence for each of `roles` that no live worker serves; it names the most similar role that has one.
-        """
+        """Return a sentence for each of `roles` that no live worker serves, with the most similar served role."""
         return list((await self._missing(roles)).values())
 
     async def require_workers(self, roles: Iterable[str]) -> None:
@@ -238,9 +232,7 @@ class Session:
         return {role: missing_words(role, served) for role in sorted(set(roles) - served)}
 
     async def _warn_of_missing(self, tasks: Collection[tuple[str, str]]) -> None:
-        """
-        Warn of roles that no worker serves, and of names that no worker of their role knows.
-        """
+        """Warn of roles that no worker serves, and of names that no worker of their role knows."""
         told = await self._unknown((role, name) for role, name in tasks if name)
         for role, words in (await self._missing(role for role, _ in tasks)).items():
             told[role, ""] = f"{words}; start one with: ceylon-worker MODULE:APP --role {role}"

@@ -208,9 +208,7 @@ def stage(
 
 
 def _added(task: Task, registry: Registry, where: str) -> dict[str, Any]:
-    """
-    The metadata that `on_submit` hooks add.
-    """
+    """The metadata that `on_submit` hooks add."""
     added: dict[str, Any] = {}
     for hook in registry.on_submit:
         more = hook(task)
@@ -237,9 +235,7 @@ def _check_text(text: object, where: str, most: int) -> None:
 
 
 def handler_of(task: Task, uses: str | None, registry: Registry | None) -> Handler[..., Any] | None:
-    """
-    The handler that checks a task and whose rules apply: the one that bound it, else the one known here.
-    """
+    """The handler that checks a task and whose rules apply: the one that bound it, else the one known here."""
     bound: Handler[..., Any] | None = task.handler
     if bound is not None and uses in (bound.name, *bound.aliases):
         return bound
@@ -249,9 +245,7 @@ def handler_of(task: Task, uses: str | None, registry: Registry | None) -> Handl
 def _rules(
     handler: Handler[..., Any] | None, task: Task, defaults: Task, registry: Registry | None
 ) -> dict[str, float | int | None]:
-    """
-    The rules of a handler that another application registered. Workers know the rules of this application's handlers.
-    """
+    """The rules of a handler of another application; workers know those of this application's handlers."""
     if handler is None or handler is not task.handler or (registry and registry.find(handler.name) is handler):
         return {}
     return {
@@ -268,9 +262,7 @@ def _json(arguments: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _shared(task: Task, where: str) -> dict[str, Any]:
-    """
-    The fields of a task that its worker needs, and that a group's defaults may give as well.
-    """
+    """The fields of a task that its worker needs, and that a group's defaults may give as well."""
     attempts = task.max_attempts
     return {
         "uses": None if task.uses is None else check_id(task.uses, f"{where}: uses"),

@@ -1,6 +1,4 @@
-"""
-Sends one group, all or nothing: it is staged in parts, one after another, and becomes active with the last one.
-"""
+"""Sends one group, all or nothing: it is staged in parts, one after another, and becomes active with the last one."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""
-The client without await: the same code on an event loop in a thread of its own.
-"""
+"""The client without await: the same code on an event loop in a thread of its own."""
 
 from __future__ import annotations
 
@@ -147,9 +145,7 @@ class SyncClient:
     def submit(
         self, work: Task | TaskGroup, *, require_workers: bool = False, durability: Durability = "none"
     ) -> SyncTaskHandle[Any] | SyncGroupHandle:
-        """
-        As `Client.submit`.
-        """
+        """As `Client.submit`."""
         submit = self.inner.submit
         if isinstance(work, TaskGroup):
             group = self.call(submit(work, require_workers=require_workers, durability=durability))

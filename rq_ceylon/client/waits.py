@@ -1,6 +1,4 @@
-"""
-Why tasks have not started.
-"""
+"""Why tasks have not started."""
 
 from __future__ import annotations
 

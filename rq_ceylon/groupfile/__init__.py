@@ -1,6 +1,4 @@
-"""
-Reads group files, YAML or JSON with one group per document, or says everything that is wrong with them and where.
-"""
+"""Reads group files, YAML or JSON with one group per document, or says everything that is wrong with them and where."""
 
 from __future__ import annotations
 
@@ -55,9 +53,7 @@ def schema() -> str:
 
 
 def resolved(group: TaskGroup, submitted: Sequence[tuple[TaskGroup, str]]) -> list[str]:
-    """
-    The ids of the groups on which this one of a file depends, given those of the file submitted so far.
-    """
+    """The ids of the groups on which this one of a file depends, given those of the file submitted so far."""
     names = {one.name: gid for one, gid in submitted} | {one.key: gid for one, gid in submitted if one.key}
     return [names.get(name, name) for name in group.depends_on]
 
@@ -71,9 +67,7 @@ def samples(group: TaskGroup) -> Iterable[Task]:
 
 
 def roles_of(group: TaskGroup) -> set[str]:
-    """
-    The roles of the tasks of a group of a file, as far as the file says.
-    """
+    """The roles of the tasks of a group of a file, as far as the file says."""
     tasks = group.tasks
     roles = tasks.roles() if isinstance(tasks, Tasks) else (task.role for task in tasks)
     return {role or group.defaults.role or DEFAULT_ROLE for role in roles}
@@ -107,9 +101,7 @@ def _goals(document: Document, data: Any) -> list[Goal]:
 
 
 def _check_groups(documents: Sequence[Document]) -> None:
-    """
-    Groups depend only on groups that are there before them, and no two share a key.
-    """
+    """Groups depend only on groups that are there before them, and no two share a key."""
     titles = [_titles(document) for document in documents]
     keys = [key for key, _ in titles]
     steps: list[dict[int, tuple[Path, str]]] = []  # by document: those it depends on, and where it says so
@@ -141,9 +133,7 @@ def _check_groups(documents: Sequence[Document]) -> None:
 
 
 def _way(steps: Sequence[Mapping[int, Any]], start: int, end: int) -> list[int]:
-    """
-    The shortest way between two documents; empty if there is none.
-    """
+    """The shortest way between two documents; empty if there is none."""
     ways = {start: [start]}
     for at in (reached := [start]):
         for step in steps[at]:

@@ -20,15 +20,11 @@ _PLAIN = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?|true|
 
 
 class JsonSyntaxError(yaml.MarkedYAMLError):
-    """
-    It is not JSON. `problem` names the remedy too.
-    """
+    """It is not JSON. `problem` names the remedy too."""
 
 
 class _Place:
-    """
-    A place in the text; its line and column are counted only when they are asked for.
-    """
+    """A place in the text; its line and column are counted only when they are asked for."""
 
     __slots__ = ("at", "text")
 
@@ -45,9 +41,7 @@ class _Place:
 
 
 class JsonEvents:
-    """
-    Gives one event after another, as `yaml.Loader.get_event`.
-    """
+    """Gives one event after another, as `yaml.Loader.get_event`."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -66,9 +60,7 @@ class JsonEvents:
         yield yaml.StreamEndEvent()
 
     def _value(self, at: int) -> Any:
-        """
-        The events of the value that starts here. Returns where it ends. The reader stops at its limit of depth.
-        """
+        """The events of the value that starts here. Returns where it ends. The reader stops at its limit of depth."""
         text, place = self._text, self._place(at)
         char = text[at : at + 1]
         if char == '"':

@@ -38,9 +38,7 @@ Row = Mapping[str, Any]
 
 
 class Value(NamedTuple):
-    """
-    A piece of a need that is a value, where another piece is text as written.
-    """
+    """A piece of a need that is a value, where another piece is text as written."""
 
     value: Any
 
@@ -49,9 +47,7 @@ Piece = str | Value
 
 
 def canonical(value: Any) -> str:
-    """
-    The same text for the same JSON value, in whatever order its keys stand.
-    """
+    """The same text for the same JSON value, in whatever order its keys stand."""
     return json.dumps(value, sort_keys=True)
 
 
@@ -102,9 +98,7 @@ class Axis:
         return [str(self.words[at]) for at in self._places(value)]
 
     def _places(self, value: Any) -> Sequence[int]:
-        """
-        Where this value stands; else where one stands that reads the same, such as the number 1 for the text "1".
-        """
+        """Where this value stands; else where one stands that reads the same, such as the number 1 for the text "1"."""
         if isinstance(self.values, range):
             number = int(value) if isinstance(value, str) and _INTEGER.fullmatch(value) else value
             return (self.values.index(number),) if type(number) is int and number in self.values else ()
@@ -128,9 +122,7 @@ class Axis:
 
     @property
     def is_even(self) -> bool:
-        """
-        All its words have as many dashes, so that in an id one can tell where they end.
-        """
+        """All its words have as many dashes, so that in an id one can tell where they end."""
         return len({str(word).count("-") for word in _ends(self.words)}) == 1
 
     @property
@@ -245,9 +237,7 @@ class Matrix:
         return prod(len(axis.values) for axis in self.axes.values())
 
     def size(self, names: Iterable[str], *, ends: bool = False) -> int:
-        """
-        How many rows `rows` has.
-        """
+        """How many rows `rows` has."""
         if self._listed is not None:
             return len(self)
         values = (self.axes[name].values for name in names)
@@ -271,9 +261,7 @@ class Matrix:
         return "-".join((self.name, *words.values()))
 
     def has(self, task_id: str) -> bool:
-        """
-        Whether a combination has this id.
-        """
+        """Whether a combination has this id."""
         if self._listed is not None:
             return task_id in self._ids
         start = f"{self.name}-"
@@ -281,9 +269,7 @@ class Matrix:
         return task_id.startswith(start) and any(True for _ in _readings(pieces, [*self.axes.values()], is_id=True))
 
     def meant(self, pieces: Sequence[Piece]) -> set[str]:
-        """
-        The ids that a need can mean whose pieces behind the name of this task are these.
-        """
+        """The ids that a need can mean whose pieces behind the name of this task are these."""
         found = set[str]()
         for words in _readings(pieces, [*self.axes.values()]):
             if self._listed is None:
@@ -297,9 +283,7 @@ class Matrix:
 
     @property
     def has_numbers(self) -> bool:
-        """
-        Some numbers in its ids are no values.
-        """
+        """Some numbers in its ids are no values."""
         return self.is_numbered or any(axis.is_numbered for axis in self.axes.values())
 
     is_numbered = False
@@ -323,18 +307,14 @@ class Matrix:
     missing: Any = None
 
     def longest(self, names: Sequence[str]) -> int:
-        """
-        How many bytes of JSON a look-up finds at most.
-        """
+        """How many bytes of JSON a look-up finds at most."""
         if names not in self._longest:
             self._longest[names] = max(len(to_json(value)) for value in self.values_of(names))
         return self._longest[names]
 
 
 def _widened(axes: Mapping[str, Axis], rows: Sequence[Row]) -> dict[str, Axis]:
-    """
-    The axes with the values that combinations have besides; without axes, all names are some.
-    """
+    """The axes with the values that combinations have besides; without axes, all names are some."""
     wider = {}
     for name in axes or dict.fromkeys(name for row in rows for name in row):
         values = [*(axes[name].values if name in axes else ()), *(row[name] for row in rows if name in row)]
@@ -356,9 +336,7 @@ def _rows(axes: Sequence[Axis], values: Row, words: Row) -> Iterator[tuple[Row, 
 
 
 def _readings(pieces: Sequence[Piece], axes: Sequence[Axis], *, is_id: bool = False) -> Iterator[tuple[str, ...]]:
-    """
-    All ways to read pieces between dashes as one word for each axis; with `is_id`, only words themselves.
-    """
+    """All ways to read pieces between dashes as one word for each axis; with `is_id`, only words themselves."""
     if not axes:
         if not pieces:
             yield ()
@@ -373,9 +351,7 @@ def _readings(pieces: Sequence[Piece], axes: Sequence[Axis], *, is_id: bool = Fa
 
 
 class Text(NamedTuple):
-    """
-    A text with look-ups in it, each as the names on its way: an axis, then keys.
-    """
+    """A text with look-ups in it, each as the names on its way: an axis, then keys."""
 
     parts: tuple[str | tuple[str, ...], ...]
 
@@ -384,9 +360,7 @@ class Text(NamedTuple):
         return list(dict.fromkeys(part[0] for part in self.parts if isinstance(part, tuple)))
 
     def fill(self, values: Row) -> Any:
-        """
-        The text for one combination.
-        """
+        """The text for one combination."""
         if len(self.parts) == 1:
             return _found(values, self.parts[0])
         return "".join(part if isinstance(part, str) else as_text(_found(values, part)) for part in self.parts)
@@ -416,9 +390,7 @@ class Text(NamedTuple):
         return len(self.parts) == 1
 
     def longest(self, matrix: Matrix) -> int:
-        """
-        How many bytes it becomes at most.
-        """
+        """How many bytes it becomes at most."""
         sizes = (len(to_json(part)) if isinstance(part, str) else matrix.longest(part) for part in self.parts)
         return sum(sizes)
 
@@ -431,9 +403,7 @@ def _found(values: Row, names: Iterable[str]) -> Any:
 
 
 def as_text(value: Any) -> str:
-    """
-    A value inside a text: as it stands in JSON, text without its quotes.
-    """
+    """A value inside a text: as it stands in JSON, text without its quotes."""
     return value if isinstance(value, str) else to_json(value).decode()
 
 
@@ -504,9 +474,7 @@ def texts_in(value: Any) -> Iterator[Text]:
 
 
 def fill(value: Any, values: Row) -> Any:
-    """
-    A value as it is for one combination.
-    """
+    """A value as it is for one combination."""
     kind = type(value)
     if kind is Text:
         return value.fill(values)

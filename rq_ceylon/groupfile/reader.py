@@ -65,17 +65,13 @@ class Document:
         self.refused: set[Path] = set()
 
     def add(self, path: Path, what: str, mark: Any = None, *, at_key: bool = False) -> None:
-        """
-        Note a problem with the value at `path`.
-        """
+        """Note a problem with the value at `path`."""
         if self.refused and not mark and any(path[:end] in self.refused for end in range(len(path) + 1)):
             return
         self.problems.add(path, what, mark, number=self.number, at_key=at_key)
 
     def check(self, path: Path, check: Callable[..., object], *values: Any) -> bool:
-        """
-        Note what `check` refuses. Its messages begin with a name for the value; the report gives the path instead.
-        """
+        """Note what `check` refuses; the report replaces the value's name at the start by its path in the file."""
         try:
             check(*values)
         except InvalidInputError as error:
@@ -84,9 +80,7 @@ class Document:
         return True
 
     def spend(self, path: Path, work: int) -> None:
-        """
-        Bound what is looked at one by one: a few bytes of a matrix can ask for millions of looks.
-        """
+        """Bound what is looked at one by one: a few bytes of a matrix can ask for millions of looks."""
         self.problems.work += work
         if self.problems.work > MAX_WORK:
             what = f"more than {MAX_WORK:,} combinations have to be checked by now; use fewer, or several files"
@@ -102,9 +96,7 @@ class _Problem(NamedTuple):
 
 
 class Problems:
-    """
-    Everything that is wrong with a file; the search ends at the fiftieth.
-    """
+    """Everything that is wrong with a file; the search ends at the fiftieth."""
 
     def __init__(self, filename: str) -> None:
         self.filename = filename
@@ -143,9 +135,7 @@ class Problems:
         return f"{where.removeprefix('.') or 'file'}: {problem.what}"
 
     def _marks(self) -> list[Any]:
-        """
-        The place of each problem: of its value, or where that does not stand in the file, of what would hold it.
-        """
+        """The place of each problem: of its value, or where that does not stand in the file, of what would hold it."""
         wanted = {
             (one.number, *one.path)[: end + 1] for one in self.found if not one.mark for end in range(len(one.path) + 1)
         }

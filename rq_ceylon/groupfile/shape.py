@@ -159,9 +159,7 @@ Matrix = SkipValidation[Annotated[dict[str, Any], _kind("matrix")] | None]
 
 
 def _else(default: Any) -> Any:
-    """
-    A field that may be left out, and what the package does then, if neither the group nor the handler says.
-    """
+    """A field that may be left out, and what the package does then, if neither the group nor the handler says."""
     return Field(None, json_schema_extra={"default": default})
 
 
@@ -228,9 +226,7 @@ class GroupFields(BaseModel, extra="forbid", strict=True):
 
 
 def shape(document: Document, model: type[BaseModel], data: Any, path: Path) -> Any:
-    """
-    The checked fields of a mapping; None, and the problems are noted, if it cannot be used.
-    """
+    """The checked fields of a mapping; None, and the problems are noted, if it cannot be used."""
     if not isinstance(data, dict | None):
         document.add(path, f"{shown(data)} where a mapping is needed; write key: value")
         return None

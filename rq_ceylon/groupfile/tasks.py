@@ -1,6 +1,4 @@
-"""
-The tasks of a group file: read and checked as written, a task with a matrix once, and expanded while they are sent.
-"""
+"""The tasks of a group file: read and checked as written, and expanded only while they are sent."""
 
 from __future__ import annotations
 
@@ -64,9 +62,7 @@ class _Entry:
 
 
 class _Names:
-    """
-    All ids of a group, without a list of those that come of a matrix.
-    """
+    """All ids of a group, without a list of those that come of a matrix."""
 
     def __init__(self) -> None:
         self.entries: dict[str, _Entry] = {}
@@ -78,18 +74,14 @@ class _Names:
             self.matrices[entry.name] = entry.matrix
 
     def made(self, task_id: str) -> Iterator[str]:
-        """
-        The tasks with a matrix that have a combination of this id.
-        """
+        """The tasks with a matrix that have a combination of this id."""
         for dash in re.finditer("-", task_id) if self.matrices else ():
             name = task_id[: dash.start()]
             if name in self.matrices and self.matrices[name].has(task_id):
                 yield name
 
     def has(self, task_id: str) -> bool:
-        """
-        Whether a task as written, or a combination, has this id.
-        """
+        """Whether a task as written, or a combination, has this id."""
         return task_id in self.entries or any(True for _ in self.made(task_id))
 
     def meant(self, need: str | Text, values: Row) -> dict[str, str]:
@@ -120,9 +112,7 @@ class _Names:
         return found
 
     def ids(self, named: str) -> Iterator[str]:
-        """
-        What a need means: a task, or all combinations of one.
-        """
+        """What a need means: a task, or all combinations of one."""
         matrix = self.matrices.get(named)
         return iter((named,)) if matrix is None else (matrix.id(words) for _, words in matrix.rows())
 
@@ -131,9 +121,7 @@ class _Names:
 
 
 class Tasks:
-    """
-    The tasks of a file with a matrix. They are made while one goes through them, each after those that it needs.
-    """
+    """The tasks of a file with a matrix. They are made while one goes through them, each after those that it needs."""
 
     def __init__(self, names: _Names, order: Sequence[str]) -> None:
         self._names, self._order = names, order
@@ -163,9 +151,7 @@ class Tasks:
         ]
 
     def samples(self) -> Iterator[Task]:
-        """
-        One task of each kind, without its needs: what no combination of a kind may have is refused where it is read.
-        """
+        """One task of each kind, without its needs, so that a file is refused where any combination would be."""
         for name in self._order:
             entry = self._names.entries[name]
             values = next(entry.matrix.rows())[0] if entry.matrix else {}
@@ -173,9 +159,7 @@ class Tasks:
             yield Task(**entry.fixed, **filled, id=name)
 
     def roles(self) -> Iterator[str | None]:
-        """
-        The roles of all tasks, each kind at least once.
-        """
+        """The roles of all tasks, each kind at least once."""
         for name in self._order:
             entry = self._names.entries[name]
             if entry.matrix is None or "role" not in entry.open:
@@ -186,9 +170,7 @@ class Tasks:
 
 
 def read_tasks(document: Document, data: Any) -> Sequence[Task] | Tasks:
-    """
-    The tasks under `tasks:`. What is wrong with them is noted.
-    """
+    """The tasks under `tasks:`. What is wrong with them is noted."""
     if not data or not isinstance(data, dict | list):
         if data is not None:  # else the group's shape reports it
             document.add(("tasks",), f"{shown(data)} where tasks are needed; write one per key, or a list of them")
@@ -267,9 +249,7 @@ def _read_open(
 
 
 def _check_size(document: Document, entry: _Entry, matrix: Matrix) -> None:
-    """
-    Bound what the look-ups of a task become before any is filled in: a text may look up a long value a thousand times.
-    """
+    """Limit what look-ups expand to before any is filled in: a text may name a long value a thousand times."""
     free = [entry.open.get(key, entry.fixed.get(key)) for key in ("arguments", "metadata")]
     size = sum(len(to_json(_closed(value))) for value in free if value)
     size += sum(text.longest(matrix) for value in entry.open.values() for text in texts_in(value))
@@ -279,9 +259,7 @@ def _check_size(document: Document, entry: _Entry, matrix: Matrix) -> None:
 
 
 def _closed(value: Any) -> Any:
-    """
-    A value without its look-ups.
-    """
+    """A value without its look-ups."""
     match value:
         case Text():
             return ""
@@ -412,9 +390,7 @@ def _read_range(document: Document, path: Path, name: str, given: Any) -> list[A
 
 
 def _check_ids(document: Document, names: _Names) -> None:
-    """
-    No id twice: neither as written and as made of a matrix, nor made of two.
-    """
+    """No id twice: neither as written and as made of a matrix, nor made of two."""
     if not names.matrices:
         return
     if (size := sum(map(names.size, names.entries))) > MAX_COMBINATIONS:
@@ -442,17 +418,13 @@ def _check_ids(document: Document, names: _Names) -> None:
 
 
 def _shared(one: Matrix, other: Matrix) -> str | None:
-    """
-    An id that both make.
-    """
+    """An id that both make."""
     few, many = (one, other) if len(one) < len(other) else (other, one)
     return next((task_id for _, words in few.rows() if many.has(task_id := few.id(words))), None)
 
 
 def _check_needs(document: Document, names: _Names) -> list[str]:
-    """
-    Note needs that cannot be met. Returns the tasks, each after those it needs.
-    """
+    """Note needs that cannot be met. Returns the tasks, each after those it needs."""
     wanted: dict[str, list[str]] = {}
     for entry in names.entries.values():
         owners: dict[str, None] = {}
@@ -468,9 +440,7 @@ def _check_needs(document: Document, names: _Names) -> list[str]:
 
 
 def _check_need(document: Document, names: _Names, entry: _Entry, at: int, owners: dict[str, None]) -> int:
-    """
-    Note what is wrong with a need. Adds the entries that it names, and returns how many tasks it names at most.
-    """
+    """Note what is wrong with a need. Adds the entries that it names, and returns how many tasks it names at most."""
     need, path = entry.needs[at], (*entry.path, "needs", at)
     rows: Iterable[tuple[Row, Row]] = [({}, {})]
     if isinstance(need, Text) and entry.matrix is not None:

@@ -22,18 +22,14 @@ PROBES = 100
 
 
 class Reissue:
-    """
-    One process's looks at groups with open tasks and an empty outbox.
-    """
+    """One process's looks at groups with open tasks and an empty outbox."""
 
     def __init__(self, connection: Connection, keys: Keys) -> None:
         self._connection, self._keys = connection, keys
         self._silent_since: dict[tuple[str, str, str], float] = {}
 
     async def run(self, gid: str) -> int:
-        """
-        Reissue what is lost of one group. Returns how many entries that were.
-        """
+        """Reissue what is lost of one group. Returns how many entries that were."""
         seen = await self._look(gid)
         if seen is None or seen.status not in OPEN or seen.open == 0 or seen.in_outbox:
             return 0
@@ -56,9 +52,7 @@ class Reissue:
         return transitions.look_reply(reply)
 
     async def _probe(self, gid: str, seen: transitions.Look) -> dict[str, list[str]]:
-        """
-        The roles that are clear up to the group's horizon, and what they answered; none if all its tasks are shown.
-        """
+        """The roles that are clear up to the group's horizon, with their answers; none if all tasks are found."""
         begins = dict.fromkeys(seen.horizons, "")
         clear: dict[str, list[str]] = {role: ["MORE"] for role in begins}
         for _ in range(PROBES):
@@ -120,8 +114,6 @@ class Reissue:
         return lost
 
     def forget(self, gid: str) -> None:
-        """
-        Nothing of this group is open any more.
-        """
+        """Nothing of this group is open any more."""
         for key in [key for key in self._silent_since if key[0] == gid]:
             del self._silent_since[key]

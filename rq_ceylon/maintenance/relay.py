@@ -1,6 +1,4 @@
-"""
-From the outbox of a group to where its pages belong.
-"""
+"""From the outbox of a group to where its pages belong."""
 
 from __future__ import annotations
 
@@ -32,9 +30,7 @@ async def relay(connection: Connection, keys: Keys, gid: str, *, again: bool = F
 
 
 async def hand_over(connection: Connection, keys: Keys, pages: Sequence[Page]) -> list[PageAck]:
-    """
-    Enqueue pages, and return what acknowledges them.
-    """
+    """Enqueue pages, and return what acknowledges them."""
     acks, told = await _hand_over(connection, keys, pages)
     await _relay_all(connection, keys, told)
     return acks
@@ -51,9 +47,7 @@ async def _relay_all(connection: Connection, keys: Keys, gids: Sequence[str]) ->
 async def _relay_one(
     connection: Connection, keys: Keys, gid: str, *, again: bool = False
 ) -> tuple[OutboxReply, bool, list[str]]:
-    """
-    As `relay`; the third are the groups that were told, and now have something to relay themselves.
-    """
+    """As `relay`; the third are the groups that were told, and now have something to relay themselves."""
     acks: list[PageAck] = []
     told: list[str] = []
     moved = False

@@ -46,9 +46,7 @@ RARELY_MS = 600_000
 
 
 class Maintenance:
-    """
-    One process's share of the work.
-    """
+    """One process's share of the work."""
 
     def __init__(self, connection: Connection, keys: Keys) -> None:
         self._connection, self._keys = connection, keys
@@ -82,9 +80,7 @@ class Maintenance:
         return await self._pause_s()
 
     async def _look(self, gid: str, now_ms: int) -> int | None:
-        """
-        Do what one group needs. Returns when to look again, None if the group is gone.
-        """
+        """Do what one group needs. Returns when to look again, None if the group is gone."""
         answer, moves = await relay(self._connection, self._keys, gid)
         status, deadline_ms = answer.status, answer.next_deadline_ms
         if status is not None and 0 < deadline_ms <= now_ms:
@@ -131,9 +127,7 @@ class Maintenance:
 
 
 async def maintain(url: str, keys: Keys) -> None:
-    """
-    Maintain for as long as this runs, whatever goes wrong in one step.
-    """
+    """Maintain for as long as this runs, whatever goes wrong in one step."""
     async with Connection(url) as connection:
         maintenance = Maintenance(connection, keys)
         while True:
@@ -146,9 +140,7 @@ async def maintain(url: str, keys: Keys) -> None:
 
 
 async def look_at_all(connection: Connection, keys: Keys, now_ms: int) -> None:
-    """
-    What takes a look at all keys: once an hour, by whoever comes first.
-    """
+    """What takes a look at all keys: once an hour, by whoever comes first."""
     (mine,) = await connection.run([transitions.take_thorough(keys, now_ms, THOROUGH_EVERY_MS)], refusals=True)
     if not mine or isinstance(mine, CeylonError):  # at the memory limit it has time
         return
@@ -157,9 +149,7 @@ async def look_at_all(connection: Connection, keys: Keys, now_ms: int) -> None:
 
 
 async def restore_index(connection: Connection, keys: Keys) -> None:
-    """
-    Enter again the groups that the index has lost, as when its node of a cluster fails: nobody looks after them.
-    """
+    """Enter again the groups that the index has lost, as when its node of a cluster fails: nobody looks after them."""
     try:
         async for gids in queries.stored_groups(connection, keys):
             lost = await connection.run([transitions.restore(keys, gid) for gid in gids])
@@ -233,9 +223,7 @@ async def judge(
 
 
 async def seal(connection: Connection, keys: Keys, gid: str) -> str | None:
-    """
-    End a rolling group whose client fell silent; others stay as they are. Returns the group's status (None: gone).
-    """
+    """Seal a rolling group whose client fell silent. Returns the status of the group; None if it is gone."""
     (reply,) = await connection.run([transitions.seal(keys, gid, untouched_ms=SILENT_MS)])
     return None if reply[0] == "GONE" else str(reply[1])
 
@@ -253,9 +241,7 @@ async def prune(connection: Connection, keys: Keys, gid: str) -> int | None:
 
 
 async def drop(connection: Connection, keys: Keys, gid: str) -> None:
-    """
-    Take a group that is gone out of the index, unless somebody submitted it again meanwhile.
-    """
+    """Take a group that is gone out of the index, unless somebody submitted it again meanwhile."""
     await connection.run([transitions.drop_from_index(keys, gid)])
     (exists,) = await connection.run([command("EXISTS", keys.group_part(gid, "meta"))])
     if exists:

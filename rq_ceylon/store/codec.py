@@ -1,6 +1,4 @@
-"""
-The texts that travel in scripts' arguments and replies, packed and unpacked. JSON is opaque to the scripts.
-"""
+"""The texts that travel in scripts' arguments and replies, packed and unpacked. JSON is opaque to the scripts."""
 
 from __future__ import annotations
 
@@ -40,9 +38,7 @@ def reading(what: str) -> Iterator[None]:
 
 
 def encode(value: Any) -> bytes:
-    """
-    JSON of a value that is known to be JSON.
-    """
+    """JSON of a value that is known to be JSON."""
     return to_json(value)
 
 
@@ -51,16 +47,12 @@ def decode(text: str | bytes) -> Any:
 
 
 def counters_of(fields: Mapping[str, str]) -> Counters:
-    """
-    The counters among the fields of a group's meta hash.
-    """
+    """The counters among the fields of a group's meta hash."""
     return Counters(**{name: int(fields.get(name) or 0) for name in COUNTER_NAMES})
 
 
 def settled_of(text: str) -> tuple[GoalStatus, Settled]:
-    """
-    A settled goal: `status|at ms|event number|by|counters`.
-    """
+    """A settled goal: `status|at ms|event number|by|counters`."""
     status, at, seq, by, counts = text.split("|")
     counters = Counters(**dict(zip(COUNTER_NAMES, map(int, counts.split(",")), strict=True)))
     return GoalStatus(status), Settled(at_ms=int(at), seq=int(seq), by=by, counters=counters)
@@ -94,16 +86,12 @@ def result_of(tid: str, text: str) -> TaskResult:
 def task_text(
     role: str, priority: int, delay_ms: int | None, expires_ms: int | None, crash_limit: int | None, body: bytes
 ) -> bytes:
-    """
-    A task as `submit` takes it: `role|priority|delay|expires|crash limit|JSON`.
-    """
+    """A task as `submit` takes it: `role|priority|delay|expires|crash limit|JSON`."""
     numbers = "|".join("" if number is None else str(number) for number in (delay_ms, expires_ms, crash_limit))
     return f"{role}|{priority}|{numbers}|".encode() + body
 
 
 def task_parts(text: str) -> tuple[str, int, int | None, int | None, str]:
-    """
-    A stored task: role, priority 1..3, not before, expiry (epoch ms), JSON.
-    """
+    """A stored task: role, priority 1..3, not before, expiry (epoch ms), JSON."""
     role, priority, not_before, expiry, _, body = text.split("|", 5)
     return role, int(priority), int(not_before) if not_before else None, int(expiry) if expiry else None, body

@@ -1,6 +1,4 @@
-"""
-Sends calls to Redis, one pipeline per node at a time, and turns what goes wrong into our errors.
-"""
+"""Sends calls to Redis, one pipeline per node at a time, and turns what goes wrong into our errors."""
 
 from __future__ import annotations
 
@@ -93,9 +91,7 @@ async def until_reached(begin: Callable[[], Awaitable[T]], stopped: asyncio.Even
 
 
 class Connection:
-    """
-    One connection to Redis, or one to each node of a cluster. Who calls a node that has not answered yet waits for it.
-    """
+    """One connection to Redis or to each cluster node. A call blocks until its node answered the previous one."""
 
     def __init__(self, url: str, *, answer_s: float | None = None) -> None:
         """
@@ -106,9 +102,7 @@ class Connection:
         self._servers = servers_of(url, answer_s)
 
     def node_of(self, key: str) -> str:
-        """
-        Name of the node that calls on this key go to, as far as known. A single server has one name for all.
-        """
+        """Name of the node that calls on this key go to, as far as known. A single server has one name for all."""
         return self._servers.node_of(key)
 
     async def run(self, calls: Sequence[Call], *, refusals: bool = False) -> list[Any]:
@@ -162,16 +156,12 @@ class Connection:
         return await until_answered(self.url, lambda: self.run(calls, refusals=refusals), give_up_after)
 
     async def pop(self, keys: Sequence[str], timeout_s: float) -> bool:
-        """
-        Wait for a token in any of these lists; False when none came in time.
-        """
+        """Wait for a token in any of these lists; False when none came in time."""
         with _classifying(self.url, f"BLPOP {keys[0]}"):
             return await self._servers.pop(keys, timeout_s)
 
     async def keys(self, pattern: str, count: int) -> AsyncIterator[list[str]]:
-        """
-        All keys of this pattern, on every node, some of them perhaps twice; about `count` keys are looked at each time.
-        """
+        """Yield the keys that match `pattern` on every node, perhaps twice; each step looks at about `count` keys."""
         with _classifying(self.url, "SCAN"):
             for node in await self._servers.nodes():
                 cursor = None

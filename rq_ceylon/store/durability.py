@@ -1,6 +1,4 @@
-"""
-What makes a submission outlast its server: a replica that has it, or the disk.
-"""
+"""What makes a submission outlast its server: a replica that has it, or the disk."""
 
 from __future__ import annotations
 
@@ -31,9 +29,7 @@ def check_durability(durability: Durability) -> None:
 
 
 def confirming(call: Call, durability: Durability) -> Call:
-    """
-    The same call, its writes confirmed. Also those before it on this server, by whatever connection, are then.
-    """
+    """The same call, its writes confirmed. Also those before it on this server, by whatever connection, are then."""
     match durability:
         case "replica":
             return replace(call, confirm=("WAIT", 1, round(CONFIRM_S * 1000)))
@@ -43,9 +39,7 @@ def confirming(call: Call, durability: Durability) -> Call:
 
 
 def confirmed(reply: Any, answer: Any) -> Any:
-    """
-    The reply of a call with what WAIT or WAITAOF answered; the error to raise, if it is not known what became of it.
-    """
+    """The reply of a call that WAIT or WAITAOF confirmed; the error to raise if its fate is unknown."""
     if isinstance(reply, Exception):
         return reply
     if isinstance(answer, redis.exceptions.ResponseError) and not is_demotion(answer):
@@ -57,9 +51,7 @@ def confirmed(reply: Any, answer: Any) -> Any:
 
 
 def unable(info: Mapping[str, Any], durability: Durability) -> str:
-    """
-    Why a server with this INFO cannot confirm, and the remedy; '' if it can.
-    """
+    """Why a server with this INFO cannot confirm, and the remedy; '' if it can."""
     if durability == "replica":
         replicas = [facts for name, facts in info.items() if name.startswith("slave") and isinstance(facts, dict)]
         if not any(facts.get("state") == "online" for facts in replicas):

@@ -22,9 +22,7 @@ LOOK_S = 5.0
 
 
 class TaskEvent(NamedTuple):
-    """
-    A change of one task: `outcome` is completed, failed or cancelled (its end), retry or release.
-    """
+    """A change of one task: `outcome` is completed, failed or cancelled (its end), retry or release."""
 
     tid: str
     outcome: str
@@ -38,9 +36,7 @@ class TaskEvent(NamedTuple):
 
 
 class Event(NamedTuple):
-    """
-    One state change of a group. `seq` counts from 1; `status` is the group's new status, '' if it did not change.
-    """
+    """One state change of a group. `seq` counts from 1; `status` is the group's new status, '' if it did not change."""
 
     seq: int
     at_ms: int
@@ -51,9 +47,7 @@ class Event(NamedTuple):
 
 
 def event_of(seq: int, line: str) -> Event:
-    """
-    A packed event: `ms|kind|tid,outcome,role,wait,run ...|goal:status ...|status`.
-    """
+    """A packed event: `ms|kind|tid,outcome,role,wait,run ...|goal:status ...|status`."""
     at, kind, tasks, goals, status = line.split("|")
     ended = []
     for item in tasks.split(" ") if tasks else ():
@@ -64,9 +58,7 @@ def event_of(seq: int, line: str) -> Event:
 
 
 class Watch:
-    """
-    One waiter's view of the notifications of one group, or of all.
-    """
+    """One waiter's view of the notifications of one group, or of all."""
 
     def __init__(self) -> None:
         self._news = asyncio.Event()
@@ -90,9 +82,7 @@ class Watch:
 
 
 class EventHub:
-    """
-    One pub/sub connection, shared by all waiters of an event loop; opened by the first of them.
-    """
+    """One pub/sub connection, shared by all waiters of an event loop; opened by the first of them."""
 
     def __init__(self, url: str, keys: Keys) -> None:
         self._url, self._keys = url, keys
@@ -103,9 +93,7 @@ class EventHub:
 
     @contextlib.asynccontextmanager
     async def watch(self, gid: str = "*") -> AsyncIterator[Watch]:
-        """
-        Watch one group, or all of the namespace. What happens after this has been entered is not missed.
-        """
+        """Watch one group, or all of the namespace. What happens after this has been entered is not missed."""
         watch, channel = Watch(), self._keys.events_channel(gid)
         first = channel not in self._watches
         self._watches.setdefault(channel, set()).add(watch)

@@ -1,6 +1,4 @@
-"""
-Durations, counted so that every percentile is right within 1 %.
-"""
+"""Durations, counted so that every percentile is right within 1 %."""
 
 from __future__ import annotations
 
@@ -22,17 +20,13 @@ def bucket_of(ms: int) -> int:
 
 
 def ms_of(bucket: int) -> float:
-    """
-    The duration that a bucket stands for.
-    """
+    """The duration that a bucket stands for."""
     return bucket if bucket < EXACT_MS else GROWTH**bucket
 
 
 @dataclass
 class Histogram:
-    """
-    Durations in ms. Their number, sum, least and greatest are exact.
-    """
+    """Durations in ms. Their number, sum, least and greatest are exact."""
 
     buckets: Counter[int] = field(default_factory=Counter)
     total_ms: int = 0
@@ -53,9 +47,7 @@ class Histogram:
         return self.total_ms / self.count if self.count else 0.0
 
     def percentile_ms(self, share: float) -> float:
-        """
-        The least duration that this share of them (0 to 1) does not exceed, within 1 %; 0 if there are none.
-        """
+        """The least duration that this share of them (0 to 1) does not exceed, within 1 %; 0 if there are none."""
         rank, seen = round(share * self.count, 6), 0
         for bucket in sorted(self.buckets):
             seen += self.buckets[bucket]

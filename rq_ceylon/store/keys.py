@@ -37,9 +37,7 @@ class Keys:
         self.control_channel = f"{self.prefix}control"
 
     def group(self, gid: str) -> list[str]:
-        """
-        All parts of a group, in the order in which its scripts take them.
-        """
+        """All parts of a group, in the order in which its scripts take them."""
         start = f"{self.prefix}{{g:{gid}}}:"
         return [start + part for part in GROUP_PARTS]
 
@@ -47,9 +45,7 @@ class Keys:
         return f"{self.prefix}{{g:{gid}}}:{part}"
 
     def role(self, role: str) -> list[str]:
-        """
-        All parts of a role, in the order in which its scripts take them.
-        """
+        """All parts of a role, in the order in which its scripts take them."""
         start = f"{self.prefix}{{r:{role}}}:"
         return [start + part for part in ROLE_PARTS]
 
@@ -57,22 +53,16 @@ class Keys:
         return f"{self.prefix}{{r:{role}}}:{part}"
 
     def index(self, shard: int) -> str:
-        """
-        The sorted set of groups of one shard, by the time (server epoch ms) of the next look at them.
-        """
+        """The sorted set of groups of one shard, by the time (server epoch ms) of the next look at them."""
         return f"{self.prefix}{{i:{shard}}}:groups"
 
     def index_of(self, gid: str) -> str:
         return self.index(zlib.crc32(gid.encode()) % INDEX_SHARDS)
 
     def worker(self, name: str) -> str:
-        """
-        The heartbeat of a worker or monitor: JSON with a TTL.
-        """
+        """The heartbeat of a worker or monitor: JSON with a TTL."""
         return f"{self.prefix}{{w:{name}}}"
 
     def events_channel(self, gid: str) -> str:
-        """
-        Tells, with the number of the newest event, that a group has events. A notification, never the record.
-        """
+        """Tells, with the number of the newest event, that a group has events. A notification, never the record."""
         return f"{self.prefix}events:{gid}"

@@ -52,9 +52,7 @@ def heed_cancellation(before: int = 0) -> None:
 
 @contextlib.contextmanager
 def heeding_cancellation() -> Iterator[None]:
-    """
-    Raise at the end a cancellation that arrived within, whatever came of it. Other errors are those of `carrying`.
-    """
+    """Raise a cancellation that arrived inside once the block is done; other errors are those of `carrying`."""
     before = _cancellations()
     try:
         with carrying():
@@ -93,9 +91,7 @@ def client_of(url: str, answer_s: float | None = None, **options: Any) -> redis.
 
 
 async def close(client: redis.asyncio.Redis) -> None:
-    """
-    Close a client. A connection that breaks while it is closed is as gone as any other.
-    """
+    """Close a client. A connection that breaks while it is closed is as gone as any other."""
     with contextlib.suppress(*LOST, redis.RedisError), heeding_cancellation():
         await client.aclose()
 
@@ -118,9 +114,7 @@ def _packing(kind: Any) -> Any:
 
 
 class Node:
-    """
-    One connection to one server; one call or pipeline at a time.
-    """
+    """One connection to one server; one call or pipeline at a time."""
 
     def __init__(self, url: str, answer_s: float | None = None) -> None:
         self.url = url
@@ -315,9 +309,7 @@ class Primary:
 
 
 def _leader(calls: Sequence[Call], position: int) -> int:
-    """
-    Which call this one follows: the last ahead of it that follows none.
-    """
+    """Which call this one follows: the last ahead of it that follows none."""
     return next(i for i in range(position - 1, -1, -1) if not calls[i].follows)
 
 
@@ -398,9 +390,7 @@ class Cluster:
         return self._nodes[address]
 
     async def _know_owners(self, keys: Sequence[str]) -> None:
-        """
-        Ask for the map of slots, where it is not known or the owners of these keys are in doubt.
-        """
+        """Ask for the map of slots, where it is not known or the owners of these keys are in doubt."""
         if self._are_known(keys):
             return
         async with self._asking:
@@ -484,9 +474,7 @@ class Cluster:
 
 
 def _is_out_of_date(reply: Any) -> bool:
-    """
-    Whether an answer means that the map of slots may not hold any more.
-    """
+    """Whether an answer means that the map of slots may not hold any more."""
     return isinstance(reply, (*LOST, redis.exceptions.ClusterDownError)) or (
         isinstance(reply, redis.RedisError) and is_demotion(reply)
     )

@@ -1,6 +1,4 @@
-"""
-Every read. Nothing here writes, and nothing reads a whole big key at once.
-"""
+"""Every read. Nothing here writes, and nothing reads a whole big key at once."""
 
 from __future__ import annotations
 
@@ -35,9 +33,7 @@ RUNNING = "pcs"
 
 
 async def server_ms(connection: Connection, keys: Keys) -> int:
-    """
-    The server's clock, epoch ms: the only one that decisions use.
-    """
+    """The server's clock, epoch ms: the only one that decisions use."""
     ((now_s, now_us),) = await connection.run([Call("", (keys.roles,), ("TIME",))])
     return int(now_s) * 1000 + int(now_us) // 1000
 
@@ -83,9 +79,7 @@ async def look(
 
 
 async def views(connection: Connection, keys: Keys, gids: Sequence[str]) -> AsyncIterator[tuple[str, GroupView | None]]:
-    """
-    Groups in the given order; None for those that are gone, or cannot be read, which is said once.
-    """
+    """Groups in the given order; None for those that are gone, or cannot be read, which is said once."""
     for first in range(0, len(gids), 100):
         some = gids[first : first + 100]
         calls = [call for gid in some for call in _view_calls(keys, gid)]
@@ -104,9 +98,7 @@ def _view_calls(keys: Keys, gid: str) -> list[Call]:
 
 
 async def groups(connection: Connection, keys: Keys) -> list[GroupView]:
-    """
-    All groups that the index knows and that are still there, oldest first.
-    """
+    """All groups that the index knows and that are still there, oldest first."""
     gids = await group_ids(connection, keys)
     found = [view async for _, view in views(connection, keys, gids) if view is not None]
     return sorted(found, key=lambda view: (view.created_ms or 0, view.id))
@@ -118,26 +110,20 @@ async def group_ids(connection: Connection, keys: Keys) -> list[str]:
 
 
 async def stored_groups(connection: Connection, keys: Keys) -> AsyncIterator[list[str]]:
-    """
-    All groups that are there, known to the index or not: a look at every key of every node, for once in a while.
-    """
+    """All groups that are there, known to the index or not: a look at every key of every node, for once in a while."""
     before, after = f"{keys.prefix}{{g:", "}:meta"
     async for found in connection.keys(f"{before}*{after}", SCAN):
         yield [key.removeprefix(before).removesuffix(after) for key in found]
 
 
 async def depends_on(connection: Connection, keys: Keys, gid: str) -> list[str]:
-    """
-    The groups for which this one still waits.
-    """
+    """The groups for which this one still waits."""
     (text,) = await connection.run([command("HGET", keys.group_part(gid, "meta"), "depends_on")])
     return (text or "").split()
 
 
 async def due_groups(connection: Connection, keys: Keys, now_ms: int, limit: int) -> list[str]:
-    """
-    At most `limit` groups whose next look is due, from all shards alike.
-    """
+    """At most `limit` groups whose next look is due, from all shards alike."""
     share = -(-limit // INDEX_SHARDS)
     replies = await connection.run(
         [command("ZRANGEBYSCORE", keys.index(n), "-inf", now_ms, "LIMIT", 0, share) for n in range(INDEX_SHARDS)]
@@ -191,9 +177,7 @@ def _group_view(gid: str, meta: Mapping[str, str], events: int) -> GroupView:
 
 
 async def events(connection: Connection, keys: Keys, gid: str, start: int) -> list[Event]:
-    """
-    Events of a group from the given number (the first is 1) on; not all of many.
-    """
+    """Events of a group from the given number (the first is 1) on; not all of many."""
     first = max(start, 1) - 1
     (lines,) = await connection.run([command("LRANGE", keys.group_part(gid, "events"), first, first + SCAN - 1)])
     with reading(f"an event of group {gid!r}"):
@@ -203,9 +187,7 @@ async def events(connection: Connection, keys: Keys, gid: str, start: int) -> li
 async def new_events(
     connection: Connection, keys: Keys, gid: str, seq: int, last: float = math.inf
 ) -> AsyncIterator[list[Event]]:
-    """
-    Events of a group behind number `seq`, in batches, up to number `last` at least; none of a group that is gone.
-    """
+    """Events of a group behind number `seq`, in batches, up to number `last` at least; none of a group that is gone."""
     while seq < last and (batch := await events(connection, keys, gid, seq + 1)):
         yield batch
         seq = batch[-1].seq
@@ -227,9 +209,7 @@ async def task(connection: Connection, keys: Keys, gid: str, tid: str) -> TaskVi
 
 
 async def tasks(connection: Connection, keys: Keys, gid: str) -> AsyncIterator[TaskView]:
-    """
-    All tasks of a group, each once, those still open first; in bounded memory but for their ids.
-    """
+    """All tasks of a group, each once, those still open first; in bounded memory but for their ids."""
     seen: set[str] = set()
     for part in ("tasks", "results"):
         async for texts in scan(connection, keys.group_part(gid, part)):
@@ -240,9 +220,7 @@ async def tasks(connection: Connection, keys: Keys, gid: str) -> AsyncIterator[T
 
 
 async def scan(connection: Connection, key: str) -> AsyncIterator[dict[str, str]]:
-    """
-    A hash in steps, in bounded memory. What changes meanwhile may be missed, or come twice.
-    """
+    """A hash in steps, in bounded memory. What changes meanwhile may be missed, or come twice."""
     cursor = "0"
     while True:
         ((cursor, found),) = await connection.run([command("HSCAN", key, cursor, "COUNT", SCAN)])
@@ -318,9 +296,7 @@ def _ended(gid: str, result: TaskResult) -> TaskView:
 
 
 class _GroupFacts(NamedTuple):
-    """
-    What its tasks' views need of a group. `waited_ms`: for other groups; None if it still waits, or is not there yet.
-    """
+    """The facts of a group that task views need. `waited_ms`: for other groups; None while it still waits."""
 
     closed: bool
     uses: str
@@ -369,9 +345,7 @@ def _open(gid: str, tid: str, text: str, claim: str | None, needs: int, facts: _
 
 
 async def running(connection: Connection, keys: Keys, gid: str) -> list[TaskView]:
-    """
-    Some of a group's tasks that run now, longest first: all of them unless very many run or are retried.
-    """
+    """Some of a group's tasks that run now, longest first: all of them unless very many run or are retried."""
     ((_, found),) = await connection.run([command("HSCAN", keys.group_part(gid, "claims"), "0", "COUNT", SCAN)])
     tids = [tid for tid, claim in _fields(found).items() if claim.split("|", 1)[0] in RUNNING]
     views = [view for view in await some_tasks(connection, keys, gid, tids) if view.status is TaskStatus.IN_PROGRESS]
@@ -392,9 +366,7 @@ async def _with_progress(connection: Connection, keys: Keys, views: list[TaskVie
 
 
 async def results(connection: Connection, keys: Keys, gid: str, tids: Sequence[str]) -> dict[str, TaskResult]:
-    """
-    The results of those of these tasks that have one.
-    """
+    """The results of those of these tasks that have one."""
     if not tids:
         return {}
     (texts,) = await connection.run([command("HMGET", keys.group_part(gid, "results"), *tids)])
@@ -402,17 +374,13 @@ async def results(connection: Connection, keys: Keys, gid: str, tids: Sequence[s
 
 
 async def count_open(connection: Connection, keys: Keys, gid: str, tids: Iterable[str]) -> int:
-    """
-    How many of these tasks have not ended.
-    """
+    """How many of these tasks have not ended."""
     tasks = keys.group_part(gid, "tasks")
     return sum(await connection.run([command("HEXISTS", tasks, tid) for tid in tids]))
 
 
 async def needs(connection: Connection, keys: Keys, gid: str, tids: Sequence[str]) -> dict[str, list[str]]:
-    """
-    What those of these tasks need that have not ended; of the others it is no longer known.
-    """
+    """What those of these tasks need that have not ended; of the others it is no longer known."""
     (texts,) = await connection.run([command("HMGET", keys.group_part(gid, "tasks"), *tids)])
     with reading(f"a task of group {gid!r}"):
         bodies = {tid: decode(task_parts(text)[-1]) for tid, text in zip(tids, texts, strict=True) if text}
@@ -420,9 +388,7 @@ async def needs(connection: Connection, keys: Keys, gid: str, tids: Sequence[str
 
 
 async def stopping(connection: Connection, keys: Keys, wanted: Mapping[str, Sequence[str]]) -> set[tuple[str, str]]:
-    """
-    Which of these running tasks, `{gid: tids}`, were asked to stop.
-    """
+    """Which of these running tasks, `{gid: tids}`, were asked to stop."""
     calls = []
     for gid, tids in wanted.items():
         calls.append(command("HGET", keys.group_part(gid, "meta"), "stop"))
@@ -440,16 +406,12 @@ async def stopping(connection: Connection, keys: Keys, wanted: Mapping[str, Sequ
 
 # ---- workers and roles -----------------------------------------------------------------------------------------------
 async def workers(connection: Connection, keys: Keys) -> list[WorkerView]:
-    """
-    Workers and monitors whose heartbeat is there, by name.
-    """
+    """Workers and monitors whose heartbeat is there, by name."""
     return [view for view in (await registered(connection, keys)).values() if view is not None]
 
 
 async def registered(connection: Connection, keys: Keys) -> dict[str, WorkerView | None]:
-    """
-    All names that ever registered and did not say farewell; None where the heartbeat is gone.
-    """
+    """All names that ever registered and did not say farewell; None where the heartbeat is gone."""
     (names,) = await connection.run([command("SMEMBERS", keys.workers)])
     found = await _heartbeats(connection, keys, sorted(names))
     return {name: None if facts is None else _worker(name, facts) for name, facts in found.items()}
@@ -501,9 +463,7 @@ def _is_alike(value: Any, plain: Any) -> bool:
 
 
 async def low_marks(connection: Connection, keys: Keys, names: Iterable[str], role: str) -> dict[str, int | None]:
-    """
-    Per worker the fence in this role below which it holds nothing; None without a heartbeat.
-    """
+    """Per worker the fence in this role below which it holds nothing; None without a heartbeat."""
     marks: dict[str, int | None] = {}
     for name, facts in (await _heartbeats(connection, keys, sorted(names))).items():
         mine = facts.get("low_marks") if facts else None
@@ -513,17 +473,13 @@ async def low_marks(connection: Connection, keys: Keys, names: Iterable[str], ro
 
 
 async def lease_s(connection: Connection, keys: Keys, role: str) -> float:
-    """
-    The lease in force in a role.
-    """
+    """The lease in force in a role."""
     (lease_ms,) = await connection.run([command("HGET", keys.role_part(role, "meta"), "lease")])
     return int(lease_ms or 30_000) / 1000
 
 
 async def waiting_since_ms(connection: Connection, keys: Keys, role: str, task_name: str) -> int | None:
-    """
-    Since when (epoch ms) no worker that knows a name has asked for the tasks that wait for it; None if none wait.
-    """
+    """Since when (epoch ms) no worker that knows a name has asked for the tasks that wait for it; None if none wait."""
     (since_ms,) = await connection.run([command("HGET", keys.role_part(role, "names"), task_name)])
     return None if since_ms is None else int(since_ms)
 
@@ -534,9 +490,7 @@ async def role_names(connection: Connection, keys: Keys) -> list[str]:
 
 
 async def roles(connection: Connection, keys: Keys) -> list[RoleView]:
-    """
-    All roles ever used, as they stand.
-    """
+    """All roles ever used, as they stand."""
     names = await role_names(connection, keys)
     calls = []
     for name in names:
@@ -595,9 +549,7 @@ def _pending(reply: Any) -> int:
 
 
 async def idle_consumers(connection: Connection, keys: Keys, role: str) -> list[tuple[str, int, int]]:
-    """
-    Consumers of a role's streams: name, entries pending, ms since they were last heard of; one row per stream.
-    """
+    """Consumers of a role's streams: name, entries pending, ms since they were last heard of; one row per stream."""
     replies: Iterable[Any] = await connection.run(
         [command("XINFO", "CONSUMERS", keys.role_part(role, stream), "workers") for stream in STREAMS], refusals=True
     )

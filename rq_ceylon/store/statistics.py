@@ -1,6 +1,4 @@
-"""
-Statistics of a group, from its events.
-"""
+"""Statistics of a group, from its events."""
 
 from __future__ import annotations
 
@@ -19,9 +17,7 @@ from rq_ceylon.store.keys import Keys
 
 @dataclass
 class RoleStatistics:
-    """
-    Tasks of one role that ended, by outcome, and how long they waited and ran.
-    """
+    """Tasks of one role that ended, by outcome, and how long they waited and ran."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     retries: int = 0
@@ -42,9 +38,7 @@ class GroupStatistics:
     seq: int = 0
 
     async def read_on(self, connection: Connection, keys: Keys, gid: str, last: float = math.inf) -> None:
-        """
-        Read the events of the group that are new, up to that number at least.
-        """
+        """Read the events of the group that are new, up to that number at least."""
         async for batch in queries.new_events(connection, keys, gid, self.seq, last):
             self.add(batch)
 
@@ -68,26 +62,20 @@ class GroupStatistics:
 
     @property
     def rate(self) -> float:
-        """
-        Completed tasks per second, over the whole time.
-        """
+        """Completed tasks per second, over the whole time."""
         completed = sum(role.outcomes["completed"] for role in self.roles.values())
         return completed / self.seconds if self.seconds else 0.0
 
 
 async def of_group(connection: Connection, keys: Keys, gid: str) -> GroupStatistics:
-    """
-    Statistics of a group from all its events so far.
-    """
+    """Statistics of a group from all its events so far."""
     found = GroupStatistics()
     await found.read_on(connection, keys, gid)
     return found
 
 
 def summary(view: GroupView, found: GroupStatistics) -> str:
-    """
-    How a group ended or stands, in words: counts, rate, and per role run and wait times.
-    """
+    """How a group ended or stands, in words: counts, rate, and per role run and wait times."""
     counters = view.counters
     how, so_far = (f"finished as {view.outcome}", "") if view.is_finished else (f"is {view.status}", " so far")
     pace = f" in {found.seconds:.1f} s ({found.rate:.1f}/s)" if found.seconds else ""

@@ -39,9 +39,7 @@ SCAN_TASKS = 500
 
 
 def in_batches(items: Iterable[T], size: Callable[[T], int], most: int) -> Iterator[list[T]]:
-    """
-    At least one batch, perhaps an empty one; each of at most so many items and, but for a single one, 4 MiB.
-    """
+    """At least one batch, perhaps an empty one; each of at most so many items and, but for a single one, 4 MiB."""
     batch: list[T] = []
     total = 0
     for item in items:
@@ -57,9 +55,7 @@ def in_batches(items: Iterable[T], size: Callable[[T], int], most: int) -> Itera
 # ---- outbox pages ----------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class Page:
-    """
-    What waits in a group's outbox: entries to be enqueued in one role, or a message to a group that depends on it.
-    """
+    """An outbox page: entries to enqueue in one role, or a message to a group that depends on this one."""
 
     gid: str
     text: str
@@ -78,18 +74,14 @@ class Page:
 
 
 class PageAck(NamedTuple):
-    """
-    A page that has arrived, and the largest entry or due ms that it got in its role.
-    """
+    """A page that has arrived, and the largest entry or due ms that it got in its role."""
 
     page: Page
     horizon: str = "0"
 
 
 def deliver(keys: Keys, page: Page) -> Call:
-    """
-    The call that takes a message to its group.
-    """
+    """The call that takes a message to its group."""
     _, _, outcome, gid = page.text.split("|")
     return met(keys, gid, page.gid, outcome)
 
@@ -142,9 +134,7 @@ def outbox(keys: Keys, gid: str, *, wanted: int = 0, again: bool = False, acks: 
 
 @dataclass(frozen=True, slots=True)
 class OutboxReply:
-    """
-    `status` is None if the group is gone; `next_deadline_ms` is 0 if no goal has one; `more`: call again at once.
-    """
+    """`status` is None if the group is gone; `next_deadline_ms` is 0 if no goal has one; `more`: call again at once."""
 
     status: str | None
     next_deadline_ms: int = 0
@@ -285,9 +275,7 @@ def announce(
 
 # ---- claim, commit ---------------------------------------------------------------------------------------------------
 class Delivery(NamedTuple):
-    """
-    One entry as `fetch` gave it, with the fence that names this delivery.
-    """
+    """One entry as `fetch` gave it, with the fence that names this delivery."""
 
     role: str
     entry: str
@@ -322,9 +310,7 @@ class Claimed(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ClaimReply:
-    """
-    `defaults` is the group's JSON; `stop`: what runs of this group should be stopped.
-    """
+    """`defaults` is the group's JSON; `stop`: what runs of this group should be stopped."""
 
     answers: Sequence[Claimed]
     defaults: str = ""
@@ -403,9 +389,7 @@ def commit_reply(gid: str, reply: list[Any], asked: int) -> CommitReply:
 
 # ---- fetch, renew, release -------------------------------------------------------------------------------------------
 class Ack(NamedTuple):
-    """
-    An entry that is done with: how, and for statistics how long its task ran and had waited.
-    """
+    """An entry that is done with: how, and for statistics how long its task ran and had waited."""
 
     entry: str
     outcome: str
@@ -507,9 +491,7 @@ def judge(keys: Keys, gid: str, *, goal: str = "", verdict: Literal["achieved", 
 
 
 def foresee(keys: Keys, gid: str, facts: GroupFacts, total: int) -> Call:
-    """
-    Judge the goals of a group of so many tasks that is not there yet. Replies `OK`, or `REFUSED` and a goal's name.
-    """
+    """Judge the goals of a group of so many tasks that does not exist yet: `OK`, or `REFUSED` and a goal."""
     return Call("foresee", keys.group(gid), [total, facts.programs()])
 
 
@@ -534,9 +516,7 @@ def resume_group(keys: Keys, gid: str) -> Call:
 
 
 def pause_role(keys: Keys, role: str) -> list[Call]:
-    """
-    Deliver nothing of a role; what is delivered goes on.
-    """
+    """Deliver nothing of a role; what is delivered goes on."""
     return [command("HSET", keys.role_part(role, "meta"), "paused", "1")]
 
 
@@ -550,9 +530,7 @@ LEASE_SETTLES_MS = 30_000
 
 
 def set_lease(keys: Keys, role: str, lease_ms: int, now_ms: int) -> Call:
-    """
-    Put another lease in force in a role. Nothing is reclaimed until its workers have heard of it.
-    """
+    """Put another lease in force in a role. Nothing is reclaimed until its workers have heard of it."""
     pause_until = now_ms + max(lease_ms, LEASE_SETTLES_MS)
     return command("HSET", keys.role_part(role, "meta"), "lease", lease_ms, "pause_until", pause_until)
 
@@ -571,24 +549,18 @@ def repair(keys: Keys, gid: str, counters: Mapping[str, tuple[int, int]], ended:
 
 
 def look_again(keys: Keys, gid: str, at_ms: int) -> Call:
-    """
-    Enter the time of the next look at a group; never later than its next deadline.
-    """
+    """Enter the time of the next look at a group; never later than its next deadline."""
     return insist("ZADD", keys.index_of(gid), "XX", at_ms, gid)
 
 
 def take_thorough(keys: Keys, now_ms: int, ttl_ms: int) -> Call:
-    """
-    Take the turn to look at all keys; refused with None to all others until `ttl_ms` have passed.
-    """
+    """Take the turn to look at all keys; refused with None to all others until `ttl_ms` have passed."""
     # `insist` would take the TTL from it where it is refused.
     return command("SET", keys.thorough, now_ms, "NX", "PX", ttl_ms)
 
 
 def restore(keys: Keys, gid: str) -> Call:
-    """
-    Enter a group that the index has lost, due at once. Answers 1, or 0 if it was there.
-    """
+    """Enter a group that the index has lost, due at once. Answers 1, or 0 if it was there."""
     return insist("ZADD", keys.index_of(gid), "NX", 0, gid)
 
 
@@ -598,16 +570,12 @@ def drop_from_index(keys: Keys, gid: str) -> Call:
 
 # ---- groups on groups ------------------------------------------------------------------------------------------------
 def register(keys: Keys, gid: str, dependent: str) -> Call:
-    """
-    Ask a group to tell another one how it finished. Answers its status and, if it is finished, its outcome.
-    """
+    """Ask a group to tell another one how it finished. Answers its status and, if it is finished, its outcome."""
     return Call("depend", keys.group(gid), ["register", dependent])
 
 
 def met(keys: Keys, gid: str, other: str, outcome: str) -> Call:
-    """
-    Tell a group that one on which it depends has finished.
-    """
+    """Tell a group that one on which it depends has finished."""
     return Call("depend", keys.group(gid), ["met", other, outcome])
 
 
@@ -674,9 +642,7 @@ def orphans(keys: Keys, gid: str, lost: Iterable[tuple[str, str]]) -> Call:
 
 # ---- registry --------------------------------------------------------------------------------------------------------
 def heartbeat(keys: Keys, name: str, facts: Mapping[str, Any], *, ttl_ms: int, roles: Sequence[str] = ()) -> list[Call]:
-    """
-    Say that a worker or monitor lives. `facts` are the fields of `models.WorkerView`, the name excepted.
-    """
+    """Say that a worker or monitor lives. `facts` are the fields of `models.WorkerView`, the name excepted."""
     calls = [
         insist("SET", keys.worker(name), encode(facts), "PX", ttl_ms),
         insist("SADD", keys.workers, name),
@@ -691,9 +657,7 @@ def farewell(keys: Keys, name: str) -> list[Call]:
 
 
 def postpone_overdue(keys: Keys, role: str, name: str, now_ms: int) -> Call:
-    """
-    Count anew since when no worker that knows a name has asked for the tasks that wait for it.
-    """
+    """Count anew since when no worker that knows a name has asked for the tasks that wait for it."""
     return command("HSET", keys.role_part(role, "names"), name, now_ms)
 
 

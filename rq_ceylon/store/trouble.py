@@ -1,6 +1,4 @@
-"""
-What goes wrong with Redis, in words for the user: what happened, where, and what to do.
-"""
+"""What goes wrong with Redis, in words for the user: what happened, where, and what to do."""
 
 from __future__ import annotations
 
@@ -60,17 +58,13 @@ def _is_new(message: str) -> bool:
 
 
 def warn_once(message: str) -> None:
-    """
-    Log a warning, unless this process has logged the same before.
-    """
+    """Log a warning, unless this process has logged the same before."""
     if _is_new(message):
         logger.warning("{}", message)
 
 
 def forget_said() -> None:
-    """
-    Let everything count as not said before.
-    """
+    """Let everything count as not said before."""
     _said.clear()
 
 
@@ -117,17 +111,13 @@ def complain(what: str, error: Exception) -> None:
 
 
 def text_of(error: BaseException) -> str:
-    """
-    An error as the server sent it: redis-py strips the codes that it knows, but not where a script failed on Redis 6.2.
-    """
+    """The error as the server sent it: redis-py strips known codes, except where a script fails on Redis 6.2."""
     code = getattr(error, "status_code", None)
     return f"{code} {error}" if code else str(error)
 
 
 def is_demotion(error: BaseException) -> bool:
-    """
-    Whether a server says that it is no primary any more.
-    """
+    """Whether a server says that it is no primary any more."""
     return isinstance(error, redis.RedisError) and any(
         code in text_of(error) for code in ("READONLY", "MASTERDOWN", "UNBLOCKED")
     )
@@ -218,18 +208,14 @@ def _tls_problem(text: str) -> str:
 
 
 def engine_of(info: Mapping[str, Any]) -> tuple[str, str, tuple[int, ...]]:
-    """
-    Name of the engine with this INFO, its version, and the first two numbers of that.
-    """
+    """Name of the engine with this INFO, its version, and the first two numbers of that."""
     engine = "valkey" if "valkey_version" in info else "redis"
     version = str(info.get("valkey_version") or info.get("redis_version") or "0.0")
     return engine, version, tuple(int(part) for part in version.split(".")[:2])
 
 
 def unfit(info: Mapping[str, Any], place: Place) -> str:
-    """
-    Why a server with this INFO cannot do this work, and the remedy; '' if it can.
-    """
+    """Why a server with this INFO cannot do this work, and the remedy; '' if it can."""
     engine, version, numbers = engine_of(info)
     address = shown_address(place.addresses[0]) if place.addresses else "host:port"
     s = "s" if place.tls else ""

@@ -1,6 +1,4 @@
-"""
-The tutorial's words: a playground with agents, over client and worker. `docs/tutorial.md` walks through it.
-"""
+"""The tutorial's words: a playground with agents, over client and worker. `docs/tutorial.md` walks through it."""
 
 from rq_ceylon.task.agent import TaskExecutionAgent
 from rq_ceylon.task.data import GoalStatus, TaskGroup, TaskGroupGoal, TaskMessage, TaskStatus

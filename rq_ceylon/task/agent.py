@@ -1,6 +1,4 @@
-"""
-An agent of the tutorial: a worker in this process.
-"""
+"""An agent of the tutorial: a worker in this process."""
 
 from __future__ import annotations
 

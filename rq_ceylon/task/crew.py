@@ -1,6 +1,4 @@
-"""
-The agents of a playground at work: each agent in a list works, and with a scale agents are added to it and removed.
-"""
+"""The agents of a playground at work: each one works, and with a scale agents come and go."""
 
 from __future__ import annotations
 
@@ -90,9 +88,7 @@ class Crew:
                 self._tending.result()
 
     async def stop(self, *, at_once: bool = False) -> None:
-        """
-        Let running tasks end, or give them back at once. Returns when every agent has left. May be called twice.
-        """
+        """Let running tasks end, or give them back at once. Returns when every agent has left. May be called twice."""
         if self._tending is not None:
             self._tending.cancel()
             await asyncio.gather(self._tending, return_exceptions=True)

@@ -81,9 +81,7 @@ class TaskMessage:
         _here[self.group_id, self.task_id] = self
 
     def to_task(self, needs: Sequence[str]) -> Task:
-        """
-        The task as it is submitted.
-        """
+        """The task as it is submitted."""
         own = _own_fields(type(self))  # type: ignore[arg-type]  # a class is hashable
         more = {name: self._written(name, kind) for name, kind in own.items()}
         told: dict[str, Any] = {"name": self.name, "description": self.description}
@@ -144,9 +142,7 @@ class TaskMessage:
 
 @cache
 def _own_fields(kind: type[TaskMessage]) -> dict[str, JsonType]:
-    """
-    What a subclass adds that its constructor takes, and how that travels.
-    """
+    """What a subclass adds that its constructor takes, and how that travels."""
     known = {one.name for one in fields(TaskMessage)}
     hints: dict[str, Any] = {}
     with suppress(NameError):  # of a type for type checkers only: then the fields take JSON values
@@ -155,9 +151,7 @@ def _own_fields(kind: type[TaskMessage]) -> dict[str, JsonType]:
 
 
 def _class_named(name: object) -> type[TaskMessage]:
-    """
-    The subclass of that name, among those that this process has; the last one, as where its definition ran again.
-    """
+    """The subclass of that name, among those that this process has; the last one, as where its definition ran again."""
     found, kinds = TaskMessage, [TaskMessage]
     while kinds:
         kind = kinds.pop(0)
@@ -252,9 +246,7 @@ class TaskGroup:
 
 
 def slug(text: str) -> str:
-    """
-    Text as a name that may stand in Redis.
-    """
+    """Text as a name that may stand in Redis."""
     return re.sub(r"[^A-Za-z0-9._:]+", "-", text).strip("-")[:40] or "unnamed"
 
 

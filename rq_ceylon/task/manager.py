@@ -1,6 +1,4 @@
-"""
-The groups of a playground: submits them, follows their events, and judges their goals by the owner's conditions.
-"""
+"""The groups of a playground: submits them, follows their events, and judges their goals by the owner's conditions."""
 
 from __future__ import annotations
 
@@ -209,9 +207,7 @@ class TaskManager:
 
 
 class _Follower:
-    """
-    Reads the events of one group to its end.
-    """
+    """Reads the events of one group to its end."""
 
     def __init__(self, manager: TaskManager, client: Client, group: TaskGroup, handle: GroupHandle) -> None:
         self.manager, self.client, self.group, self.handle = manager, client, group, handle
@@ -247,9 +243,7 @@ class _Follower:
             logger.info("Group {}", view)
 
     async def judge(self, verdict: Literal["achieved", "failed"]) -> None:
-        """
-        Write a verdict where every process sees it; a goal that is settled already stays as it is.
-        """
+        """Write a verdict where every process sees it; a goal that is settled already stays as it is."""
         goal = self.group.goal
         if goal is None or goal.status.is_final:
             return

@@ -1,6 +1,4 @@
-"""
-The playground of the tutorial: it takes groups and runs until they have finished.
-"""
+"""The playground of the tutorial: it takes groups and runs until they have finished."""
 
 from __future__ import annotations
 
@@ -143,9 +141,7 @@ class TaskPlayGround:
         return {key: task.result for key, task in self.task_manager.completed_tasks.items()}
 
     async def print_statistics(self) -> None:
-        """
-        Print how many tasks completed, and how long they took.
-        """
+        """Print how many tasks completed, and how long they took."""
         print("\n".join(self.task_manager.statistics()))
 
     async def print_all_statistics(self) -> None:

@@ -1,6 +1,4 @@
-"""
-What a child process of `cpu=True` tasks does; `children` is its worker's side.
-"""
+"""What a child process of `cpu=True` tasks does; `children` is its worker's side."""
 
 from __future__ import annotations
 
@@ -39,9 +37,7 @@ PROGRESS, VALUE, ERROR, INVALID = b"p", b"v", b"e", b"i"
 
 
 def serve(descriptor: int, parent: int) -> None:
-    """
-    Answer calls until the worker is gone, or hangs up.
-    """
+    """Answer calls until the worker is gone, or hangs up."""
     _end_with(parent)
     with socket.socket(fileno=descriptor) as connection, connection.makefile("rb") as requests:
         connection.set_inheritable(False)
@@ -93,9 +89,7 @@ class _Child:
         raw: dict[str, Any],
         facts: dict[str, Any],
     ) -> tuple[bytes, bytes]:
-        """
-        How a task ended, and its result or its error.
-        """
+        """How a task ended, and its result or its error."""
         progress = _Progress(self._connection)
         try:
             handler, app = _found(name, module, qualname, main, path)
@@ -116,9 +110,7 @@ class _Child:
             progress.close()
 
     def _state(self, app: Any) -> Any:
-        """
-        What the lifespan of an application gave, which is started now unless it runs already.
-        """
+        """What the lifespan of an application gave, which is started now unless it runs already."""
         if app is None:  # a function of no application
             return None
         if id(app) not in self._states:
@@ -159,9 +151,7 @@ class _Progress:
 
 
 class _ChildContext(TaskContext):
-    """
-    The context of an attempt whose worker is another process.
-    """
+    """The context of an attempt whose worker is another process."""
 
     told: _Progress
 
@@ -176,9 +166,7 @@ def _told(error: BaseException) -> bytes:
 
 @cache
 def _found(name: str, module: str, qualname: str, main: str | None, path: str | None) -> tuple[Handler[..., Any], Any]:
-    """
-    The function, and the application that it belongs to, if any.
-    """
+    """The function, and the application that it belongs to, if any."""
     if module != "__main__":
         found = attrgetter(qualname)(importlib.import_module(module))
     else:

@@ -80,9 +80,7 @@ class Children:
             self._idle.append(child)
 
     async def close(self) -> None:
-        """
-        Kill them all.
-        """
+        """Kill them all."""
         self._idle.clear()
         for child in list(self._living):
             child.kill()
@@ -208,9 +206,7 @@ class Child:
         self._writer.close()
 
     def kill(self) -> None:
-        """
-        End it and the programs that it started; not an error if it has ended.
-        """
+        """End it and the programs that it started; not an error if it has ended."""
         if not self.exit.done():
             self._kill_group()
 
@@ -244,9 +240,7 @@ def _cause(code: int) -> str:
 
 
 def _main() -> tuple[str | None, str | None]:
-    """
-    Where the child finds the main module: by its name if it was started so (`python -m`), else by its path.
-    """
+    """Where the child finds the main module: by its name if it was started so (`python -m`), else by its path."""
     main = sys.modules["__main__"]
     spec = getattr(main, "__spec__", None)
     return (spec.name, None) if spec is not None else (None, getattr(main, "__file__", None))

@@ -1,6 +1,4 @@
-"""
-Turns one assignment into an outcome. Runs users' code, and never touches Redis.
-"""
+"""Turns one assignment into an outcome. Runs users' code, and never touches Redis."""
 
 from __future__ import annotations
 
@@ -56,9 +54,7 @@ Ended = Callable[[Outcome], None]
 
 
 class _CannotStart(Exception):
-    """
-    The system gave no thread or process. Nothing of the handler has run.
-    """
+    """The system gave no thread or process. Nothing of the handler has run."""
 
 
 class _Run:
@@ -82,9 +78,7 @@ class _Run:
         self._timer: asyncio.TimerHandle | None = None
 
     def after(self, delay_s: float, then: Callable[[], None]) -> None:
-        """
-        Set the one timer of the attempt.
-        """
+        """Set the one timer of the attempt."""
         self.clear_timer()
         self._timer = asyncio.get_running_loop().call_later(delay_s, then)
 
@@ -196,16 +190,12 @@ class Executor:
             self._stop(run, why)
 
     def reported(self) -> dict[str, tuple[float | None, str]]:
-        """
-        What running attempts said of their progress, by task: those that said anything.
-        """
+        """What running attempts said of their progress, by task: those that said anything."""
         contexts = [run.attempt.context for run in self._running.values()]
         return {context.id: context.reported for context in contexts if context.reported != (None, "")}
 
     async def close(self) -> None:
-        """
-        Give back what still runs, and end the child processes. What hangs is left behind.
-        """
+        """Give back what still runs, and end the child processes. What hangs is left behind."""
         for run in list(self._running.values()):
             self._stop(run, "shutdown")
         while self._running:
@@ -247,9 +237,7 @@ class Executor:
             run.outcome = attempt.completed(blob)
 
     async def _called(self, run: _Run, arguments: dict[str, Any]) -> Any:
-        """
-        What the handler returns, or raises.
-        """
+        """What the handler returns, or raises."""
         attempt, handler = run.attempt, run.attempt.handler
         if handler.kind == "async":
             self._begin(run)
@@ -276,9 +264,7 @@ class Executor:
         run.begun(run.attempt.context)
 
     async def _surrounded(self, run: _Run, call: Callable[[], Awaitable[Any]]) -> Any:
-        """
-        The call within the middleware, of which the first declared is outermost.
-        """
+        """The call within the middleware, of which the first declared is outermost."""
         if not self.registry.middleware:
             return await call()
         async with AsyncExitStack() as stack:
@@ -293,9 +279,7 @@ class Executor:
         raise failure
 
     async def _in_thread(self, run: _Run, function: Callable[[], Any]) -> Any:
-        """
-        Call a plain function. The caller holds a place among the threads, which is given up here.
-        """
+        """Call a plain function. The caller holds a place among the threads, which is given up here."""
         thread: asyncio.Future[End] | None = None
 
         async def call() -> Any:
@@ -323,9 +307,7 @@ class Executor:
                 self._leave_thread(run, thread)
 
     def _leave_thread(self, run: _Run, thread: asyncio.Future[End]) -> None:
-        """
-        Count a thread that goes on although its attempt is over, and let another take its place.
-        """
+        """Count a thread that goes on although its attempt is over, and let another take its place."""
         is_replaced = not self.is_exhausted
         if is_replaced:
             self._threads.release()
@@ -340,9 +322,7 @@ class Executor:
 
     # ---- how it ends -------------------------------------------------------------------------------------------------
     def _stop(self, run: _Run, why: StopReason) -> None:
-        """
-        Cancel an attempt; only once, since a second time would cut short what it does about the first.
-        """
+        """Cancel an attempt; only once, since a second time would cut short what it does about the first."""
         context = run.attempt.context
         if context.stopped is None and not run.is_over and run.task is not None:
             context.stopped = why
@@ -350,9 +330,7 @@ class Executor:
             run.task.cancel()
 
     def _abandon(self, run: _Run) -> None:
-        """
-        Tell the outcome of an attempt that goes on although it was cancelled.
-        """
+        """Tell the outcome of an attempt that goes on although it was cancelled."""
         self._hangs(run, "it ignores that it was cancelled")
         assert run.task is not None
         run.task.cancel()
@@ -372,9 +350,7 @@ class Executor:
             logger.opt(exception=error).error("Task {} cannot be used", run.attempt.context.id)
 
     def _settle(self, run: _Run, outcome: Outcome) -> None:
-        """
-        Tell the outcome. From here on nothing more of the handler counts.
-        """
+        """Tell the outcome. From here on nothing more of the handler counts."""
         run.is_over = True
         run.clear_timer()
         del self._running[run.key]
@@ -395,9 +371,7 @@ class Executor:
         self.on_freed()
 
     def _raised(self, run: _Run, error: BaseException) -> Outcome:
-        """
-        The outcome of an attempt that ended with an exception.
-        """
+        """The outcome of an attempt that ended with an exception."""
         attempt, context = run.attempt, run.attempt.context
         if context.stopped is None and says_stopped(error):
             context.stopped = "timeout"  # the handler saw it before the loop did
@@ -421,9 +395,7 @@ class Executor:
 
     # ---- hooks -------------------------------------------------------------------------------------------------------
     async def _tell(self, context: TaskContext, error: BaseException) -> None:
-        """
-        Call the `on_error` hooks, in a task of their own: the attempt does not wait for them.
-        """
+        """Call the `on_error` hooks, in a task of their own: the attempt does not wait for them."""
         for hook in self.registry.on_error:
             try:
                 async with asyncio.timeout(HOOK_S):

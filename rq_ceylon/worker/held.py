@@ -1,6 +1,4 @@
-"""
-What a worker holds, and the steps of a turn about it.
-"""
+"""What a worker holds, and the steps of a turn about it."""
 
 from __future__ import annotations
 
@@ -14,9 +12,7 @@ from rq_ceylon.store.transitions import Claimed, Delivery
 
 
 class Stage(Enum):
-    """
-    Where a held entry stands.
-    """
+    """Where a held entry stands."""
 
     FETCHED = auto()
     CLAIMING = auto()
@@ -46,9 +42,7 @@ class Held:
 
 
 class Granted(NamedTuple):
-    """
-    A task that may run now: the delivery, the claim's answer, and its group's defaults (JSON) and stop flag.
-    """
+    """A task that may run now: the delivery, the claim's answer, and its group's defaults (JSON) and stop flag."""
 
     held: Held
     claimed: Claimed

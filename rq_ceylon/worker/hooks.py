@@ -1,6 +1,4 @@
-"""
-The hooks of an application around the life of a worker process.
-"""
+"""The hooks of an application around the life of a worker process."""
 
 from __future__ import annotations
 
@@ -23,9 +21,7 @@ _Hook = Callable[[], Any]
 
 
 class HookError(CeylonError):
-    """
-    A start or stop hook of the application raised, or a stop hook took too long.
-    """
+    """A start or stop hook of the application raised, or a stop hook took too long."""
 
 
 class Hooks:
@@ -100,9 +96,7 @@ class Hooks:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """
-    Whether an exception is meant for the worker: Ctrl-C, or its own cancellation. A SystemExit is the hook's.
-    """
+    """Whether an exception is meant for the worker: Ctrl-C, or its own cancellation. A SystemExit is the hook's."""
     task = asyncio.current_task()
     is_cancelled = isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling() > 0
     return isinstance(error, KeyboardInterrupt) or is_cancelled

@@ -1,6 +1,4 @@
-"""
-One turn in flight per node of Redis, so that a slow node holds back no other. A single server is one node.
-"""
+"""One turn in flight per node of Redis, so that a slow node holds back no other. A single server is one node."""
 
 from __future__ import annotations
 
@@ -45,22 +43,16 @@ class Lanes:
         return len(self._turns)
 
     def is_open(self, key: str) -> bool:
-        """
-        May calls on this key be sent now?
-        """
+        """May calls on this key be sent now?"""
         return self._connection.node_of(key) not in self._turns
 
     def are_cut_off(self, patience_s: float) -> bool:
-        """
-        Does whatever is in flight go to nodes that failed the last time, or have not answered for so long?
-        """
+        """Does whatever is in flight go to nodes that failed the last time, or have not answered for so long?"""
         limit = time.monotonic() - patience_s
         return all(node in self._pauses or self._since[node] < limit for node in self._turns)
 
     def send(self, steps: Sequence[Step]) -> None:
-        """
-        Send each step to its node; all of these lanes must be open.
-        """
+        """Send each step to its node; all of these lanes must be open."""
         by_node: dict[str, list[Step]] = collections.defaultdict(list)
         for step in steps:
             by_node[self._connection.node_of(step.call.keys[0])].append(step)
@@ -69,16 +61,12 @@ class Lanes:
             self._turns[node] = own_task(self._take_turn(node, some), name=f"turn of {node}")
 
     def check(self) -> None:
-        """
-        Raise what ended a turn other than an answer: an error of ours.
-        """
+        """Raise what ended a turn other than an answer: an error of ours."""
         if self._failure is not None:
             raise self._failure
 
     async def close(self) -> None:
-        """
-        Break off what is in flight; it may or may not have happened.
-        """
+        """Break off what is in flight; it may or may not have happened."""
         turns = list(self._turns.values())
         for turn in turns:
             turn.cancel()

@@ -1,6 +1,4 @@
-"""
-Keeps the leases of what this worker holds, from a thread of its own, so that a busy event loop loses none.
-"""
+"""Keeps the leases of what this worker holds, from a thread of its own, so that a busy event loop loses none."""
 
 from __future__ import annotations
 
@@ -27,9 +25,7 @@ PAUSE_S = 0.02
 
 
 class _Lease(NamedTuple):
-    """
-    Until when an entry may be renewed, and the delivery that runs under it, if one does.
-    """
+    """Until when an entry may be renewed, and the delivery that runs under it, if one does."""
 
     until: float
     running: Delivery | None
@@ -79,9 +75,7 @@ class Leases:
             self._held.pop((role, entry), None)
 
     def adopt(self, role: str, lease_ms: int) -> None:
-        """
-        Take over the lease in force in a role: a round each third of the shortest one, the first one now.
-        """
+        """Take over the lease in force in a role: a round each third of the shortest one, the first one now."""
         self._lease_ms[role] = lease_ms
         lease_s = min(self._lease_ms.values()) / 1000
         if lease_s != self.lease_s:
@@ -107,9 +101,7 @@ class Leases:
         self._thread.start()
 
     def stop(self) -> None:
-        """
-        End the thread; what is still held runs out by itself.
-        """
+        """End the thread; what is still held runs out by itself."""
         self._closed = True
         self._wake.set()
         if self._thread is not None:
@@ -144,9 +136,7 @@ class Leases:
         return min(self.lease_s / 3, ROUND_MAX_S)
 
     def renew(self, connection: ThreadConnection) -> None:
-        """
-        One round: renew what may be renewed, and tell of what is lost.
-        """
+        """One round: renew what may be renewed, and tell of what is lost."""
         now = time.monotonic()
         with self._guard:
             due = [held for held, lease in self._held.items() if lease.until > now]

@@ -1,6 +1,4 @@
-"""
-What a worker does beside its turns: it hears bells and cancellations, shows that it lives, and buries its neighbours.
-"""
+"""Background tasks of a worker: bells, cancellations, its heartbeat, and dead neighbours."""
 
 from __future__ import annotations
 
@@ -70,9 +68,7 @@ class Lookout:
             self._tasks.append(own_task(body, name=name))
 
     def check(self) -> None:
-        """
-        Raise what ended one of them, should that have happened: a worker does not go on without it.
-        """
+        """Raise what ended one of them, should that have happened: a worker does not go on without it."""
         for task in self._tasks:
             if task.done():
                 task.result()
@@ -145,9 +141,7 @@ class Lookout:
         await self._connection.run(self.heartbeat())
 
     async def _look(self) -> None:
-        """
-        Cancel what runs here and should not any more.
-        """
+        """Cancel what runs here and should not any more."""
         wanted: dict[str, list[str]] = collections.defaultdict(list)
         running = {}
         for held in self._turns.running():

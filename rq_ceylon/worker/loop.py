@@ -1,6 +1,4 @@
-"""
-The worker as it runs: turns, and handlers in between.
-"""
+"""The worker as it runs: turns, and handlers in between."""
 
 from __future__ import annotations
 
@@ -141,17 +139,13 @@ class Worker:
 
     # ---- from outside ------------------------------------------------------------------------------------------------
     def stop(self) -> None:
-        """
-        Take nothing new, finish what runs within the grace, give the rest back. May be called twice, or before `run`.
-        """
+        """Take no new tasks, finish running ones within the grace, give the rest back. May be called twice."""
         self.leases.stopping()
         self._stop.set()
         self._wake.set()
 
     def kill(self) -> None:
-        """
-        Stop without grace: cancel what runs and give it back at once.
-        """
+        """Stop without grace: cancel what runs and give it back at once."""
         self._cold.set()
         self.stop()
 
@@ -236,9 +230,7 @@ class Worker:
         self._wake.set()
 
     def _free(self) -> int:
-        """
-        How many more tasks may run. What hangs takes no slot from others, up to a bound.
-        """
+        """How many more tasks may run. What hangs takes no slot from others, up to a bound."""
         return max(0, self.slots - len(self._running) - max(0, self.executor.hung - self.executor.hung_max))
 
     def _is_over(self) -> bool:
@@ -310,9 +302,7 @@ class Worker:
         self._end(grant, outcome)
 
     def _in_background(self, body: Coroutine[Any, Any, None], grant: Granted) -> None:
-        """
-        Go on with a granted task in a task of the worker's own, which runs none of the users' code.
-        """
+        """Go on with a granted task in a task of the worker's own, which runs none of the users' code."""
 
         async def guarded() -> None:
             try:
@@ -337,9 +327,7 @@ class Worker:
         self._end(grant, invalid(error))
 
     def _end(self, grant: Granted, outcome: Outcome) -> None:
-        """
-        Note how an attempt ended, the first time that this is told.
-        """
+        """Note how an attempt ended, the first time that this is told."""
         delivery = grant.held.delivery
         if self._running.pop((delivery.role, delivery.fence), None) is None:
             return
@@ -353,9 +341,7 @@ class Worker:
             self._count_end()
 
     def _count_end(self) -> None:
-        """
-        Drain and end once this process has done enough: what watches over it starts a fresh one.
-        """
+        """Drain and end once this process has done enough: what watches over it starts a fresh one."""
         self._ended_tasks += 1
         if self._stop.is_set():
             return
@@ -375,9 +361,7 @@ class Worker:
                 self.stop()
 
     def _lost(self, role: str, entry: str) -> None:
-        """
-        This entry is another worker's now.
-        """
+        """This entry is another worker's now."""
         held = self.turns.held.get((role, entry))
         if held is None:
             return
@@ -388,9 +372,7 @@ class Worker:
 
     # ---- the end -----------------------------------------------------------------------------------------------------
     async def _shut_down(self) -> None:
-        """
-        Wait for what runs, for the grace; then cancel it.
-        """
+        """Wait for what runs, for the grace; then cancel it."""
         if self._running:
             logger.info("Stopping; {} may run for {:.0f} s more", counted(len(self._running), "task"), self.grace_s)
         try:
@@ -434,9 +416,7 @@ def _defaults(text: str) -> Mapping[str, Any]:
 
 
 def _log_end(grant: Granted, outcome: Outcome) -> None:
-    """
-    One line for each attempt that has ended. What it is filled with are fields of the record as well.
-    """
+    """One line for each attempt that has ended. What it is filled with are fields of the record as well."""
     delivery = grant.held.delivery
     fields: dict[str, Any] = {
         "function": grant.held.name,

@@ -46,9 +46,7 @@ class Neighbours:
         self._mine: tuple[Path, int] | None = None
 
     def enter(self, worker: str, roles: Sequence[str]) -> None:
-        """
-        Hold this worker's lock from now on.
-        """
+        """Hold this worker's lock from now on."""
         import fcntl  # not on Windows, where applications import this module too
 
         try:
@@ -66,9 +64,7 @@ class Neighbours:
         self._mine = self._folder / worker, low
 
     def _hidden_file(self) -> tuple[int, str]:
-        """
-        A new file in the folder, which the last neighbour to leave may just be removing.
-        """
+        """A new file in the folder, which the last neighbour to leave may just be removing."""
         for _ in range(10):
             with contextlib.suppress(FileNotFoundError):
                 self._folder.mkdir(mode=0o700, exist_ok=True)
@@ -80,9 +76,7 @@ class Neighbours:
             self._folder.rmdir()
 
     def leave(self, *, with_farewell: bool = True) -> None:
-        """
-        Let go of this worker's lock. Without a farewell it is found free, and what the worker held is given back.
-        """
+        """Let go of this worker's lock. Without a farewell it is found free, and what the worker held is given back."""
         if self._mine is not None:
             path, low = self._mine
             self._mine = None
@@ -126,9 +120,7 @@ class Neighbours:
 
 
 async def bury(connection: Connection, keys: Keys, worker: str, roles: Sequence[str]) -> None:
-    """
-    Give back, in its name, what a worker held that is certainly dead, and take it from the registry.
-    """
+    """Give back, in its name, what a worker held that is certainly dead, and take it from the registry."""
     given_back = 0
     for role in roles:
         more = "1"

@@ -1,6 +1,4 @@
-"""
-What is to run, and what its end means: one assignment becomes one outcome. Runs nothing itself.
-"""
+"""What is to run, and what its end means: one assignment becomes one outcome. Runs nothing itself."""
 
 from __future__ import annotations
 
@@ -34,9 +32,7 @@ NO_RESOURCES = "no-resources"
 
 
 def waits_by_name(reason: str) -> str:
-    """
-    The name by which a released task is to wait in its role, for a worker that knows it and has room; '' for none.
-    """
+    """The name under which a released task waits in its role for a worker that can run it; '' for none."""
     return reason.partition(":")[2] if reason.startswith((UNKNOWN, BUSY)) else ""
 
 
@@ -89,25 +85,19 @@ class Outcome(NamedTuple):
 
 
 def unknown(name: str, error: BaseException) -> Outcome:
-    """
-    The outcome of a task whose name is not registered here: it waits in its role for a worker that knows it.
-    """
+    """The outcome of a task whose name is not registered here: it waits in its role for a worker that knows it."""
     return Outcome("release", reason=UNKNOWN + name, blob=to_json(error_of(error)))
 
 
 def unroutable(role: str, outcome: Outcome) -> Outcome:
-    """
-    The outcome of a task whose name no worker of its role has known for so long that none is expected to come.
-    """
+    """The outcome of a task whose name no worker of its role has known for so long that none is expected to come."""
     error = outcome.error
     words = f"no worker of role {role!r} that knows this task has asked for work in an hour; here {error['message']}"
     return Outcome("failed", reason="unroutable", blob=to_json({**error, "message": words}))
 
 
 def invalid(error: Exception) -> Outcome:
-    """
-    The outcome of a task whose body cannot be used.
-    """
+    """The outcome of a task whose body cannot be used."""
     return Outcome("failed", "invalid", blob=to_json(error_of(error)))
 
 
@@ -169,9 +159,7 @@ class Attempt:
         self.began: float | None = None
 
     def begin(self) -> None:
-        """
-        From here on the time of the attempt counts.
-        """
+        """From here on the time of the attempt counts."""
         self.began = time.monotonic()
         self.context.deadline = self.began + self.timeout_s
         mark_running(self.context)
@@ -192,9 +180,7 @@ class Attempt:
         return error, self._again_or_failed("timeout", error, said(error))
 
     def raised(self, error: BaseException) -> Outcome:
-        """
-        The outcome of an exception that the handler raised.
-        """
+        """The outcome of an exception that the handler raised."""
         if not isinstance(error, RemoteError):
             return self._again_or_failed("error", error, said(error))
         return self.failed("invalid", error) if error.is_invalid else self._again_or_failed("error", error, error.says)

@@ -1,6 +1,4 @@
-"""
-How many threads, or child processes, may run at once: a resource of a worker, besides its slots.
-"""
+"""How many threads, or child processes, may run at once: a resource of a worker, besides its slots."""
 
 from __future__ import annotations
 
@@ -13,9 +11,7 @@ RECENT_S = 0.1
 
 
 class Places:
-    """
-    A number of places, each of which one attempt holds at a time; they are given in the order of asking.
-    """
+    """A number of places, each of which one attempt holds at a time; they are given in the order of asking."""
 
     def __init__(self, count: int) -> None:
         self.count, self._held, self._waiting = count, 0, 0
@@ -24,9 +20,7 @@ class Places:
 
     @property
     def room(self) -> int:
-        """
-        For how many more there is a place now or in a moment.
-        """
+        """For how many more there is a place now or in a moment."""
         since = time.monotonic() - RECENT_S
         while self._freed and self._freed[0] < since:
             self._freed.popleft()

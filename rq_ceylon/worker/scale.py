@@ -1,6 +1,4 @@
-"""
-How many workers a load needs. Decides only: processes (`supervisor`) and agents of a playground follow it.
-"""
+"""How many workers a load needs. Decides only: processes (`supervisor`) and agents of a playground follow it."""
 
 from __future__ import annotations
 

@@ -73,17 +73,13 @@ class Supervisor:
         self._stop = asyncio.Event()
 
     def signal(self, number: int) -> None:
-        """
-        Forward a signal to all children, and start no more.
-        """
+        """Forward a signal to all children, and start no more."""
         self._stop.set()
         for child in self._children.values():
             self._tell(child, number)
 
     async def run(self) -> int:
-        """
-        Until all children have ended; returns the exit code.
-        """
+        """Until all children have ended; returns the exit code."""
         fewest, most = self._scale.least, self._scale.most
         self._began = time.monotonic()
         bounds = f"{fewest}" if fewest == most else f"{fewest} to {most}"
@@ -122,9 +118,7 @@ class Supervisor:
                     self._retire(min(mine, key=lambda view: len(view.tasks)).pid)
 
     async def _load(self, connection: Connection) -> tuple[list[WorkerView], int]:
-        """
-        What the children say of themselves, and how many tasks wait in their roles' streams.
-        """
+        """What the children say of themselves, and how many tasks wait in their roles' streams."""
         workers = await queries.workers(connection, self.keys)
         here = self._children.keys() - self._retired
         mine = [view for view in workers if view.pid in here and view.host == socket.gethostname()]
@@ -148,9 +142,7 @@ class Supervisor:
 
     # ---- one child ---------------------------------------------------------------------------------------------------
     async def _keep(self) -> None:
-        """
-        A child and those that follow it, until one is not to be followed.
-        """
+        """A child and those that follow it, until one is not to be followed."""
         pause, code = PAUSE_S, 0
         while not self._stop.is_set():
             began = time.monotonic()
@@ -203,9 +195,7 @@ class Supervisor:
         return child
 
     def _tell(self, child: Process, number: int) -> None:
-        """
-        Send a signal to a child, and kill the child if it is still there when its own watch should have ended it.
-        """
+        """Send a signal to a child, and kill the child if it is still there when its own watch should have ended it."""
         with contextlib.suppress(ProcessLookupError):
             child.send_signal(number)
         asyncio.get_running_loop().call_later(self._grace_s + CHILD_END_S, self._kill_hung, child)
@@ -216,9 +206,7 @@ class Supervisor:
             _kill(child)
 
     async def _bury(self) -> None:
-        """
-        Give back at once what a dead child held.
-        """
+        """Give back at once what a dead child held."""
         try:
             async with asyncio.timeout(BURY_S), Connection(self.url) as connection:
                 await Neighbours(self.url, self.keys).bury_dead(connection)

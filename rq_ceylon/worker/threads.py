@@ -1,6 +1,4 @@
-"""
-Plain functions of users, each in a daemon thread of its own: nothing can end a thread, so nothing may wait for one.
-"""
+"""Users' plain functions, each in its own daemon thread: a thread cannot be ended, so nothing waits for it."""
 
 from __future__ import annotations
 

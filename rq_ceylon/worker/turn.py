@@ -83,30 +83,22 @@ class Turns:
     # ---- what the loop asks ------------------------------------------------------------------------------------------
     @property
     def lease_ms(self) -> int:
-        """
-        The shortest lease in force in any of the roles.
-        """
+        """The shortest lease in force in any of the roles."""
         return min(book.lease_ms for book in self._roles.values())
 
     @property
     def next_due_s(self) -> float | None:
-        """
-        When the next delayed entry is due, in seconds from the last fetch of its role.
-        """
+        """When the next delayed entry is due, in seconds from the last fetch of its role."""
         return min((book.next_due_s for book in self._roles.values() if book.next_due_s is not None), default=None)
 
     @property
     def fetched_nothing(self) -> bool:
-        """
-        Was there nothing for a free slot, at the last fetch of each role?
-        """
+        """Was there nothing for a free slot, at the last fetch of each role?"""
         return all(book.is_empty for book in self._roles.values())
 
     @property
     def rest_s(self) -> float:
-        """
-        How long there is nothing to say, unless something happens.
-        """
+        """How long there is nothing to say, unless something happens."""
         now = time.monotonic()
         waits = [
             held.since + UNCLAIMED_S - now
@@ -129,16 +121,12 @@ class Turns:
         return marks
 
     def ring(self) -> None:
-        """
-        Note that there may be something to fetch; the next turn of each role does.
-        """
+        """Note that there may be something to fetch; the next turn of each role does."""
         for book in self._roles.values():
             book.is_wanted = True
 
     def is_due(self, free: int) -> bool:
-        """
-        Is there something to say now, with so many free slots, to a node that listens?
-        """
+        """Is there something to say now, with so many free slots, to a node that listens?"""
         return (
             any(self._is_open(gid=gid) for gid in self._groups)
             or any(self._is_open(role=role) for role in self._to_enqueue)
@@ -148,9 +136,7 @@ class Turns:
         )
 
     def _has_waiting(self, free: int) -> bool:
-        """
-        Is there a fetched entry to claim?
-        """
+        """Is there a fetched entry to claim?"""
         waiting = (held for held in self.held.values() if held.stage is Stage.FETCHED)
         if self.stopping:
             return False
@@ -158,9 +144,7 @@ class Turns:
         return free > 0 and any(self._is_open(gid=held.delivery.gid) for held in waiting if suspect or not held.later)
 
     def _unstartable(self) -> dict[str, list[Held]]:
-        """
-        Per role what was fetched and is to be given back: it could not start in time, or, when stopping, never will.
-        """
+        """Per role, fetched entries to give back: they did not start in time, or the worker is stopping."""
         limit = time.monotonic() - (0 if self.stopping else UNCLAIMED_S)
         found: dict[str, list[Held]] = collections.defaultdict(list)
         for held in self.held.values():
@@ -181,18 +165,14 @@ class Turns:
         return not self._roles[role].is_fetching and self._is_open(role=role)
 
     def may_fetch(self) -> bool:
-        """
-        Does the node of any role listen?
-        """
+        """Does the node of any role listen?"""
         return any(self._may_fetch(role) for role in self.roles)
 
     def is_idle(self) -> bool:
         return not self.held and not self.is_due(0)
 
     def finish(self, held: Held, outcome: Committed) -> None:
-        """
-        Note the outcome of a running delivery; the next turn commits it.
-        """
+        """Note the outcome of a running delivery; the next turn commits it."""
         if not self.holds(held):
             return
         if outcome.kind != "stopping":
@@ -201,25 +181,19 @@ class Turns:
         self._groups[held.delivery.gid].outcomes.append((held, outcome))
 
     def forget(self, held: Held) -> None:
-        """
-        Another worker holds this delivery's task: never run, renew, commit or acknowledge it again.
-        """
+        """Another worker holds this delivery's task: never run, renew, commit or acknowledge it again."""
         if self.holds(held):
             name = held.delivery.role, held.delivery.entry
             del self.held[name]
             self.leases.drop(*name)
 
     def holds(self, held: Held) -> bool:
-        """
-        Is this delivery still this worker's, as far as it knows? The same entry may be back in another one.
-        """
+        """Is this delivery still this worker's, as far as it knows? The same entry may be back in another one."""
         return self.held.get((held.delivery.role, held.delivery.entry)) is held
 
     # ---- plan --------------------------------------------------------------------------------------------------------
     def plan(self, free: int) -> list[Step]:
-        """
-        The calls of the next turn, with so many slots free.
-        """
+        """The calls of the next turn, with so many slots free."""
         groups = {gid: self._groups.pop(gid) for gid in list(self._groups) if self._is_open(gid=gid)}
         return [
             *self._commits(groups),
@@ -460,9 +434,7 @@ class Turns:
             self._relay(gid)
 
     def _relay(self, gid: str, *, again: bool = False) -> None:
-        """
-        Look through an outbox in the next turn; again: an answer that had pages for this worker may be lost.
-        """
+        """Look through an outbox in the next turn; again: an answer that had pages for this worker may be lost."""
         book = self._groups[gid]
         book.relays, book.relays_hidden = True, book.relays_hidden or again
 

@@ -1,6 +1,4 @@
-"""
-When a process has done enough: after so many tasks, or with so much memory, a fresh one takes its place.
-"""
+"""When a process has done enough: after so many tasks, or with so much memory, a fresh one takes its place."""
 
 from __future__ import annotations
 
@@ -17,9 +15,7 @@ def jittered(limit: int) -> int:
 
 
 def memory_in_use() -> int:
-    """
-    Resident memory of this process in bytes. Where the system does not tell, the most that it ever had.
-    """
+    """Resident memory of this process in bytes. Where the system does not tell, the most that it ever had."""
     try:
         with open("/proc/self/statm", "rb") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")

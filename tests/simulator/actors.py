@@ -61,26 +61,20 @@ class Actor:
         await gate()
 
     def end(self) -> None:
-        """
-        The process ends here, whatever it was about to do.
-        """
+        """The process ends here, whatever it was about to do."""
         self.line.is_dead = True
         if inspect.getcoroutinestate(self.coroutine) != inspect.CORO_CLOSED:
             with contextlib.suppress(Crashed, StopIteration):
                 self.coroutine.throw(Crashed())
 
     def crash(self) -> None:
-        """
-        The process has ended; a new one begins.
-        """
+        """The process has ended; a new one begins."""
         self.line = self.simulation.line(self.name)
         self.coroutine = self.live()
 
 
 class Side(Actor):
-    """
-    What shipped code does beside another actor, in the same process: a task of its event loop.
-    """
+    """What shipped code does beside another actor, in the same process: a task of its event loop."""
 
     def __init__(self, owner: Actor, coroutine: Coroutine[Any, Any, None], name: str) -> None:
         self.owner, self._work = owner, coroutine
@@ -95,9 +89,7 @@ class Side(Actor):
 
 # ---- workers ---------------------------------------------------------------------------------------------------------
 class Process(Worker):
-    """
-    A shipped worker whose handlers are a list of due times.
-    """
+    """A shipped worker whose handlers are a list of due times."""
 
     def __init__(self, body: WorkerActor, roles: tuple[str, ...], slots: int) -> None:
         super().__init__(
@@ -119,9 +111,7 @@ class Process(Worker):
 
 
 class WorkerActor(Actor):
-    """
-    The event loop of a worker process.
-    """
+    """The event loop of a worker process."""
 
     def __init__(self, simulation: Simulation, number: int, roles: tuple[str, ...], *, knows_all: bool) -> None:
         self.knows_all = knows_all
@@ -218,9 +208,7 @@ class WorkerActor(Actor):
 
 
 class LeaseActor(Actor):
-    """
-    The lease thread of a worker process: it goes on while the loop waits for a reply, or is frozen.
-    """
+    """The lease thread of a worker process: it goes on while the loop waits for a reply, or is frozen."""
 
     def __init__(self, worker: WorkerActor) -> None:
         self.owner = self.worker = worker
@@ -243,9 +231,7 @@ class LeaseActor(Actor):
 
 
 class Neighbour(Actor):
-    """
-    A supervisor, or a worker of the same host, that finds a dead process.
-    """
+    """A supervisor, or a worker of the same host, that finds a dead process."""
 
     def __init__(self, simulation: Simulation, dead: WorkerActor) -> None:
         self.dead = dead.process
@@ -274,9 +260,7 @@ class Maintainer(Actor):
 
 
 class Judge(Actor):
-    """
-    A monitor that evaluates callable goals; two of them disagree.
-    """
+    """A monitor that evaluates callable goals; two of them disagree."""
 
     async def live(self) -> None:
         while True:
@@ -290,9 +274,7 @@ class Judge(Actor):
 
 
 class User(Actor):
-    """
-    Cancels, pauses and resumes. What was paused is resumed, even if this process dies in between.
-    """
+    """Cancels, pauses and resumes. What was paused is resumed, even if this process dies in between."""
 
     def __init__(self, simulation: Simulation) -> None:
         self.todo: list[tuple[str, int]] = []
@@ -372,9 +354,7 @@ class Producer(Actor):
 
 
 class LoneClient(Actor):
-    """
-    Submits single tasks through the rolling group of its process.
-    """
+    """Submits single tasks through the rolling group of its process."""
 
     def __init__(self, simulation: Simulation, number: int, left: int) -> None:
         self.left = left
@@ -397,9 +377,7 @@ class LoneClient(Actor):
 
 
 class Timer(Actor):
-    """
-    The age of a client's rolling group, which may be over at any moment.
-    """
+    """The age of a client's rolling group, which may be over at any moment."""
 
     def __init__(self, client: LoneClient, rolling: Rolling) -> None:
         self.owner, self._rolling = client, rolling
@@ -428,24 +406,18 @@ class _Rolling(Rolling):
 
 
 class _Session(Session):
-    """
-    A client's session on the line of an actor.
-    """
+    """A client's session on the line of an actor."""
 
     def __init__(self, actor: Actor) -> None:
         super().__init__("redis://none", actor.simulation.keys.namespace, None)
         self._connection: Line = actor.line
 
     def check_owner(self) -> None:
-        """
-        No event loop owns it.
-        """
+        """No event loop owns it."""
 
 
 class _Accepted:
-    """
-    Nobody waits for it.
-    """
+    """Nobody waits for it."""
 
     def done(self) -> bool:
         return True
@@ -456,9 +428,7 @@ def kind_of(rnd: random.Random) -> str:
 
 
 def graph(rnd: random.Random, count: int) -> Iterator[Task]:
-    """
-    Three levels; most of the second needs the first task too, so that its dependents fill several calls.
-    """
+    """Three levels; most of the second needs the first task too, so that its dependents fill several calls."""
     levels: list[list[str]] = [[], [], []]
     for number in range(count):
         level = 0 if number < count // 3 else rnd.choice((0, 1, 2))

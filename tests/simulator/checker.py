@@ -1,6 +1,4 @@
-"""
-The judge: raw Redis and the ledger against what is promised. Knows nothing of scripts, only of records and the ledger.
-"""
+"""The judge: compares raw Redis and the ledger with what is promised, and knows no script, only records."""
 
 from __future__ import annotations
 
@@ -39,26 +37,20 @@ PERMANENT = (":groups", ":roles", ":workers")
 
 
 def violations(raw: Any, keys: Keys, ledger: Ledger) -> Iterator[str]:
-    """
-    Everything that is not as promised, in words. `raw` is a plain client; all work has ended.
-    """
+    """Everything that is not as promised, in words. `raw` is a plain client; all work has ended."""
     yield from history(ledger)
     yield from records(raw, keys, ledger)
 
 
 def records(raw: Any, keys: Keys, ledger: Ledger) -> Iterator[str]:
-    """
-    What is wrong in Redis.
-    """
+    """What is wrong in Redis."""
     for gid, tasks in ledger.accepted.items():
         yield from _group(raw, keys, gid, tasks, ledger)
     yield from _left(raw, keys, ledger)
 
 
 class Touch(NamedTuple):
-    """
-    Who had a lease prolonged last, under which fence.
-    """
+    """Who had a lease prolonged last, under which fence."""
 
     worker: str
     fence: int
@@ -67,9 +59,7 @@ class Touch(NamedTuple):
 
 # ---- the ledger alone ------------------------------------------------------------------------------------------------
 def history(ledger: Ledger) -> Iterator[str]:
-    """
-    What went wrong meanwhile.
-    """
+    """What went wrong meanwhile."""
     touched: dict[tuple[str, str], Touch] = {}
     fences: dict[tuple[str, int], str] = {}
     grants: dict[tuple[str, str], list[Granted]] = collections.defaultdict(list)
@@ -271,9 +261,7 @@ def _goals(gid: str, meta: Mapping[str, str], events: list[Event], ledger: Ledge
 
 
 def certain(when: str, now: Mapping[str, int], total: int, *, may_fail: bool = True) -> bool | None:
-    """
-    Whether `counter sign number[%] [and …]` holds in every way in which the open tasks can end, in none, or in some.
-    """
+    """Whether `counter sign number[%] [and …]` holds for every, no, or some end of the open tasks."""
     left = total - sum(now.get(name, 0) for name in ENDS)
     seen = set()
     for completed in range(left + 1):

@@ -1,6 +1,4 @@
-"""
-What may go wrong between a caller and Redis, and the limits and times that a run of seconds needs.
-"""
+"""What may go wrong between a caller and Redis, and the limits and times that a run of seconds needs."""
 
 from __future__ import annotations
 
@@ -127,9 +125,7 @@ def _own_task(spawn: Spawn) -> Callable[..., Any]:
 
 
 class _Asyncio:
-    """
-    The part of asyncio that workers and clients need, without an event loop. No timer ever ends.
-    """
+    """The part of asyncio that workers and clients need, without an event loop. No timer ever ends."""
 
     def __init__(self, spawn: Spawn) -> None:
         self._spawn = spawn
@@ -173,9 +169,7 @@ class Fault(StrEnum):
 
 
 class Crashed(BaseException):
-    """
-    The process of this actor has ended here.
-    """
+    """The process of this actor has ended here."""
 
 
 class _Gate:
@@ -184,9 +178,7 @@ class _Gate:
 
 
 async def gate() -> None:
-    """
-    Let any other actor go on.
-    """
+    """Let any other actor go on."""
     await _Gate()
 
 
@@ -244,9 +236,7 @@ class Line(Connection):
 
 
 def _in_order(calls: Sequence[Call]) -> list[list[Call]]:
-    """
-    Each call with those that never overtake it, since they are behind it on one connection.
-    """
+    """Each call with those that never overtake it, since they are behind it on one connection."""
     together: list[list[Call]] = []
     for call in calls:
         if call.follows and together:
@@ -257,9 +247,7 @@ def _in_order(calls: Sequence[Call]) -> list[list[Call]]:
 
 
 class ThreadLine:
-    """
-    The same for the lease thread.
-    """
+    """The same for the lease thread."""
 
     def __init__(self, line: Line) -> None:
         self._line = line

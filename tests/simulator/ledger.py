@@ -14,9 +14,7 @@ from rq_ceylon.store.transitions import claim_reply, fetch_reply
 
 
 class Plan(NamedTuple):
-    """
-    What one task was made for.
-    """
+    """What one task was made for."""
 
     role: str
     needs: Sequence[str]
@@ -64,9 +62,7 @@ class Started(NamedTuple):
 
 
 class Committed(NamedTuple):
-    """
-    `verdict` as answered; `not_before` is when a retry is due at the earliest.
-    """
+    """`verdict` as answered; `not_before` is when a retry is due at the earliest."""
 
     gid: str
     tid: str
@@ -78,27 +74,21 @@ class Committed(NamedTuple):
 
 
 class Cancelled(NamedTuple):
-    """
-    A user was told that this task, which had not started, never will.
-    """
+    """A user was told that this task, which had not started, never will."""
 
     gid: str
     tid: str
 
 
 class Over(NamedTuple):
-    """
-    A claim was told that this task has ended, or never will start.
-    """
+    """A claim was told that this task has ended, or never will start."""
 
     gid: str
     tid: str
 
 
 class Parked(NamedTuple):
-    """
-    A claim was told that this task waits until its paused group goes on; a lease that was on it is over.
-    """
+    """A claim was told that this task waits until its paused group goes on; a lease that was on it is over."""
 
     gid: str
     tid: str
@@ -109,18 +99,14 @@ class Died(NamedTuple):
 
 
 class Buried(NamedTuple):
-    """
-    All that this worker held in a role was given back in its name. It may yet live, silent for long: an accepted risk.
-    """
+    """Everything a worker held in a role was given back in its name. The worker may live: an accepted risk."""
 
     role: str
     worker: str
 
 
 class Released(NamedTuple):
-    """
-    This worker gave an entry back that it had not started, which ends its lease.
-    """
+    """This worker gave an entry back that it had not started, which ends its lease."""
 
     role: str
     entry: str
@@ -128,17 +114,13 @@ class Released(NamedTuple):
 
 
 class Outage(NamedTuple):
-    """
-    All workers slept; nothing may be reclaimed until then.
-    """
+    """All workers slept; nothing may be reclaimed until then."""
 
     quiet_until: float
 
 
 class Lost(NamedTuple):
-    """
-    Redis went back in time, or lost data, in a group (`gid`) or a role ('').
-    """
+    """Redis went back in time, or lost data, in a group (`gid`) or a role ('')."""
 
     gid: str
 
@@ -171,9 +153,7 @@ class Ledger:
     _entries: dict[tuple[str, int], str] = field(default_factory=dict)
 
     def saw(self, call: Call, reply: Any, worker: str, before: float, after: float) -> None:
-        """
-        One script call and its reply, whether or not its sender ever reads it.
-        """
+        """One script call and its reply, whether or not its sender ever reads it."""
         name = call.keys[0].partition("{")[2].partition("}")[0].partition(":")[2]
         watch = getattr(self, f"_saw_{call.script}", None)
         if watch is not None:

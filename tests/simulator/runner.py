@@ -1,6 +1,4 @@
-"""
-Runs seeds, each with times as long as this machine needs, and counts what struck where.
-"""
+"""Runs seeds, each with times as long as this machine needs, and counts what struck where."""
 
 from __future__ import annotations
 
@@ -27,9 +25,7 @@ def simulated(
     move: Move | None = None,
     covered: Coverage | None = None,
 ) -> Simulation:
-    """
-    Returns a run that this machine was fast enough for, if need be with longer times.
-    """
+    """Returns a run that this machine was fast enough for, if need be with longer times."""
     while True:
         simulation = Simulation(url, seed, loss=loss, scale=scale, move=move, covered=covered)
         simulation.run()
@@ -41,9 +37,7 @@ def simulated(
 def run(
     url: str, seeds: Sequence[int], *, loss: bool, covered: Coverage, move: Move | None = None, first: bool = False
 ) -> dict[int, list[str]]:
-    """
-    Returns what each failing seed, or only the `first`, violated; its choices are kept for `replayed`.
-    """
+    """Returns what each failing seed, or only the `first`, violated; its choices are kept for `replayed`."""
     failed = {}
     scale = 1.0
     for seed in seeds:
@@ -60,9 +54,7 @@ def run(
 
 
 def replayed(url: str, seed: int, move: Move | None = None) -> Simulation:
-    """
-    The same choices and faults as in a failed run, at the same times.
-    """
+    """The same choices and faults as in a failed run, at the same times."""
     loss, scale, *choices = json.loads(_journal(seed).read_text())
     replay = [Choice(*choice) for choice in choices]
     simulation = Simulation(url, seed, loss=loss, scale=scale, move=move, replay=replay)
@@ -90,9 +82,7 @@ def _journal(seed: int) -> Path:
 
 
 def table(covered: Coverage) -> str:
-    """
-    How often each fault struck each script.
-    """
+    """How often each fault struck each script."""
     rows = [f"{'':10}" + "".join(f"{fault:>14}" for fault in FAULTS)]
     rows += [f"{script:10}" + "".join(f"{covered[script, fault]:>14}" for fault in FAULTS) for script in SCRIPTS]
     return "\n".join(rows)

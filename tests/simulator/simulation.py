@@ -1,6 +1,4 @@
-"""
-One run: who goes next, what strikes, what Redis loses, and when all is over.
-"""
+"""One run: who goes next, what strikes, what Redis loses, and when all is over."""
 
 from __future__ import annotations
 
@@ -49,9 +47,7 @@ Coverage = collections.Counter[tuple[str, str]]
 
 
 def client_of(url: str, *, decode_responses: bool = False) -> Any:
-    """
-    A plain client.
-    """
+    """A plain client."""
     if not url.startswith("redis+cluster://"):
         return redis.Redis.from_url(url, decode_responses=decode_responses, protocol=2)
     nodes = [address.rsplit(":", 1) for address in url.partition("://")[2].split(",")]
@@ -60,9 +56,7 @@ def client_of(url: str, *, decode_responses: bool = False) -> Any:
 
 
 class Choice(NamedTuple):
-    """
-    One step of the schedule: when, whose turn, the dice for faults and sleep, and what struck in the end.
-    """
+    """One step of the schedule: when, whose turn, the dice for faults and sleep, and what struck in the end."""
 
     at_ms: float
     actor: str
@@ -134,9 +128,7 @@ class Simulation:
         return Line(owner, self._nodes, self._send, self._strike, self._stray)
 
     def spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> Side:
-        """
-        What the acting process wants done beside what it does.
-        """
+        """What the acting process wants done beside what it does."""
         assert self._acting is not None
         side = Side(self._acting.owner or self._acting, coroutine, name)
         self.enter(side)
@@ -146,9 +138,7 @@ class Simulation:
         self._cast[actor.name] = actor
 
     def looked_through(self, maintainer: str) -> None:
-        """
-        Maintenance has gone through all.
-        """
+        """Maintenance has gone through all."""
         for gid, before in list(self._rolled_back.items()):
             before.discard(maintainer)
             if not before:  # the index went back too, whatever was entered by those who looked at the group before
@@ -159,9 +149,7 @@ class Simulation:
         self._looked_ms = now
 
     def expect(self, gid: str, count: int, roles: Sequence[str]) -> None:
-        """
-        A client of single tasks is about to send tasks of these roles, after so many of the same group.
-        """
+        """A client of single tasks is about to send tasks of these roles, after so many of the same group."""
         plans = self.ledger.plans.setdefault(gid, {})
         self.ledger.policies[gid] = "skip"
         for number, role in enumerate(roles, count + 1):
@@ -197,9 +185,7 @@ class Simulation:
         return reply
 
     def _strike(self, script: str) -> Fault:
-        """
-        The fault of this step, at its first script call.
-        """
+        """The fault of this step, at its first script call."""
         dice, self._dice = self._dice, self._dice._replace(fault=1, struck=Fault.NONE)
         if dice.struck != Fault.NONE:
             return Fault(dice.struck)
@@ -215,9 +201,7 @@ class Simulation:
         return Fault.NONE
 
     def _stray(self, calls: Sequence[Call], owner: str) -> None:
-        """
-        What becomes of calls that nobody hears of: Redis has them now, or later, or never.
-        """
+        """What becomes of calls that nobody hears of: Redis has them now, or later, or never."""
         fate = self.random.random()
         if fate < 0.5 or calls[0].script not in SCRIPTS:
             for call in calls:
@@ -227,9 +211,7 @@ class Simulation:
 
     # ---- the cast ----------------------------------------------------------------------------------------------------
     def _hire(self) -> None:
-        """
-        Whoever has gone, somebody serves every role: what nobody fetches would be left, rightly.
-        """
+        """Whoever has gone, somebody serves every role: what nobody fetches would be left, rightly."""
         self._workers += 1
         workers = [actor for actor in self._cast.values() if isinstance(actor, WorkerActor)]
         served = {role for worker in workers for role in worker.process.roles}
@@ -243,9 +225,7 @@ class Simulation:
         self.enter(worker.leases)
 
     def _end_sides(self, process: Actor) -> None:
-        """
-        A process has ended, and all that lived in it ends.
-        """
+        """A process has ended, and all that lived in it ends."""
         process.line.is_dead = True
         for side in [actor for actor in self._cast.values() if actor.owner is process]:
             del self._cast[side.name]
@@ -289,9 +269,7 @@ class Simulation:
 
     # ---- the run -----------------------------------------------------------------------------------------------------
     def run(self) -> list[str]:
-        """
-        Returns what was violated.
-        """
+        """Returns what was violated."""
         self.raw.flushall()
         with short_times(self.scale, reissue=self.ledger.rings, spawn=self.spawn):
             self._assemble()
@@ -409,9 +387,7 @@ class Simulation:
         self.note(Outage(until + 0.8 * self.lease_ms))
 
     def _step_clock(self) -> None:
-        """
-        The server's clock has gone back: the last fetch lies in the future.
-        """
+        """The server's clock has gone back: the last fetch lies in the future."""
         meta = self.keys.role_part(self.random.choice(ROLES), "meta")
         if self.raw.exists(meta):
             self.raw.hset(meta, "last", int(time.time() * 1000) + 60_000)
@@ -477,9 +453,7 @@ class Simulation:
             self._lost("stream cut", "")
 
     def _go_back(self, name: str, keys: Sequence[str], gid: str) -> None:
-        """
-        The first time, remember; the second time, all is as it was then.
-        """
+        """The first time, remember; the second time, all is as it was then."""
         if name not in self._snapshots:
             self._snapshots[name] = [(key, self.bytes.dump(key), self.bytes.pttl(key)) for key in keys]
             return
