@@ -37,8 +37,8 @@ SECTIONS = {
     "client.SyncGroupHandle",
     "Tasks, groups and goals": "models.Task models.TaskGroup models.Goal models.Priority",
     "In a handler": "attempt.TaskContext attempt.RetryTask attempt.FailTask attempt.Backoff",
-    "How things stand": "models.TaskStatus models.GroupStatus models.GoalStatus models.GroupView models.Counters "
-    "models.GoalView* models.Settled* models.TaskView models.TaskResult models.RoleView* models.WorkerView* "
+    "How things stand": "models.TaskStatus models.GroupStatus models.GoalStatus views.GroupView views.Counters "
+    "views.GoalView* views.Settled* views.TaskView views.TaskResult views.RoleView* views.WorkerView* "
     "store.events.Event* store.events.TaskEvent*",
     "Workers and monitors": "worker.Worker monitor.Monitor",
     "Errors": "errors.CeylonError errors.InvalidInputError errors.PayloadTooLargeError errors.GoalImpossibleError "

@@ -34,24 +34,13 @@ if TYPE_CHECKING:
         UnknownTaskError,
         WaitTimeoutError,
     )
-    from rq_ceylon.models import (
-        Counters,
-        Goal,
-        GoalStatus,
-        GroupStatus,
-        GroupView,
-        Priority,
-        Task,
-        TaskGroup,
-        TaskResult,
-        TaskStatus,
-        TaskView,
-    )
+    from rq_ceylon.models import Goal, GoalStatus, GroupStatus, Priority, Task, TaskGroup, TaskStatus
     from rq_ceylon.monitor import Monitor
     from rq_ceylon.task.agent import TaskExecutionAgent
     from rq_ceylon.task.data import TaskGroupGoal, TaskMessage
     from rq_ceylon.task.manager import TaskManager
     from rq_ceylon.task.playground import TaskPlayGround
+    from rq_ceylon.views import Counters, GroupView, TaskResult, TaskView
     from rq_ceylon.worker import Worker
 
 _HOME = {
@@ -61,7 +50,8 @@ _HOME = {
     "GroupFileError InvalidInputError NotFoundError NoWorkerError PayloadTooLargeError QueueFullError RedisError "
     "TaskCancelledError TaskFailedError UnknownTaskError WaitTimeoutError",
     "attempt": "Backoff FailTask RetryTask TaskContext",
-    "models": "Counters Goal GoalStatus GroupStatus GroupView Priority Task TaskGroup TaskResult TaskStatus TaskView",
+    "models": "Goal GoalStatus GroupStatus Priority Task TaskGroup TaskStatus",
+    "views": "Counters GroupView TaskResult TaskView",
     "monitor": "Monitor",
     "task.agent": "TaskExecutionAgent",
     "task.data": "TaskGroupGoal TaskMessage",

@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from rq_ceylon.errors import RecordError
-from rq_ceylon.models import COUNTERS, GroupStatus, TaskStatus
+from rq_ceylon.models import GroupStatus, TaskStatus
 from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.codec import reading
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.keys import Keys
 from rq_ceylon.store.scripts import command
+from rq_ceylon.views import COUNTERS
 
 READS = 5
 """How often a group is read until it holds still."""

@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from rq_ceylon.handlers import GoalCheck
-from rq_ceylon.models import GroupView
+from rq_ceylon.views import GroupView
 
 CHECK_S = 30.0
 """How long a callable may take over one goal; after that, the goal stays undecided."""

@@ -18,19 +18,10 @@ from pydantic_core import to_json
 
 from rq_ceylon.attempt import Backoff, FailTask, Said, TaskContext, check_max_attempts, check_max_crashes, type_name
 from rq_ceylon.errors import InvalidInputError, UnknownTaskError, guess
-from rq_ceylon.models import (
-    DEFAULT_ROLE,
-    LONGEST_S,
-    Duration,
-    GroupView,
-    Task,
-    check_id,
-    check_priority,
-    check_timeout,
-    counted,
-)
+from rq_ceylon.models import DEFAULT_ROLE, LONGEST_S, Duration, Task, check_id, check_priority, check_timeout, counted
 from rq_ceylon.settings import Settings
 from rq_ceylon.values import BadValueError, JsonType
+from rq_ceylon.views import GroupView
 
 P = ParamSpec("P")
 R = TypeVar("R")

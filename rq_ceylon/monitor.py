@@ -19,7 +19,7 @@ from rq_ceylon.checks import CHECK_S, CheckHangsError, Checks
 from rq_ceylon.errors import CeylonError, ConnectionLostError
 from rq_ceylon.handlers import GoalCheck, Registry
 from rq_ceylon.maintenance import judge, maintain
-from rq_ceylon.models import GoalStatus, GoalView, GroupStatus, GroupView, counted
+from rq_ceylon.models import GoalStatus, GroupStatus, counted
 from rq_ceylon.presence import BEAT_S, Presence
 from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.codec import encode
@@ -28,6 +28,7 @@ from rq_ceylon.store.events import LOOK_S, EventHub, Watch
 from rq_ceylon.store.keys import Keys
 from rq_ceylon.store.statistics import GroupStatistics, summary
 from rq_ceylon.store.trouble import complain
+from rq_ceylon.views import GoalView, GroupView
 
 COALESCE_S = 0.02
 """Notifications that arrive within this time after a look are handled together by the next."""

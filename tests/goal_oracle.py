@@ -19,8 +19,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from rq_ceylon.goals import GOAL_COUNTERS, MAX_DEPTH, MAX_OPERATIONS, parse
-from rq_ceylon.models import Counters
+from rq_ceylon.expression import GOAL_COUNTERS, MAX_DEPTH, MAX_OPERATIONS, parse
+from rq_ceylon.views import Counters
 
 Verdict = Callable[[str, Counters], bool | None]
 """From a program and counters: True holds in every outcome, False in none, None is not decided."""

@@ -15,7 +15,8 @@ from commands import Commands, commands_on, until
 
 from rq_ceylon.app import Ceylon
 from rq_ceylon.client import SyncClient
-from rq_ceylon.models import Task, TaskGroup, TaskResult
+from rq_ceylon.models import Task, TaskGroup
+from rq_ceylon.views import TaskResult
 
 LIMIT_S = 60.0
 LAUNCH = """

@@ -18,7 +18,8 @@ from rq_ceylon import Backoff, Goal, TaskGroup, cli, graph, models
 from rq_ceylon.cli.worker import PLAIN_SLOTS, SLOTS
 from rq_ceylon.client import following, rolling, session
 from rq_ceylon.client.sync import SyncClient, SyncTaskHandle
-from rq_ceylon.goals import MAX_CHARACTERS, MAX_GOALS
+from rq_ceylon.expression import MAX_CHARACTERS
+from rq_ceylon.goals import MAX_GOALS
 from rq_ceylon.groupfile import matrix, reader, tasks
 from rq_ceylon.process import ALLOWANCE_S
 from rq_ceylon.settings import DEFAULT_NAMESPACE

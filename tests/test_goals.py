@@ -23,8 +23,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rq_ceylon.errors import InvalidInputError
-from rq_ceylon.goals import CALL, GOAL_COUNTERS, CompiledGoal, compile_goals, impossible_words, parse
-from rq_ceylon.models import Counters, Goal
+from rq_ceylon.expression import CALL, GOAL_COUNTERS, parse
+from rq_ceylon.goals import CompiledGoal, compile_goals, impossible_words
+from rq_ceylon.models import Goal
+from rq_ceylon.views import Counters
 
 
 def counters(total: int = 200, **counts: int) -> Counters:

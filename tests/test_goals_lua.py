@@ -10,8 +10,8 @@ from goal_oracle import check_exact, check_sound, comparisons, expressions, smal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rq_ceylon.models import COUNTERS, Counters
 from rq_ceylon.store import scripts
+from rq_ceylon.views import COUNTERS, Counters
 
 pytestmark = pytest.mark.every_engine
 CHECKED = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

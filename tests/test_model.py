@@ -22,9 +22,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from rq_ceylon.models import COUNTERS
 from rq_ceylon.store import transitions
 from rq_ceylon.store.transitions import Delivery, Page
+from rq_ceylon.views import COUNTERS
 
 CRASH_LIMIT = 3
 LEASE_MS = 60_000  # so long that none ends by itself

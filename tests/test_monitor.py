@@ -19,7 +19,7 @@ from commands import LIMIT_S, eventually
 from rq_ceylon.errors import RedisError
 from rq_ceylon.handlers import GoalCheck, Registry
 from rq_ceylon.maintenance import judge
-from rq_ceylon.models import Goal, GroupView
+from rq_ceylon.models import Goal
 from rq_ceylon.monitor import Monitor
 from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.connection import Connection
@@ -28,6 +28,7 @@ from rq_ceylon.store.histogram import Histogram
 from rq_ceylon.store.keys import Keys
 from rq_ceylon.store.server import EmbeddedServer
 from rq_ceylon.store.statistics import GroupStatistics
+from rq_ceylon.views import GroupView
 
 pytestmark = pytest.mark.anyio
 

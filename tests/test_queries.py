@@ -11,17 +11,7 @@ import redis
 
 from rq_ceylon.errors import NotFoundError
 from rq_ceylon.goals import compile_goals
-from rq_ceylon.models import (
-    Counters,
-    Goal,
-    GoalStatus,
-    GoalView,
-    GroupStatus,
-    GroupView,
-    RoleView,
-    TaskStatus,
-    WorkerView,
-)
+from rq_ceylon.models import Goal, GoalStatus, GroupStatus, TaskStatus
 from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.codec import task_text
 from rq_ceylon.store.connection import Connection
@@ -29,6 +19,7 @@ from rq_ceylon.store.events import TaskEvent
 from rq_ceylon.store.keys import Keys
 from rq_ceylon.store.scripts import command
 from rq_ceylon.store.transitions import Ack, Committed, Delivery, GroupFacts, StagedTask
+from rq_ceylon.views import Counters, GoalView, GroupView, RoleView, WorkerView
 
 pytestmark = [pytest.mark.anyio, pytest.mark.every_engine]
 

@@ -19,9 +19,9 @@ import pytest
 import redis
 
 from rq_ceylon import Client, Goal, Task, TaskGroup
-from rq_ceylon.models import COUNTERS
 from rq_ceylon.store.events import Event, event_of
 from rq_ceylon.store.keys import STREAMS, Keys
+from rq_ceylon.views import COUNTERS
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(150)]
 

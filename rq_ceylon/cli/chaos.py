@@ -20,10 +20,11 @@ from rq_ceylon.cli.common import run_async
 from rq_ceylon.cli.live import Display
 from rq_ceylon.client import Client, GroupHandle
 from rq_ceylon.errors import CeylonError, InvalidInputError, WaitTimeoutError
-from rq_ceylon.models import Goal, GroupView, Task, TaskGroup, counted, seconds
+from rq_ceylon.models import Goal, Task, TaskGroup, counted, seconds
 from rq_ceylon.settings import require_unix
 from rq_ceylon.store import queries
 from rq_ceylon.store.server import EmbeddedServer
+from rq_ceylon.views import GroupView
 
 WORKERS, SLOTS = 4, 4
 TASK_S = 0.1, 0.5

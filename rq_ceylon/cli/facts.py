@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rq_ceylon.log import plain_json
 
 if TYPE_CHECKING:
-    from rq_ceylon.models import GroupView, TaskResult, TaskView
+    from rq_ceylon.views import GroupView, TaskResult, TaskView
 
 
 def to_json(value: Any) -> str:

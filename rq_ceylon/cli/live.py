@@ -16,12 +16,13 @@ from rich.text import Text
 
 from rq_ceylon.client import is_over, not_over, succeeded
 from rq_ceylon.errors import WaitTimeoutError
-from rq_ceylon.goals import parse
+from rq_ceylon.expression import parse
 from rq_ceylon.log import plain
-from rq_ceylon.models import GoalStatus, GoalView, GroupView, TaskView, counted, span_words
+from rq_ceylon.models import GoalStatus, counted, span_words
 from rq_ceylon.process import SUPERVISED
 from rq_ceylon.store import queries
 from rq_ceylon.store.statistics import GroupStatistics
+from rq_ceylon.views import GoalView, GroupView, TaskView
 
 if TYPE_CHECKING:
     from rq_ceylon.client import Client, GroupHandle

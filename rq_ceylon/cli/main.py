@@ -18,7 +18,7 @@ from rq_ceylon.log import plain
 
 if TYPE_CHECKING:
     from rq_ceylon.client import Client
-    from rq_ceylon.models import GroupView, TaskView, WorkerView
+    from rq_ceylon.views import GroupView, TaskView, WorkerView
 
 JSON = click.option("--json", is_flag=True, help="Print JSON.")
 

@@ -17,7 +17,8 @@ from rq_ceylon.errors import CeylonError
 
 if TYPE_CHECKING:
     from rq_ceylon.client import Client, GroupHandle
-    from rq_ceylon.models import Durability, GroupView, TaskGroup
+    from rq_ceylon.models import Durability, TaskGroup
+    from rq_ceylon.views import GroupView
 
 INTERRUPTED = 130
 

@@ -11,19 +11,10 @@ from rq_ceylon.client.staging import handler_of, stage
 from rq_ceylon.client.submission import Submission
 from rq_ceylon.errors import InvalidInputError, NotFoundError
 from rq_ceylon.handlers import Registry
-from rq_ceylon.models import (
-    Durability,
-    Duration,
-    GroupView,
-    RoleView,
-    Task,
-    TaskGroup,
-    WorkerView,
-    check_id,
-    check_lease,
-)
+from rq_ceylon.models import Durability, Duration, Task, TaskGroup, check_id, check_lease
 from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.durability import check_durability
+from rq_ceylon.views import GroupView, RoleView, WorkerView
 
 LONG_DELAY_MS = 600_000
 """Tasks due later than this go to a rolling group of their own, so that they do not pin the results of others."""

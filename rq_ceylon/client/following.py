@@ -16,11 +16,12 @@ from itertools import islice
 from typing import Any
 
 from rq_ceylon.errors import CeylonError, ConnectionLostError, NotFoundError
-from rq_ceylon.models import GroupStatus, GroupView, TaskResult, TaskStatus
+from rq_ceylon.models import GroupStatus, TaskStatus
 from rq_ceylon.store import queries
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.events import LOOK_S, EventHub, Watch
 from rq_ceylon.store.keys import Keys
+from rq_ceylon.views import GroupView, TaskResult
 
 log = logging.getLogger("rq_ceylon")
 

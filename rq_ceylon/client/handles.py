@@ -12,10 +12,11 @@ from typing import Any, Generic, Literal, TypeVar
 from rq_ceylon.client.session import Session
 from rq_ceylon.errors import NotFoundError, TaskCancelledError, TaskFailedError, WaitTimeoutError
 from rq_ceylon.handlers import Handler
-from rq_ceylon.models import GoalStatus, GroupView, TaskResult, TaskStatus, TaskView, check_id
+from rq_ceylon.models import GoalStatus, TaskStatus, check_id
 from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.events import Event
 from rq_ceylon.store.scripts import Call
+from rq_ceylon.views import GroupView, TaskResult, TaskView
 
 R = TypeVar("R")
 

@@ -21,10 +21,11 @@ from rq_ceylon.errors import (
 )
 from rq_ceylon.goals import impossible_words
 from rq_ceylon.maintenance import hand_over
-from rq_ceylon.models import Counters, Durability, GroupStatus, TaskGroup
+from rq_ceylon.models import Durability, GroupStatus, TaskGroup
 from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.scripts import command
 from rq_ceylon.store.transitions import StagedTask, SubmitReply
+from rq_ceylon.views import Counters
 
 
 async def check_known(session: Session, gids: Sequence[str], where: str) -> None:

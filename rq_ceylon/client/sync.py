@@ -12,19 +12,9 @@ from rq_ceylon.attempt import refuse_to_block
 from rq_ceylon.client.client import Client
 from rq_ceylon.client.handles import GroupHandle, TaskHandle
 from rq_ceylon.errors import CeylonError
-from rq_ceylon.models import (
-    Durability,
-    Duration,
-    GroupView,
-    RoleView,
-    Task,
-    TaskGroup,
-    TaskResult,
-    TaskStatus,
-    TaskView,
-    WorkerView,
-)
+from rq_ceylon.models import Durability, Duration, Task, TaskGroup, TaskStatus
 from rq_ceylon.store.events import Event
+from rq_ceylon.views import GroupView, RoleView, TaskResult, TaskView, WorkerView
 
 R = TypeVar("R")
 T = TypeVar("T")

@@ -7,8 +7,9 @@ from datetime import datetime
 
 from rq_ceylon.client.session import Session, missing_words
 from rq_ceylon.errors import guess
-from rq_ceylon.models import GroupStatus, GroupView, TaskStatus, TaskView, WorkerView, counted, span_words
+from rq_ceylon.models import GroupStatus, TaskStatus, counted, span_words
 from rq_ceylon.store import queries
+from rq_ceylon.views import GroupView, TaskView, WorkerView
 
 WAITS = (TaskStatus.WAITING, TaskStatus.PENDING)
 

@@ -20,7 +20,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from rq_ceylon import goals, graph, models
+from rq_ceylon import expression, goals, graph, models
 from rq_ceylon.errors import InvalidInputError, guess
 from rq_ceylon.groupfile.matrix import AXIS, MAX_AXES, MAX_COMBINATIONS, MAX_LISTED
 from rq_ceylon.groupfile.reader import Document, Path
@@ -74,7 +74,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "description": "A condition on the group's counters, such as `completed >= 95% and failed < 10`.",
         "type": "string",
         "minLength": 1,
-        "maxLength": goals.MAX_CHARACTERS,
+        "maxLength": expression.MAX_CHARACTERS,
     },
     "priority": {
         "description": "`high`, `normal` or `low`: tasks of a higher priority run first within their role.",
@@ -149,7 +149,7 @@ Groups = Annotated[
     _listed(models.DEPENDS_ON_MAX, f"a group may depend on {models.DEPENDS_ON_MAX}; put a group in between"),
     _listing("string", models.DEPENDS_ON_MAX),
 ]
-Expression = Annotated[str, AfterValidator(lambda text: goals.parse(text, "it").text), _kind("expression")]
+Expression = Annotated[str, AfterValidator(lambda text: expression.parse(text, "it").text), _kind("expression")]
 Seconds = Annotated[float, BeforeValidator(_seconds), _kind("duration")]
 SomeSeconds = Annotated[Seconds, Field(gt=0), _kind("duration", exclusiveMinimum=0)]
 Level = Annotated[Priority, Field(strict=False), _kind("priority")]

@@ -9,7 +9,8 @@ from typing import Any
 from pydantic_core import from_json, to_json
 
 from rq_ceylon.errors import CeylonError, RecordError
-from rq_ceylon.models import COUNTERS, Counters, GoalStatus, Settled, TaskResult, TaskStatus
+from rq_ceylon.models import GoalStatus, TaskStatus
+from rq_ceylon.views import COUNTERS, Counters, Settled, TaskResult
 
 COUNTER_NAMES = ("total", *COUNTERS, "attempts", "crashes")
 """The counters in the order in which a settled goal keeps them."""

@@ -9,23 +9,14 @@ from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 from rq_ceylon.errors import CeylonError, NotFoundError, RecordError
-from rq_ceylon.models import (
-    GoalStatus,
-    GoalView,
-    GroupStatus,
-    GroupView,
-    RoleView,
-    TaskResult,
-    TaskStatus,
-    TaskView,
-    WorkerView,
-)
+from rq_ceylon.models import GoalStatus, GroupStatus, TaskStatus
 from rq_ceylon.store.codec import counters_of, decode, reading, result_of, settled_of, task_parts
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.events import Event, event_of
 from rq_ceylon.store.keys import INDEX_SHARDS, STREAMS, Keys
 from rq_ceylon.store.scripts import Call, command
 from rq_ceylon.store.trouble import warn_once
+from rq_ceylon.views import GoalView, GroupView, RoleView, TaskResult, TaskView, WorkerView
 
 SCAN = 500
 RUNNING = "pcs"

@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from rq_ceylon.models import GroupView
 from rq_ceylon.store import queries
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.events import Event
 from rq_ceylon.store.histogram import Histogram
 from rq_ceylon.store.keys import Keys
+from rq_ceylon.views import GroupView
 
 
 @dataclass

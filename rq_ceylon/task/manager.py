@@ -12,10 +12,11 @@ from loguru import logger
 from rq_ceylon.client import Client, GroupHandle
 from rq_ceylon.errors import CeylonError, ConnectionLostError, InvalidInputError
 from rq_ceylon.handlers import awaited
-from rq_ceylon.models import GoalStatus, GroupStatus, GroupView, Priority, TaskResult, TaskStatus, counted
+from rq_ceylon.models import GoalStatus, GroupStatus, Priority, TaskStatus, counted
 from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.events import Event
 from rq_ceylon.task.data import TaskGroup, TaskGroupGoal, TaskMessage, slug
+from rq_ceylon.views import GroupView, TaskResult
 
 PAUSE_S = 0.2
 """Before looking again after a lost connection."""

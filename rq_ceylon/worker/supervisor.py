@@ -18,11 +18,12 @@ from collections.abc import Sequence
 from loguru import logger
 
 from rq_ceylon.errors import CeylonError
-from rq_ceylon.models import WorkerView, counted
+from rq_ceylon.models import counted
 from rq_ceylon.process import CHILD_END_S, SUPERVISED
 from rq_ceylon.store import queries
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.keys import Keys
+from rq_ceylon.views import WorkerView
 from rq_ceylon.worker.neighbours import Neighbours
 from rq_ceylon.worker.scale import Scale
 

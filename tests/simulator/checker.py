@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from rq_ceylon.models import COUNTERS
 from rq_ceylon.store.codec import result_of, settled_of
 from rq_ceylon.store.events import Event, event_of
 from rq_ceylon.store.keys import INDEX_SHARDS, STREAMS, Keys
+from rq_ceylon.views import COUNTERS
 
 from .ledger import (
     Acknowledged,

@@ -16,11 +16,12 @@ from redis.crc import key_slot
 
 from rq_ceylon.client.staging import keyed_id
 from rq_ceylon.goals import compile_goals
-from rq_ceylon.models import COUNTERS, NeedPolicy, TaskGroup
+from rq_ceylon.models import NeedPolicy, TaskGroup
 from rq_ceylon.store import scripts, transitions
 from rq_ceylon.store.keys import ROLE_PARTS, STREAMS, Keys
 from rq_ceylon.store.scripts import Call
 from rq_ceylon.store.trouble import classified
+from rq_ceylon.views import COUNTERS
 
 from . import actors
 from .actors import ROLES, Actor, Judge, LoneClient, Maintainer, Neighbour, Producer, Side, User, WorkerActor
