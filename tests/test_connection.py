@@ -43,8 +43,10 @@ from rq_ceylon.errors import ConnectionLostError, RedisError
 from rq_ceylon.maintenance.steps import restore_index
 from rq_ceylon.monitor import Monitor
 from rq_ceylon.settings import resolve
+from rq_ceylon.store import cluster as store_cluster
 from rq_ceylon.store import connection as store_connection
-from rq_ceylon.store import places, queries, scripts
+from rq_ceylon.store import node as store_node
+from rq_ceylon.store import queries, scripts
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.events import EventHub
 from rq_ceylon.store.keys import Keys
@@ -285,13 +287,13 @@ async def test_a_task_whose_entry_overtook_it_while_a_slot_moved_is_rung_again(
     role = next(
         role for role in map(str, range(99)) if cluster.owner(key_slot(keys.role_part(role, "meta").encode())) is source
     )
-    redirected, found = places.Cluster._redirected, list[str]()
+    redirected, found = store_cluster.Cluster._redirected, list[str]()
 
-    def late(self: places.Cluster, error: Any) -> Any:
+    def late(self: store_cluster.Cluster, error: Any) -> Any:
         found.extend(bench.claim("w", delivery)[0] for delivery in bench.fetch("w", role=role))
         return redirected(self, error)
 
-    monkeypatch.setattr(places.Cluster, "_redirected", late)
+    monkeypatch.setattr(store_cluster.Cluster, "_redirected", late)
     monkeypatch.setattr(rolling, "_Group", partial(rolling._Group, "moved"))
     async with Client(cluster.url, namespace=namespace) as client:
         await client.roles()  # so it knows the slots
@@ -430,14 +432,14 @@ async def test_a_server_that_is_not_there_is_named_with_the_remedies(short_tmp_p
 
 
 async def test_a_server_that_does_not_answer_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(places, "ANSWER_S", 0.2)
-    monkeypatch.setattr(places, "CONNECT_S", 0.2)
+    monkeypatch.setattr(store_node, "ANSWER_S", 0.2)
+    monkeypatch.setattr(store_node, "CONNECT_S", 0.2)
     with pretended(lambda _: None) as port:
         assert "(no answer in time)" in await problem_of(f"redis://127.0.0.1:{port}")
         said = await problem_of(f"rediss://127.0.0.1:{port}")
         assert "(no answer in time; does it speak TLS at this port?)" in said
-    monkeypatch.setattr(places, "ANSWER_S", 10.0)
-    monkeypatch.setattr(places, "CONNECT_S", 10.0)
+    monkeypatch.setattr(store_node, "ANSWER_S", 10.0)
+    monkeypatch.setattr(store_node, "CONNECT_S", 10.0)
     with pretended(lambda _: b"-ERR what is this?\r\n") as port:
         assert "does not speak TLS at this port; use redis://" in await problem_of(f"rediss://127.0.0.1:{port}")
 
@@ -761,7 +763,7 @@ async def test_a_worker_that_is_stopped_while_redis_is_away_ends_after_its_grace
 async def test_a_cold_stop_does_not_wait_for_a_redis_that_does_not_answer(
     fleet: Fleet, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(places, "ANSWER_S", 3600.0)
+    monkeypatch.setattr(store_node, "ANSWER_S", 3600.0)
     monkeypatch.setattr("rq_ceylon.worker.loop.LAST_WORD_S", 0.2)
     server = fleet.start("appendonly yes")
     async with at_work(server.url, said, grace_s=3600) as (worker, _):

@@ -17,7 +17,7 @@ from rq_ceylon.client import Client
 from rq_ceylon.errors import InvalidInputError, RedisError
 from rq_ceylon.settings import Settings, check_url, masked, place_of, resolve, server_folder, socket_path, socket_url
 from rq_ceylon.store.keys import Keys
-from rq_ceylon.store.places import client_of
+from rq_ceylon.store.node import client_of
 
 NOWHERE = {"CEYLON_SERVER_DIR": os.devnull}
 

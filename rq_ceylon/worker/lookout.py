@@ -13,7 +13,7 @@ from rq_ceylon.process import own_task
 from rq_ceylon.store import queries
 from rq_ceylon.store.connection import UNHEARD, Connection, heard, subscribed
 from rq_ceylon.store.keys import Keys
-from rq_ceylon.store.places import heed_cancellation
+from rq_ceylon.store.node import heed_cancellation
 from rq_ceylon.store.scripts import Call
 from rq_ceylon.store.trouble import complain
 from rq_ceylon.worker.executor import Executor

@@ -1,0 +1,194 @@
+"""The nodes of a cluster: each call goes to the owner of its slot, and follows a slot that moves."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import redis
+import redis.asyncio
+from redis.crc import key_slot
+
+from rq_ceylon.process import own_task
+from rq_ceylon.settings import Address, Place, shown_address
+from rq_ceylon.store.node import Node
+from rq_ceylon.store.scripts import Call
+from rq_ceylon.store.trouble import LOST, is_demotion, text_of
+
+REDIRECTS = 5
+"""How often a call follows a slot that moves, before its sender is told to try again."""
+
+
+def _leader(calls: Sequence[Call], position: int) -> int:
+    """Which call this one follows: the last ahead of it that follows none."""
+    return next(i for i in range(position - 1, -1, -1) if not calls[i].follows)
+
+
+class Cluster:
+    """
+    The primaries of a cluster. A call goes to the node that owns the slot of its first key, all nodes at the same time.
+
+    The map of slots is asked for anew by the calls of a node that broke, or is no primary any more; the calls of other
+    nodes do not wait for it.
+    """
+
+    def __init__(self, place: Place, answer_s: float | None = None) -> None:
+        self._place, self._answer_s = place, answer_s
+        self._owners: dict[int, Address] = {}
+        self._doubtful: set[Address] = set()
+        self._asking = asyncio.Lock()
+        self._nodes: dict[Address, Node] = {}
+        self._bells: dict[str, Node] = {}
+        self._waiting: dict[str, asyncio.Task[bool]] = {}
+
+    def node_of(self, key: str) -> str:
+        return f"Redis at {shown_address(self._owner(key))}" if self._owners else "Redis"
+
+    async def send(self, calls: Sequence[Call]) -> list[Any]:
+        replies: list[Any] = [None] * len(calls)
+        left: dict[int, Address | None] = dict.fromkeys(range(len(calls)))  # and where a call was told to ask
+        overtaking: set[int] = set()  # to be sent again once all else was answered
+        for _ in range(REDIRECTS):
+            try:
+                await self._know_owners([calls[i].keys[0] for i in left])
+            except (*LOST, redis.RedisError) as error:
+                for i in left:
+                    replies[i] = error
+                return replies
+            groups: dict[tuple[Address, bool], list[int]] = {}
+            for i, told in left.items():
+                groups.setdefault((told or self._owner(calls[i].keys[0]), told is not None), []).append(i)
+            for some in groups.values():
+                overtaking |= {i for i in some if calls[i].follows and _leader(calls, i) in left.keys() - some}
+            sent = [self._send_to(to, [calls[i] for i in some], asking) for (to, asking), some in groups.items()]
+            answers = await asyncio.gather(*map(own_task, sent))
+            left = {}
+            for some, got in zip(groups.values(), answers, strict=True):
+                for i, reply in zip(some, got, strict=True):
+                    replies[i] = reply
+                    if isinstance(reply, redis.exceptions.AskError):  # MOVED is one too
+                        left[i] = self._redirected(reply)
+            if left:
+                overtaking |= {i for i, call in enumerate(calls) if call.follows and i > min(left)}
+            elif overtaking:
+                left, overtaking = dict.fromkeys(sorted(overtaking)), set()
+            else:
+                return replies
+        for i in left:
+            replies[i] = redis.exceptions.TryAgainError(text_of(replies[i]), status_code="TRYAGAIN")
+        return replies
+
+    async def _send_to(self, address: Address, calls: Sequence[Call], asking: bool) -> list[Any]:
+        replies = await self._node(address).send(calls, asking=asking)
+        if any(_is_out_of_date(reply) for reply in replies):
+            self._doubtful.add(address)
+        return replies
+
+    def _redirected(self, error: redis.exceptions.AskError) -> Address | None:
+        address = (error.host or self._place.addresses[0][0], error.port)
+        if not isinstance(error, redis.exceptions.MovedError):
+            return address
+        self._owners[error.slot_id] = address
+        return None
+
+    def _owner(self, key: str) -> Address:
+        # A slot that nobody owns: any node answers with the error to tell.
+        return self._owners.get(key_slot(key.encode())) or next(iter(self._owners.values()))
+
+    def _node(self, address: Address) -> Node:
+        if address not in self._nodes:
+            self._nodes[address] = Node(self._place.server_url(address), self._answer_s)
+        return self._nodes[address]
+
+    async def _know_owners(self, keys: Sequence[str]) -> None:
+        """Ask for the map of slots, where it is not known or the owners of these keys are in doubt."""
+        if self._are_known(keys):
+            return
+        async with self._asking:
+            if self._are_known(keys):
+                return
+            known = list(set(self._owners.values()))
+            candidates = dict.fromkeys([*random.sample(known, len(known)), *self._place.addresses])
+            lost: BaseException | None = None
+            for address in sorted(candidates, key=self._doubtful.__contains__):
+                try:
+                    ranges = await self._node(address).command("CLUSTER", "SLOTS")
+                except LOST as error:
+                    lost = error
+                    continue
+                owners = {
+                    slot: (host or address[0], int(port))
+                    for start, end, (host, port, *_), *_ in ranges
+                    for slot in range(int(start), int(end) + 1)
+                }
+                if owners:
+                    self._owners = owners
+                    self._doubtful.clear()
+                    return
+                lost = redis.exceptions.ClusterDownError("Hash slot not served", status_code="CLUSTERDOWN")
+            assert lost is not None
+            raise lost
+
+    def _are_known(self, keys: Sequence[str]) -> bool:
+        return bool(self._owners) and not any(self._owner(key) in self._doubtful for key in keys)
+
+    async def pop(self, keys: Sequence[str], timeout_s: float) -> bool:
+        """
+        One blocking read per key, as no command may touch two slots; each has a connection of its own. Those that have
+        not ended when one has go on until the next `pop`: to break one off could lose its token.
+        """
+        until = time.monotonic() + timeout_s
+        while (left := until - time.monotonic()) > 0:
+            await self._know_owners(keys)
+            for key in keys:
+                if key not in self._waiting:
+                    # Redis takes 0 for ever.
+                    self._waiting[key] = own_task(self._pop_one(key, max(left, 0.01)), name=f"bell {key}")
+            await asyncio.wait([self._waiting[key] for key in keys], timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            ended = [self._waiting.pop(key) for key in keys if self._waiting[key].done()]
+            for error in [task.exception() for task in ended]:
+                if error is not None:
+                    raise error
+            if any(task.result() for task in ended):
+                return True
+        return False
+
+    async def _pop_one(self, key: str, timeout_s: float) -> bool:
+        address = self._owner(key)
+        url = self._place.server_url(address)
+        node = self._bells.get(key)
+        if node is None or node.url != url:
+            if node is not None:
+                await node.close()
+            node = self._bells[key] = Node(url)
+        try:
+            return await node.command("BLPOP", key, timeout_s) is not None
+        except redis.exceptions.AskError as error:
+            if self._redirected(error) is not None:  # on its way, and empty: come back later
+                await asyncio.sleep(timeout_s)
+            return False
+        except (*LOST, redis.RedisError) as error:
+            if _is_out_of_date(error):
+                self._doubtful.add(address)
+            raise
+
+    async def nodes(self) -> list[Node]:
+        await self._know_owners([])
+        return [self._node(address) for address in sorted(set(self._owners.values()))]
+
+    async def close(self) -> None:
+        for task in self._waiting.values():
+            task.cancel()
+        await asyncio.gather(*self._waiting.values(), return_exceptions=True)
+        for node in (*self._nodes.values(), *self._bells.values()):
+            await node.close()
+
+
+def _is_out_of_date(reply: Any) -> bool:
+    """Whether an answer means that the map of slots may not hold any more."""
+    return isinstance(reply, (*LOST, redis.exceptions.ClusterDownError)) or (
+        isinstance(reply, redis.RedisError) and is_demotion(reply)
+    )
