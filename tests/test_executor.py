@@ -569,6 +569,22 @@ async def test_a_task_whose_turn_does_not_come_is_given_back_and_spends_no_attem
     assert (await first).kind == "completed"
 
 
+async def test_of_many_tasks_that_start_at_once_those_without_a_thread_are_given_back_before_any_ends() -> None:
+    may_end = threading.Event()
+
+    def block() -> None:
+        may_end.wait(10)
+
+    executor = executor_of(block, threads=2)
+    running = [asyncio.create_task(executor.run(assigned(fence=fence))) for fence in range(10)]
+    ended, left = await asyncio.wait(running, timeout=1)
+
+    assert [task.result().reason for task in ended] == [BUSY + "job"] * 8
+    may_end.set()
+    assert [(await task).kind for task in left] == ["completed"] * 2
+    assert executor.shares(["job"]) == {"job": 4}  # as many are free again, and ended in this moment
+
+
 async def test_a_task_for_which_there_is_no_thread_is_given_back_at_once_to_wait_by_its_name() -> None:
     may_end = threading.Event()
 

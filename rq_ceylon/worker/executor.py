@@ -64,6 +64,7 @@ class _Run:
 
     Attributes:
         key: what the worker knows the attempt by, whatever the handler writes into its context.
+        is_expected_at: where it will ask for its place.
         pid: of the process that it began in; its handler may fork others.
         is_over: its outcome is told; what the handler still does counts for nothing.
     """
@@ -73,6 +74,7 @@ class _Run:
         self.key = attempt.context.role, attempt.context.fence
         self.pid = os.getpid()
         self.task: asyncio.Task[None] | None = None
+        self.is_expected_at: Places | None = None
         self.outcome: Outcome | None = None
         self.is_over = False
         self._timer: asyncio.TimerHandle | None = None
@@ -81,6 +83,14 @@ class _Run:
         """Set the one timer of the attempt."""
         self.clear_timer()
         self._timer = asyncio.get_running_loop().call_later(delay_s, then)
+
+    def expect_at(self, places: Places | None) -> None:
+        """Note where the attempt will ask for its place; None once it does, or never will."""
+        if self.is_expected_at is not None:
+            self.is_expected_at.expected -= 1
+        self.is_expected_at = places
+        if places is not None:
+            places.expected += 1
 
     def clear_timer(self) -> None:
         if self._timer is not None:
@@ -157,6 +167,7 @@ class Executor:
             return
         run = _Run(attempt, begun, ended)
         self._running[run.key] = run
+        run.expect_at(places)
         run.task = asyncio.get_running_loop().create_task(self._attempt(run))
         run.task.add_done_callback(partial(self._task_ended, run))
 
@@ -243,6 +254,7 @@ class Executor:
             self._begin(run)
             return await self._surrounded(run, lambda: handler.function(**arguments))
         run.after(PLACE_S, lambda: self._stop(run, "timeout"))
+        run.expect_at(None)  # it asks for its place now, without a pause between
         if handler.kind == "process":
             async with self._children.places:
                 run.after(START_S, lambda: self._stop(run, "timeout"))
@@ -337,6 +349,7 @@ class Executor:
         self._settle(run, self._raised(run, asyncio.CancelledError()))
 
     def _task_ended(self, run: _Run, task: asyncio.Task[None]) -> None:
+        run.expect_at(None)
         if run.is_over:
             self._freed()
         elif run.outcome is not None:  # also if it was cancelled in its last step: what it has done counts

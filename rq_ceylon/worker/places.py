@@ -11,20 +11,24 @@ RECENT_S = 0.1
 
 
 class Places:
-    """A number of places, each of which one attempt holds at a time; they are given in the order of asking."""
+    """
+    A number of places, each of which one attempt holds at a time; they are given in the order of asking.
+
+    Attributes:
+        expected: attempts that were started and have not asked for their place yet. A worker starts many at once,
+            before the first of them asks.
+    """
 
     def __init__(self, count: int) -> None:
-        self.count, self._held, self._waiting = count, 0, 0
+        self.count, self._held, self._waiting, self.expected = count, 0, 0, 0
         self._semaphore = asyncio.Semaphore(count)
-        self._freed: collections.deque[float] = collections.deque(maxlen=count)
+        self._freed: collections.deque[float] = collections.deque()
 
     @property
     def room(self) -> int:
         """For how many more there is a place now or in a moment."""
-        since = time.monotonic() - RECENT_S
-        while self._freed and self._freed[0] < since:
-            self._freed.popleft()
-        return max(0, self.count - self._held - self._waiting + len(self._freed))
+        self._forget_old(time.monotonic())
+        return max(0, self.count - self._held - self._waiting - self.expected + len(self._freed))
 
     async def acquire(self) -> None:
         self._waiting += 1
@@ -36,8 +40,14 @@ class Places:
 
     def release(self) -> None:
         self._held -= 1
-        self._freed.append(time.monotonic())
+        now = time.monotonic()
+        self._forget_old(now)
+        self._freed.append(now)
         self._semaphore.release()
+
+    def _forget_old(self, now: float) -> None:
+        while self._freed and self._freed[0] < now - RECENT_S:
+            self._freed.popleft()
 
     async def __aenter__(self) -> None:
         await self.acquire()
