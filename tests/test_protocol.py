@@ -422,7 +422,7 @@ def test_the_errors_of_a_task_that_failed_are_kept_as_long_as_its_group(bench: B
     assert not bench.redis.exists(errors)
 
 
-def test_a_retry_with_a_delay_is_not_delivered_before_it_is_due(bench: Bench) -> None:
+def test_a_retry_with_a_delay_is_delivered_once_and_not_before_it_is_due(bench: Bench) -> None:
     bench.queued("g")
     delivery = bench.started("w", "g")
     bench.commit("w", delivery, "retry", delay_ms=60_000)
@@ -432,6 +432,8 @@ def test_a_retry_with_a_delay_is_not_delivered_before_it_is_due(bench: Bench) ->
     bench.redis.zadd(delayed, {member: 1})
     (again,) = bench.fetch("w")
     assert (again.tid, again.issue) == ("a", "2")
+    assert not bench.redis.exists(delayed)
+    assert bench.fetch("w") == []
 
 
 # ---- submit ----------------------------------------------------------------------------------------------------------
