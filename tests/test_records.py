@@ -14,9 +14,10 @@ import pytest
 import redis
 from commands import LIMIT_S, Commands, eventually
 
-from rq_ceylon import Ceylon, Client, Goal, TaskGroup
+from rq_ceylon import Ceylon, Client, Counters, Goal, TaskGroup
 from rq_ceylon.errors import RecordError
 from rq_ceylon.monitor import Monitor
+from rq_ceylon.store.codec import settled_of
 from rq_ceylon.store.keys import Keys
 from rq_ceylon.worker.loop import Worker
 
@@ -124,3 +125,18 @@ def test_commands_show_what_they_can_read(commands: Commands, redis_url: str) ->
         ended = commands.run("ceylon", name)
         assert ended.returncode == code, (name, ended.stderr)
         assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("counts", "found"),
+    [
+        ("9,0,0,1,6,2,0,11,3", Counters(9, 0, 0, 1, 6, 2, 0, 11, 3)),
+        ("9,0,0,1,6,2,0,11", Counters(9, 0, 0, 1, 6, 2, 0, 11, 0)),
+        ("9,0,0,1,6,2,0,11,3,77", Counters(9, 0, 0, 1, 6, 2, 0, 11, 3)),
+    ],
+    ids=["all", "settled before a counter was added", "settled by a newer version"],
+)
+def test_a_settled_goal_is_read_whatever_counters_it_keeps(counts: str, found: Counters) -> None:
+    status, settled = settled_of(f"achieved|1|2|commit|{counts}")
+
+    assert (status, settled.by, settled.counters) == ("achieved", "commit", found)

@@ -13,7 +13,7 @@ from rq_ceylon.models import GoalStatus, TaskStatus
 from rq_ceylon.views import COUNTERS, Counters, Settled, TaskResult
 
 COUNTER_NAMES = ("total", *COUNTERS, "attempts", "crashes")
-"""The counters in the order in which a settled goal keeps them."""
+"""The counters in the order in which a settled goal keeps them. A new one comes last, so old goals stay readable."""
 
 
 @contextmanager
@@ -55,7 +55,8 @@ def counters_of(fields: Mapping[str, str]) -> Counters:
 def settled_of(text: str) -> tuple[GoalStatus, Settled]:
     """A settled goal: `status|at ms|event number|by|counters`."""
     status, at, seq, by, counts = text.split("|")
-    counters = Counters(**dict(zip(COUNTER_NAMES, map(int, counts.split(",")), strict=True)))
+    # A goal that settled before a counter was added lacks it, and a newer version's counters come behind those we know.
+    counters = Counters(**dict(zip(COUNTER_NAMES, map(int, counts.split(",")), strict=False)))
     return GoalStatus(status), Settled(at_ms=int(at), seq=int(seq), by=by, counters=counters)
 
 

@@ -99,7 +99,7 @@ end
 local function settle_goal(goal, status, by)
   effects.event_number = effects.event_number or call('LLEN', EVENTS) + 1
   local counts = {}
-  for i = 1, 9 do counts[i] = text(group[NUMBERS[i]]) end
+  for i = 1, COUNTERS do counts[i] = text(group[NUMBERS[i]]) end
   local record = {status, now_text, effects.event_number, by, table.concat(counts, ',')}
   call('HSET', META, 'goal:' .. goal.name, table.concat(record, '|'))
   if status == 'failed' then group.goals_failed = group.goals_failed + 1 end
