@@ -1,5 +1,5 @@
 """
-Everything that touches Redis. Nothing outside this package imports `redis`.
+The only package that talks to Redis. Nothing outside it imports `redis`.
 
-`transitions` is the only writer and `queries` the only reader; both describe calls, `connection` sends them.
+`transitions` describes every write and `queries` makes every read; `connection` sends the calls.
 """

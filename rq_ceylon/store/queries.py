@@ -1,4 +1,4 @@
-"""Every read. Nothing here writes, and nothing reads a whole big key at once."""
+"""Every read. Nothing here writes, and no query reads a whole large key at once, since that would block Redis."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from rq_ceylon.views import GoalView, GroupView, RoleView, TaskResult, TaskView,
 
 SCAN = 500
 RUNNING = "pcs"
-"""States of a claim that is in progress; see lua/group_records.lua."""
+"""States of a claim whose task is in progress; see lua/group_records.lua."""
 
 
 async def server_ms(connection: Connection, keys: Keys) -> int:
-    """The server's clock, epoch ms: the only one that decisions use."""
+    """The server's clock in epoch ms. Decisions use no other clock, because those of different hosts disagree."""
     ((now_s, now_us),) = await connection.run([Call("", (keys.roles,), ("TIME",))])
     return int(now_s) * 1000 + int(now_us) // 1000
 
@@ -32,10 +32,10 @@ async def server_ms(connection: Connection, keys: Keys) -> int:
 # ---- groups ----------------------------------------------------------------------------------------------------------
 async def group(connection: Connection, keys: Keys, gid: str) -> GroupView:
     """
-    A group as it stands.
+    The present state of a group.
 
     Raises:
-        NotFoundError: there is none; it may have been pruned.
+        NotFoundError: there is no such group; it may have been pruned.
     """
     view, _, _ = await look(connection, keys, gid, ())
     return view
@@ -45,15 +45,20 @@ async def look(
     connection: Connection, keys: Keys, gid: str, tids: Sequence[str], *, doubtful: bool = False
 ) -> tuple[GroupView, dict[str, TaskResult], set[str]]:
     """
-    In one round trip: a group as it stands, the results of those of these tasks that have one, and if it is `doubtful`
-    that all of them are there, those that are not, neither open nor ended.
+    Read, in one round trip, a group and the results of those of its tasks `tids` that have ended.
+
+    Args:
+        doubtful: also check whether every one of these tasks exists.
+
+    Returns:
+        the group, the results by task id, and if `doubtful` the ids of tasks that are neither open nor ended.
 
     Raises:
         NotFoundError: there is no such group; it may have been pruned.
     """
     calls = _view_calls(keys, gid)
     if tids:
-        # In this order: a task that ends in between has a result by then. No payload travels.
+        # Results are read last: a task that ends after its HEXISTS has a result by then. HEXISTS transfers no payload.
         calls += [command("HEXISTS", keys.group_part(gid, "tasks"), tid) for tid in (tids if doubtful else ())]
         calls.append(command("HMGET", keys.group_part(gid, "results"), *tids))
     meta, events, *rest = await connection.run(calls)
@@ -70,7 +75,7 @@ async def look(
 
 
 async def views(connection: Connection, keys: Keys, gids: Sequence[str]) -> AsyncIterator[tuple[str, GroupView | None]]:
-    """Groups in the given order; None for those that are gone, or cannot be read, which is said once."""
+    """Groups in the given order; None for a group that is gone or cannot be read. The latter is logged once."""
     for first in range(0, len(gids), 100):
         some = gids[first : first + 100]
         calls = [call for gid in some for call in _view_calls(keys, gid)]
@@ -89,7 +94,7 @@ def _view_calls(keys: Keys, gid: str) -> list[Call]:
 
 
 async def groups(connection: Connection, keys: Keys) -> list[GroupView]:
-    """All groups that the index knows and that are still there, oldest first."""
+    """All groups in the index that still exist, oldest first."""
     gids = await group_ids(connection, keys)
     found = [view async for _, view in views(connection, keys, gids) if view is not None]
     return sorted(found, key=lambda view: (view.created_ms or 0, view.id))
@@ -101,20 +106,20 @@ async def group_ids(connection: Connection, keys: Keys) -> list[str]:
 
 
 async def stored_groups(connection: Connection, keys: Keys) -> AsyncIterator[list[str]]:
-    """All groups that are there, known to the index or not: a look at every key of every node, for once in a while."""
+    """All groups that exist, in the index or not. This scans every key of every node, so it is for rare checks."""
     before, after = f"{keys.prefix}{{g:", "}:meta"
     async for found in connection.keys(f"{before}*{after}", SCAN):
         yield [key.removeprefix(before).removesuffix(after) for key in found]
 
 
 async def depends_on(connection: Connection, keys: Keys, gid: str) -> list[str]:
-    """The groups for which this one still waits."""
+    """The ids of the groups that this one still waits for."""
     (text,) = await connection.run([command("HGET", keys.group_part(gid, "meta"), "depends_on")])
     return (text or "").split()
 
 
 async def due_groups(connection: Connection, keys: Keys, now_ms: int, limit: int) -> list[str]:
-    """At most `limit` groups whose next look is due, from all shards alike."""
+    """About `limit` groups whose next look is due, the same number at most from each shard."""
     share = -(-limit // INDEX_SHARDS)
     replies = await connection.run(
         [command("ZRANGEBYSCORE", keys.index(n), "-inf", now_ms, "LIMIT", 0, share) for n in range(INDEX_SHARDS)]
@@ -129,6 +134,7 @@ def _fields(reply: Any) -> dict[str, str]:
 
 
 def _view(gid: str, meta_reply: Any, events: Any) -> GroupView | None:
+    # The caller let refusals through as replies, so that one broken group does not hide the others.
     if isinstance(events, CeylonError):
         raise events
     with reading(f"group {gid!r}"):
@@ -139,7 +145,7 @@ def _view(gid: str, meta_reply: Any, events: Any) -> GroupView | None:
 def _group_view(gid: str, meta: Mapping[str, str], events: int) -> GroupView:
     undecided = {line.split("|")[0]: int(line.split("|")[3]) for line in meta.get("goals", "").split(";") if line}
     if meta["status"] == GroupStatus.WAITING:
-        undecided = {}  # its deadlines are counted from its start
+        undecided = {}  # its deadlines count from its start
     goals = []
     for spec in decode(meta.get("specs", "[]")):  # see `CompiledGoal.to_json`
         name, settled = spec["name"], None
@@ -168,7 +174,7 @@ def _group_view(gid: str, meta: Mapping[str, str], events: int) -> GroupView:
 
 
 async def events(connection: Connection, keys: Keys, gid: str, start: int) -> list[Event]:
-    """Events of a group from the given number (the first is 1) on; not all of many."""
+    """Events of a group from number `start` on (the first is 1); of many, only the next `SCAN`."""
     first = max(start, 1) - 1
     (lines,) = await connection.run([command("LRANGE", keys.group_part(gid, "events"), first, first + SCAN - 1)])
     with reading(f"an event of group {gid!r}"):
@@ -178,7 +184,7 @@ async def events(connection: Connection, keys: Keys, gid: str, start: int) -> li
 async def new_events(
     connection: Connection, keys: Keys, gid: str, seq: int, last: float = math.inf
 ) -> AsyncIterator[list[Event]]:
-    """Events of a group behind number `seq`, in batches, up to number `last` at least; none of a group that is gone."""
+    """Events of a group after number `seq`, in batches, up to number `last` at least; none if the group is gone."""
     while seq < last and (batch := await events(connection, keys, gid, seq + 1)):
         yield batch
         seq = batch[-1].seq
@@ -187,7 +193,7 @@ async def new_events(
 # ---- tasks -----------------------------------------------------------------------------------------------------------
 async def task(connection: Connection, keys: Keys, gid: str, tid: str) -> TaskView:
     """
-    A task as it stands.
+    The present state of a task.
 
     Raises:
         NotFoundError: there is no such group or task.
@@ -200,7 +206,7 @@ async def task(connection: Connection, keys: Keys, gid: str, tid: str) -> TaskVi
 
 
 async def tasks(connection: Connection, keys: Keys, gid: str) -> AsyncIterator[TaskView]:
-    """All tasks of a group, each once, those still open first; in bounded memory but for their ids."""
+    """All tasks of a group, each once, open ones first. Memory is bounded except for the task ids."""
     seen: set[str] = set()
     for part in ("tasks", "results"):
         async for texts in scan(connection, keys.group_part(gid, part)):
@@ -211,7 +217,7 @@ async def tasks(connection: Connection, keys: Keys, gid: str) -> AsyncIterator[T
 
 
 async def scan(connection: Connection, key: str) -> AsyncIterator[dict[str, str]]:
-    """A hash in steps, in bounded memory. What changes meanwhile may be missed, or come twice."""
+    """Read a hash in steps, in bounded memory. A field that changes meanwhile may be missed or come twice."""
     cursor = "0"
     while True:
         ((cursor, found),) = await connection.run([command("HSCAN", key, cursor, "COUNT", SCAN)])
@@ -222,8 +228,8 @@ async def scan(connection: Connection, key: str) -> AsyncIterator[dict[str, str]
 
 async def some_tasks(connection: Connection, keys: Keys, gid: str, tids: Sequence[str]) -> list[TaskView]:
     """
-    These tasks, in this order; those that the group does not have are left out, and those that cannot be read, which is
-    said once.
+    These tasks, in this order. Tasks that do not exist are left out. So are tasks that cannot be read, which is logged
+    once.
     """
     if not tids:
         return []
@@ -287,7 +293,7 @@ def _ended(gid: str, result: TaskResult) -> TaskView:
 
 
 class _GroupFacts(NamedTuple):
-    """The facts of a group that task views need. `waited_ms`: for other groups; None while it still waits."""
+    """The facts of a group that task views need. `waited_ms`: its wait for other groups; None while it waits."""
 
     closed: bool
     uses: str
@@ -305,7 +311,7 @@ def _group_facts(status: str | None, defaults: str | None, waited: str | None) -
 def _open(gid: str, tid: str, text: str, claim: str | None, needs: int, facts: _GroupFacts) -> TaskView:
     role, _, not_before, _, body = task_parts(text)
     attempt, attempts, crashes, worker, started = 1, 0, 0, "", None
-    # A delay counts from when the group became active.
+    # A delay counts from the time at which the group became active.
     due = None if not_before is None or facts.waited_ms is None else not_before + facts.waited_ms
     running = False
     if claim:
@@ -316,7 +322,7 @@ def _open(gid: str, tid: str, text: str, claim: str | None, needs: int, facts: _
         if running:
             worker, started, due = holder, int(since), None
     uses = decode(body).get("uses") or facts.uses
-    if facts.closed and not running:  # closing a group writes no results of its own
+    if facts.closed and not running:  # a closing group writes no results for tasks that never ran
         result = TaskResult(tid, TaskStatus.CANCELLED, "closed", role, attempts=attempts, crashes=crashes)
         return replace(_ended(gid, result), uses=uses)
     status = TaskStatus.IN_PROGRESS if running else TaskStatus.WAITING if needs else TaskStatus.PENDING
@@ -336,7 +342,7 @@ def _open(gid: str, tid: str, text: str, claim: str | None, needs: int, facts: _
 
 
 async def running(connection: Connection, keys: Keys, gid: str) -> list[TaskView]:
-    """Some of a group's tasks that run now, longest first: all of them unless very many run or are retried."""
+    """Some of a group's running tasks, longest first: all of them unless very many are running or being retried."""
     ((_, found),) = await connection.run([command("HSCAN", keys.group_part(gid, "claims"), "0", "COUNT", SCAN)])
     tids = [tid for tid, claim in _fields(found).items() if claim.split("|", 1)[0] in RUNNING]
     views = [view for view in await some_tasks(connection, keys, gid, tids) if view.status is TaskStatus.IN_PROGRESS]
@@ -357,7 +363,7 @@ async def _with_progress(connection: Connection, keys: Keys, views: list[TaskVie
 
 
 async def results(connection: Connection, keys: Keys, gid: str, tids: Sequence[str]) -> dict[str, TaskResult]:
-    """The results of those of these tasks that have one."""
+    """The results of these tasks, as far as they have ended."""
     if not tids:
         return {}
     (texts,) = await connection.run([command("HMGET", keys.group_part(gid, "results"), *tids)])
@@ -371,7 +377,7 @@ async def count_open(connection: Connection, keys: Keys, gid: str, tids: Iterabl
 
 
 async def needs(connection: Connection, keys: Keys, gid: str, tids: Sequence[str]) -> dict[str, list[str]]:
-    """What those of these tasks need that have not ended; of the others it is no longer known."""
+    """The needs of each of these tasks that is open. A task that has ended no longer stores its needs."""
     (texts,) = await connection.run([command("HMGET", keys.group_part(gid, "tasks"), *tids)])
     with reading(f"a task of group {gid!r}"):
         bodies = {tid: decode(task_parts(text)[-1]) for tid, text in zip(tids, texts, strict=True) if text}
@@ -379,7 +385,7 @@ async def needs(connection: Connection, keys: Keys, gid: str, tids: Sequence[str
 
 
 async def stopping(connection: Connection, keys: Keys, wanted: Mapping[str, Sequence[str]]) -> set[tuple[str, str]]:
-    """Which of these running tasks, `{gid: tids}`, were asked to stop."""
+    """The tasks among these running ones, `{gid: tids}`, that were asked to stop."""
     calls = []
     for gid, tids in wanted.items():
         calls.append(command("HGET", keys.group_part(gid, "meta"), "stop"))
@@ -397,12 +403,12 @@ async def stopping(connection: Connection, keys: Keys, wanted: Mapping[str, Sequ
 
 # ---- workers and roles -----------------------------------------------------------------------------------------------
 async def workers(connection: Connection, keys: Keys) -> list[WorkerView]:
-    """Workers and monitors whose heartbeat is there, by name."""
+    """Workers and monitors that have a heartbeat, by name."""
     return [view for view in (await registered(connection, keys)).values() if view is not None]
 
 
 async def registered(connection: Connection, keys: Keys) -> dict[str, WorkerView | None]:
-    """All names that ever registered and did not say farewell; None where the heartbeat is gone."""
+    """All registered workers and monitors that sent no farewell; None for one without a heartbeat."""
     (names,) = await connection.run([command("SMEMBERS", keys.workers)])
     found = await _heartbeats(connection, keys, sorted(names))
     return {name: None if facts is None else _worker(name, facts) for name, facts in found.items()}
@@ -410,8 +416,8 @@ async def registered(connection: Connection, keys: Keys) -> dict[str, WorkerView
 
 async def _heartbeats(connection: Connection, keys: Keys, names: Sequence[str]) -> dict[str, dict[str, Any] | None]:
     """
-    What the heartbeats of these workers and monitors say: None without one, {} where it cannot be read, which is said
-    once. Such a one lives all the same.
+    The heartbeats of these workers and monitors: None for one that is missing, {} for one that cannot be read, which is
+    logged once. A worker whose heartbeat cannot be read counts as alive, because the key has not expired.
     """
     replies = await connection.run([command("GET", keys.worker(name)) for name in names], refusals=True)
     found: dict[str, dict[str, Any] | None] = {}
@@ -428,7 +434,8 @@ async def _heartbeats(connection: Connection, keys: Keys, names: Sequence[str]) 
 
 
 def _worker(name: str, facts: Mapping[str, Any]) -> WorkerView:
-    # Another version's may lack fields, or mean something else by them: an unknown value is better than no list at all.
+    # The heartbeat of another version may lack fields, or use them in another sense. A list with unknown values is
+    # better than none.
     plain = WorkerView(name)
     known = {one.name: facts[one.name] for one in fields(WorkerView) if one.name in facts and one.name != "name"}
     fit = {field: value for field, value in known.items() if _is_alike(value, getattr(plain, field))}
@@ -439,8 +446,8 @@ def _worker(name: str, facts: Mapping[str, Any]) -> WorkerView:
 
 def _is_alike(value: Any, plain: Any) -> bool:
     """
-    Whether a value of a heartbeat is of the kind that its field holds: text, a number, a list of texts or a mapping of
-    texts to numbers.
+    Whether a heartbeat's value has the kind of its field: text, a number, a list of texts, or a mapping from texts to
+    numbers.
     """
     match plain:
         case bool() | str():
@@ -454,7 +461,7 @@ def _is_alike(value: Any, plain: Any) -> bool:
 
 
 async def low_marks(connection: Connection, keys: Keys, names: Iterable[str], role: str) -> dict[str, int | None]:
-    """Per worker the fence in this role below which it holds nothing; None without a heartbeat."""
+    """For each worker, the fence in this role below which it holds nothing; None without a heartbeat."""
     marks: dict[str, int | None] = {}
     for name, facts in (await _heartbeats(connection, keys, sorted(names))).items():
         mine = facts.get("low_marks") if facts else None
@@ -470,7 +477,7 @@ async def lease_s(connection: Connection, keys: Keys, role: str) -> float:
 
 
 async def waiting_since_ms(connection: Connection, keys: Keys, role: str, task_name: str) -> int | None:
-    """Since when (epoch ms) no worker that knows a name has asked for the tasks that wait for it; None if none wait."""
+    """Since when (epoch ms) no worker that knows this name has asked for its waiting tasks; None if none wait."""
     (since_ms,) = await connection.run([command("HGET", keys.role_part(role, "names"), task_name)])
     return None if since_ms is None else int(since_ms)
 
@@ -481,7 +488,7 @@ async def role_names(connection: Connection, keys: Keys) -> list[str]:
 
 
 async def roles(connection: Connection, keys: Keys) -> list[RoleView]:
-    """All roles ever used, as they stand."""
+    """The present state of all roles that were ever used."""
     names = await role_names(connection, keys)
     calls = []
     for name in names:
@@ -535,12 +542,12 @@ def _number(reply: Any) -> int:
 
 
 def _pending(reply: Any) -> int:
-    # A stream that does not exist yet answers with an error.
+    # A stream that does not exist yet answers with an error; nothing is pending in it.
     return sum(int(_fields(group)["pending"]) for group in reply) if isinstance(reply, list) else 0
 
 
 async def idle_consumers(connection: Connection, keys: Keys, role: str) -> list[tuple[str, int, int]]:
-    """Consumers of a role's streams: name, entries pending, ms since they were last heard of; one row per stream."""
+    """Consumers of a role's streams: name, pending entries, ms since their last command; one row per stream."""
     replies: Iterable[Any] = await connection.run(
         [command("XINFO", "CONSUMERS", keys.role_part(role, stream), "workers") for stream in STREAMS], refusals=True
     )

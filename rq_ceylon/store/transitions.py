@@ -1,8 +1,8 @@
 """
-Every state change as a call to its script, and what the script answers. The only writer.
+Every state change, as a call to its script, and the readers of the replies. No other module writes state.
 
-Nothing here does I/O: a function returns a `Call`, its `…_reply` reads what came back. What each script promises stands
-in the head of its Lua file.
+Nothing here does I/O: a function returns a `Call`, and the matching `…_reply` reads the reply. The head of each Lua
+file states what the script promises.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from rq_ceylon.store.keys import Keys
 from rq_ceylon.store.scripts import Call, command, insist
 
 RELAY_LEASE_MS = 10_000
-"""How long a page of the outbox is left to whoever got it in a reply, before a relay hands it over."""
+"""How long an outbox page is left to the process that received it in a reply, before a relay delivers it."""
 
 UNROUTABLE_MS = 3_600_000
 """How long tasks wait for a worker that knows the name of their function before they fail as unroutable."""
 
+# Redis runs nothing else while a script runs, so no call may be large.
 SUBMIT_TASKS_MAX = 500
 SUBMIT_BYTES_MAX = 4 * 1024 * 1024
 CLAIM_TASKS_MAX = 500
@@ -39,7 +40,10 @@ SCAN_TASKS = 500
 
 
 def in_batches(items: Iterable[T], size: Callable[[T], int], most: int) -> Iterator[list[T]]:
-    """At least one batch, perhaps an empty one; each of at most so many items and, but for a single one, 4 MiB."""
+    """
+    Split items into batches of at most `most` items and 4 MiB. An item larger than that gets a batch of its own. At
+    least one batch is yielded; it is empty if there are no items.
+    """
     batch: list[T] = []
     total = 0
     for item in items:
@@ -74,14 +78,14 @@ class Page:
 
 
 class PageAck(NamedTuple):
-    """A page that has arrived, and the largest entry or due ms that it got in its role."""
+    """A page that has arrived, and its horizon: the largest entry ms or due ms that the page got in its role."""
 
     page: Page
     horizon: str = "0"
 
 
 def deliver(keys: Keys, page: Page) -> Call:
-    """The call that takes a message to its group."""
+    """The call that delivers a message to its group."""
     _, _, outcome, gid = page.text.split("|")
     return met(keys, gid, page.gid, outcome)
 
@@ -102,11 +106,12 @@ def enqueue(
     names: Mapping[tuple[str, str], str] | None = None,
 ) -> Call:
     """
-    Hand pages to their role; at `maxmemory` too, unless told not to insist.
+    Deliver pages to their role.
 
     Args:
-        names: tasks (group, task) that are to wait by the name of their function for a worker that knows it and has
-            room for it, and this name.
+        insist: write at `maxmemory` too.
+        names: tasks (group, task) that must wait outside the streams, each with the name of its function. A worker that
+            knows this name and has room for the task takes it from there.
     """
     args: list[Any] = [int(insist)]
     for page in pages:
@@ -126,15 +131,19 @@ def _with_name(item: str, gid: str, names: Mapping[tuple[str, str], str]) -> str
 def outbox(keys: Keys, gid: str, *, wanted: int = 0, again: bool = False, acks: Sequence[PageAck] = ()) -> Call:
     """
     Args:
-        again: also what was handed out before and is not acknowledged, since the answer that had it may be lost. What
-            is with somebody else arrives twice, which the claim settles.
+        again: also return pages that were handed out before and are not acknowledged, because the reply that carried
+            them may be lost. A page that another process is delivering then arrives twice, which is harmless: the claim
+            decides.
     """
     return Call("outbox", keys.group(gid), [wanted, int(again), RELAY_LEASE_MS, *_acks(acks)])
 
 
 @dataclass(frozen=True, slots=True)
 class OutboxReply:
-    """`status` is None if the group is gone; `next_deadline_ms` is 0 if no goal has one; `more`: call again at once."""
+    """
+    `status` is None if the group is gone, `next_deadline_ms` is 0 if no goal has a deadline, `more`: call again at
+    once.
+    """
 
     status: str | None
     next_deadline_ms: int = 0
@@ -151,8 +160,12 @@ def outbox_reply(gid: str, reply: list[Any]) -> OutboxReply:
 # ---- submit ----------------------------------------------------------------------------------------------------------
 class StagedTask(NamedTuple):
     """
-    A task ready for submission: its id, its text (see `codec.task_text`), the ids it needs, and the text by which the
-    same submission is known again, if that is another.
+    A task ready for submission.
+
+    Attributes:
+        text: the stored task, see `codec.task_text`.
+        needs: ids of the tasks that it needs.
+        known: the text that goes into the digest of its part instead of `text`, if they differ.
     """
 
     tid: str
@@ -168,13 +181,13 @@ class StagedTask(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class GroupFacts:
     """
-    What is stored once for a group.
+    The data that is stored once per group.
 
     Attributes:
-        defaults: what most tasks share, JSON; handed to the worker with every claim.
-        retention_ms: how long the finished group is kept.
+        defaults: JSON values that most tasks share; each claim's reply carries them to the worker.
+        retention_ms: how long the group is kept after it finished.
         depends_on: ids of groups that must complete before this one starts.
-        on_need_failed: what becomes of a task that needs one that did not complete: skip, fail or continue.
+        on_need_failed: what happens to a task if a task that it needs does not complete: skip, fail or continue.
     """
 
     name: str
@@ -231,8 +244,8 @@ def submit(
 @dataclass(frozen=True, slots=True)
 class SubmitReply:
     """
-    `word`: OK, REPEAT, GAP, CLOSED, EXISTS or REFUSED. `detail`: the group's status; for REFUSED what was wrong (goal,
-    duplicate, unknown need), and `name` says with which.
+    `word` is OK, REPEAT, GAP, CLOSED, EXISTS or REFUSED. `detail` is the group's status, or for REFUSED the problem
+    (goal, duplicate, unknown need); `name` is then the goal, task or need at fault.
     """
 
     word: str
@@ -249,20 +262,21 @@ def submit_reply(gid: str, reply: list[Any]) -> SubmitReply:
 
 
 ANNOUNCED_BELOW = 1
-"""A group whose score in the index is smaller was announced, and not looked at since."""
+"""A group with a smaller score in the index was announced, and maintenance has not looked at it since."""
 
 
 def announce(
     keys: Keys, gid: str, roles: Iterable[str], *, durability: Durability = "none", insisting: bool = False
 ) -> list[Call]:
     """
-    Enter a group in the index, due at once, and its roles; to be sent before the group is written, so that
-    maintenance finds whatever follows.
+    Enter a group, due at once, in the index, and its roles in the registry. Send this before the group is written, so
+    that maintenance finds the group even if its client stops in between.
 
     Args:
-        durability: of the entry in the index, which then gets a score of its own below `ANNOUNCED_BELOW` whether or not
-            it is there, since a confirmation waits for a write, and the same score again is none.
-        insisting: at the memory limit too.
+        durability: how the index entry is confirmed. Unless it is `none`, the entry gets a new random score below
+            `ANNOUNCED_BELOW` even if it exists: a confirmation waits for a write, and setting the same score again
+            writes nothing.
+        insisting: write at the memory limit too.
     """
     write = insist if insisting else command
     due = ("NX", 0) if durability == "none" else (f"{random.random():.9f}",)
@@ -275,7 +289,7 @@ def announce(
 
 # ---- claim, commit ---------------------------------------------------------------------------------------------------
 class Delivery(NamedTuple):
-    """One entry as `fetch` gave it, with the fence that names this delivery."""
+    """One entry as `fetch` delivered it, with the fence of this delivery."""
 
     role: str
     entry: str
@@ -290,13 +304,13 @@ class Delivery(NamedTuple):
 Verdict = Literal["GRANTED", "DONE", "GONE", "DUPLICATE", "LOST", "OUTDATED", "NOTREADY", "CLOSED", "PARKED", "LATER"]
 
 SUSPECT_CRASHES = 2
-"""A task whose worker died under it so often starts only where no other such task runs."""
+"""A task that crashed this often is a suspect: a worker runs only one at a time."""
 
 
 class Claimed(NamedTuple):
     """
-    The answer for one delivery. `attempt` to `task`, the stored text, are set if it is GRANTED; `reason` and `words`,
-    why the task ended, if it is DONE by this very claim: it will never run, and no other worker is told.
+    The answer for one delivery. GRANTED sets `attempt` to `task`, the stored text. DONE sets `reason` and `words` (why
+    the task ended) if this very claim ended it: the task will never run, and no other worker is told.
     """
 
     verdict: Verdict
@@ -310,7 +324,7 @@ class Claimed(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ClaimReply:
-    """`defaults` is the group's JSON; `stop`: what runs of this group should be stopped."""
+    """`defaults` is the group's JSON; `stop`: running tasks of this group must be stopped."""
 
     answers: Sequence[Claimed]
     defaults: str = ""
@@ -320,7 +334,7 @@ class ClaimReply:
 def claim(keys: Keys, gid: str, worker: str, deliveries: Sequence[Delivery], *, suspect: bool = True) -> Call:
     """
     Args:
-        suspect: whether a suspect may start; see `SUSPECT_CRASHES`.
+        suspect: whether a suspect may be granted; see `SUSPECT_CRASHES`.
     """
     asked = (f"{d.tid} {d.issue} {d.lineage} {d.fence} {d.supersedes}" for d in deliveries)
     return Call("claim", keys.group(gid), [worker, int(suspect), *asked])
@@ -341,8 +355,8 @@ def claim_reply(reply: list[Any], asked: int) -> ClaimReply:
 
 class Committed(NamedTuple):
     """
-    The outcome of one delivery, to be recorded. `kind`: completed, failed, retry, release, stopped, or stopping: not an
-    end yet, but its worker was told to stop, so that losing it now is no crash.
+    The outcome of one delivery, to be recorded. `kind` is completed, failed, retry, release, stopped or stopping. The
+    last one ends nothing: it records that the worker was told to stop, so that losing this worker is no crash.
     """
 
     tid: str
@@ -372,8 +386,8 @@ def commit(
 ) -> Call:
     """
     Args:
-        relay_lease_ms: how long the pages in the reply are left to the caller, which hands them over; if not given, as
-            long as a page of any other reply.
+        relay_lease_ms: how long the pages in the reply are left to the caller, which delivers them; None:
+            `RELAY_LEASE_MS`, as for every other reply.
     """
     args: list[Any] = [worker, RELAY_LEASE_MS if relay_lease_ms is None else relay_lease_ms, *_acks(acks)]
     for o in outcomes:
@@ -389,7 +403,7 @@ def commit_reply(gid: str, reply: list[Any], asked: int) -> CommitReply:
 
 # ---- fetch, renew, release -------------------------------------------------------------------------------------------
 class Ack(NamedTuple):
-    """An entry that is done with: how, and for statistics how long its task ran and had waited."""
+    """An entry to acknowledge and its outcome; for statistics, how long its task ran and how long it had waited."""
 
     entry: str
     outcome: str
@@ -410,9 +424,10 @@ def fetch(
 ) -> Call:
     """
     Args:
-        budget: entries wanted; 0 to acknowledge only.
-        recover: entries that this worker holds; given after a `fetch` that was not answered, None otherwise.
-        names: those that tasks wait for, as a reply told, and that this worker knows; for each, how many it takes.
+        budget: how many entries to deliver at most; 0 only acknowledges.
+        recover: the entries that this worker holds, if the previous `fetch` got no answer: pending entries that are not
+            among them are delivered again. None otherwise.
+        names: names that tasks wait for (a reply told them) and that this worker knows; for each, how many it takes.
     """
     args: list[Any] = [worker, budget, lease_ms, "read" if recover is None else "recover", UNROUTABLE_MS]
     known = [f"{count} {name}" for name, count in (names or {}).items()]
@@ -435,8 +450,8 @@ def fetch(
 class FetchReply:
     """
     Attributes:
-        lease_ms: the lease in force, which is the role's.
-        next_due_ms: until the next delayed entry is due; None if there is none.
+        lease_ms: the lease in force, which is a property of the role.
+        next_due_ms: milliseconds until the next delayed entry is due; None if there is none.
         names: some of the names by which tasks wait for a worker that knows them and has room for them.
     """
 
@@ -460,27 +475,28 @@ def fetch_reply(role: str, reply: list[Any]) -> FetchReply:
 
 def renew(keys: Keys, role: str, worker: str, entries: Sequence[str] = (), *, lease_ms: int) -> Call:
     """
-    Renew the leases of entries, and keep the role's clock; without entries the clock alone. Answers the lease in force
-    (ms), then per entry MINE, OTHER or ABSENT.
+    Renew the leases of entries and keep the role's clock; without entries, keep only the clock. The reply is the lease
+    in force (ms), then MINE, OTHER or ABSENT per entry.
 
     Args:
-        lease_ms: the lease to ask for where the role has none in force.
+        lease_ms: the lease to set if the role has none in force.
     """
     return Call("renew", keys.role(role), [worker, lease_ms, *entries])
 
 
 def release(keys: Keys, role: str, worker: str, entries: Sequence[str], *, leaving: bool = False) -> Call:
     """
-    Give back entries that were not started. The first time they go before all that waits; if they are given back once
-    more, and not because their worker is `leaving`, they wait at the end of their priority.
+    Give back entries that were not started. The first time, an entry goes to the front of the role. If it is given back
+    again, and its worker is not `leaving`, it goes to the end of its priority: at the front it would go back and forth
+    between full workers.
     """
     return Call("release", keys.role(role), [worker, "leaving" if leaving else "room", *entries])
 
 
 def release_all(keys: Keys, role: str, worker: str) -> Call:
     """
-    Give back all that a worker holds in a role, and remove its consumer: it has left, or its process is dead. Answers
-    how many were given back, and '1' if it must be called again.
+    Give back every entry that a worker holds in a role, and remove its consumer. Use it only if the worker has left or
+    its process is dead. The reply is how many entries were given back, and '1' if it must be called again.
     """
     return Call("release", keys.role(role), [worker, "*"])
 
@@ -491,7 +507,7 @@ def judge(keys: Keys, gid: str, *, goal: str = "", verdict: Literal["achieved", 
 
 
 def foresee(keys: Keys, gid: str, facts: GroupFacts, total: int) -> Call:
-    """Judge the goals of a group of so many tasks that does not exist yet: `OK`, or `REFUSED` and a goal."""
+    """Judge the goals of a group before it exists, given its number of tasks. Replies `OK`, or `REFUSED` and a goal."""
     return Call("foresee", keys.group(gid), [total, facts.programs()])
 
 
@@ -516,7 +532,7 @@ def resume_group(keys: Keys, gid: str) -> Call:
 
 
 def pause_role(keys: Keys, role: str) -> list[Call]:
-    """Deliver nothing of a role; what is delivered goes on."""
+    """Pause a role: no entry is delivered, and tasks that were delivered go on."""
     return [command("HSET", keys.role_part(role, "meta"), "paused", "1")]
 
 
@@ -526,11 +542,14 @@ def resume_role(keys: Keys, role: str) -> list[Call]:
 
 
 LEASE_SETTLES_MS = 30_000
-"""Every lease thread has renewed within this time, whatever lease it knew, and knows the role's new one since."""
+"""Within this time every lease thread renews, whatever lease it knew before, and so learns the role's new lease."""
 
 
 def set_lease(keys: Keys, role: str, lease_ms: int, now_ms: int) -> Call:
-    """Put another lease in force in a role. Nothing is reclaimed until its workers have heard of it."""
+    """
+    Set a new lease for a role. Nothing is reclaimed until its workers have heard of it, since they may still renew too
+    late for a shorter one.
+    """
     pause_until = now_ms + max(lease_ms, LEASE_SETTLES_MS)
     return command("HSET", keys.role_part(role, "meta"), "lease", lease_ms, "pause_until", pause_until)
 
@@ -541,26 +560,26 @@ def prune(keys: Keys, gid: str, *, staging_ms: int) -> Call:
 
 def repair(keys: Keys, gid: str, counters: Mapping[str, tuple[int, int]], ended: Sequence[str]) -> Call:
     """
-    Set counters from what they are to what they should be, and remove what is left of tasks that have ended; nothing,
-    unless all are still what they are.
+    Set counters from their found to their expected values, and remove leftovers of tasks that have ended. If any
+    counter no longer has its found value, nothing is changed.
     """
     values = (word for name, (found, expected) in counters.items() for word in (name, found, expected))
     return Call("control", keys.group(gid), ["repair", len(counters), *values, *ended])
 
 
 def look_again(keys: Keys, gid: str, at_ms: int) -> Call:
-    """Enter the time of the next look at a group; never later than its next deadline."""
+    """Set the time of the next look at a group, which must not be later than its next deadline."""
     return insist("ZADD", keys.index_of(gid), "XX", at_ms, gid)
 
 
 def take_thorough(keys: Keys, now_ms: int, ttl_ms: int) -> Call:
-    """Take the turn to look at all keys; refused with None to all others until `ttl_ms` have passed."""
-    # `insist` would take the TTL from it where it is refused.
+    """Claim the look at all keys for one process. Until `ttl_ms` have passed, Redis refuses all others with None."""
+    # Not by `insist`: it would remove the TTL of the key even if SET NX is refused.
     return command("SET", keys.thorough, now_ms, "NX", "PX", ttl_ms)
 
 
 def restore(keys: Keys, gid: str) -> Call:
-    """Enter a group that the index has lost, due at once. Answers 1, or 0 if it was there."""
+    """Enter a group that the index has lost, due at once. The reply is 1, or 0 if the group was in the index."""
     return insist("ZADD", keys.index_of(gid), "NX", 0, gid)
 
 
@@ -570,20 +589,25 @@ def drop_from_index(keys: Keys, gid: str) -> Call:
 
 # ---- groups on groups ------------------------------------------------------------------------------------------------
 def register(keys: Keys, gid: str, dependent: str) -> Call:
-    """Ask a group to tell another one how it finished. Answers its status and, if it is finished, its outcome."""
+    """Ask a group to tell `dependent` how it finished. The reply is its status and, if it is finished, its outcome."""
     return Call("depend", keys.group(gid), ["register", dependent])
 
 
 def met(keys: Keys, gid: str, other: str, outcome: str) -> Call:
-    """Tell a group that one on which it depends has finished."""
+    """Tell a group that another group on which it depends has finished."""
     return Call("depend", keys.group(gid), ["met", other, outcome])
 
 
 # ---- reissue ---------------------------------------------------------------------------------------------------------
 class Look(NamedTuple):
     """
-    What reissue must know of a group: how many pages its outbox holds, the number of the last one, open tasks that are
-    not waiting, and per role the horizon: the largest entry or due ms that a page got there.
+    The state of a group that reissue needs.
+
+    Attributes:
+        in_outbox: how many pages the outbox holds.
+        pages: the number of the last page.
+        open: how many tasks are pending or in progress.
+        horizons: the horizon of each role: the largest entry ms or due ms that a page got there.
     """
 
     status: str
@@ -607,15 +631,15 @@ def look_reply(reply: list[Any]) -> Look | None:
 def probe(keys: Keys, role: str, gid: str, horizon: str, begin: str = "") -> Call:
     """
     Args:
-        begin: where the last reply said to begin, '' at the first call.
+        begin: where to begin, as the last reply said; '' at the first call.
     """
     return Call("probe", keys.role(role), [gid, horizon, PROBE_ENTRIES, begin])
 
 
 class Probed(NamedTuple):
     """
-    `word`: BUSY; MORE, to be asked again from `begin` on; CLEAR; DUE, which says nothing of what is to come. `tids`:
-    the group's tasks that the role shows.
+    `word` is BUSY, MORE (ask again from `begin`), CLEAR, or DUE (tells only of entries that are due by now). `tids` are
+    the tasks of the group that the role can still deliver.
     """
 
     word: Literal["BUSY", "MORE", "CLEAR", "DUE"]
@@ -631,7 +655,7 @@ def probe_reply(reply: list[Any]) -> Probed:
 def scan(keys: Keys, gid: str, role: str, pages: int, cursor: str, answer: Iterable[str]) -> Call:
     """
     Args:
-        answer: CLEAR or DUE, as `probe` answered, and the tasks it showed.
+        answer: the answer of `probe`, CLEAR or DUE, followed by the tasks that it showed.
     """
     return Call("reissue", keys.group(gid), ["scan", role, pages, cursor, SCAN_TASKS, *answer])
 
@@ -642,7 +666,10 @@ def orphans(keys: Keys, gid: str, lost: Iterable[tuple[str, str]]) -> Call:
 
 # ---- registry --------------------------------------------------------------------------------------------------------
 def heartbeat(keys: Keys, name: str, facts: Mapping[str, Any], *, ttl_ms: int, roles: Sequence[str] = ()) -> list[Call]:
-    """Say that a worker or monitor lives. `facts` are the fields of `models.WorkerView`, the name excepted."""
+    """
+    Show that a worker or monitor lives. `facts` are the fields of `views.WorkerView` without the name, and what only
+    other reads use: `progress` and `low_marks`.
+    """
     calls = [
         insist("SET", keys.worker(name), encode(facts), "PX", ttl_ms),
         insist("SADD", keys.workers, name),
@@ -657,19 +684,19 @@ def farewell(keys: Keys, name: str) -> list[Call]:
 
 
 def postpone_overdue(keys: Keys, role: str, name: str, now_ms: int) -> Call:
-    """Count anew since when no worker that knows a name has asked for the tasks that wait for it."""
+    """Restart the wait for a name: since `now_ms`, no worker that knows it has asked for the tasks that wait for it."""
     return command("HSET", keys.role_part(role, "names"), name, now_ms)
 
 
 SAMPLES_KEPT = 24 * 60
-"""Minutes."""
+"""In minutes."""
 
 
 def sample(keys: Keys, role: str, minute: int, facts: bytes, *, previous: int | None) -> list[Call]:
     """
-    Keep one sample of a role's totals (field: epoch minute), and drop what has left the retention since the `previous`
-    sample of this process. The whole key goes after a day without samples, so its first sample (`previous` None) finds
-    nothing older than two days.
+    Store one sample of a role's totals (its field is the epoch minute), and remove the samples that left the retention
+    since the `previous` sample of this process. The whole key expires after a day without samples, so the first sample
+    of a process (`previous` None) finds none older than two days.
     """
     key = keys.role_part(role, "samples")
     before = minute - SAMPLES_KEPT if previous is None else previous
