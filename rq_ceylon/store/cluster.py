@@ -1,4 +1,4 @@
-"""The nodes of a cluster: each call goes to the owner of its slot, and follows a slot that moves."""
+"""The nodes of a cluster. Each call goes to the owner of its slot, and follows a slot that moves."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ from rq_ceylon.store.scripts import Call
 from rq_ceylon.store.trouble import LOST, is_demotion, text_of
 
 REDIRECTS = 5
-"""How often a call follows a slot that moves, before its sender is told to try again."""
+"""How often a call follows a moving slot before its sender is told to try again."""
 
 
 def _leader(calls: Sequence[Call], position: int) -> int:
-    """Which call this one follows: the last ahead of it that follows none."""
+    """The index of the call that this one follows: the nearest earlier call with `follows=False`."""
     return next(i for i in range(position - 1, -1, -1) if not calls[i].follows)
 
 
 class Cluster:
     """
-    The primaries of a cluster. A call goes to the node that owns the slot of its first key, all nodes at the same time.
+    The primaries of a cluster. A call goes to the node that owns the slot of its first key; all nodes are sent their
+    calls at the same time.
 
-    The map of slots is asked for anew by the calls of a node that broke, or is no primary any more; the calls of other
-    nodes do not wait for it.
+    If a node breaks, or is no longer a primary, the calls to it ask for the map of slots again. Calls to other nodes do
+    not wait for that.
     """
 
     def __init__(self, place: Place, answer_s: float | None = None) -> None:
@@ -49,8 +50,9 @@ class Cluster:
 
     async def send(self, calls: Sequence[Call]) -> list[Any]:
         replies: list[Any] = [None] * len(calls)
-        left: dict[int, Address | None] = dict.fromkeys(range(len(calls)))  # and where a call was told to ask
-        overtaking: set[int] = set()  # to be sent again once all else was answered
+        # The calls to send next, each with the node that ASK named for it, or None.
+        left: dict[int, Address | None] = dict.fromkeys(range(len(calls)))
+        overtaking: set[int] = set()  # to be sent again once all other calls are answered
         for _ in range(REDIRECTS):
             try:
                 await self._know_owners([calls[i].keys[0] for i in left])
@@ -62,6 +64,7 @@ class Cluster:
             for i, told in left.items():
                 groups.setdefault((told or self._owner(calls[i].keys[0]), told is not None), []).append(i)
             for some in groups.values():
+                # The call that it follows goes to another node at the same time, so this one may run first.
                 overtaking |= {i for i in some if calls[i].follows and _leader(calls, i) in left.keys() - some}
             sent = [self._send_to(to, [calls[i] for i in some], asking) for (to, asking), some in groups.items()]
             answers = await asyncio.gather(*map(own_task, sent))
@@ -69,15 +72,17 @@ class Cluster:
             for some, got in zip(groups.values(), answers, strict=True):
                 for i, reply in zip(some, got, strict=True):
                     replies[i] = reply
-                    if isinstance(reply, redis.exceptions.AskError):  # MOVED is one too
+                    if isinstance(reply, redis.exceptions.AskError):  # MovedError is a subclass
                         left[i] = self._redirected(reply)
             if left:
+                # A call ahead was redirected and has not run yet, so these run again after it.
                 overtaking |= {i for i, call in enumerate(calls) if call.follows and i > min(left)}
             elif overtaking:
                 left, overtaking = dict.fromkeys(sorted(overtaking)), set()
             else:
                 return replies
         for i in left:
+            # The sender takes this for a lost connection, and tries again.
             replies[i] = redis.exceptions.TryAgainError(text_of(replies[i]), status_code="TRYAGAIN")
         return replies
 
@@ -95,7 +100,7 @@ class Cluster:
         return None
 
     def _owner(self, key: str) -> Address:
-        # A slot that nobody owns: any node answers with the error to tell.
+        # Any node serves for a slot without an owner: its error tells the reason.
         return self._owners.get(key_slot(key.encode())) or next(iter(self._owners.values()))
 
     def _node(self, address: Address) -> Node:
@@ -104,7 +109,7 @@ class Cluster:
         return self._nodes[address]
 
     async def _know_owners(self, keys: Sequence[str]) -> None:
-        """Ask for the map of slots, where it is not known or the owners of these keys are in doubt."""
+        """Ask for the map of slots if it is unknown, or if the owner of one of these keys is in doubt."""
         if self._are_known(keys):
             return
         async with self._asking:
@@ -113,6 +118,7 @@ class Cluster:
             known = list(set(self._owners.values()))
             candidates = dict.fromkeys([*random.sample(known, len(known)), *self._place.addresses])
             lost: BaseException | None = None
+            # Ask the doubtful nodes last: a broken one may cost a timeout.
             for address in sorted(candidates, key=self._doubtful.__contains__):
                 try:
                     ranges = await self._node(address).command("CLUSTER", "SLOTS")
@@ -137,15 +143,16 @@ class Cluster:
 
     async def pop(self, keys: Sequence[str], timeout_s: float) -> bool:
         """
-        One blocking read per key, as no command may touch two slots; each has a connection of its own. Those that have
-        not ended when one has go on until the next `pop`: to break one off could lose its token.
+        Wait for a token in any of these lists, by one blocking read per key, since no command may touch two slots. Each
+        read has a connection of its own. When one read ends, the others go on until the next `pop`: to break one off
+        could lose its token.
         """
         until = time.monotonic() + timeout_s
         while (left := until - time.monotonic()) > 0:
             await self._know_owners(keys)
             for key in keys:
                 if key not in self._waiting:
-                    # Redis takes 0 for ever.
+                    # For Redis, 0 means to wait forever.
                     self._waiting[key] = own_task(self._pop_one(key, max(left, 0.01)), name=f"bell {key}")
             await asyncio.wait([self._waiting[key] for key in keys], timeout=left, return_when=asyncio.FIRST_COMPLETED)
             ended = [self._waiting.pop(key) for key in keys if self._waiting[key].done()]
@@ -167,7 +174,7 @@ class Cluster:
         try:
             return await node.command("BLPOP", key, timeout_s) is not None
         except redis.exceptions.AskError as error:
-            if self._redirected(error) is not None:  # on its way, and empty: come back later
+            if self._redirected(error) is not None:  # the slot is moving and the list is empty: try again later
                 await asyncio.sleep(timeout_s)
             return False
         except (*LOST, redis.RedisError) as error:
@@ -188,7 +195,7 @@ class Cluster:
 
 
 def _is_out_of_date(reply: Any) -> bool:
-    """Whether an answer means that the map of slots may not hold any more."""
+    """Whether this reply means that the map of slots may be out of date."""
     return isinstance(reply, (*LOST, redis.exceptions.ClusterDownError)) or (
         isinstance(reply, redis.RedisError) and is_demotion(reply)
     )

@@ -24,19 +24,19 @@ from rq_ceylon.store.trouble import LOST, classified, unfit, warn_once
 T = TypeVar("T")
 
 LOADING_S = 0.5
-"""Between two looks at a server that still loads its data."""
+"""Pause between two checks of a server that is still loading its data."""
 
 PAUSE_S, PAUSE_MAX_S = 0.1, 5.0
-"""Between two tries of a process that waits for Redis at its start: the first pause, which doubles, and the longest."""
+"""Pauses of a process that waits for Redis at its start: the first one, which doubles each time, and the longest."""
 
 
 async def until_answered(url: str, send: Callable[[], Awaitable[T]], give_up_after: float | None) -> T:
     """
-    Do what is safe to repeat again, with a growing, jittered pause, until Redis has answered.
+    Repeat `send`, which must be safe to repeat, with a growing, jittered pause until Redis has answered.
 
     Args:
-        give_up_after: seconds until ConnectionLostError is raised, whatever is waited for meanwhile: an answer, a new
-            connection, or the calls of others ahead on the same connection. None never gives up.
+        give_up_after: seconds until ConnectionLostError is raised. They include every wait: for an answer, for a new
+            connection, and for earlier calls on the same connection. None never gives up.
     """
     pause, lost = 0.02, None
     try:
@@ -54,11 +54,11 @@ async def until_answered(url: str, send: Callable[[], Awaitable[T]], give_up_aft
 
 async def until_reached(begin: Callable[[], Awaitable[T]], stopped: asyncio.Event) -> T | None:
     """
-    Begin the work of a process that outlives an absence of Redis: wait for a server that is not reachable yet, and say
-    so once.
+    Start the work of a process that survives an outage of Redis. While no server is reachable, wait for one and log
+    that once.
 
     Args:
-        begin: safe to repeat.
+        begin: starts the work; must be safe to repeat.
         stopped: ends the waiting; then None is returned.
 
     Raises:
@@ -92,29 +92,32 @@ async def until_reached(begin: Callable[[], Awaitable[T]], stopped: asyncio.Even
 
 
 class Connection:
-    """One connection to Redis or to each cluster node. A call blocks until its node answered the previous one."""
+    """One connection to Redis, or one to each cluster node. A call blocks until its node answered the previous one."""
 
     def __init__(self, url: str, *, answer_s: float | None = None) -> None:
         """
         Args:
-            answer_s: how long one answer may take, and one step of connecting; None: 10 s.
+            answer_s: how long one answer, or one step of connecting, may take; None: 10 s.
         """
         self.url = url
         self._servers = servers_of(url, answer_s)
 
     def node_of(self, key: str) -> str:
-        """Name of the node that calls on this key go to, as far as known. A single server has one name for all."""
+        """
+        The name of the node that receives calls on this key, as far as known. A single server has one name for all
+        keys.
+        """
         return self._servers.node_of(key)
 
     async def run(self, calls: Sequence[Call], *, refusals: bool = False) -> list[Any]:
         """
-        Send calls in one pipeline (of each node that they concern) and return their replies, in order.
+        Send calls in one pipeline per node, and return their replies in order.
 
         Args:
-            refusals: put the error of a refused call in the place of its reply, instead of raising it.
+            refusals: return the error of a refused call in place of its reply, instead of raising it.
 
         Raises:
-            ConnectionLostError: not all were answered; each may or may not have happened.
+            ConnectionLostError: some calls got no answer; each of them may or may not have happened.
             QueueFullError: a call was refused at `maxmemory`.
             RedisError: Redis refused a call for another reason.
         """
@@ -126,8 +129,8 @@ class Connection:
 
     async def run_each(self, calls: Sequence[Call]) -> list[Any]:
         """
-        As `run`, but raise nothing: an error stands in the place of each reply that it took, ConnectionLostError where
-        it is unknown whether the call has happened. In a cluster a broken node takes the replies of its own calls only.
+        Like `run`, but return errors in place of replies instead of raising them. ConnectionLostError means that the
+        call may or may not have happened. In a cluster, a broken node costs only the replies of its own calls.
         """
         try:
             with heeding_cancellation():
@@ -148,21 +151,21 @@ class Connection:
         refusals: bool = False,
     ) -> list[Any]:
         """
-        Like `run`, but send calls that are safe to repeat again until answered.
+        Like `run`, but repeat the calls, which must be safe to repeat, until they are answered.
 
         Args:
-            give_up_after: as `until_answered`.
-            refusals: as `run`.
+            give_up_after: as in `until_answered`.
+            refusals: as in `run`.
         """
         return await until_answered(self.url, lambda: self.run(calls, refusals=refusals), give_up_after)
 
     async def pop(self, keys: Sequence[str], timeout_s: float) -> bool:
-        """Wait for a token in any of these lists; False when none came in time."""
+        """Wait for a token in any of these lists; False if none came in time."""
         with _classifying(self.url, f"BLPOP {keys[0]}"):
             return await self._servers.pop(keys, timeout_s)
 
     async def keys(self, pattern: str, count: int) -> AsyncIterator[list[str]]:
-        """Yield the keys that match `pattern` on every node, perhaps twice; each step looks at about `count` keys."""
+        """Yield the keys that match `pattern` on every node, some perhaps twice; each step scans about `count` keys."""
         with _classifying(self.url, "SCAN"):
             for node in await self._servers.nodes():
                 cursor = None
@@ -172,10 +175,11 @@ class Connection:
 
     async def check(self) -> None:
         """
-        Refuse a server that cannot do this work; wait for one that is still loading its data, and say so.
+        Refuse a server that cannot run the queue. If it is still loading its data, log that and wait.
 
         Raises:
-            RedisError: not reachable, too old, evicting, or of another kind than the URL says; it names the remedy.
+            RedisError: the server is not reachable, too old, evicting, or of another kind than the URL says; the
+                message names the remedy.
         """
         place, where = place_of(self.url), masked(self.url)
         try:
@@ -212,24 +216,24 @@ class Connection:
 
 class ThreadConnection:
     """
-    The same for a thread, on an event loop of its own: the lease thread must not depend on the one that it watches
-    over. To be used and closed by one thread.
+    A connection for a thread, which runs on an event loop of its own: the lease thread must not depend on the loop that
+    it watches over. Only one thread may use and close it.
     """
 
     def __init__(self, url: str, within_s: float) -> None:
         """
         Args:
-            within_s: how long one `run_each` may take, connecting included.
+            within_s: how long one `run_each` may take, including connecting.
         """
         self._url, self.within_s = url, within_s
         self._runner = asyncio.Runner()
-        # One answer takes half of the time at most, so that time is left to hear the other nodes of a cluster.
+        # One answer may take at most half of the time, so that time is left to hear the other nodes of a cluster.
         self._connection = Connection(url, answer_s=within_s / 2)
 
     def run_each(self, calls: Sequence[Call]) -> list[Any]:
         """
-        As `Connection.run_each`, but it ends in time: what is not answered then counts as lost, and the next call opens
-        a new connection.
+        Like `Connection.run_each`, but it returns in time. Calls without an answer then count as lost, and the next
+        call opens a new connection.
         """
         return self._runner.run(self._run_each(calls))
 
@@ -246,15 +250,15 @@ class ThreadConnection:
 
 
 LISTEN_S = 10.0
-"""A subscription on which nothing came for so long is asked whether it lives, and has as long to answer."""
+"""How long a subscription may be silent before it is sent a ping, and how long the answer to that may take."""
 
 UNHEARD = "Notifications do not arrive, so changes are noticed late"
 
 
 class _PubSub(redis.asyncio.client.PubSub):
     """
-    A pub/sub connection that its user opens anew: redis-py's does so by itself before it tells of a loss, in each task
-    that meets it, and forgets all but one of those connections.
+    A pub/sub connection that never reconnects by itself: its user opens a new one. redis-py reconnects before it
+    reports a loss, once in each task that meets the loss, and then forgets all but one of those connections.
     """
 
     async def _reconnect(self, conn: Any, *_: Any, **__: Any) -> None:
@@ -264,11 +268,11 @@ class _PubSub(redis.asyncio.client.PubSub):
 @asynccontextmanager
 async def subscribed(url: str) -> AsyncIterator[redis.asyncio.client.PubSub]:
     """
-    A pub/sub connection; its losses are the subscriber's to handle, since a notification is never the record.
+    A pub/sub connection. The subscriber must handle its loss, because a notification is never the record.
 
     Raises:
-        ConnectionLostError: it is lost, or was never there.
-        RedisError: refused, as by an ACL; the subscriber goes on without notifications, and says UNHEARD.
+        ConnectionLostError: the connection is lost, or was never made.
+        RedisError: refused, for example by an ACL; the subscriber continues without notifications, and logs UNHEARD.
     """
     client = None
     try:
@@ -283,10 +287,10 @@ async def subscribed(url: str) -> AsyncIterator[redis.asyncio.client.PubSub]:
 
 async def heard(pubsub: redis.asyncio.client.PubSub) -> AsyncIterator[dict[str, Any]]:
     """
-    What comes on a subscription. A connection can go silent without being closed, so it is asked now and then.
+    The messages of a subscription. A connection can go silent without being closed, so a silent one is sent a ping.
 
     Raises:
-        redis.TimeoutError: it has gone silent.
+        redis.TimeoutError: the connection did not answer the ping.
     """
     is_asked = False
     while True:

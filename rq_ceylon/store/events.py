@@ -1,8 +1,8 @@
 """
-Events of groups: how they are packed, and how readers hear that there are new ones.
+The events of groups: how to unpack them, and how readers hear of new ones.
 
-A notification says only "look now": it may be lost, and the list in Redis is the record. So every wait here has a
-limit, and ends at a reconnect too.
+A notification says only "look now". It may be lost, because the record is the list in Redis. So every wait here has a
+time limit, and also ends when the subscription is made again.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from rq_ceylon.store.node import heed_cancellation
 from rq_ceylon.store.trouble import LOST, carrying, complain
 
 LOOK_S = 5.0
-"""How long a waiter goes at most without looking, in case notifications are lost."""
+"""How long a waiter waits at most between two looks, because notifications may be lost."""
 
 
 class TaskEvent(NamedTuple):
-    """A change of one task: `outcome` is completed, failed or cancelled (its end), retry or release."""
+    """A change of one task. `outcome` is completed, failed or cancelled (the task ended), or retry or release."""
 
     tid: str
     outcome: str
@@ -36,7 +36,7 @@ class TaskEvent(NamedTuple):
 
 
 class Event(NamedTuple):
-    """One state change of a group. `seq` counts from 1; `status` is the group's new status, '' if it did not change."""
+    """One state change of a group. `seq` counts from 1; `status` is the group's new status, '' if it is the same."""
 
     seq: int
     at_ms: int
@@ -47,7 +47,7 @@ class Event(NamedTuple):
 
 
 def event_of(seq: int, line: str) -> Event:
-    """A packed event: `ms|kind|tid,outcome,role,wait,run ...|goal:status ...|status`."""
+    """Unpack an event: `ms|kind|tid,outcome,role,wait,run ...|goal:status ...|status`."""
     at, kind, tasks, goals, status = line.split("|")
     ended = []
     for item in tasks.split(" ") if tasks else ():
@@ -58,7 +58,7 @@ def event_of(seq: int, line: str) -> Event:
 
 
 class Watch:
-    """One waiter's view of the notifications of one group, or of all."""
+    """The notifications that one waiter receives, of one group or of all."""
 
     def __init__(self) -> None:
         self._news = asyncio.Event()
@@ -70,8 +70,8 @@ class Watch:
 
     async def wait(self, timeout_s: float = LOOK_S) -> set[str | None]:
         """
-        Until something is new, or the timeout. Returns the groups in question; None among them, or nothing at all,
-        means: look at everything.
+        Wait for a notification, or for the timeout. Returns the ids of the changed groups. If None is among them, or
+        the set is empty, the caller must look at everything.
         """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
@@ -82,7 +82,7 @@ class Watch:
 
 
 class EventHub:
-    """One pub/sub connection, shared by all waiters of an event loop; opened by the first of them."""
+    """One pub/sub connection that all waiters of an event loop share; the first waiter opens it."""
 
     def __init__(self, url: str, keys: Keys) -> None:
         self._url, self._keys = url, keys
@@ -93,7 +93,7 @@ class EventHub:
 
     @contextlib.asynccontextmanager
     async def watch(self, gid: str = "*") -> AsyncIterator[Watch]:
-        """Watch one group, or all of the namespace. What happens after this has been entered is not missed."""
+        """Watch one group, or all groups of the namespace. Nothing that happens after this was entered is missed."""
         watch, channel = Watch(), self._keys.events_channel(gid)
         first = channel not in self._watches
         self._watches.setdefault(channel, set()).add(watch)
@@ -101,7 +101,7 @@ class EventHub:
             self._listener = asyncio.create_task(self._listen(), name="events")
         elif first and self._pubsub is not None:
             await self._send("subscribe", channel)
-        # A server that is away does not hold up the waiter: it looks by itself every few seconds.
+        # An unreachable server must not delay the waiter, which looks by itself every few seconds.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LOOK_S):
                 await self._ready.wait()
@@ -123,8 +123,8 @@ class EventHub:
 
     async def _send(self, action: str, channel: str) -> None:
         kind = f"p{action}" if channel.endswith("*") else action
-        # A connection that broke just now is the listener's to mend, which subscribes to all channels anew. redis-py
-        # would connect again here, and leave the one that the listener may be opening.
+        # The listener repairs a broken connection, and subscribes to all channels again. If we sent here, redis-py
+        # would reconnect, and leave open the connection that the listener may be making.
         connection = self._pubsub.connection
         if connection is not None and connection.is_connected:
             with contextlib.suppress(*LOST), carrying():
@@ -135,13 +135,15 @@ class EventHub:
         while True:
             try:
                 async with subscribed(self._url) as pubsub:
-                    # Of no group, so nothing comes: it keeps the connection open while nobody waits.
+                    # No group has this channel, so nothing arrives on it: it keeps the connection open while there is
+                    # no waiter.
                     await pubsub.subscribe(self._keys.events_channel(""))
                     self._pubsub = pubsub
                     for channel in list(self._watches):
                         await self._send("subscribe", channel)
                     heed_cancellation()
                     self._ready.set()
+                    # Notifications may have been lost before the subscription, so every waiter looks at everything.
                     for watches in list(self._watches.values()):
                         for watch in list(watches):
                             watch.tell(None)

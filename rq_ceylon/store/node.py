@@ -1,9 +1,9 @@
 """
 One connection to one server.
 
-It answers each call with its reply or its error, so that one refused or lost call does not take the others with it.
-redis-py repeats commands on its own by default, up to ten times. Here it never does: the sender knows whether a call
-may be repeated, and a blocking read must not be.
+Each call gets its own reply or error, so a refused or lost call does not affect the others. By default redis-py repeats
+commands on its own, up to ten times. Here it never does: only the sender knows whether a call may be repeated, and a
+blocking read may not.
 """
 
 from __future__ import annotations
@@ -26,17 +26,18 @@ from rq_ceylon.store.scripts import Call
 from rq_ceylon.store.trouble import LOST, carrying
 
 ANSWER_S = 10.0
-"""How long an answer may take. Scripts take milliseconds; a server that loads its data set says so at once."""
+"""How long an answer may take. Scripts take milliseconds, and a server that is loading its data says so at once."""
 
 CONNECT_S = 2.0
 
 
 def heed_cancellation(before: int = 0) -> None:
     """
-    Raise the cancellation of the present task, should redis-py have swallowed it, as it does while it connects.
+    Raise the cancellation of the current task if redis-py has swallowed it, as it does while it connects.
 
     Args:
-        before: how many it had been asked for earlier. A task that cleans up after one goes on to use Redis.
+        before: how many cancellations were requested earlier. A task that cleans up after one must still be able to use
+            Redis.
     """
     if _cancellations() > before:
         raise asyncio.CancelledError
@@ -44,7 +45,7 @@ def heed_cancellation(before: int = 0) -> None:
 
 @contextlib.contextmanager
 def heeding_cancellation() -> Iterator[None]:
-    """Raise a cancellation that arrived inside once the block is done; other errors are those of `carrying`."""
+    """Raise a cancellation that arrived inside the block after it is done. Other errors are those of `carrying`."""
     before = _cancellations()
     try:
         with carrying():
@@ -62,7 +63,7 @@ def _cancellations() -> int:
 
 def client_of(url: str, answer_s: float | None = None, **options: Any) -> redis.asyncio.Redis:
     """
-    redis-py's client of one server, with nothing repeated and nothing sent that was not asked for.
+    redis-py's client for one server. It repeats nothing, and sends nothing that we did not ask for.
 
     Args:
         answer_s: how long one answer may take; None: ANSWER_S.
@@ -70,7 +71,7 @@ def client_of(url: str, answer_s: float | None = None, **options: Any) -> redis.
     answer_s = ANSWER_S if answer_s is None else answer_s
     defaults: dict[str, Any] = {
         "decode_responses": True,
-        # A record that is not UTF-8 must not take the replies beside it with it; it is refused where it is read.
+        # A record that is not UTF-8 must not spoil the replies beside it; the code that reads it refuses it.
         "encoding_errors": "replace",
         "protocol": 2,
         "socket_timeout": answer_s,
@@ -83,7 +84,7 @@ def client_of(url: str, answer_s: float | None = None, **options: Any) -> redis.
 
 
 async def close(client: redis.asyncio.Redis) -> None:
-    """Close a client. A connection that breaks while it is closed is as gone as any other."""
+    """Close a client. Errors are ignored, because a connection that breaks while it is being closed is closed too."""
     with contextlib.suppress(*LOST, redis.RedisError), heeding_cancellation():
         await client.aclose()
 
@@ -91,22 +92,22 @@ async def close(client: redis.asyncio.Redis) -> None:
 @cache
 def _packing(kind: Any) -> Any:
     """
-    A kind of connection whose commands are packed in C: asyncio's redis-py does it in Python, a tenth of what a worker
-    with small tasks does at all.
+    A connection class that packs commands in C. redis-py's asyncio client packs them in Python, which takes a tenth of
+    the time of a worker with small tasks.
     """
 
     class Packing(kind):  # type: ignore[misc]
         def pack_command(self, name: str, *words: Any) -> list[bytes]:
             try:
                 return [hiredis.pack_command((*name.split(), *words))]
-            except Exception as error:  # a mistake of ours, which no new connection would mend
+            except Exception as error:  # a bug of ours, which a new connection would not fix
                 raise redis.DataError(f"{name} cannot be packed: {error}") from error
 
     return Packing
 
 
 class Node:
-    """One connection to one server; one call or pipeline at a time."""
+    """One connection to one server. It sends one call or pipeline at a time."""
 
     def __init__(self, url: str, answer_s: float | None = None) -> None:
         self.url = url
@@ -119,10 +120,11 @@ class Node:
 
     async def send(self, calls: Sequence[Call], *, asking: bool = False) -> list[Any]:
         """
-        Reply or error of each call, in order. A script that the server does not know is loaded, and called again.
+        Send calls and return the reply or error of each, in order. If the server does not know a script, load it and
+        call again.
 
         Args:
-            asking: the slot of these calls is on its way to this node.
+            asking: the slot of these calls is moving to this node.
         """
         try:
             replies: list[Any] = await self._alone(lambda: self._send_known(calls, asking))
@@ -136,6 +138,7 @@ class Node:
         replies = await self._send(calls, asking)
         unknown = [i for i, reply in enumerate(replies) if isinstance(reply, redis.exceptions.NoScriptError)]
         if unknown:
+            # A call that follows an unknown script has run too early, so it is sent again after it.
             for script in sorted({calls[i].script for i in unknown}):
                 await self._client.script_load(scripts.source(script))
             again = [i for i, call in enumerate(calls) if i in unknown or (call.follows and i > unknown[0])]
@@ -149,7 +152,7 @@ class Node:
             if asking:
                 pipeline.execute_command("ASKING")
             pipeline.execute_command(*scripts.words(call))
-        # On the connection that wrote, for it tells of its own writes only.
+        # On the connection that wrote, because WAIT and WAITAOF wait for the last write of their own connection.
         confirm = next((call.confirm for call in calls if call.confirm), ())
         if confirm:
             pipeline.execute_command(*confirm)
@@ -164,7 +167,7 @@ class Node:
 
     async def command(self, *words: Any) -> Any:
         """
-        One plain command.
+        Send one plain command.
 
         Raises:
             redis.RedisError: as redis-py raises it.
@@ -176,7 +179,8 @@ class Node:
         silences = self._silences
         with heeding_cancellation():
             async with self._one_at_a_time:
-                # What waited behind a call that got no answer in time is lost with it: else the waits would add up.
+                # Calls that waited behind one without an answer in time are lost with it: otherwise their waits would
+                # add up.
                 if self._silences != silences:
                     raise redis.TimeoutError("no answer in time to the call ahead")
                 try:
@@ -185,7 +189,8 @@ class Node:
                     self._silences += 1
                     raise
                 finally:
-                    # redis-py connected again for who had waited behind the one that broke; nobody else knows of it.
+                    # After `close`, redis-py connects again for a call that waited behind the broken one. Nothing else
+                    # knows of that connection, so close it here.
                     if self._is_closed:
                         await close(self._client)
 

@@ -1,4 +1,4 @@
-"""The servers behind a URL: one, the primary that Sentinels name now, or the nodes of a cluster."""
+"""The servers behind a URL: one server, the primary that the Sentinels name now, or the nodes of a cluster."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def servers_of(url: str, answer_s: float | None = None) -> Primary | Cluster:
 
 async def some_url(place: Place, answer_s: float | None = None) -> str:
     """
-    Where one server is that can be asked right now: the server, the primary, or a node of the cluster.
+    The URL of one server that can be asked right now: the server, the primary, or a node of the cluster.
 
     Args:
-        answer_s: as `client_of`, of each Sentinel.
+        answer_s: for each Sentinel, as in `client_of`.
 
     Raises:
-        ConnectionLostError: the Sentinels know no primary that lives.
-        RedisError: they know none of this name.
+        ConnectionLostError: the Sentinels know no live primary.
+        RedisError: the Sentinels know no primary of this name.
     """
     match place.kind:
         case "embedded":
@@ -78,9 +78,9 @@ async def _names_known(sentinels: Sentinel) -> list[str]:
 
 class Primary:
     """
-    One server; where Sentinels watch, whichever is the primary now: it is looked up again after each loss.
+    One server. If Sentinels watch it, this is the current primary, which is looked up again after each loss.
 
-    `send` gives the reply or error of each call, in order; `pop` and `nodes` raise what redis-py raises.
+    `send` returns the reply or error of each call, in order; `pop` and `nodes` raise what redis-py raises.
     """
 
     def __init__(self, place: Place, answer_s: float | None = None) -> None:
@@ -118,6 +118,7 @@ class Primary:
             return self._node
 
     async def _forget_demoted(self, node: Node, replies: Sequence[Any]) -> None:
+        # A call that was sent before the new lookup must not close the connection that the lookup made.
         if node is self._node and any(isinstance(reply, LOST) or is_demotion(reply) for reply in replies):
             self._node = None
             await node.close()
