@@ -1,4 +1,4 @@
-"""The texts that travel in scripts' arguments and replies, packed and unpacked. JSON is opaque to the scripts."""
+"""Packs and unpacks the texts in the arguments and replies of scripts. The scripts do not read the JSON in them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ COUNTER_NAMES = ("total", *COUNTERS, "attempts", "crashes")
 @contextmanager
 def reading(what: str) -> Iterator[None]:
     """
-    Around all that reads a record: whatever fails within means that the record is not one of this version's.
+    Wrap code that reads a record: any failure inside means that this version did not write the record.
 
     Args:
-        what: names the record, `group 'g'`.
+        what: names the record, such as `group 'g'`.
 
     Raises:
-        RecordError: nothing else.
+        RecordError: the record cannot be read. Other errors of ours pass unchanged.
     """
     try:
         yield
@@ -39,7 +39,7 @@ def reading(what: str) -> Iterator[None]:
 
 
 def encode(value: Any) -> bytes:
-    """JSON of a value that is known to be JSON."""
+    """The JSON of a value that is known to consist of JSON values."""
     return to_json(value)
 
 
@@ -48,12 +48,12 @@ def decode(text: str | bytes) -> Any:
 
 
 def counters_of(fields: Mapping[str, str]) -> Counters:
-    """The counters among the fields of a group's meta hash."""
+    """The counters of a group, from the fields of its meta hash."""
     return Counters(**{name: int(fields.get(name) or 0) for name in COUNTER_NAMES})
 
 
 def settled_of(text: str) -> tuple[GoalStatus, Settled]:
-    """A settled goal: `status|at ms|event number|by|counters`."""
+    """Unpack a settled goal: `status|at ms|event number|by|counters`."""
     status, at, seq, by, counts = text.split("|")
     # A goal that settled before a counter was added lacks it, and a newer version's counters come behind those we know.
     counters = Counters(**dict(zip(COUNTER_NAMES, map(int, counts.split(",")), strict=False)))
@@ -62,8 +62,8 @@ def settled_of(text: str) -> tuple[GoalStatus, Settled]:
 
 def result_of(tid: str, text: str) -> TaskResult:
     """
-    A result record: `outcome|reason|role|attempts|crashes|worker|started|ended|wait ms|run ms|[value]`, or `[error,
-    payload]` of a failed task.
+    Unpack a result: `outcome|reason|role|attempts|crashes|worker|started|ended|wait ms|run ms|[value]`. A failed task
+    has `[error, payload]` in place of `[value]`.
     """
     outcome, reason, role, attempts, crashes, worker, started, ended, wait, run, blob = text.split("|", 10)
     values = from_json(blob)
@@ -88,12 +88,12 @@ def result_of(tid: str, text: str) -> TaskResult:
 def task_text(
     role: str, priority: int, delay_ms: int | None, expires_ms: int | None, crash_limit: int | None, body: bytes
 ) -> bytes:
-    """A task as `submit` takes it: `role|priority|delay|expires|crash limit|JSON`."""
+    """Pack a task for `submit`: `role|priority|delay|expires|crash limit|JSON`."""
     numbers = "|".join("" if number is None else str(number) for number in (delay_ms, expires_ms, crash_limit))
     return f"{role}|{priority}|{numbers}|".encode() + body
 
 
 def task_parts(text: str) -> tuple[str, int, int | None, int | None, str]:
-    """A stored task: role, priority 1..3, not before, expiry (epoch ms), JSON."""
+    """Unpack a stored task: role, priority 1..3, earliest start and expiry (epoch ms), JSON."""
     role, priority, not_before, expiry, _, body = text.split("|", 5)
     return role, int(priority), int(not_before) if not_before else None, int(expiry) if expiry else None, body

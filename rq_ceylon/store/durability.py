@@ -1,4 +1,4 @@
-"""What makes a submission outlast its server: a replica that has it, or the disk."""
+"""Confirmation that a submission survives the loss of its server: a replica has it, or it is on disk."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ from rq_ceylon.store.scripts import Call
 from rq_ceylon.store.trouble import engine_of, is_demotion
 
 CONFIRM_S = 5.0
-"""How long a confirmation is waited for; less than an answer may take."""
+"""How long to wait for a confirmation; less than an answer may take, so that the wait does not count as a lost call."""
 
 _AOF_FLOOR = (7, 2)
 
 
 def check_durability(durability: Durability) -> None:
     """
+    Refuse an unknown durability.
+
     Raises:
-        InvalidInputError: there is none of this name.
+        InvalidInputError: there is no durability of this name.
     """
     if durability not in get_args(Durability):
         raise InvalidInputError(f"durability: {durability!r} is not known; use {', '.join(get_args(Durability))}")
 
 
 def confirming(call: Call, durability: Durability) -> Call:
-    """The same call, its writes confirmed. Also those before it on this server, by whatever connection, are then."""
+    """The same call, its writes confirmed. Earlier writes on the server, of any connection, are then confirmed too."""
     match durability:
         case "replica":
             return replace(call, confirm=("WAIT", 1, round(CONFIRM_S * 1000)))
@@ -39,7 +41,10 @@ def confirming(call: Call, durability: Durability) -> Call:
 
 
 def confirmed(reply: Any, answer: Any) -> Any:
-    """The reply of a call that WAIT or WAITAOF confirmed; the error to raise if its fate is unknown."""
+    """
+    Combine the reply of a call with the answer of WAIT or WAITAOF: the pair that `Call.confirm` describes, or the error
+    to raise if it is unknown whether the call has happened.
+    """
     if isinstance(reply, Exception):
         return reply
     if isinstance(answer, redis.exceptions.ResponseError) and not is_demotion(answer):
@@ -51,7 +56,7 @@ def confirmed(reply: Any, answer: Any) -> Any:
 
 
 def unable(info: Mapping[str, Any], durability: Durability) -> str:
-    """Why a server with this INFO cannot confirm, and the remedy; '' if it can."""
+    """Why a server with this INFO cannot confirm writes, and the remedy; '' if it can."""
     if durability == "replica":
         replicas = [facts for name, facts in info.items() if name.startswith("slave") and isinstance(facts, dict)]
         if not any(facts.get("state") == "online" for facts in replicas):

@@ -1,4 +1,4 @@
-"""Durations, counted so that every percentile is right within 1 %."""
+"""Histograms of durations, in which every percentile is right within 1 %."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 GROWTH = 1.02
-"""Each bucket stands for a duration 2 % longer than the one before, so that no duration is further than 1 % from the
-nearest."""
+"""Each bucket stands for a duration 2 % longer than the one before it, so no duration differs by more than 1 % from the
+nearest bucket."""
 
 EXACT_MS = 50
-"""Shorter ones have a bucket for each millisecond, which is as fine as that. So there are 776 buckets up to 24 h, and
-1,190 up to the ten years that a duration may have; only those that were met take room."""
+"""Durations below this have one bucket per millisecond, which is as fine. There are 776 buckets up to 24 h, and 1,190
+up to the longest duration, ten years; only buckets in use take memory."""
 
 
 def bucket_of(ms: int) -> int:
@@ -47,7 +47,10 @@ class Histogram:
         return self.total_ms / self.count if self.count else 0.0
 
     def percentile_ms(self, share: float) -> float:
-        """The least duration that this share of them (0 to 1) does not exceed, within 1 %; 0 if there are none."""
+        """
+        The shortest duration that this share (0 to 1) of all durations does not exceed, within 1 %; 0 if there are
+        none.
+        """
         rank, seen = round(share * self.count, 6), 0
         for bucket in sorted(self.buckets):
             seen += self.buckets[bucket]

@@ -1,8 +1,8 @@
 """
-Names of all keys and channels.
+The names of all keys and channels.
 
-`ceylon:<namespace>:{g:<gid>}:<part>` for a group, `ceylon:<namespace>:{r:<role>}:<part>` for a role: the braces put all
-parts of one group, or of one role, into one slot of a cluster, and no script touches two slots.
+A group's keys are `ceylon:<namespace>:{g:<gid>}:<part>`, a role's are `ceylon:<namespace>:{r:<role>}:<part>`. The
+braces put all parts of one group, or of one role, into one slot of a cluster, because a script may touch only one slot.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ ROLE_PARTS = ("high", "normal", "low", "front", "delayed", "meta", "bell", "quar
 INDEX_SHARDS = 16
 
 STREAMS = {"high": 1, "normal": 2, "low": 3, "front": 4}
-"""The number of a stream, one of each priority and one for what goes first; entries are named by it:
+"""The number of each stream: one per priority, and one for entries that go first. Names of entries begin with it, as in
 `2:1764000000000-0`."""
 
 
@@ -25,7 +25,7 @@ class Keys:
     The keys of one namespace.
 
     Raises:
-        InvalidInputError: the namespace cannot be used.
+        InvalidInputError: the name of the namespace is not allowed.
     """
 
     def __init__(self, namespace: str) -> None:
@@ -53,7 +53,7 @@ class Keys:
         return f"{self.prefix}{{r:{role}}}:{part}"
 
     def index(self, shard: int) -> str:
-        """The sorted set of groups of one shard, by the time (server epoch ms) of the next look at them."""
+        """The sorted set with the groups of one shard, by the time (server epoch ms) of the next look at them."""
         return f"{self.prefix}{{i:{shard}}}:groups"
 
     def index_of(self, gid: str) -> str:
@@ -64,5 +64,8 @@ class Keys:
         return f"{self.prefix}{{w:{name}}}"
 
     def events_channel(self, gid: str) -> str:
-        """Tells, with the number of the newest event, that a group has events. A notification, never the record."""
+        """
+        The channel that announces new events of a group, by the number of the newest. Only a notification, never the
+        record.
+        """
         return f"{self.prefix}events:{gid}"

@@ -1,4 +1,4 @@
-"""The Lua scripts, and calls as values: what to run, not yet sent."""
+"""The Lua scripts, and calls as values: a `Call` describes a call that has not been sent yet."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _INCLUDE = re.compile(r"^-- include: (.+)$", re.MULTILINE)
 @dataclass(frozen=True, slots=True)
 class Call:
     """
-    One script call, or one plain command where `script` is empty.
+    One script call, or one plain command if `script` is empty.
 
     Attributes:
-        keys: what the call touches; all in one slot.
-        args: ARGV of the script; the whole command with its keys where it is plain.
-        confirm: WAIT or WAITAOF, asked once behind all calls of a pipeline. The reply is a pair then: the call's, and
-            why it was not confirmed ('': it was).
-        follows: it must not run before the last ahead of it that follows none; where that had to be sent again, or went
-            to another node, this one is sent again behind it, though it may have run.
+        keys: all keys that the call touches; they are in one slot.
+        args: ARGV of the script; for a plain command the whole command, its keys included.
+        confirm: a WAIT or WAITAOF command, sent once after all calls of a pipeline. The reply then becomes a pair: the
+            reply of the call, and why it was not confirmed ('' if it was).
+        follows: run this call only after the nearest earlier call with `follows=False`. If that call is resent or
+            redirected, resend this one after it, even if it has already run.
     """
 
     script: str
@@ -38,21 +38,22 @@ class Call:
 
 
 def command(*words: Any) -> Call:
-    """A plain command; its second word is its key, after XINFO the third."""
+    """A plain command. Its key is the second word, or the third one of XINFO."""
     return Call("", (words[2 if words[0] == "XINFO" else 1],), words)
 
 
 def insist(name: str, key: str, *words: Any) -> Call:
-    """A command on one key that is run at the memory limit too."""
+    """A command on one key that Redis runs at its memory limit too."""
     return Call("insist", (key,), (name, *words))
 
 
 @cache
 def source(script: str) -> str:
     """
-    The full text of a script. A line `-- include: NAME...` in it, or in an included file, stands for those files, each
-    the first time it is named. A script includes behind its early returns what these do not need: Redis runs every
-    `local function` that it reaches, so a call on an absent group costs no tail.
+    The full text of a script. Each line `-- include: NAME...`, in the script or in an included file, is replaced by
+    those files, but each file is included only once. A script puts its includes after the early returns that do not
+    need them: Redis runs every `local function` that a call reaches, so a call on a group that does not exist skips the
+    cost of the tail.
     """
     folder, included = resources.files(__package__) / "lua", {script}
 
@@ -72,12 +73,12 @@ def source(script: str) -> str:
 
 @cache
 def digest(script: str) -> str:
-    """The SHA-1 under which Redis caches a script."""
+    """The SHA-1 digest under which Redis caches a script."""
     return hashlib.sha1(source(script).encode(), usedforsecurity=False).hexdigest()
 
 
 def words(call: Call) -> Sequence[Any]:
-    """The command of a call, as it goes over the wire."""
+    """The command that is sent for a call."""
     if not call.script:
         return call.args
     return ("EVALSHA", digest(call.script), len(call.keys), *call.keys, *call.args)

