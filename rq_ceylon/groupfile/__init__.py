@@ -1,4 +1,4 @@
-"""Reads group files, YAML or JSON with one group per document, or says everything that is wrong with them and where."""
+"""Reads group files, YAML or JSON with one group per document, and reports every problem with its place."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from rq_ceylon.groupfile.tasks import Tasks, read_tasks, read_texts
 from rq_ceylon.models import DEFAULT_ROLE, DEFAULTS_BYTES_MAX, DEPENDS_ON_MAX, Goal, Task, TaskGroup
 
 GROUP_ID = re.compile("[0-9a-v]{20}|k[0-9a-f]{20}")
-"""What the ids of submitted groups look like; else `depends_on` names the key or name of a document further up."""
+"""The form of the ids of submitted groups. Any other text in `depends_on` is the key or name of a group further up."""
 
 
 def load(text: str | bytes, filename: str) -> list[TaskGroup]:
     """
-    Read the groups of a file, in its order; `filename` is only what the problems are prefixed with.
+    Read the groups of a file, in the order of the file. `filename` is only the prefix of the reported problems.
 
-    Tasks that come of a matrix are made while one goes through `tasks`. In `depends_on` stand ids, and the keys or
-    names of groups further up: `resolved` makes ids of these.
+    Tasks with a matrix are expanded while one iterates over `tasks`. `depends_on` holds ids, and keys or names of
+    groups further up in the file; `resolved` turns these into ids.
 
     Raises:
-        GroupFileError: with all problems, in the order of the file. Only bad syntax and limits end the search early.
+        GroupFileError: lists all problems in the order of the file. Only bad syntax and limits end the search early.
     """
     problems = Problems(filename)
     documents = read(text, problems)
@@ -44,8 +44,8 @@ def load(text: str | bytes, filename: str) -> list[TaskGroup]:
 
 def schema() -> str:
     """
-    JSON Schema (draft 2020-12) of one document, for editors. It cannot tell all that `load` can, such as a need that
-    nothing meets, and refuses nothing that `load` takes.
+    JSON Schema (draft 2020-12) of one document, for editors. It accepts everything that `load` accepts. It cannot
+    express every rule of `load`, for example that a need must name a task of the group.
     """
     from rq_ceylon.groupfile.json_schema import make
 
@@ -53,21 +53,24 @@ def schema() -> str:
 
 
 def resolved(group: TaskGroup, submitted: Sequence[tuple[TaskGroup, str]]) -> list[str]:
-    """The ids of the groups on which this one of a file depends, given those of the file submitted so far."""
+    """
+    The ids of the groups on which this group of a file depends, given the groups of the file that were submitted so
+    far.
+    """
     names = {one.name: gid for one, gid in submitted} | {one.key: gid for one, gid in submitted if one.key}
     return [names.get(name, name) for name in group.depends_on]
 
 
 def samples(group: TaskGroup) -> Iterable[Task]:
     """
-    The tasks of a group of a file, of those with a matrix one each, and without what it needs: all that may be wrong
-    with one combination only is refused by `load`.
+    The tasks of a group of a file, but only one task per matrix, and without its needs. One is enough, because `load`
+    refuses everything that could be wrong with a single combination.
     """
     return list(group.tasks.samples()) if isinstance(group.tasks, Tasks) else group.tasks
 
 
 def roles_of(group: TaskGroup) -> set[str]:
-    """The roles of the tasks of a group of a file, as far as the file says."""
+    """The roles of the tasks of a group of a file, as far as the file names them."""
     tasks = group.tasks
     roles = tasks.roles() if isinstance(tasks, Tasks) else (task.role for task in tasks)
     return {role or group.defaults.role or DEFAULT_ROLE for role in roles}
@@ -89,7 +92,7 @@ def _parts(document: Document) -> dict[str, Any]:
 
 def _goals(document: Document, data: Any) -> list[Goal]:
     found: list[Goal] = []
-    if isinstance(data, list) and len(data) > goals.MAX_GOALS:  # before any of them is read
+    if isinstance(data, list) and len(data) > goals.MAX_GOALS:  # check before any goal is read
         document.add(("goal",), f"{len(data):,} goals; give a group at most {goals.MAX_GOALS}")
         return []
     for at, value in enumerate(data if isinstance(data, list) else [] if data is None else [data]):
@@ -101,10 +104,10 @@ def _goals(document: Document, data: Any) -> list[Goal]:
 
 
 def _check_groups(documents: Sequence[Document]) -> None:
-    """Groups depend only on groups that are there before them, and no two share a key."""
+    """Check that groups depend only on earlier groups, and that no two groups share a key."""
     titles = [_titles(document) for document in documents]
     keys = [key for key, _ in titles]
-    steps: list[dict[int, tuple[Path, str]]] = []  # by document: those it depends on, and where it says so
+    steps: list[dict[int, tuple[Path, str]]] = []  # per document: the documents it depends on, and where it says so
     for here, document in enumerate(documents):
         if keys[here] is not None and keys.index(keys[here]) < here:
             document.add(("key",), f"{keys[here]!r} is also the key of a group above; give another")
@@ -133,7 +136,7 @@ def _check_groups(documents: Sequence[Document]) -> None:
 
 
 def _way(steps: Sequence[Mapping[int, Any]], start: int, end: int) -> list[int]:
-    """The shortest way between two documents; empty if there is none."""
+    """The shortest path of dependencies between two documents; empty if there is none."""
     ways = {start: [start]}
     for at in (reached := [start]):
         for step in steps[at]:

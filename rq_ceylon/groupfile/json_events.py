@@ -1,8 +1,8 @@
 """
-JSON as the events that a YAML parser gives, so that one reader builds values, keeps limits and knows places.
+Gives JSON as the events of a YAML parser, so that one reader builds the values, enforces the limits and finds places.
 
-YAML reads JSON almost, but not quite, as JSON: it folds U+2028 inside of texts, refuses long keys, and knows no pairs
-of surrogates.
+A YAML parser does not read JSON exactly: it folds U+2028 inside texts, refuses long keys, and does not know surrogate
+pairs.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _PLAIN = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?|true|
 
 
 class JsonSyntaxError(yaml.MarkedYAMLError):
-    """It is not JSON. `problem` names the remedy too."""
+    """The text is not JSON. `problem` also names the remedy."""
 
 
 class _Place:
-    """A place in the text; its line and column are counted only when they are asked for."""
+    """A place in the text. Its line and column are counted only on demand, because most places are never shown."""
 
     __slots__ = ("at", "text")
 
@@ -41,7 +41,7 @@ class _Place:
 
 
 class JsonEvents:
-    """Gives one event after another, as `yaml.Loader.get_event`."""
+    """Returns the events one by one, like `yaml.Loader.get_event`."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -60,7 +60,7 @@ class JsonEvents:
         yield yaml.StreamEndEvent()
 
     def _value(self, at: int) -> Any:
-        """The events of the value that starts here. Returns where it ends. The reader stops at its limit of depth."""
+        """Yield the events of the value that starts here; return where it ends. The reader limits the depth."""
         text, place = self._text, self._place(at)
         char = text[at : at + 1]
         if char == '"':
@@ -120,5 +120,5 @@ class JsonEvents:
     def _refuse(self, at: int, what: str, remedy: str) -> NoReturn:
         raise JsonSyntaxError(problem=f"{what}; {remedy}", problem_mark=self._place(at))
 
-    def _place(self, at: int) -> Any:  # all that is asked of a mark of the YAML parser
+    def _place(self, at: int) -> Any:  # has all that is used of a mark of the YAML parser
         return _Place(self._text, at)

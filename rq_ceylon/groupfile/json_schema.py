@@ -1,4 +1,4 @@
-"""What a group file may hold as JSON Schema, from `shape`: for editors, and for the reference in the documentation."""
+"""Makes the JSON Schema of group files from `shape`, for editors and for the reference in the documentation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WITHOUT_LOOK_UPS = ("id", "matrix")
 
 
 def make() -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) of one document."""
+    """Make the JSON Schema (draft 2020-12) of one document."""
     made = _named(GroupFields.model_json_schema())
     parts = made.pop("$defs")
     _complete(made, GroupFields, models.TaskGroup)
@@ -34,7 +34,10 @@ def make() -> dict[str, Any]:
 
 
 def _named(schema: Any) -> Any:
-    """The same without the titles that pydantic makes of names, and with our definitions and our names for its own."""
+    """
+    The schema without the titles that pydantic derives from names, with our definitions, and with our names for its
+    own.
+    """
     match schema:
         case dict():
             kept = {key: one for key, one in schema.items() if not (key == "title" and isinstance(one, str))}
@@ -49,7 +52,7 @@ def _named(schema: Any) -> Any:
 
 
 def _complete(schema: dict[str, Any], model: type[BaseModel], described: type, *, look_ups: bool = False) -> None:
-    """Add what pydantic does not know: descriptions, that nothing behind a key is as no key, and look-ups."""
+    """Add what pydantic does not know: descriptions, that a key without a value counts as missing, and look-ups."""
     texts = _attributes(described)
     names = {field.alias or name: name for name, field in model.model_fields.items()}
     for key, field in schema["properties"].items():
@@ -68,7 +71,7 @@ def _complete(schema: dict[str, Any], model: type[BaseModel], described: type, *
 
 
 def _attributes(kind: type) -> dict[str, str]:
-    """What the docstring of a class says of each of its attributes; nothing, where Python dropped the docstrings."""
+    """The descriptions of the attributes in the docstring of a class; empty if Python dropped the docstrings."""
     found: dict[str, str] = {}
     for name, text in re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", inspect.getdoc(kind) or "", re.MULTILINE):
         told = " ".join(text.split())

@@ -1,11 +1,11 @@
 """
-One task for every combination of a matrix: its axes, the ids of its tasks, and the texts that name its values.
+One task for every combination of a matrix: the axes, the ids of the tasks, and the texts that look up values.
 
-A text may hold `${{ matrix.axis }}`, or `${{ matrix.axis.key }}` of a value that is a mapping: a plain look-up, nothing
-is computed. A text that is nothing else becomes the value itself. `$${{` stands for the characters `${{`.
+A text may contain `${{ matrix.axis }}`, or `${{ matrix.axis.key }}` if the value is a mapping. This is a plain look-up:
+nothing is computed. A text that is only a look-up becomes the value itself. `$${{` stands for the characters `${{`.
 
-A need names a combination by the values of its axes. It is looked up by value, never by the words of another matrix:
-two axes that number their values need not number them alike.
+A need names a combination by the values of its axes. It is looked up by value, never by the words of another matrix,
+because two axes that number their values may number them differently.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rq_ceylon.errors import InvalidInputError, guess
 
 MAX_COMBINATIONS = 1_000_000
 MAX_LISTED = 10_000
-"""A matrix with `exclude` or `include` is a list of combinations, and that list is kept."""
+"""The limit of a matrix with `exclude` or `include`, whose combinations are kept in memory as a list."""
 MAX_AXES = 8
 MAX_WORD = 24
 MAX_ID = 64
@@ -38,7 +38,7 @@ Row = Mapping[str, Any]
 
 
 class Value(NamedTuple):
-    """A piece of a need that is a value, where another piece is text as written."""
+    """A piece of a need that is a value; the other pieces are text as written."""
 
     value: Any
 
@@ -47,16 +47,16 @@ Piece = str | Value
 
 
 def canonical(value: Any) -> str:
-    """The same text for the same JSON value, in whatever order its keys stand."""
+    """The same text for equal JSON values, whatever the order of their keys."""
     return json.dumps(value, sort_keys=True)
 
 
 class Axis:
     """
-    The values of one axis, and the word by which each stands in ids.
+    The values of one axis, and the word that stands for each value in ids.
 
-    A word is the value as text. Where a value of the axis cannot stand in an id, or two would look the same, all are
-    numbered instead, from 0.
+    A word is the value as text. If a value of the axis cannot stand in an id, or two values look the same, all values
+    are numbered from 0 instead.
     """
 
     def __init__(self, name: str, values: Sequence[Any]) -> None:
@@ -85,8 +85,8 @@ class Axis:
 
     def meant(self, pieces: Sequence[Piece]) -> Sequence[str]:
         """
-        The words that some pieces of a need can mean: of a value those of the same value, else of one that reads the
-        same; of text as written also the word itself.
+        The words that these pieces of a need can mean. A value means the words of the same value, or else of a value
+        with the same text. Text as written can also mean the word itself.
         """
         if len(pieces) == 1 and isinstance(pieces[0], Value):
             return self._words_of(pieces[0].value)
@@ -98,7 +98,7 @@ class Axis:
         return [str(self.words[at]) for at in self._places(value)]
 
     def _places(self, value: Any) -> Sequence[int]:
-        """Where this value stands; else where one stands that reads the same, such as the number 1 for the text "1"."""
+        """The positions of this value, or else of values with the same text, such as the number 1 for the text "1"."""
         if isinstance(self.values, range):
             number = int(value) if isinstance(value, str) and _INTEGER.fullmatch(value) else value
             return (self.values.index(number),) if type(number) is int and number in self.values else ()
@@ -110,10 +110,10 @@ class Axis:
 
     def nearest(self, value: Any) -> Any:
         """
-        This value of the axis, else one that reads the same.
+        This value of the axis, or else one with the same text.
 
         Raises:
-            KeyError: there is neither.
+            KeyError: the axis has neither.
         """
         places = self._places(value)
         if not places:
@@ -122,7 +122,7 @@ class Axis:
 
     @property
     def is_even(self) -> bool:
-        """All its words have as many dashes, so that in an id one can tell where they end."""
+        """Whether all its words have the same number of dashes, which shows where each of them ends in an id."""
         return len({str(word).count("-") for word in _ends(self.words)}) == 1
 
     @property
@@ -140,21 +140,22 @@ def joined(pieces: Iterable[Piece]) -> str:
 
 class Matrix:
     """
-    The combinations of some axes, the last axis fastest; the task `name` becomes one task for each.
+    The combinations of some axes, of which the last varies fastest. The task `name` becomes one task for each.
 
     Args:
-        exclude: combinations, or parts of them, that are left out.
-        include: values that are added to each combination they fit; what fits none is a combination of its own.
+        exclude: combinations, or parts of combinations, to leave out.
+        include: values to add to each combination that they fit; values that fit none become a combination of their
+            own.
 
     Raises:
-        InvalidInputError: too many axes or combinations, an id would be too long, or none is left.
+        InvalidInputError: there are too many axes or combinations, an id would be too long, or no combination is left.
     """
 
     def __init__(
         self, name: str, axes: Sequence[Axis], exclude: Sequence[Row] = (), include: Sequence[Row] = ()
     ) -> None:
         self.name, self.axes = name, {axis.name: axis for axis in axes}
-        self.checked: set[tuple[Sequence[str], bool]] = set()  # look-ups that find something in every value
+        self.checked: set[tuple[Sequence[str], bool]] = set()  # look-ups that succeed in every value
         self._longest: dict[Sequence[str], int] = {}
         self._listed: list[tuple[Row, Row]] | None = None
         self._ids: dict[str, int] = {}
@@ -169,7 +170,7 @@ class Matrix:
             rows = self._chosen(exclude, include)
             self.axes = _widened(self.axes, rows)
         for axis in [axis for axis in self.axes.values() if not axis.is_even][1:]:
-            axis.number()  # with two of them an id could be read in two ways: a, b-c and a-b, c
+            axis.number()  # with two such axes an id could be read in two ways: a, b-c and a-b, c
         if exclude or include:
             self._list(rows)
         longest = max(self._ids, key=len, default="") or "-".join((name, *(axis.longest for axis in axes)))
@@ -179,8 +180,8 @@ class Matrix:
 
     def _chosen(self, exclude: Sequence[Row], include: Sequence[Row]) -> list[dict[str, Any]]:
         """
-        The combinations as CI systems choose them. `include` sees the combinations of the axes only: it never
-        overwrites the value of an axis, and adds nothing to a combination that it made itself.
+        Choose the combinations as CI systems do. `include` sees only the combinations of the axes: it never overwrites
+        the value of an axis, and adds nothing to a combination that it made itself.
         """
         if (size := len(self) + len(include)) > MAX_LISTED:
             remedy = f"give a matrix with exclude or include at most {MAX_LISTED:,}"
@@ -211,8 +212,8 @@ class Matrix:
 
     def _list(self, rows: Sequence[dict[str, Any]]) -> None:
         """
-        Keep these combinations, with ids of the words of the axes. If one has no value for an axis, an id would be too
-        long, or two would be the same, all are numbered instead, from 0.
+        Store these combinations, with ids made of the words of the axes. All combinations are numbered from 0 instead
+        if one has no value for an axis, an id would be too long, or two ids would be the same.
         """
         words = [
             {name: axis.meant([Value(row[name])])[0] for name, axis in self.axes.items() if name in row} for row in rows
@@ -237,7 +238,7 @@ class Matrix:
         return prod(len(axis.values) for axis in self.axes.values())
 
     def size(self, names: Iterable[str], *, ends: bool = False) -> int:
-        """How many rows `rows` has."""
+        """The number of rows that `rows` gives."""
         if self._listed is not None:
             return len(self)
         values = (self.axes[name].values for name in names)
@@ -245,8 +246,8 @@ class Matrix:
 
     def rows(self, axes: Iterable[str] | None = None, *, ends: bool = False) -> Iterator[tuple[Row, Row]]:
         """
-        Every combination of these axes, or of all: its values, and its words. With `ends`, of a range only the first
-        and the last number: what holds for both holds in between, for all that a field may ask of a number.
+        Every combination of these axes, or of all axes: its values and its words. With `ends`, a range gives only its
+        first and last number. Whatever a field requires of a number holds for the whole range if it holds for both.
         """
         if self._listed is not None:
             return iter(self._listed)
@@ -261,7 +262,7 @@ class Matrix:
         return "-".join((self.name, *words.values()))
 
     def has(self, task_id: str) -> bool:
-        """Whether a combination has this id."""
+        """Whether one of the combinations has this id."""
         if self._listed is not None:
             return task_id in self._ids
         start = f"{self.name}-"
@@ -269,7 +270,7 @@ class Matrix:
         return task_id.startswith(start) and any(True for _ in _readings(pieces, [*self.axes.values()], is_id=True))
 
     def meant(self, pieces: Sequence[Piece]) -> set[str]:
-        """The ids that a need can mean whose pieces behind the name of this task are these."""
+        """The ids that a need can mean, given its pieces after the name of this task."""
         found = set[str]()
         for words in _readings(pieces, [*self.axes.values()]):
             if self._listed is None:
@@ -283,15 +284,15 @@ class Matrix:
 
     @property
     def has_numbers(self) -> bool:
-        """Some numbers in its ids are no values."""
+        """Whether its ids contain numbers that are not values."""
         return self.is_numbered or any(axis.is_numbered for axis in self.axes.values())
 
     is_numbered = False
 
     def values_of(self, names: Sequence[str]) -> Iterator[Any]:
         """
-        What a look-up may find, where all numbers of a range count as one. A KeyError or TypeError says that it finds
-        nothing in the value `self.missing`.
+        The values that a look-up may find; all numbers of a range count as one. A KeyError or TypeError means that it
+        finds nothing in the value `self.missing`.
         """
         axis = self.axes.get(names[0])
         if self._listed is not None:
@@ -307,14 +308,14 @@ class Matrix:
     missing: Any = None
 
     def longest(self, names: Sequence[str]) -> int:
-        """How many bytes of JSON a look-up finds at most."""
+        """The size of the longest JSON, in bytes, that a look-up finds."""
         if names not in self._longest:
             self._longest[names] = max(len(to_json(value)) for value in self.values_of(names))
         return self._longest[names]
 
 
 def _widened(axes: Mapping[str, Axis], rows: Sequence[Row]) -> dict[str, Axis]:
-    """The axes with the values that combinations have besides; without axes, all names are some."""
+    """The axes, extended by further values of the combinations; without axes, each name in them becomes one."""
     wider = {}
     for name in axes or dict.fromkeys(name for row in rows for name in row):
         values = [*(axes[name].values if name in axes else ()), *(row[name] for row in rows if name in row)]
@@ -336,7 +337,7 @@ def _rows(axes: Sequence[Axis], values: Row, words: Row) -> Iterator[tuple[Row, 
 
 
 def _readings(pieces: Sequence[Piece], axes: Sequence[Axis], *, is_id: bool = False) -> Iterator[tuple[str, ...]]:
-    """All ways to read pieces between dashes as one word for each axis; with `is_id`, only words themselves."""
+    """All ways to read pieces between dashes as one word per axis; with `is_id`, only the words themselves count."""
     if not axes:
         if not pieces:
             yield ()
@@ -351,7 +352,7 @@ def _readings(pieces: Sequence[Piece], axes: Sequence[Axis], *, is_id: bool = Fa
 
 
 class Text(NamedTuple):
-    """A text with look-ups in it, each as the names on its way: an axis, then keys."""
+    """A text with look-ups. Each look-up is stored as the names on its path: an axis, then keys."""
 
     parts: tuple[str | tuple[str, ...], ...]
 
@@ -360,15 +361,15 @@ class Text(NamedTuple):
         return list(dict.fromkeys(part[0] for part in self.parts if isinstance(part, tuple)))
 
     def fill(self, values: Row) -> Any:
-        """The text for one combination."""
+        """Fill in the values of one combination."""
         if len(self.parts) == 1:
             return _found(values, self.parts[0])
         return "".join(part if isinstance(part, str) else as_text(_found(values, part)) for part in self.parts)
 
     def pieces(self, values: Row) -> list[Piece]:
         """
-        The text for one combination in pieces, between the dashes of what is written. A piece that is a look-up and
-        nothing else is the value, whatever is in it.
+        Fill in one combination, and split the result at the dashes as written. A piece that is only a look-up stays a
+        value, even if the value contains dashes.
         """
         pieces: list[list[str | Value]] = [[]]
         for part in self.parts:
@@ -390,7 +391,7 @@ class Text(NamedTuple):
         return len(self.parts) == 1
 
     def longest(self, matrix: Matrix) -> int:
-        """How many bytes it becomes at most."""
+        """The largest size of the filled text, in bytes."""
         sizes = (len(to_json(part)) if isinstance(part, str) else matrix.longest(part) for part in self.parts)
         return sum(sizes)
 
@@ -403,16 +404,17 @@ def _found(values: Row, names: Iterable[str]) -> Any:
 
 
 def as_text(value: Any) -> str:
-    """A value inside a text: as it stands in JSON, text without its quotes."""
+    """A value as part of a text: its JSON, but text without its quotes."""
     return value if isinstance(value, str) else to_json(value).decode()
 
 
 def read_text(text: str, matrix: Matrix | None) -> str | Text:
     """
-    Read a text in which look-ups may stand.
+    Read a text that may contain look-ups.
 
     Raises:
-        InvalidInputError: one of them finds nothing, for one combination at least; or is none.
+        InvalidInputError: the text contains `${{` that is no look-up, or a look-up that finds nothing for some
+            combination.
     """
     if "${{" not in text:
         return text
@@ -474,7 +476,7 @@ def texts_in(value: Any) -> Iterator[Text]:
 
 
 def fill(value: Any, values: Row) -> Any:
-    """A value as it is for one combination."""
+    """Fill in every look-up of a value for one combination."""
     kind = type(value)
     if kind is Text:
         return value.fill(values)

@@ -1,11 +1,12 @@
 """
-From the text of a file to its documents: plain values, and where each of them stands.
+Reads the text of a file into documents: plain values, and the place of each value.
 
-A file is foreign text, so its values are built here from the parser's events: no aliases, tags or duplicate keys,
-bounded size and depth, and of YAML's guesses only null, true, false and JSON's numbers. JSON has events of its own
-(`json_events`). Events are six times faster than `yaml.compose`, which also hides anchors and recurses without a limit.
+A file is foreign text, so this module builds the values from the parser's events. It allows no aliases, tags or
+duplicate keys, and bounds size and depth. Of YAML's implicit types it knows only null, true, false and the numbers of
+JSON. JSON has events of its own (`json_events`). Events are six times faster than `yaml.compose`, which also hides
+anchors and recurses without a limit.
 
-Places are looked up only for what is refused, by reading the file a second time: to remember the place of every value
+Places are looked up only for refused values, by reading the file a second time: to remember the place of every value
 would take ten times the memory of the values.
 """
 
@@ -54,9 +55,10 @@ class Document:
     One document of a file.
 
     Attributes:
-        number: its place in the file; documents that hold nothing count too.
-        value: what it holds.
-        refused: paths of values that cannot be read; whatever the checks say about these is only a consequence.
+        number: its position in the file; documents without content count too.
+        value: its content.
+        refused: paths of values that cannot be read. Further problems with these are not reported, because they are
+            only consequences.
     """
 
     def __init__(self, problems: Problems, number: int) -> None:
@@ -65,13 +67,13 @@ class Document:
         self.refused: set[Path] = set()
 
     def add(self, path: Path, what: str, mark: Any = None, *, at_key: bool = False) -> None:
-        """Note a problem with the value at `path`."""
+        """Report a problem with the value at `path`."""
         if self.refused and not mark and any(path[:end] in self.refused for end in range(len(path) + 1)):
             return
         self.problems.add(path, what, mark, number=self.number, at_key=at_key)
 
     def check(self, path: Path, check: Callable[..., object], *values: Any) -> bool:
-        """Note what `check` refuses; the report replaces the value's name at the start by its path in the file."""
+        """Run a check and report its error, in which the path in the file replaces the name at the start."""
         try:
             check(*values)
         except InvalidInputError as error:
@@ -80,7 +82,10 @@ class Document:
         return True
 
     def spend(self, path: Path, work: int) -> None:
-        """Bound what is looked at one by one: a few bytes of a matrix can ask for millions of looks."""
+        """
+        Bound the number of combinations that are checked one by one, because a few bytes of a matrix can ask for
+        millions.
+        """
         self.problems.work += work
         if self.problems.work > MAX_WORK:
             what = f"more than {MAX_WORK:,} combinations have to be checked by now; use fewer, or several files"
@@ -96,16 +101,16 @@ class _Problem(NamedTuple):
 
 
 class Problems:
-    """Everything that is wrong with a file; the search ends at the fiftieth."""
+    """All problems of a file; the search ends at the fiftieth."""
 
     def __init__(self, filename: str) -> None:
         self.filename = filename
         self.found: list[_Problem] = []
         self.work = self.tasks = 0
-        self.events: Callable[[], Any] | None = None  # reads the file again, from its start
+        self.events: Callable[[], Any] | None = None  # reads the file again from its start
 
     def add(self, path: Path, what: str, mark: Any, *, number: int = 0, at_key: bool = False) -> None:
-        what = what if what.isprintable() else repr(what)[1:-1]  # it must neither forge a line nor steer a terminal
+        what = what if what.isprintable() else repr(what)[1:-1]  # the text must not forge a line or control a terminal
         what = what if len(what) <= 400 else f"{what[:100]} … {what[-100:]}"
         self.found.append(_Problem(number, path, what, mark, at_key))
         if len(self.found) >= MAX_PROBLEMS:
@@ -135,7 +140,10 @@ class Problems:
         return f"{where.removeprefix('.') or 'file'}: {problem.what}"
 
     def _marks(self) -> list[Any]:
-        """The place of each problem: of its value, or where that does not stand in the file, of what would hold it."""
+        """
+        The place of each problem: that of its value, or if the value is not in the file, of the nearest one that
+        contains it.
+        """
         wanted = {
             (one.number, *one.path)[: end + 1] for one in self.found if not one.mark for end in range(len(one.path) + 1)
         }
@@ -150,8 +158,9 @@ class Problems:
 
 def find(events: Any, wanted: Collection[Path]) -> dict[Path, tuple[Any, Any]]:
     """
-    Where the keys and values at these paths stand; a path begins with the number of its document. What holds a wanted
-    value is to be wanted too. Of a file that cannot be read to its end, what is found until then.
+    The places of the keys and values at these paths. A path begins with the number of its document, and `wanted` must
+    also contain every path that leads to a wanted value. If the file cannot be read to its end, only places before the
+    error are found.
     """
     found: dict[Path, tuple[Any, Any]] = {}
 
@@ -190,10 +199,11 @@ _CLOSES = (yaml.MappingEndEvent, yaml.SequenceEndEvent)
 
 def read(text: str | bytes, problems: Problems) -> list[Document]:
     """
-    All documents of a file that hold something, at least one. What is named `.json`, or is JSON, is read as JSON.
+    Read all documents of a file that have content; there is at least one. A file that is named `.json`, or is JSON, is
+    read as JSON.
 
     Raises:
-        GroupFileError: bad syntax, or over a limit. Anything else that is wrong is added to `problems`.
+        GroupFileError: the syntax is bad, or a limit is exceeded. Other problems are added to `problems`.
     """
     decoded = _decoded(text, problems)
     is_json = problems.filename.endswith(".json")
@@ -201,7 +211,7 @@ def read(text: str | bytes, problems: Problems) -> list[Document]:
         problems.events = lambda: JsonEvents(decoded)
         try:
             return _Reader(problems, is_json=True).documents()
-        except JsonSyntaxError as error:  # or it is YAML that begins like JSON
+        except JsonSyntaxError as error:  # otherwise it may be YAML that begins like JSON
             if is_json:
                 problems.stop((), str(error.problem), error.problem_mark)
         problems.found.clear()
@@ -219,10 +229,11 @@ def _decoded(text: str | bytes, problems: Problems) -> str:
         problems.stop((), f"{len(data):,} bytes, more than {MAX_BYTES:,}; split it into several groups", _START)
     decoded = data.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
     if not decoded.isascii() and (found := _NOT_UTF8.search(decoded)):
-        if (before := _FORBIDDEN.search(decoded)) and before.start() < found.start():  # then it is no text at all
+        # A forbidden character before the bad byte shows that the file is not text at all, so report that one.
+        if (before := _FORBIDDEN.search(decoded)) and before.start() < found.start():
             found = before
         code, mark = ord(found[0]), _mark(decoded, found.start())
-        if 0xDC80 <= code <= 0xDCFF:  # as surrogateescape writes it
+        if 0xDC80 <= code <= 0xDCFF:  # how surrogateescape stores a byte
             problems.stop((), f"the byte 0x{code - 0xDC00:02X} is not UTF-8; save the file as UTF-8", mark)
         problems.stop((), f"the character U+{code:04X} is not allowed; remove it", mark)
     return decoded
@@ -240,7 +251,7 @@ class _Reader:
         self.path: list[str | int] = []
         try:
             self.parser = problems.events()
-        except (yaml.YAMLError, ValueError) as error:  # the pure Python scanner looks at all characters at once
+        except (yaml.YAMLError, ValueError) as error:  # the pure Python scanner checks all characters at once
             self._refuse_syntax(error)
 
     def documents(self) -> list[Document]:
@@ -251,7 +262,7 @@ class _Reader:
             event = self._next()
             self.document = Document(self.problems, number)
             number += 1
-            # Nothing at all, as behind a last ---, is no document.
+            # A document without any content, such as after a final ---, does not count.
             is_nothing = type(event) is yaml.ScalarEvent and not event.value and event.implicit[0] and not event.anchor
             self.document.value = self._value(event)
             self._next()
@@ -268,7 +279,7 @@ class _Reader:
             return self.parser.get_event()
         except JsonSyntaxError:
             raise
-        except (yaml.YAMLError, ValueError, OverflowError) as error:  # the latter: pure Python, on "\Uffffffff"
+        except (yaml.YAMLError, ValueError, OverflowError) as error:  # overflow: pure Python, on "\Uffffffff"
             self._refuse_syntax(error)
 
     def _refuse_syntax(self, error: Exception) -> NoReturn:
@@ -324,7 +335,7 @@ class _Reader:
 
     def _scalar(self, event: Any) -> Any:
         text: str = event.value
-        if event.implicit[0]:  # plain, so neither quoted nor a block
+        if event.implicit[0]:  # plain: neither quoted nor a block
             if len(text) <= 5 and (word := text.lower()) in _WORDS:
                 return _WORDS[word]
             number = _NUMBER.fullmatch(text)
@@ -340,7 +351,8 @@ class _Reader:
 
     def _text(self, event: Any) -> str:
         text: str = event.value
-        if not text.isascii() and _NOT_UTF8.search(text):  # a single escape; the pure Python scanner lets it pass
+        # A single escape can be half of a surrogate pair; the pure Python scanner accepts it.
+        if not text.isascii() and _NOT_UTF8.search(text):
             self._refuse(event, "half of a surrogate pair; write the character itself")
             return ""
         return text
@@ -362,8 +374,9 @@ class _Reader:
 
 def _spelt_otherwise(number: re.Match[str], value: float) -> str:
     """
-    How JSON spells a number, where that loses what the text may have meant: the version 3.10, the commit 7222e52, more
-    digits than a number has. YAML does not say whether such a text is a number, and no reader would see the difference.
+    How JSON spells a number, if that loses what the text may mean: the version 3.10, the commit 7222e52, or more digits
+    than a number holds; '' otherwise. YAML does not say whether such a text is a number, and no reader would notice the
+    change.
     """
     decimals, exponent = number[1] or "", number[2] or ""
     has_odd_zeros = decimals != ".0" and decimals.endswith("0")

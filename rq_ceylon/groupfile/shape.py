@@ -1,7 +1,9 @@
 """
-What each mapping of a group file may hold, and the words for what it may not. `json_schema` says the same for editors.
+The fields that each mapping of a group file may have, and the messages about fields that it may not. `json_schema`
+makes the same rules available to editors.
 
-A field is described where users of Python read of it, in `models`; here only where a file takes something else.
+Fields are described in `models`, where users of Python read about them. Only fields that a file writes differently are
+described here.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from rq_ceylon.groupfile.matrix import AXIS, MAX_AXES, MAX_COMBINATIONS, MAX_LIS
 from rq_ceylon.groupfile.reader import Document, Path
 from rq_ceylon.models import Priority
 
-# Checks say "it: " before what is wrong; the report gives the path instead.
+# A message of a check begins with "it: ", which the report replaces by the path.
 
 
 def _seconds(value: Any) -> float:
@@ -39,7 +41,7 @@ def _seconds(value: Any) -> float:
 def _listed(most: int, remedy: str) -> BeforeValidator:
     def check(value: Any) -> Any:
         listed = value if isinstance(value, list) else [value]
-        if len(listed) > most:  # before any of them is looked at
+        if len(listed) > most:  # check before any value is read
             raise InvalidInputError(f"it: {len(listed):,} of them; {remedy}")
         return listed
 
@@ -121,10 +123,11 @@ KINDS: dict[str, dict[str, Any]] = {
         "pattern": r"\$\{\{",
     },
 }
-"""What several fields take, as JSON Schema."""
+"""The kinds of values that several fields share, as JSON Schema."""
 
 REF = "$kind"
-"""Stands for `$ref` to one of KINDS until `json_schema` puts it in: pydantic knows only its own definitions."""
+"""Stands for `$ref` to one of KINDS until `json_schema` replaces it, because pydantic accepts only its own
+definitions."""
 
 
 def _kind(name: str, **more: Any) -> WithJsonSchema:
@@ -137,7 +140,7 @@ def _listing(kind: str, most: int) -> WithJsonSchema:
 
 
 Name = Annotated[str, AfterValidator(lambda text: models.check_id(text, "it")), _kind("name")]
-TaskId = Annotated[  # a number is an id as a number is a key
+TaskId = Annotated[  # a number is accepted as an id, just as it is as a key
     str,
     AfterValidator(lambda text: models.check_id(text, "it")),
     BeforeValidator(lambda value: str(value) if type(value) is int else value),
@@ -159,7 +162,7 @@ Matrix = SkipValidation[Annotated[dict[str, Any], _kind("matrix")] | None]
 
 
 def _else(default: Any) -> Any:
-    """A field that may be left out, and what the package does then, if neither the group nor the handler says."""
+    """A field that may be missing. `default` is what the package uses if neither the group nor the handler sets it."""
     return Field(None, json_schema_extra={"default": default})
 
 
@@ -226,7 +229,7 @@ class GroupFields(BaseModel, extra="forbid", strict=True):
 
 
 def shape(document: Document, model: type[BaseModel], data: Any, path: Path) -> Any:
-    """The checked fields of a mapping; None, and the problems are noted, if it cannot be used."""
+    """Check the fields of a mapping. Returns None if the mapping cannot be used; its problems are then reported."""
     if not isinstance(data, dict | None):
         document.add(path, f"{shown(data)} where a mapping is needed; write key: value")
         return None
@@ -237,7 +240,7 @@ def shape(document: Document, model: type[BaseModel], data: Any, path: Path) -> 
         document.add((*path, key), f"unknown key; {remedy}", at_key=True)
     if len(document.problems.found) > unknown:
         given = {key: value for key, value in given.items() if key in keys}
-    try:  # a known key with nothing behind it counts as not given
+    try:  # a known key without a value counts as missing
         made = model.model_validate({key: value for key, value in given.items() if value is not None})
         return made if len(document.problems.found) == unknown else None
     except ValidationError as error:
@@ -253,7 +256,7 @@ _ELSEWHERE = {
     "continue-on-error": "put such tasks into a group of their own, on which none depends",
 }
 _ELSEWHERE |= {name.replace("-", "_"): remedy for name, remedy in _ELSEWHERE.items()}
-"""What users of CI systems write, and how it is said here."""
+"""Keys of CI systems, and how to express them in a group file."""
 
 
 def _explained(problem: ErrorDetails) -> str:

@@ -1,4 +1,4 @@
-"""The tasks of a group file: read and checked as written, and expanded only while they are sent."""
+"""The tasks of a group file. They are read and checked as written, and expanded only while they are sent."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ from rq_ceylon.models import Task
 
 _ATTRIBUTES = {"with": "arguments"}
 MAX_WRITTEN = 50_000
-"""Tasks as written, of all groups of a file; a matrix is one."""
+"""The limit of tasks as written, in all groups of a file; one with a matrix counts as one."""
 MAX_ROLES = 10_000
-NEED_COST = 4  # to look up a need takes as long as so many other checks
-_GUESSES = 10  # a guess is slow among many ids
+NEED_COST = 4  # to look up a need takes as long as this many other checks
+_GUESSES = 10  # after this many problems no more guesses, which are slow among many ids
 
 
 @dataclass
@@ -48,9 +48,9 @@ class _Entry:
     A task as written.
 
     Attributes:
-        name: its id; with a matrix, what the ids of its combinations begin with.
-        fixed: its fields as they are, by their names in `Task`.
-        open: those with a look-up in them.
+        name: its id; with a matrix, the text with which the ids of its combinations begin.
+        fixed: its fields without look-ups, by their names in `Task`.
+        open: its fields with look-ups, by their names in `Task`.
     """
 
     path: Path
@@ -62,7 +62,7 @@ class _Entry:
 
 
 class _Names:
-    """All ids of a group, without a list of those that come of a matrix."""
+    """All ids of a group. The ids that a matrix makes are not listed, because there may be a million."""
 
     def __init__(self) -> None:
         self.entries: dict[str, _Entry] = {}
@@ -74,25 +74,27 @@ class _Names:
             self.matrices[entry.name] = entry.matrix
 
     def made(self, task_id: str) -> Iterator[str]:
-        """The tasks with a matrix that have a combination of this id."""
+        """The names of tasks with a matrix of which one combination has this id."""
         for dash in re.finditer("-", task_id) if self.matrices else ():
             name = task_id[: dash.start()]
             if name in self.matrices and self.matrices[name].has(task_id):
                 yield name
 
     def has(self, task_id: str) -> bool:
-        """Whether a task as written, or a combination, has this id."""
+        """Whether a task as written, or a combination of one, has this id."""
         return task_id in self.entries or any(True for _ in self.made(task_id))
 
     def meant(self, need: str | Text, values: Row) -> dict[str, str]:
         """
-        What a need can mean: an id as written, which stands for all its combinations, or that of one combination. Each
-        with the entry it belongs to. More than one is a need that can be read in two ways.
+        The ids that a need can mean, each with the name of its entry: the id of a task as written, which stands for all
+        its combinations, or the id of one combination. If there is more than one, the need is ambiguous.
         """
         if isinstance(need, str):
             return self._meant(need.split("-"))
         found = self._meant(pieces := need.pieces(values))
-        if not found:  # a value may be an id, or have dashes of its own; but a number in it numbers no other matrix
+        # A value may be an id, or contain dashes of its own. But a number in it must not select a numbered combination
+        # of another matrix.
+        if not found:
             written = self._meant(joined(pieces).split("-"))
             found = {
                 task_id: owner
@@ -112,7 +114,7 @@ class _Names:
         return found
 
     def ids(self, named: str) -> Iterator[str]:
-        """What a need means: a task, or all combinations of one."""
+        """The ids that a need stands for: one task, or all combinations of one."""
         matrix = self.matrices.get(named)
         return iter((named,)) if matrix is None else (matrix.id(words) for _, words in matrix.rows())
 
@@ -121,7 +123,7 @@ class _Names:
 
 
 class Tasks:
-    """The tasks of a file with a matrix. They are made while one goes through them, each after those that it needs."""
+    """The tasks of a group with a matrix. Iterating expands them, each after the tasks that it needs."""
 
     def __init__(self, names: _Names, order: Sequence[str]) -> None:
         self._names, self._order = names, order
@@ -151,7 +153,7 @@ class Tasks:
         ]
 
     def samples(self) -> Iterator[Task]:
-        """One task of each kind, without its needs, so that a file is refused where any combination would be."""
+        """One task per entry, without its needs, to check the file before any task is sent."""
         for name in self._order:
             entry = self._names.entries[name]
             values = next(entry.matrix.rows())[0] if entry.matrix else {}
@@ -159,7 +161,7 @@ class Tasks:
             yield Task(**entry.fixed, **filled, id=name)
 
     def roles(self) -> Iterator[str | None]:
-        """The roles of all tasks, each kind at least once."""
+        """The roles of all tasks; each role occurs at least once."""
         for name in self._order:
             entry = self._names.entries[name]
             if entry.matrix is None or "role" not in entry.open:
@@ -170,9 +172,9 @@ class Tasks:
 
 
 def read_tasks(document: Document, data: Any) -> Sequence[Task] | Tasks:
-    """The tasks under `tasks:`. What is wrong with them is noted."""
+    """Read the tasks under `tasks:`, and report their problems."""
     if not data or not isinstance(data, dict | list):
-        if data is not None:  # else the group's shape reports it
+        if data is not None:  # otherwise the group's shape reports it
             document.add(("tasks",), f"{shown(data)} where tasks are needed; write one per key, or a list of them")
         return []
     document.problems.tasks += len(data)
@@ -203,7 +205,8 @@ def _read_entry(document: Document, names: _Names, at: int, key: str | None, val
     entry = _Entry(path, name or f"#{at}", matrix=matrix)
     texts: list[Text | None] = []
     if isinstance(value, dict) and given is not None and matrix is None:
-        value = {key: one for key, one in value.items() if "${{" not in str(one)}  # nothing can be said of these
+        # Fields with look-ups cannot be checked without the matrix, which has problems of its own.
+        value = {key: one for key, one in value.items() if "${{" not in str(one)}
     elif isinstance(value, dict):
         value, texts = _read_open(document, entry, model, value)
     fields = shape(document, model, value, path)
@@ -226,8 +229,11 @@ def _read_open(
     document: Document, entry: _Entry, model: type[TaskFields], value: dict[str, Any]
 ) -> tuple[dict[str, Any], list[Text | None]]:
     """
-    Read the texts of a task, and move those fields into the entry that have look-ups. Returns what is the same for all
-    its combinations, and those of its needs that have look-ups; `_` stands in their places.
+    Read the texts of a task, and move fields with look-ups into the entry.
+
+    Returns:
+        the fields that are the same for all combinations, and for each need its look-ups or None. In the fields, `_`
+        stands for a need with look-ups.
     """
     closed: dict[str, Any] = {}
     texts: list[Text | None] = []
@@ -249,7 +255,7 @@ def _read_open(
 
 
 def _check_size(document: Document, entry: _Entry, matrix: Matrix) -> None:
-    """Limit what look-ups expand to before any is filled in: a text may name a long value a thousand times."""
+    """Limit the size of filled look-ups before filling any, because a text may name a long value a thousand times."""
     free = [entry.open.get(key, entry.fixed.get(key)) for key in ("arguments", "metadata")]
     size = sum(len(to_json(_closed(value))) for value in free if value)
     size += sum(text.longest(matrix) for value in entry.open.values() for text in texts_in(value))
@@ -259,7 +265,7 @@ def _check_size(document: Document, entry: _Entry, matrix: Matrix) -> None:
 
 
 def _closed(value: Any) -> Any:
-    """A value without its look-ups."""
+    """The value without its look-ups."""
     match value:
         case Text():
             return ""
@@ -288,7 +294,7 @@ def read_texts(document: Document, path: Path, value: Any, matrix: Matrix | None
 def _check_open(
     document: Document, path: Path, model: type[TaskFields], key: str, value: Any, matrix: Matrix | None
 ) -> None:
-    if isinstance(value, dict) and key in ("with", "metadata"):  # any values will do
+    if isinstance(value, dict) and key in ("with", "metadata"):  # these fields accept any values
         return
     assert matrix is not None
     axes = list(dict.fromkeys(axis for text in texts_in(value) for axis in text.axes))
@@ -340,8 +346,8 @@ CHOICES = ("exclude", "include")
 
 def _read_choice(document: Document, path: Path, choice: str, given: Any, axes: Sequence[Axis]) -> list[dict[str, Any]]:
     """
-    What is left out of a matrix, or added. A value that reads like one of its axis, but is none, is refused: it would
-    fit nothing.
+    Read the combinations that a matrix excludes or includes. A value that only reads like a value of its axis is
+    refused, because it would fit nothing.
     """
     path = (*path, choice)
     if given is None:
@@ -390,7 +396,7 @@ def _read_range(document: Document, path: Path, name: str, given: Any) -> list[A
 
 
 def _check_ids(document: Document, names: _Names) -> None:
-    """No id twice: neither as written and as made of a matrix, nor made of two."""
+    """Check that no id occurs twice: not as written and from a matrix, and not from two matrices."""
     if not names.matrices:
         return
     if (size := sum(map(names.size, names.entries))) > MAX_COMBINATIONS:
@@ -418,13 +424,13 @@ def _check_ids(document: Document, names: _Names) -> None:
 
 
 def _shared(one: Matrix, other: Matrix) -> str | None:
-    """An id that both make."""
+    """An id that both matrices make."""
     few, many = (one, other) if len(one) < len(other) else (other, one)
     return next((task_id for _, words in few.rows() if many.has(task_id := few.id(words))), None)
 
 
 def _check_needs(document: Document, names: _Names) -> list[str]:
-    """Note needs that cannot be met. Returns the tasks, each after those it needs."""
+    """Report needs that cannot be met. Returns the names of the tasks, each after those that it needs."""
     wanted: dict[str, list[str]] = {}
     for entry in names.entries.values():
         owners: dict[str, None] = {}
@@ -440,7 +446,10 @@ def _check_needs(document: Document, names: _Names) -> list[str]:
 
 
 def _check_need(document: Document, names: _Names, entry: _Entry, at: int, owners: dict[str, None]) -> int:
-    """Note what is wrong with a need. Adds the entries that it names, and returns how many tasks it names at most."""
+    """
+    Report the problem of a need, if any. Adds the entries that it names to `owners`. Returns how many tasks it names at
+    most.
+    """
     need, path = entry.needs[at], (*entry.path, "needs", at)
     rows: Iterable[tuple[Row, Row]] = [({}, {})]
     if isinstance(need, Text) and entry.matrix is not None:
