@@ -1,8 +1,8 @@
 """
-Recounts groups from their records, against what their counters and events say.
+Recounts groups from their records, and compares the result with their counters and events.
 
-A group is read in parts while work goes on, so what was read counts only if nothing of it changed meanwhile. A group
-that does not hold still is named as moving, and not judged.
+A group is read in parts while work goes on, so the records count only if the group did not change meanwhile. A group
+that keeps changing is listed as moving, and is not judged.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from rq_ceylon.store.scripts import command
 from rq_ceylon.views import COUNTERS
 
 READS = 5
-"""How often a group is read until it holds still."""
+"""How often a group is read, at most, until it does not change during a read."""
 
 
 @dataclass(frozen=True, slots=True)
 class Drift:
     """
-    One thing that is not as it should be.
+    One difference between a group and its records.
 
     Attributes:
-        task: its id; empty if it is the group's.
-        what: what is wrong; for a counter its name.
-        found: what is there.
-        expected: what the records say.
-        repaired: it was put right.
+        task: the id of the task; empty if the difference concerns the group.
+        what: what is wrong; for a counter, its name.
+        found: the value that was found.
+        expected: the value that the records call for.
+        repaired: whether the difference was repaired.
     """
 
     group: str
@@ -53,7 +53,7 @@ class Drift:
 
 @dataclass(slots=True)
 class Audit:
-    """What was found. `moving`: groups that changed too fast to be judged."""
+    """The result of an audit. `moving` are groups that changed too fast to be judged."""
 
     groups: int = 0
     tasks: int = 0
@@ -92,11 +92,11 @@ async def audit(connection: Connection, keys: Keys, gids: Sequence[str] = (), *,
     Recount groups; all by default.
 
     Args:
-        repair: set counters to the recount, remove what is left of tasks that have ended, and enter groups that the
-            index has lost. Each only if nothing has changed since it was counted.
+        repair: set counters to the recount, remove leftovers of tasks that have ended, and put lost groups back into
+            the index. Counters and leftovers are only changed if the counters have not changed since the recount.
 
     Raises:
-        NotFoundError: one of `gids` is not known.
+        NotFoundError: there is no group with one of the ids in `gids`.
     """
     found = Audit()
     indexed = set(await queries.group_ids(connection, keys))
@@ -130,7 +130,7 @@ async def _steady(connection: Connection, keys: Keys, gid: str) -> _Records | No
     for _ in range(READS):
         records = await _read(connection, keys, gid, before)
         after = await _meta(connection, keys, gid)
-        # Every change of state changes a counter for good: attempts, pages, or an end.
+        # Every state change also changes a counter that never goes back: attempts, pages, or an end.
         if after == before:
             return records
         before = after
@@ -144,7 +144,7 @@ async def _meta(connection: Connection, keys: Keys, gid: str) -> dict[str, str]:
 
 async def _read(connection: Connection, keys: Keys, gid: str, meta: Mapping[str, str]) -> _Records:
     async def part(name: str) -> dict[str, str]:
-        """Of each text of a hash what stands before the first bar."""
+        """The fields of a hash, each with its text up to the first bar."""
         found: dict[str, str] = {}
         async for some in queries.scan(connection, keys.group_part(gid, name)):
             found |= {tid: text.partition("|")[0] for tid, text in some.items()}
@@ -189,6 +189,7 @@ def _drift(gid: str, records: _Records) -> list[Drift]:
         told, recorded = records.ends.get(tid, []), records.results.get(tid)
         if told != [recorded]:
             found.append(Drift(gid, tid, "end", ", ".join(told) or "untold by events", recorded or "none on record"))
+    # An internal page stands for dependents that were not visited yet, so until it is done the counts may differ.
     if not records.has_internal_pages:
         parents = collections.Counter(tid for text in records.children.values() for tid in text.split())
         for tid in sorted(records.needs.keys() & records.tasks):

@@ -1,6 +1,7 @@
 """
-How values of users' functions become JSON and come back, by their annotations. Every value is written only if its
-annotation reads it back equal and of the same type; any other value is refused, with its place and the remedy.
+How values of users' functions become JSON and come back, as their annotations say. A value is written only if its
+annotation reads it back as an equal value of the same type. Any other value is refused, with its place in the value and
+the remedy.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 _DEPTH_MAX = 100
-"""Nesting of a value; the parser gives up at 200."""
+"""How deep a value may be nested; the parser gives up at 200."""
 
 _INTEGER_BITS_MAX = 14_000
-"""The parser takes numbers of at most 4,300 digits."""
+"""The parser accepts numbers of at most 4,300 digits."""
 
 _SCALARS = (str, int, float, bool)
 _LEAVES = frozenset({*_SCALARS, bytes})
@@ -33,22 +34,22 @@ _LEAVES = frozenset({*_SCALARS, bytes})
 
 class JsonType:
     """
-    How values of one annotation become JSON and come back. Without an annotation exactly the JSON values pass, since
+    How values of one annotation become JSON and come back. Without an annotation only JSON values are accepted, because
     any other would come back as something else.
 
     Args:
-        unresolved: the annotation as it was written, if it names something that does not exist at run time.
+        unresolved: the annotation as written, if it names something that does not exist at run time.
     """
 
     def __init__(self, annotation: Any, *, is_result: bool = False, unresolved: str = "") -> None:
         if get_origin(annotation) is Iterable:
-            annotation = list[get_args(annotation)]  # type: ignore[misc]  # pydantic would make an iterator of it
+            annotation = list[get_args(annotation)]  # type: ignore[misc]  # pydantic would turn it into an iterator
         self.annotation = annotation
         self._is_result, self._unresolved = is_result, unresolved
         self._is_scalar = _is_one_of(annotation, _SCALARS)
         self._is_open = _is_one_of(annotation, (None, NoneType, Any, object))
-        # Validated values of such an annotation are JSON values already, which it reads back as they are: writing
-        # them needs no proof.
+        # Validated values of such an annotation are already JSON values, which the annotation reads back unchanged:
+        # they can be written without a proof.
         self._is_plain = _is_plain(annotation)
 
     @cached_property
@@ -62,10 +63,10 @@ class JsonType:
             except PydanticUserError as error:
                 if error.code != "type-adapter-config-unused":
                     raise
-                # A dataclass, TypedDict or model: it takes the configuration only from what contains it.
+                # A dataclass, TypedDict or model: it accepts the configuration only from a type that contains it.
                 return TypeAdapter(cast(Any, NewType("argument", self.annotation)), config=config)
         except Exception as error:
-            if self._is_result:  # then the value decides: most such functions return something else than they say
+            if self._is_result:  # then the value decides: most such functions do not return what their annotation says
                 return None
             raise BadValueError(
                 f"{self.annotation!r} cannot be made from JSON; annotate it with a type that pydantic knows "
@@ -74,11 +75,11 @@ class JsonType:
 
     def write(self, value: Any) -> Any:
         """
-        A Python value as a JSON value.
+        Turn a Python value into a JSON value.
 
         Raises:
-            BadValueError: the annotation does not accept it, it cannot be written, or `read` would make another value
-                of what was written.
+            BadValueError: the annotation does not accept the value, the value cannot be written, or `read` would make
+                another value of what was written.
         """
         if self._is_open:
             return self._written_openly(value)
@@ -95,17 +96,18 @@ class JsonType:
         return _json_copy(value) if self._is_plain else _proven(adapter, value)
 
     def read(self, value: Any) -> Any:
-        """A JSON value as a Python value."""
+        """Turn a JSON value into a Python value."""
         if self._is_open or (self._is_scalar and type(value) is self.annotation) or (adapter := self._adapter) is None:
             return value
         try:
-            # As JSON, not as Python values: types that are strict about Python values still take text for a date.
+            # As JSON, not as Python values: a type that is strict about Python values still accepts text for a date in
+            # JSON.
             return adapter.validate_json(to_json(value))
         except ValidationError as error:
             raise BadValueError.of(error) from None
 
     def normal(self, value: Any) -> Any:
-        """A JSON value as `write` would have written it."""
+        """Turn a JSON value into the one that `write` would have made."""
         value = _json_copy(value)
         if self._is_open or (self._is_scalar and type(value) is self.annotation):
             return value
@@ -124,7 +126,7 @@ class JsonType:
 
 
 class BadValueError(Exception):
-    """A value that cannot pass: where in it (keys and positions from the outside in), and what is wrong there."""
+    """A value that is refused: where inside it (keys and positions, from the outside in), and what is wrong there."""
 
     def __init__(self, what: str) -> None:
         super().__init__(what)
@@ -140,7 +142,7 @@ class BadValueError(Exception):
         return bad
 
     def inside(self, step: Any) -> BadValueError:
-        """The same as seen from what contains the value at `step`."""
+        """The same error, seen from the value that contains this one at `step`."""
         for path, _ in self.problems:
             path.insert(0, step if isinstance(step, int) else str(step))
         return self
@@ -171,14 +173,14 @@ def _is_plain(annotation: Any) -> bool:
 
 
 def _is_one_of(annotation: Any, types: Iterable[Any]) -> bool:
-    return any(annotation is one for one in types)  # not by equality, which an annotation may define
+    return any(annotation is one for one in types)  # by identity, because an annotation may define its own equality
 
 
 # ---- JSON values -----------------------------------------------------------------------------------------------------
 def _json_copy(value: Any, depth: int = _DEPTH_MAX) -> Any:
     """
-    A copy of a JSON value. Types are compared exactly: a tuple, a date or a subclass of `dict` would come back as a
-    list, text or a dict.
+    Copy a JSON value. Types must match exactly: a tuple, a date or a subclass of `dict` would come back as a list, text
+    or a dict.
     """
     kind = type(value)
     if kind is str:
@@ -266,7 +268,10 @@ def _proven(adapter: TypeAdapter[Any], value: Any) -> Any:
 
 
 def _difference(value: Any, back: Any) -> BadValueError | None:
-    """The first place where what was read back is not what was written: it is not equal, or of another type."""
+    """
+    The first place where the value that was read back differs from the one that was written: it is unequal, or of
+    another type.
+    """
     kind = type(value)
     if kind is type(back) and (value is back or (kind in _LEAVES and value == back)):
         return None
@@ -290,7 +295,7 @@ def _difference(value: Any, back: Any) -> BadValueError | None:
 
 
 def _changed_keys(keys: Collection[Any], back: Collection[Any]) -> BadValueError | None:
-    # Found by equality, then compared like values: True equals 1, and a member of a StrEnum equals its text.
+    # Keys are found by equality, then compared like values: True equals 1, and a member of a StrEnum equals its text.
     known = {one: one for one in back}
     for key in keys:
         if key not in known or _difference(key, known[key]) is not None:
@@ -301,7 +306,7 @@ def _changed_keys(keys: Collection[Any], back: Collection[Any]) -> BadValueError
 
 
 def _parts(value: Any) -> Mapping[Any, Any] | None:
-    """What a value consists of, by position, key or field. None: it is one thing."""
+    """The parts of a value by position, key or field; None if it has no parts."""
     if isinstance(value, Mapping):
         return value
     if isinstance(value, list | tuple | deque):
@@ -322,10 +327,10 @@ def _state(value: Any) -> dict[str, Any]:
 
 def _equal(value: Any, back: Any) -> bool:
     if isinstance(value, datetime) and value.tzinfo is not None and back.tzinfo is not None:
-        # In the hour that a clock repeats, times of two zones are never equal for Python (PEP 495).
+        # In the hour that a clock repeats, Python never finds times of two zones equal (PEP 495).
         value, back = value.astimezone(UTC), back.astimezone(UTC)
     if cast(Any, type(value).__eq__) is object.__eq__ and not isinstance(value, Enum):
-        value, back = _state(value), _state(back)  # of objects that have no equality
+        value, back = _state(value), _state(back)  # objects without their own equality: compare their attributes
     return bool(value == back)
 
 
@@ -336,7 +341,7 @@ def _changed(value: Any, back: Any) -> BadValueError:
 
 
 def _unwritable(value: Any, is_of_bytes: bool = False, depth: int = _DEPTH_MAX) -> BadValueError | None:
-    """The first part of a value that no annotation writes as JSON."""
+    """The first part of a value that cannot be written as JSON, whatever its annotation."""
     if not depth:
         return BadValueError(f"nested more than {_DEPTH_MAX} levels deep, or inside itself")
     try:
