@@ -1,6 +1,6 @@
 """
-Runs callables of goals beside the monitor. They are users' code, so one that hangs must block neither the monitor's
-event loop, nor other callables, nor the end of the process.
+Runs the functions of callable goals beside the monitor. They are users' code, so one that hangs must not block the
+monitor's event loop, another callable, or the end of the process.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from rq_ceylon.handlers import GoalCheck
 from rq_ceylon.views import GroupView
 
 CHECK_S = 30.0
-"""How long a callable may take over one goal; after that, the goal stays undecided."""
+"""How long a callable may take for one goal; after that, the goal stays undecided."""
 
 PLACES = 16
-"""How many goals one callable is asked about at once. The goals that it hangs on count, so each callable has a bounded
+"""How many goals one callable is asked about at once. Goals on which it hangs count too, so each callable has a bounded
 number of hanging threads, and takes no place of another callable."""
 
 
@@ -30,15 +30,15 @@ class CheckHangsError(TimeoutError):
 
 
 class _Raised(NamedTuple):
-    """An exception of users' code as a value, because a SystemExit that leaves its task would end the event loop."""
+    """An exception of users' code as a value, because a SystemExit that left its task would end the event loop."""
 
     error: BaseException
 
 
 class Checks:
     """
-    Calls each callable in a daemon thread. An async callable goes on in an event loop of its own: it meets the same
-    loop each time, and cannot block that of another callable.
+    Calls each callable in a daemon thread. An async callable then runs in an event loop of its own: it meets the same
+    loop each time, and cannot block the loop of another callable.
     """
 
     def __init__(self) -> None:
@@ -52,15 +52,15 @@ class Checks:
         self, name: str, check: GoalCheck, view: GroupView, *, on_hang: Callable[[], object]
     ) -> bool | BaseException:
         """
-        Ask a callable about a goal. Returns once its code has ended, even if it took too long, because it must not be
-        asked about this goal again before that.
+        Ask a callable about a goal. Returns only when its code has ended, even if it took too long, because it must not
+        be asked about this goal again before that.
 
         Args:
             on_hang: called when the callable has taken too long; `hanging` counts the calls that hang now, including
                 this one.
 
         Returns:
-            whether the callable says that the goal is achieved, or the exception that it raised, or that it hung.
+            whether the callable says that the goal is achieved, or the exception that it raised, or CheckHangsError.
         """
         async with self._places[name]:
             question = _Question(lambda: self._loop_of(name))
@@ -72,7 +72,7 @@ class Checks:
                     await self._outlast(question, answer, on_hang)
                     return CheckHangsError(f"it did not answer within {CHECK_S:g} s")
             finally:
-                answer.cancel()  # else a thread that ends later would tell a loop that is closed by then
+                answer.cancel()  # otherwise a thread that ends later would report to a loop that is already closed
             found = answer.result()
             return found.error if isinstance(found, _Raised) else found
 
@@ -88,10 +88,10 @@ class Checks:
             self.hanging -= 1
 
     def close(self) -> None:
-        """End the loops, each as soon as no code blocks it."""
+        """End each loop as soon as no code blocks it."""
         self._is_closed.set()
         for loop in self._loops.values():
-            with suppress(RuntimeError):  # it has just ended
+            with suppress(RuntimeError):  # the loop has just ended
                 loop.call_soon_threadsafe(loop.stop)
         self._loops.clear()
 
@@ -104,7 +104,7 @@ class Checks:
 
 
 class _Question:
-    """One callable asked about one goal; `answer` gets a bool or `_Raised`, whenever its code has ended."""
+    """One callable asked about one goal; `answer` gets a bool or `_Raised` when the code has ended."""
 
     def __init__(self, loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
         self.answer: Future[bool | _Raised] = Future()
@@ -123,7 +123,7 @@ class _Question:
             self.answer.set_result(_Raised(error))
 
     def cancel(self) -> None:
-        """End it if it is async; a plain function cannot be ended."""
+        """Cancel the callable if it is async; a plain function cannot be ended."""
         if (task := self._task) is not None:
             self._loop().call_soon_threadsafe(task.cancel)
 
@@ -143,8 +143,9 @@ class _Question:
 
 def _run(loop: asyncio.AbstractEventLoop, is_closed: threading.Event) -> None:
     asyncio.set_event_loop(loop)
-    while not is_closed.is_set():  # a callable may stop its loop, which is for all its other answers
-        with suppress(SystemExit, KeyboardInterrupt):  # of a task below a callable: the callable hears of it as well
+    while not is_closed.is_set():  # a callable may stop its loop, which serves its other goals too
+        # A task that a callable started may raise these; the callable gets them too.
+        with suppress(SystemExit, KeyboardInterrupt):
             loop.run_forever()
     for task in asyncio.all_tasks(loop):
         task.cancel()

@@ -1,4 +1,4 @@
-"""The log of a process: ours and that of users' standard logging, to stderr, as text or as JSON."""
+"""The log of a process: our messages and those of users' standard logging, on stderr, as text or JSON."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ Form = Literal["text", "json"]
 
 
 class Setup(NamedTuple):
-    """How much a process logs, and how. Child processes are set up alike."""
+    """The level and the form of a process's log. Child processes use the same."""
 
     level: str
     form: Form
 
 
 in_force: Setup | None = None
-"""What `set_up` was called with; None in a program that sets up a log of its own."""
+"""The arguments of the last call of `set_up`; None in a program that sets up its own log."""
 
 
 def set_up(level: str, form: Form) -> None:
-    """Log what is at least of this level. The log of the standard library goes the same way."""
+    """Log messages of at least this level. Messages of the standard library's `logging` go to the same log."""
     global in_force  # noqa: PLW0603 - a process has one log
     in_force = Setup(level, form)
     logger.remove()
     stream = sys.stderr
 
     def sink(message: Any) -> None:
-        # Users' code may close the stream. The log is then lost, but nothing else: without this, loguru would raise
-        # the error in the code that logs, since it cannot report it anywhere.
+        # Users' code may close the stream. Then the log is lost, but nothing else may be: without this, loguru would
+        # raise the error in the code that logs, because it cannot report it anywhere.
         with suppress(OSError, ValueError):
             stream.write(_json_line(message.record) if form == "json" else message)
             stream.flush()
 
-    # A traceback with the values of its variables would tell secrets.
+    # A traceback with the values of its variables could reveal secrets.
     text = "{message}" if form == "json" else _text_line
-    # Loguru asks only whether it is a terminal.
+    # By itself, loguru checks only whether stderr is a terminal.
     colours = sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     logger.add(sink, level=level.upper(), format=text, backtrace=False, diagnose=False, colorize=colours)
     logger.enable("rq_ceylon")
@@ -57,13 +57,13 @@ class _ToLoguru(logging.Handler):
             severity: str | int = logger.level(record.levelname).name
         except ValueError:
             severity = record.levelno
-        # As everywhere in the standard log, a line that cannot be made must not fail who wrote it.
+        # As in standard logging, a line that cannot be formatted must not raise in the code that logs it.
         message = shown(f"the message of {record.pathname}:{record.lineno}", record.getMessage)
         logger.bind(logger=record.name).opt(exception=record.exc_info).log(severity, "{}", message)
 
 
 def _text_line(record: Any) -> str:
-    """A record is one line, so no foreign text can look like a second record; its traceback is indented."""
+    """Format a record as one line, so foreign text cannot look like a second record; its traceback is indented."""
     lines = [plain(record["message"], keep="\t")]
     if trace := _traceback(record):
         lines += [f"    {plain(line, keep='')}" for line in trace.rstrip().split("\n")]
@@ -87,14 +87,14 @@ def _json_line(record: Any) -> str:
 
 
 def _traceback(record: Any) -> str:
-    """The traceback of the record: of its exception, or, as text, of one that was raised elsewhere."""
+    """The traceback of the record's exception, or one that was raised elsewhere and is given as text."""
     if record["exception"] is not None:
         return shown("the traceback", lambda: "".join(traceback.format_exception(*record["exception"])))
     return str(record["extra"].get("traceback", ""))
 
 
 def plain(text: str, *, keep: str = "\n\t") -> str:
-    """Escape everything in a foreign text that could control a terminal, except the characters in `keep`."""
+    """Escape every character of a foreign text that could control a terminal, except those in `keep`."""
     if text.isprintable():
         return text
     return "".join(
@@ -103,7 +103,7 @@ def plain(text: str, *, keep: str = "\n\t") -> str:
 
 
 def plain_json(text: str) -> str:
-    """JSON that shows the same, in which what could steer a terminal is escaped."""
+    """Escape every character of a JSON text that could control a terminal; its value stays the same."""
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)

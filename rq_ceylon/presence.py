@@ -1,4 +1,4 @@
-"""How workers and monitors show that they live: an entry in the registry that goes when its heartbeat stops."""
+"""How workers and monitors show that they live: a registry entry, and a heartbeat that expires when they stop."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ BEAT_S = 5.0
 
 class Presence:
     """
-    The entry of this process.
+    The registry entry and the heartbeat of this process.
 
     Attributes:
-        name: unique per boot: what is pending for a name belongs to one process, and to none after it.
+        name: unique per start: entries that are pending for a name belong to one process, and to none after it.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Presence:
         roles: Sequence[str] = (),
         slots: int = 0,
     ) -> None:
-        # A host may be called what a name in Redis may not.
+        # The name of a host may contain characters that a name in Redis may not.
         host = re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname().split(".")[0]) or "host"
         shown = check_id(name, "name") if name else host
         self.name = check_id(f"{shown[:40]}-{os.getpid()}-{secrets.token_hex(4)}", "name")
@@ -66,14 +66,14 @@ class Presence:
         is_exhausted: bool = False,
     ) -> list[Call]:
         """
-        A heartbeat.
+        The calls of one heartbeat.
 
         Args:
-            tasks: what runs here: `<gid>/<tid>` → since when, epoch ms.
-            progress: what handlers said of it: a fraction, if any, and a message.
-            low_marks: per role the fence below which this worker holds nothing.
-            hung: attempts that are over, but whose code goes on here.
-            is_exhausted: so many hang that they take places from others.
+            tasks: maps `<gid>/<tid>` of each running task to its start, epoch ms.
+            progress: what handlers reported about a task: a fraction or None, and a message.
+            low_marks: for each role, the fence below which this worker holds nothing.
+            hung: how many attempts are over although their code goes on here.
+            is_exhausted: so many attempts hang that they take places from others.
         """
         facts = {**self._facts, "stopping": stopping, "tasks": tasks or {}, "low_marks": low_marks or {}}
         if hung:
@@ -87,13 +87,14 @@ class Presence:
 
 
 async def is_unroutable(connection: Connection, keys: Keys, role: str, task_name: str) -> bool:
-    """Has no worker of the role that knows this task asked for it in an hour, and is none alive now?"""
+    """Whether no worker of the role that knows this task has asked for it in an hour, and none is alive now."""
     now_ms = await queries.server_ms(connection, keys)
     since_ms = await queries.waiting_since_ms(connection, keys, role, task_name)
     if since_ms is None or now_ms - since_ms < transitions.UNROUTABLE_MS:
         return False
     for worker in await queries.workers(connection, keys):
         if role in worker.roles and task_name in worker.task_names:
+            # A live worker knows the name and may only be busy, so the hour starts again.
             await connection.run([transitions.postpone_overdue(keys, role, task_name, now_ms)])
             return False
     return True

@@ -1,9 +1,9 @@
 """
-How a process of ours hears signals and how it ends.
+How our processes receive signals and how they end.
 
-The end of a process is never awaited from users' code. A thread beside the event loop, the watch, hears each signal
-even while a handler blocks the loop, and ends the process when the time for its end is over. A process that ends by
-itself joins no thread of users' code.
+The end of a process never waits for users' code. A thread beside the event loop, the watch, receives each signal even
+while a handler blocks the loop, and ends the process when the time for its end is over. A process that ends by itself
+does not join threads of users' code.
 """
 
 from __future__ import annotations
@@ -29,20 +29,21 @@ from loguru import logger
 from rq_ceylon.errors import CeylonError, error_at
 
 ALLOWANCE_S = 5.0
-"""How long the end of a process may take beyond the grace: cancelled tasks clean up, what is left is given back, stop
-hooks run. It is also all that a second signal leaves."""
+"""How long the end of a process may take after the grace: cancelled tasks clean up, unfinished work is given back, and
+stop hooks run. A second signal leaves only this time."""
 
 LAST_LINE_S = 1.0
-"""How long the watch tries to write its last line: the code that hangs may hold the lock of the log."""
+"""How long the watch tries to write its last line, because the code that hangs may hold the lock of the log."""
 
 CHILD_END_S = ALLOWANCE_S + LAST_LINE_S + 0.5
-"""How long beyond its grace a child may take before its parent kills it: time for the child's own watch to end it."""
+"""How long after its grace a child may take before its parent kills it: long enough for the child's own watch to end
+it."""
 
 TAKE_S = 1.0
-"""How long users' code may have the descriptor of the signals."""
+"""How long users' code may keep the wakeup descriptor of signals before the watch takes it back."""
 
 SUPERVISED = "CEYLON_SUPERVISED"
-"""Set for a child: its standard input is a pipe that closes when its parent is gone."""
+"""Set in the environment of a child: its standard input is a pipe that closes when its parent ends."""
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -51,12 +52,12 @@ T = TypeVar("T")
 
 class Watch:
     """
-    The thread beside the event loop of one process. Create it in the main thread, at most once in a process.
+    The thread beside the event loop of one process. Create it in the main thread, at most once per process.
 
     Args:
-        grace_s: how long after the first signal the clean-up begins, which may take `ALLOWANCE_S`.
+        grace_s: how long after the first signal the clean-up begins; the clean-up may take `ALLOWANCE_S`.
         at_once: called in the watch's thread at the first signal, even while the loop is blocked. It must not wait for
-            anything, as the watch does nothing meanwhile.
+            anything, because the watch does nothing else meanwhile.
     """
 
     def __init__(self, grace_s: float = 0.0, *, at_once: Callable[[], object] = lambda: None) -> None:
@@ -79,30 +80,30 @@ class Watch:
 
     # ---- in the main thread ------------------------------------------------------------------------------------------
     def listen(self, stop: Callable[[int], object]) -> None:
-        """From now on each SIGTERM and SIGINT calls `stop` with its number in the running loop."""
+        """From now on, each SIGTERM and SIGINT calls `stop` with its number, in the running loop."""
         self._stop = stop
         self._loop = loop = asyncio.get_running_loop()
-        with contextlib.suppress(NotImplementedError):  # Windows: there Ctrl-C cancels the main task
+        with contextlib.suppress(NotImplementedError):  # on Windows, Ctrl-C cancels the main task instead
             for number in _SIGNALS:
                 loop.add_signal_handler(number, self._tell, number)
                 self.handlers[number] = signal.getsignal(number)
             self._keep_taking()
 
     def take(self) -> None:
-        """Have what the running loop would read of signals come to the watch first, which passes it on."""
+        """Receive the signals that the running loop would read; the watch passes them on to the loop."""
         if (found := signal.set_wakeup_fd(self._far.fileno(), warn_on_full_buffer=False)) != self._far.fileno():
             self._loop_fd = found
 
     def _keep_taking(self) -> None:
-        # Each signal handler that users' code adds to the loop takes the descriptor back. A SIGTERM for which it has
-        # one of its own must be heard here all the same.
+        # When users' code adds a signal handler to the loop, the loop takes the descriptor back. The watch must still
+        # hear a SIGTERM that such a handler handles.
         self.take()
         asyncio.get_running_loop().call_later(TAKE_S, self._keep_taking)
 
     def run(self, main: Coroutine[Any, Any, int], loop: asyncio.AbstractEventLoop) -> int:
         """
-        Run `main` to its end, although users' code may stop the loop before: by a SystemExit in a task that a handler
-        has started, with `gather` say, which is for the handler alone; or by `loop.stop()`.
+        Run `main` to its end, even if users' code stops the loop earlier: by `loop.stop()`, or by a SystemExit in a
+        task that a handler has started, for example with `gather`. Such a SystemExit concerns only the handler.
 
         Raises:
             CeylonError: `main` itself let a SystemExit through.
@@ -115,19 +116,19 @@ class Watch:
             except (SystemExit, KeyboardInterrupt) as error:
                 end_fork(self._pid, error)
                 if isinstance(error, KeyboardInterrupt) and not self.handlers:
-                    raise  # Ctrl-C, and no handler is installed for it
+                    raise  # Ctrl-C, and no handler for it is installed
                 if task.done():
                     raise CeylonError(f"the process must end: {error_at(error)}") from error
                 logger.error(
                     "A task started by a handler, hook or goal check tried to end the process: {}", error_at(error)
                 )
             if self.handlers and not task.done():
-                loop.call_soon(self.take)  # a loop that is stopped lets go of the descriptor
+                loop.call_soon(self.take)  # a stopped loop gives up the descriptor
         return task.result()
 
     @contextlib.contextmanager
     def limit(self, seconds: float, what: str) -> Iterator[None]:
-        """End the process if the block takes longer than `seconds`; the last line then names `what`."""
+        """End the process if the block takes longer than `seconds`; the last log line then names `what`."""
         key = object()
         with self._guard:
             self._limits[key] = time.monotonic() + seconds, what
@@ -139,7 +140,7 @@ class Watch:
                 self._limits.pop(key, None)
 
     def leave(self, code: int) -> NoReturn:
-        """End the process: run what is registered with `atexit`, flush, and join no thread."""
+        """End the process: run the functions registered with `atexit`, flush, and join no thread."""
         self._code, self._loop_fd = code, -1
         with self._guard:
             self._what = "its atexit functions"
@@ -152,14 +153,14 @@ class Watch:
         os._exit(code)
 
     def _tell(self, number: int) -> None:
-        if self._passed_on[number]:  # heard before
+        if self._passed_on[number]:  # the watch has already heard it
             self._passed_on[number] -= 1
-        else:  # users' code has taken the loop's wakeup descriptor back
+        else:  # users' code has taken the wakeup descriptor back, so the watch has not heard it
             self._hear(number)
             self._wake()
 
     def _wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # full, so the thread has reason enough to wake
+        with contextlib.suppress(BlockingIOError):  # full, so the thread will wake anyway
             self._far.send(b"\0")
 
     # ---- in the watch's thread ---------------------------------------------------------------------------------------
@@ -180,22 +181,22 @@ class Watch:
                     self._hear(number)
             if any(heard) and self._loop_fd != -1:
                 self._passed_on.update(heard)
-                with contextlib.suppress(OSError):  # full, so the loop has reason enough to wake; or the loop is over
+                with contextlib.suppress(OSError):  # full, so the loop will wake anyway; or the loop is closed
                     os.write(self._loop_fd, heard)
 
     def _hear(self, number: int) -> None:
         self._signals.append(number)
         rest_s = ALLOWANCE_S if len(self._signals) > 1 else self._grace_s + ALLOWANCE_S
         with self._guard:
-            # Each signal is a limit of its own: a later one never leaves more time than an earlier one.
+            # Each signal sets a limit of its own, so a later one never leaves more time than an earlier one.
             self._limits[len(self._signals)] = time.monotonic() + rest_s, self._what
         if self._loop is not None:
-            with contextlib.suppress(RuntimeError):  # it is closed
+            with contextlib.suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self._stop, number)
         if len(self._signals) == 1:
             try:
                 self.at_once()
-            except Exception:  # the watch must outlive it
+            except Exception:  # the watch must survive the error
                 logger.exception("The immediate action at signal {} failed", number)
 
     def _end(self, what: str) -> NoReturn:
@@ -215,12 +216,12 @@ class Watch:
 
 
 _watching: list[Watch] = []
-"""The watch of this very process."""
+"""The watch that this process created, and not a parent that forked it; empty without one."""
 
 
 @contextlib.contextmanager
 def limit(seconds: float, what: str) -> Iterator[None]:
-    """`Watch.limit` of this process; nothing where none watches, as in a program that runs a worker of its own."""
+    """`Watch.limit` of this process. Without a watch, as in a program that runs its own worker, there is no limit."""
     with _watching[0].limit(seconds, what) if _watching else contextlib.nullcontext():
         yield
 
@@ -229,11 +230,11 @@ def own_task(
     body: Coroutine[Any, Any, T], *, name: str | None = None, loop: asyncio.AbstractEventLoop | None = None
 ) -> asyncio.Task[T]:
     """
-    A task of ours that users' code does not find: `asyncio.all_tasks()` leaves it out, as a handler may cancel all that
-    this names. Its creator must end it: closing a loop ends only what this names.
+    Start a task of ours that `asyncio.all_tasks()` leaves out, because a handler may cancel every task listed there.
+    Its creator must end it: when a loop closes, only listed tasks are ended.
 
     Args:
-        loop: where it runs; None: the running loop.
+        loop: the loop to run it; None: the running loop.
     """
     task = (loop or asyncio.get_running_loop()).create_task(body, name=name)
     asyncio._unregister_task(task)
@@ -242,9 +243,9 @@ def own_task(
 
 def end_fork(parent: int, error: BaseException | None = None) -> None:
     """
-    End this process if users' code has forked it from `parent` and now comes back to code of ours, be it by
-    `sys.exit()`: two processes must not go on with the same connections, nor answer for the same task. It ends as
-    Python would end it.
+    End this process if users' code forked it from `parent` and now returns to our code, even by `sys.exit()`. Two
+    processes must not use the same connections, or answer for the same task. The process ends with the status and
+    traceback that Python would give it.
     """
     if os.getpid() == parent:
         return
@@ -253,18 +254,19 @@ def end_fork(parent: int, error: BaseException | None = None) -> None:
         code = error.code or 0
     elif error is not None:
         code = 1
-        with contextlib.suppress(BaseException):  # an exception that cannot be shown
+        with contextlib.suppress(BaseException):  # the exception cannot be printed
             traceback.print_exception(error)
     _flush()
     os._exit(code & 0xFF)
 
 
 def stop_with_supervisor() -> None:
-    """In a child: end when the parent is gone, however it went."""
+    """In a child, end when the parent has ended, for whatever reason."""
     if os.environ.pop(SUPERVISED, None) is None:
         return
-    # Neither is for users' code, nor for what that starts: a command of ours would take itself for a child, a program
-    # that reads its standard input would wait for ever, and closing it must not hide the parent's end.
+    # Hide the variable and the pipe from users' code and the programs that it starts. A command of ours would take
+    # itself for a child, a program that reads its standard input would wait forever, and users' code that closes the
+    # input would hide the parent's end.
     pipe, nothing = os.dup(0), os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
@@ -279,8 +281,8 @@ def stop_with_supervisor() -> None:
 
 def _whereabouts() -> str:
     """
-    The line of users' code that the main thread is in, or of a package that they use: what blocks the loop is found by
-    it. Empty if there is none, as where the loop waits.
+    The line of users' code, or of a package that it uses, at which the main thread stands, to show what blocks the
+    loop. Empty if there is none, for example because the loop is waiting.
     """
     frame: FrameType | None = sys._current_frames()[threading.main_thread().ident or 0]
     ours, python = str(Path(__file__).parent), str(Path(os.__file__).parent)
@@ -293,12 +295,12 @@ def _whereabouts() -> str:
 
 def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or there is none
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # the stream is closed or missing
             stream.flush()
 
 
 def _end_children() -> None:
-    """SIGTERM to children of `multiprocessing`, which `atexit` would wait for."""
+    """Send SIGTERM to children of `multiprocessing`, because `atexit` would wait for them."""
     if (module := sys.modules.get("multiprocessing.process")) is not None:
         for child in module.active_children():
             child.terminate()
@@ -306,8 +308,8 @@ def _end_children() -> None:
 
 # ---- forks -----------------------------------------------------------------------------------------------------------
 # A child that users' code forks must not keep our handlers: its SIGTERM would go down the wakeup descriptor that it
-# shares with us, and stop us instead of it. Signals are blocked in between, so that none arrives before the handlers
-# are the default ones.
+# shares with us, and stop this process instead of the child. Signals are blocked during the fork, so that none arrives
+# before the child has the default handlers.
 _forking = threading.local()
 
 
@@ -325,7 +327,7 @@ def _after_fork_in_child() -> None:
     defaults: dict[int, Any] = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
     for watch in _watching:
         for number, handler in watch.handlers.items():
-            if signal.getsignal(number) is handler:  # else users' code has set one of its own
+            if signal.getsignal(number) is handler:  # otherwise users' code has set its own
                 signal.signal(number, defaults[number])
         signal.set_wakeup_fd(-1)
     _watching.clear()
