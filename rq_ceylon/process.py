@@ -144,6 +144,7 @@ class Watch:
         self._code, self._loop_fd = code, -1
         with self._guard:
             self._what = "its atexit functions"
+            # The earliest limit stays in force, so that the atexit functions cannot gain time.
             due = min([time.monotonic() + ALLOWANCE_S, *(due for due, _ in self._limits.values())])
             self._limits = {self: (due, self._what)}
         self._wake()
@@ -209,6 +210,7 @@ class Watch:
             _end_children()
             _flush()
 
+        # The log may hang, so another thread writes to it: this one must end the process in any case.
         last = threading.Thread(target=last_words, daemon=True)
         last.start()
         last.join(LAST_LINE_S)

@@ -1,8 +1,8 @@
 """
 The events of groups: how to unpack them, and how readers hear of new ones.
 
-A notification says only "look now". It may be lost, because the record is the list in Redis. So every wait here has a
-time limit, and also ends when the subscription is made again.
+A notification says only "look now". It may be lost; the list in Redis is the record. So every wait here has a time
+limit, and also ends when the subscription is made again.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class TaskEvent(NamedTuple):
 
 
 class Event(NamedTuple):
-    """One state change of a group. `seq` counts from 1; `status` is the group's new status, '' if it is the same."""
+    """One state change of a group. `seq` counts from 1; `status` is the group's new status, '' if it did not change."""
 
     seq: int
     at_ms: int

@@ -57,6 +57,7 @@ class Keys:
         return f"{self.prefix}{{i:{shard}}}:groups"
 
     def index_of(self, gid: str) -> str:
+        # Every process must find the same shard, which rules out Python's `hash`: it differs from process to process.
         return self.index(zlib.crc32(gid.encode()) % INDEX_SHARDS)
 
     def worker(self, name: str) -> str:

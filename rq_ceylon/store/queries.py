@@ -45,7 +45,7 @@ async def look(
     connection: Connection, keys: Keys, gid: str, tids: Sequence[str], *, doubtful: bool = False
 ) -> tuple[GroupView, dict[str, TaskResult], set[str]]:
     """
-    Read, in one round trip, a group and the results of those of its tasks `tids` that have ended.
+    Read, in one round trip, a group and the results of the tasks `tids`, for those that have one.
 
     Args:
         doubtful: also check whether every one of these tasks exists.
@@ -174,7 +174,7 @@ def _group_view(gid: str, meta: Mapping[str, str], events: int) -> GroupView:
 
 
 async def events(connection: Connection, keys: Keys, gid: str, start: int) -> list[Event]:
-    """Events of a group from number `start` on (the first is 1); of many, only the next `SCAN`."""
+    """Events of a group from number `start` on (the first is 1), at most `SCAN` of them."""
     first = max(start, 1) - 1
     (lines,) = await connection.run([command("LRANGE", keys.group_part(gid, "events"), first, first + SCAN - 1)])
     with reading(f"an event of group {gid!r}"):
@@ -322,7 +322,7 @@ def _open(gid: str, tid: str, text: str, claim: str | None, needs: int, facts: _
         if running:
             worker, started, due = holder, int(since), None
     uses = decode(body).get("uses") or facts.uses
-    if facts.closed and not running:  # a closing group writes no results for tasks that never ran
+    if facts.closed and not running:  # closing a group writes no results for tasks that do not run
         result = TaskResult(tid, TaskStatus.CANCELLED, "closed", role, attempts=attempts, crashes=crashes)
         return replace(_ended(gid, result), uses=uses)
     status = TaskStatus.IN_PROGRESS if running else TaskStatus.WAITING if needs else TaskStatus.PENDING
@@ -363,7 +363,7 @@ async def _with_progress(connection: Connection, keys: Keys, views: list[TaskVie
 
 
 async def results(connection: Connection, keys: Keys, gid: str, tids: Sequence[str]) -> dict[str, TaskResult]:
-    """The results of these tasks, as far as they have ended."""
+    """The results of these tasks, for those that have one."""
     if not tids:
         return {}
     (texts,) = await connection.run([command("HMGET", keys.group_part(gid, "results"), *tids)])
@@ -547,7 +547,7 @@ def _pending(reply: Any) -> int:
 
 
 async def idle_consumers(connection: Connection, keys: Keys, role: str) -> list[tuple[str, int, int]]:
-    """Consumers of a role's streams: name, pending entries, ms since their last command; one row per stream."""
+    """Consumers of a role's streams: name, pending entries, ms since they were last heard of; one row per stream."""
     replies: Iterable[Any] = await connection.run(
         [command("XINFO", "CONSUMERS", keys.role_part(role, stream), "workers") for stream in STREAMS], refusals=True
     )

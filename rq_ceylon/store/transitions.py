@@ -125,6 +125,7 @@ def enqueue(
 def _with_name(item: str, gid: str, names: Mapping[tuple[str, str], str]) -> str:
     priority, tid, issue, *supersedes = item.split(",")
     name = names.get((gid, tid))
+    # The name is the fifth part, so an item that supersedes nothing gets an empty fourth part.
     return item if name is None else ",".join((priority, tid, issue, *(supersedes or [""]), name))
 
 
@@ -304,7 +305,7 @@ class Delivery(NamedTuple):
 Verdict = Literal["GRANTED", "DONE", "GONE", "DUPLICATE", "LOST", "OUTDATED", "NOTREADY", "CLOSED", "PARKED", "LATER"]
 
 SUSPECT_CRASHES = 2
-"""A task that crashed this often is a suspect: a worker runs only one at a time."""
+"""A task that crashed this often is a suspect. A worker runs only one suspect at a time."""
 
 
 class Claimed(NamedTuple):
@@ -397,6 +398,7 @@ def commit(
 
 def commit_reply(gid: str, reply: list[Any], asked: int) -> CommitReply:
     if reply[0] == "GONE":
+        # The group is gone, so nothing is left to record.
         return CommitReply(["DONE"] * asked)
     return CommitReply(reply[2], [Page(gid, text) for text in reply[3]], reply[4] == "1")
 
@@ -466,6 +468,7 @@ def fetch_reply(role: str, reply: list[Any]) -> FetchReply:
     for i in range(0, len(flat), 3):
         entry = flat[i]
         gid, tid, issue, *more = flat[i + 1].split(" ")
+        # An entry that is not a copy begins a lineage of its own.
         lineage = more[0] if more and more[0] != "-" else entry
         supersedes = more[1] if len(more) > 1 else "-"
         deliveries.append(Delivery(role, entry, gid, tid, issue, lineage, int(flat[i + 2]), supersedes))
@@ -537,6 +540,7 @@ def pause_role(keys: Keys, role: str) -> list[Call]:
 
 
 def resume_role(keys: Keys, role: str) -> list[Call]:
+    # Each token wakes one idle worker; without them, idle workers would notice the end of the pause late.
     bell = keys.role_part(role, "bell")
     return [command("HDEL", keys.role_part(role, "meta"), "paused"), command("RPUSH", bell, *"1" * 8)]
 
@@ -684,7 +688,7 @@ def farewell(keys: Keys, name: str) -> list[Call]:
 
 
 def postpone_overdue(keys: Keys, role: str, name: str, now_ms: int) -> Call:
-    """Restart the wait for a name: since `now_ms`, no worker that knows it has asked for the tasks that wait for it."""
+    """Restart the time in which no worker that knows a name has asked for its waiting tasks."""
     return command("HSET", keys.role_part(role, "names"), name, now_ms)
 
 
