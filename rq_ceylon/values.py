@@ -250,7 +250,8 @@ def _not_json(value: Any) -> str:
 def _proven(adapter: TypeAdapter[Any], value: Any) -> Any:
     """The JSON value of a validated value, proven by reading it back."""
     try:
-        # By alias and round_trip: what `read` accepts. Warnings: the value was just validated.
+        # `read` accepts what is written by alias and with round_trip. Warnings would tell nothing new, because the
+        # value was just validated.
         text = adapter.dump_json(value, by_alias=True, round_trip=True, warnings=False)
     except Exception as error:
         is_of_bytes = isinstance(error, UnicodeDecodeError) or "invalid utf-8" in str(error)

@@ -214,6 +214,7 @@ def read(text: str | bytes, problems: Problems) -> list[Document]:
         except JsonSyntaxError as error:  # otherwise it may be YAML that begins like JSON
             if is_json:
                 problems.stop((), str(error.problem), error.problem_mark)
+        # The file is YAML after all, so problems that were found in it as JSON do not count.
         problems.found.clear()
     if found := _FORBIDDEN.search(decoded):
         problems.stop(

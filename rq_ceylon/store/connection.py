@@ -1,4 +1,4 @@
-"""Sends calls to Redis, one pipeline per node at a time, and turns what goes wrong into our errors."""
+"""Sends calls to Redis, one pipeline per node at a time, and turns failures into our errors."""
 
 from __future__ import annotations
 

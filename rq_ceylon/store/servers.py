@@ -112,6 +112,7 @@ class Primary:
         return [await self._reached()]
 
     async def _reached(self) -> Node:
+        # One lookup at a time, so that all calls share the one node that it makes.
         async with self._looking_up:
             if self._node is None:
                 self._node = Node(await some_url(self._place, self._answer_s), self._answer_s)
