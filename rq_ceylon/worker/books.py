@@ -1,4 +1,4 @@
-"""What a worker has to say: to each role that it serves, and to each group whose tasks it ran or relays for."""
+"""The books of a worker: what the next turn must send to each role that it serves, and to each group."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ class RoleBook:
     One role that the worker serves.
 
     Attributes:
-        lease_ms: the lease in force, as the last reply told; until then the one to ask for.
-        acks: settled deliveries, which the next fetch acknowledges.
-        is_wanted: there may be something to fetch.
-        is_fetching: a fetch is in flight.
-        is_recovering: the reply to a fetch was lost, so the next one asks for what it may have delivered.
-        is_empty: the last fetch that had a budget found nothing.
+        lease_ms: the lease in force, as the last reply told; before the first reply, the lease to ask for.
+        acks: deliveries that are done with; the next fetch acknowledges them.
+        is_wanted: the role may have entries, or acknowledgements wait, so the next turn fetches.
+        is_fetching: a fetch is in flight. A role has one at a time.
+        is_recovering: the reply to a fetch was lost, so the next fetch asks in recover mode for what it delivered.
+        is_empty: the last fetch that had a budget delivered nothing.
         next_due_s: when the next delayed entry is due, in seconds from the last fetch; None if there is none.
-        waiting_names: task names known here, under which tasks of the role wait.
-        top_fence: the largest fence ever received.
+        waiting_names: the names known to this worker under which tasks of the role wait.
+        top_fence: the largest fence ever received, which bounds the low mark when nothing is held.
     """
 
     lease_ms: int
@@ -39,14 +39,14 @@ class RoleBook:
 @dataclass(slots=True)
 class GroupBook:
     """
-    One group, until the next turn to its node has said all of this.
+    One group to which the worker has something to send. The next turn to the group's node takes the whole book.
 
     Attributes:
-        outcomes: what to commit.
-        page_acks: pages of its outbox that are enqueued.
-        messages: messages of groups on which it depends.
-        relays: look through its outbox.
-        relays_hidden: also take pages that are hidden: a reply that handed them to this worker may be lost.
+        outcomes: ended attempts to commit.
+        page_acks: pages of the group's outbox that have arrived, to be acknowledged.
+        messages: pages of groups on which this one depends, to be delivered to it.
+        relays: read the group's outbox.
+        relays_hidden: take hidden pages too, since the reply that handed them to this worker may be lost.
     """
 
     outcomes: list[tuple[Held, Committed]] = field(default_factory=list)

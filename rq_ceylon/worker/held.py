@@ -1,4 +1,4 @@
-"""What a worker holds, and the steps of a turn about it."""
+"""The records of held deliveries, and the steps of a turn."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from rq_ceylon.store.transitions import Claimed, Delivery
 
 
 class Stage(Enum):
-    """Where a held entry stands."""
+    """
+    How far a held delivery has come: FETCHED (may be claimed), CLAIMING (its claim is in flight), RUNNING (granted),
+    ENDED (its commit is to be sent or in flight), RELEASING (it is being given back).
+    """
 
     FETCHED = auto()
     CLAIMING = auto()
@@ -24,13 +27,13 @@ class Stage(Enum):
 @dataclass(slots=True, eq=False)
 class Held:
     """
-    One delivery in this worker's hands.
+    One held delivery.
 
     Attributes:
-        since: monotonic time of the fetch.
-        is_suspect: it runs, and its worker died under it before, more than once.
-        later: its claim was put off.
-        name: which function its task names; empty until its claim is granted.
+        since: monotonic time of its fetch.
+        is_suspect: its task was granted and is a suspect: workers died under it at least twice.
+        later: its last claim was answered LATER. It is claimed again only where a suspect may start.
+        name: the function that its task names; empty until its claim is granted.
     """
 
     delivery: Delivery
@@ -42,7 +45,7 @@ class Held:
 
 
 class Granted(NamedTuple):
-    """A task that may run now: the delivery, the claim's answer, and its group's defaults (JSON) and stop flag."""
+    """A task that may run: its delivery, the claim's answer, its group's defaults (JSON), and whether it must stop."""
 
     held: Held
     claimed: Claimed
@@ -52,8 +55,8 @@ class Granted(NamedTuple):
 
 class Step(NamedTuple):
     """
-    One call of a turn and what reads its reply. `lost`: what to do instead of repeating it if no reply comes (a fetch
-    delivers, so it must not be repeated; an outbox hides what it gave).
+    One call of a turn. `absorb` reads its reply. If no reply comes, the call is repeated, unless it has a `lost`, which
+    is called instead: a fetch delivers, so repeating it would deliver more; an outbox hides the pages that it gave.
     """
 
     call: Call

@@ -1,4 +1,4 @@
-"""One turn in flight per node of Redis, so that a slow node holds back no other. A single server is one node."""
+"""Sends turns: one in flight per node of Redis, so that a slow node holds up no other. A single server is one node."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from rq_ceylon.store.trouble import complain
 from rq_ceylon.worker.held import Step
 
 PAUSE_S, PAUSE_MAX_S = 0.02, 1.0
-"""Between two tries at a node that does not answer: the first pause, which doubles, and the longest."""
+"""The first and the longest pause between two tries at a node that does not answer; the pause doubles."""
 
 
 class Lanes:
     """
-    Each node has a lane. A lane is open, or has a turn in flight, which lasts until all of it that may be repeated has
-    been answered.
+    Each node has a lane. A lane is open, or it has a turn in flight. A turn ends when all its calls have been answered,
+    except those that must not be repeated.
 
     Args:
-        on_answer: called when replies have been absorbed.
+        on_answer: called when replies have been absorbed, also if some calls of the turn got none.
     """
 
     def __init__(self, connection: Connection, on_answer: Callable[[], None]) -> None:
@@ -47,12 +47,12 @@ class Lanes:
         return self._connection.node_of(key) not in self._turns
 
     def are_cut_off(self, patience_s: float) -> bool:
-        """Does whatever is in flight go to nodes that failed the last time, or have not answered for so long?"""
+        """Do all turns in flight go to nodes that failed at the last try or have not answered for this long?"""
         limit = time.monotonic() - patience_s
         return all(node in self._pauses or self._since[node] < limit for node in self._turns)
 
     def send(self, steps: Sequence[Step]) -> None:
-        """Send each step to its node; all of these lanes must be open."""
+        """Send each step to its node, whose lane must be open."""
         by_node: dict[str, list[Step]] = collections.defaultdict(list)
         for step in steps:
             by_node[self._connection.node_of(step.call.keys[0])].append(step)
@@ -61,12 +61,12 @@ class Lanes:
             self._turns[node] = own_task(self._take_turn(node, some), name=f"turn of {node}")
 
     def check(self) -> None:
-        """Raise what ended a turn other than an answer: an error of ours."""
+        """Raise the error that ended a turn, if one did. Failures of Redis end none, so it is a bug."""
         if self._failure is not None:
             raise self._failure
 
     async def close(self) -> None:
-        """Break off what is in flight; it may or may not have happened."""
+        """Break off the turns in flight. Their calls may or may not have happened."""
         turns = list(self._turns.values())
         for turn in turns:
             turn.cancel()
@@ -84,8 +84,8 @@ class Lanes:
 
     async def _try(self, node: str, steps: Sequence[Step]) -> Sequence[Step]:
         """
-        One round trip. Returns what must be repeated, with the same arguments; a fetch, which delivers, is followed by
-        recovery instead, and an outbox, which hides what it gave, is asked again.
+        One round trip. Returns the steps without a reply, which must be repeated with the same arguments. Steps that
+        must not be repeated are not among them; their `lost` was called.
         """
         replies = await self._connection.run_each([step.call for step in steps])
         lost, unanswered = None, []
@@ -113,6 +113,6 @@ class Lanes:
     def _absorb(self, step: Step, reply: Any) -> None:
         try:
             step.absorb(reply)
-        except Exception as error:  # as a refusal, which costs this call alone and not the worker
+        except Exception as error:  # treated as a refusal, so that it costs this call and not the worker
             complain("An answer of Redis cannot be read", error)
             step.absorb(CeylonError(f"its answer cannot be read ({error!r})"))

@@ -1,4 +1,4 @@
-"""Keeps the leases of what this worker holds, from a thread of its own, so that a busy event loop loses none."""
+"""Renews the leases of held deliveries in a thread of its own, so that a busy event loop loses none."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from rq_ceylon.store.transitions import Committed, Delivery
 from rq_ceylon.store.trouble import complain
 
 ROUND_MAX_S = 10.0
-"""The longest time between two rounds, and the longest that one may take, however long the lease is."""
+"""The longest time between two rounds, and the longest that a round may take, however long the lease is."""
 
 PAUSE_S = 0.02
 """The first pause after a round that was not answered; it doubles, up to a ninth of the lease."""
 
 
 class _Lease(NamedTuple):
-    """Until when an entry may be renewed, and the delivery that runs under it, if one does."""
+    """Until when an entry may be renewed (monotonic), and the delivery that runs under it, or None."""
 
     until: float
     running: Delivery | None
@@ -33,13 +33,15 @@ class _Lease(NamedTuple):
 
 class Leases:
     """
-    The entries that this worker holds, and until when each may be renewed: a frozen event loop must not keep a task for
-    ever, so renewing stops at the limit of the attempt plus the grace.
+    The entries that this worker holds, and until when each may be renewed. Renewing stops at the timeout of the attempt
+    plus the grace, so that a frozen event loop cannot keep a task for ever.
 
-    A lost connection must cost no lease. A round begins each third of the lease and must be answered within another
-    third; one that is not is repeated at once, on a new connection, until one is. So a connection that goes silent
-    leaves at least a third of the lease to renew on the next. Each round also keeps the clock of every role of the
-    worker, since handlers that block the event loop hold up its fetches.
+    A lost connection must cost no lease. A round begins every third of the lease and must be answered within another
+    third. If it is not, it is repeated at once on a new connection, until one is answered. So a connection that goes
+    silent leaves at least a third of the lease to renew on the next one.
+
+    Each round also renews in roles in which nothing is held. That keeps the clock of the role, which a worker otherwise
+    keeps by fetching, and handlers that block the event loop hold up its fetches.
 
     Args:
         lease_ms: the lease to ask for in each of the roles.
@@ -60,14 +62,14 @@ class Leases:
 
     def hold(self, role: str, entry: str, until: float, running: Delivery | None = None) -> None:
         """
-        Renew this entry until the given `time.monotonic()`.
+        Renew this entry until the given `time.monotonic()`; this replaces an earlier limit.
 
         Args:
-            running: the delivery that runs under it from now on.
+            running: the delivery that runs under the entry from now on.
         """
         with self._guard:
             self._held[role, entry] = _Lease(until, running)
-        if self._stopping and running is not None:
+        if self._stopping and running is not None:  # it began to run after the stop: note that on its record too
             self._wake.set()
 
     def drop(self, role: str, entry: str) -> None:
@@ -75,7 +77,7 @@ class Leases:
             self._held.pop((role, entry), None)
 
     def adopt(self, role: str, lease_ms: int) -> None:
-        """Take over the lease in force in a role: a round each third of the shortest one, the first one now."""
+        """Adopt the lease in force in a role. Rounds follow the shortest lease; if that changed, one begins now."""
         self._lease_ms[role] = lease_ms
         lease_s = min(self._lease_ms.values()) / 1000
         if lease_s != self.lease_s:
@@ -84,9 +86,9 @@ class Leases:
 
     def stopping(self) -> None:
         """
-        Say in the records of what runs here that this worker was told to stop, so that losing it from now on counts no
-        crash. Any thread may call this, more than once; the lease thread writes the notes, even while a handler blocks
-        the event loop.
+        Note on the records of the tasks that run here that this worker is stopping, so that losing it from now on
+        counts no crash. Any thread may call this, more than once. The lease thread writes the notes, so that they are
+        written even while a handler blocks the event loop.
         """
         self._stopping = True
         self._wake.set()
@@ -94,14 +96,14 @@ class Leases:
     def start(self, on_lost: Callable[[str, str], object]) -> None:
         """
         Args:
-            on_lost: called in the lease thread with role and entry, when an entry belongs to another worker by now.
+            on_lost: called in the lease thread with role and entry when another worker has the entry.
         """
         self._on_lost = on_lost
         self._thread = threading.Thread(target=self._run, name="ceylon-leases", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread; what is still held runs out by itself."""
+        """End the thread. Leases of entries that are still held end by themselves."""
         self._closed = True
         self._wake.set()
         if self._thread is not None:
@@ -125,9 +127,9 @@ class Leases:
                 unanswered = 0
             except ConnectionLostError as error:
                 unanswered = min(unanswered + 1, 10)
-                if unanswered == 2:  # the first loss costs nothing
+                if unanswered == 2:  # the first loss costs no lease, so it is not worth a line
                     logger.warning("Leases cannot be renewed for now: {}", error)
-            except Exception as error:  # a thread that ended here would let every lease run out
+            except Exception as error:  # of any kind: if this thread ended, every lease would run out
                 complain("Leases cannot be renewed in this round", error)
         connection.close()
 
@@ -136,19 +138,19 @@ class Leases:
         return min(self.lease_s / 3, ROUND_MAX_S)
 
     def renew(self, connection: ThreadConnection) -> None:
-        """One round: renew what may be renewed, and tell of what is lost."""
+        """One round: renew the entries whose limit has not passed, and report those that another worker has."""
         now = time.monotonic()
         with self._guard:
             due = [held for held, lease in self._held.items() if lease.until > now]
         asked: list[tuple[str, list[str]]] = []
-        for role in self._lease_ms:
+        for role in self._lease_ms:  # each of them, even if nothing is held there: a renewal keeps the role's clock
             entries = [entry for of, entry in due if of == role]
             asked += [(role, entries[first : first + 500]) for first in range(0, max(len(entries), 1), 500)]
         calls = [
             transitions.renew(self._keys, role, self._worker, some, lease_ms=self._lease_ms[role])
             for role, some in asked
         ]
-        # All at the same time, so that a node that does not answer costs no lease on another.
+        # To all nodes at once, so that a node that does not answer costs no lease on another.
         lost: CeylonError | None = None
         for (role, some), replies in zip(asked, connection.run_each(calls), strict=True):
             if isinstance(replies, CeylonError):
@@ -157,6 +159,7 @@ class Leases:
             lease_ms, *answers = replies
             self.adopt(role, int(lease_ms))
             for entry, reply in zip(some, answers, strict=True):
+                # ABSENT is not lost: the entry was acknowledged, or Redis lost it. The fence decides at the commit.
                 if reply == "OTHER":
                     self.drop(role, entry)
                     self._on_lost(role, entry)
@@ -183,7 +186,7 @@ class Leases:
                 gid,
                 self._worker,
                 [Committed(one.tid, one.fence, "stopping", "", 0, 0, b"") for one in some],
-                relay_lease_ms=0,  # nothing is handed over from here: what the reply offers stays open to all
+                relay_lease_ms=0,  # this thread relays nothing, so pages in the reply stay visible to all
             )
             for gid, some in notes
         ]

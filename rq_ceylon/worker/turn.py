@@ -1,10 +1,14 @@
 """
-What a worker holds, and what its next round trip says. No I/O: `plan` returns calls, each with what reads its reply.
+Keeps the deliveries that a worker holds, and plans its turns. No I/O: `plan` returns calls, each with the function that
+reads its reply.
 
-One turn is one pipeline of each node: commits of what ended since the last one, claims of what was fetched, a fetch per
-role that acknowledges what earlier replies have settled, and what those replies gave to enqueue. Nothing is used in the
-turn that brings it, so an entry is never acknowledged in the pipeline that commits it. What concerns a node whose turn
-is still in flight waits here.
+A turn is one pipeline to each node. It commits the attempts that have ended since the last turn, claims the fetched
+entries, fetches from each role (a fetch also acknowledges the entries that earlier replies have dealt with), and
+enqueues the pages that earlier replies brought.
+
+Replies take effect in the next turn, so an entry is never acknowledged in the pipeline that carries its commit: if the
+commit is lost, the entry is still pending, and Redis delivers it again. Calls to a node whose turn is still in flight
+wait in the books.
 """
 
 from __future__ import annotations
@@ -27,31 +31,40 @@ from rq_ceylon.worker.leases import Leases
 from rq_ceylon.worker.outcome import waits_by_name
 
 UNCLAIMED_S = 2.0
-"""An entry that could not start for so long is given back: others may be idle."""
+"""How long a fetched entry may wait for its claim before it is given back: other workers may be idle."""
 
 RELAY_PAGES = 500
-"""In one answer of an outbox: a commit whose answer was lost may have written so many, one for each retry."""
+"""The most pages in one answer of an outbox: a commit whose answer was lost may have written so many, one per retry."""
 
 ANY = 100_000
-"""As many tasks of a name as there are slots."""
+"""The share of a name that only the slots bound."""
 
 RECENT_S = 0.1
-"""What finished within this time says how much to read ahead."""
+"""A fetch reads ahead as many entries as tasks ended within this time: as many are likely to end during the fetch."""
 
 
 class Turns:
     """
-    The books of one worker.
+    The books of one worker: its held deliveries, one book per role that it serves, and one per group to which it has
+    something to send.
+
+    A delivery enters `held` when a fetch brings it, and passes through the stages FETCHED, CLAIMING, RUNNING and ENDED.
+    It leaves when it is acknowledged, given back (RELEASING) or forgotten. `plan` moves what it sends out of the books
+    and into steps; the methods under *absorb* read the replies and fill the books for the next turn.
 
     Args:
         slots: how many tasks may run at once.
         lease_ms: the lease to ask for.
-        knows: names of the tasks that can be run here.
-        shares: how many tasks of each of these names can start here now.
-        may_send: whether calls on a key may be sent now; no turn has any on others.
+        knows: the names of the tasks that can run here.
+        shares: returns how many tasks of each of the given names can start here now.
+        may_send: tells whether calls on a key may be sent now, that is, whether the lane of its node is open. A turn
+            has no calls on other keys.
 
     Attributes:
-        completed: tasks whose result was counted here.
+        held: the deliveries in this worker's hands, by role and entry.
+        granted: tasks that may run and that the loop has not started yet.
+        stopping: set by the loop when the worker was told to stop. From then on the worker fetches and claims nothing.
+        completed: how many tasks Redis counted as completed by this worker.
     """
 
     def __init__(
@@ -74,11 +87,14 @@ class Turns:
         self.held: dict[tuple[str, str], Held] = {}
         self.granted: list[Granted] = []
         self.stopping, self.completed = False, 0
-        self._to_enqueue: dict[str, list[Page]] = collections.defaultdict(list)  # by role, served here or not
-        self._by_name: dict[Page, Mapping[str, str]] = {}  # task → name, of those in a page that are to wait by name
+        # By role, also roles that this worker does not serve.
+        self._to_enqueue: dict[str, list[Page]] = collections.defaultdict(list)
+        # Per page: task → name, of its tasks that must wait by name because they cannot run here.
+        self._by_name: dict[Page, Mapping[str, str]] = {}
+        # A claim that may grant a suspect is in flight. A worker runs one suspect at a time, so no second one is sent.
         self._asks_for_suspect = False
-        self._recent: collections.deque[float] = collections.deque()
-        self._by_turns = list(self.roles)  # the one that was asked for entries last comes last
+        self._recent: collections.deque[float] = collections.deque()  # when the latest attempts ended (monotonic)
+        self._by_turns = list(self.roles)  # the role that was asked for entries most recently is last
 
     # ---- what the loop asks ------------------------------------------------------------------------------------------
     @property
@@ -88,17 +104,17 @@ class Turns:
 
     @property
     def next_due_s(self) -> float | None:
-        """When the next delayed entry is due, in seconds from the last fetch of its role."""
+        """When the next delayed entry of any role is due, in seconds from that role's last fetch; None: none waits."""
         return min((book.next_due_s for book in self._roles.values() if book.next_due_s is not None), default=None)
 
     @property
     def fetched_nothing(self) -> bool:
-        """Was there nothing for a free slot, at the last fetch of each role?"""
+        """Did the last fetch with a budget find nothing, in every role?"""
         return all(book.is_empty for book in self._roles.values())
 
     @property
     def rest_s(self) -> float:
-        """How long there is nothing to say, unless something happens."""
+        """How long the worker has nothing to send, unless something happens: a third of a lease at most."""
         now = time.monotonic()
         waits = [
             held.since + UNCLAIMED_S - now
@@ -112,8 +128,8 @@ class Turns:
 
     def low_marks(self) -> dict[str, int]:
         """
-        Per role the smallest fence held here, or one more than the largest ever received: whatever is on record for
-        this worker below it is not running here.
+        The low mark of each role: the smallest fence held here or, if none is held, one more than the largest ever
+        received. A task on record for this worker under a smaller fence is an orphan, since it does not run here.
         """
         marks = {role: book.top_fence + 1 for role, book in self._roles.items()}
         for held in self.held.values():
@@ -121,12 +137,12 @@ class Turns:
         return marks
 
     def ring(self) -> None:
-        """Note that there may be something to fetch; the next turn of each role does."""
+        """Note that every role may have entries, so that the next turn fetches."""
         for book in self._roles.values():
             book.is_wanted = True
 
     def is_due(self, free: int) -> bool:
-        """Is there something to say now, with so many free slots, to a node that listens?"""
+        """Is there something to send now, with this many free slots, to a node whose lane is open?"""
         return (
             any(self._is_open(gid=gid) for gid in self._groups)
             or any(self._is_open(role=role) for role in self._to_enqueue)
@@ -136,7 +152,7 @@ class Turns:
         )
 
     def _has_waiting(self, free: int) -> bool:
-        """Is there a fetched entry to claim?"""
+        """Is there a fetched entry that can be claimed now?"""
         waiting = (held for held in self.held.values() if held.stage is Stage.FETCHED)
         if self.stopping:
             return False
@@ -144,7 +160,7 @@ class Turns:
         return free > 0 and any(self._is_open(gid=held.delivery.gid) for held in waiting if suspect or not held.later)
 
     def _unstartable(self) -> dict[str, list[Held]]:
-        """Per role, fetched entries to give back: they did not start in time, or the worker is stopping."""
+        """Per role, the fetched entries to give back: they were not claimed in time, or the worker is stopping."""
         limit = time.monotonic() - (0 if self.stopping else UNCLAIMED_S)
         found: dict[str, list[Held]] = collections.defaultdict(list)
         for held in self.held.values():
@@ -161,11 +177,12 @@ class Turns:
         return self._may_send(self.keys.group_part(gid, "meta") if gid else self.keys.role_part(role, "meta"))
 
     def _may_fetch(self, role: str) -> bool:
-        # The slot of a role may have moved to another node while its last fetch is still in flight.
+        # An open lane is not enough: the slot of the role may have moved to another node while its last fetch is still
+        # in flight. A role has one fetch at a time, since recovery must know all that earlier fetches delivered.
         return not self._roles[role].is_fetching and self._is_open(role=role)
 
     def may_fetch(self) -> bool:
-        """Does the node of any role listen?"""
+        """Can any role be fetched from now?"""
         return any(self._may_fetch(role) for role in self.roles)
 
     def is_idle(self) -> bool:
@@ -173,7 +190,7 @@ class Turns:
 
     def finish(self, held: Held, outcome: Committed) -> None:
         """Note the outcome of a running delivery; the next turn commits it."""
-        if not self.holds(held):
+        if not self.holds(held):  # its lease was lost: another worker has the task, and this outcome does not count
             return
         if outcome.kind != "stopping":
             held.stage = Stage.ENDED
@@ -181,19 +198,19 @@ class Turns:
         self._groups[held.delivery.gid].outcomes.append((held, outcome))
 
     def forget(self, held: Held) -> None:
-        """Another worker holds this delivery's task: never run, renew, commit or acknowledge it again."""
+        """Drop a delivery from the books: from now on it is never run, renewed, committed or acknowledged here."""
         if self.holds(held):
             name = held.delivery.role, held.delivery.entry
             del self.held[name]
             self.leases.drop(*name)
 
     def holds(self, held: Held) -> bool:
-        """Is this delivery still this worker's, as far as it knows? The same entry may be back in another one."""
+        """Is this very delivery still in the books? Its entry may be there again, in a later delivery."""
         return self.held.get((held.delivery.role, held.delivery.entry)) is held
 
     # ---- plan --------------------------------------------------------------------------------------------------------
     def plan(self, free: int) -> list[Step]:
-        """The calls of the next turn, with so many slots free."""
+        """The calls of the next turn, given the number of free slots. Only calls to nodes whose lane is open."""
         groups = {gid: self._groups.pop(gid) for gid in list(self._groups) if self._is_open(gid=gid)}
         return [
             *self._commits(groups),
@@ -212,12 +229,13 @@ class Turns:
             acks, most = book.page_acks, transitions.COMMIT_TASKS_MAX
             for batch in transitions.in_batches(book.outcomes, lambda ended: len(ended[1].blob), most):
                 call = transitions.commit(self.keys, gid, self.worker, [o for _, o in batch], acks)
-                acks = []
+                acks = []  # the first call of the group carries all of them
                 yield Step(call, partial(self._committed, gid, batch))
 
     def _claims(self, free: int) -> Iterable[Step]:
         if self.stopping:
             return
+        # Claims in flight may all be granted, so they take their slots already.
         free -= sum(held.stage is Stage.CLAIMING for held in self.held.values())
         suspect = self._may_start_suspect()
         by_group: dict[str, list[Held]] = collections.defaultdict(list)
@@ -225,6 +243,7 @@ class Turns:
             if free <= 0:
                 break
             gid = held.delivery.gid
+            # A claim answered LATER waits until this worker may start a suspect: the task may be one.
             may_ask = held.stage is Stage.FETCHED and (suspect or not held.later)
             if may_ask and (gid in by_group or self._is_open(gid=gid)):
                 free -= 1
@@ -237,7 +256,7 @@ class Turns:
                 call = transitions.claim(self.keys, gid, self.worker, asked, suspect=suspect)
                 yield Step(call, partial(self._claimed, batch, suspect))
                 self._asks_for_suspect |= suspect
-                suspect = False  # one claim at a time may start one
+                suspect = False  # one claim at a time may grant a suspect, since a worker runs only one
 
     def _releases(self) -> Iterable[Step]:
         for role, some in self._unstartable().items():
@@ -255,13 +274,15 @@ class Turns:
             self._recent.popleft()
         stages = collections.Counter(held.stage for held in self.held.values())
         ahead = min(self.slots, len(self._recent)) - stages[Stage.FETCHED]
+        # Fetch for the free slots and those likely to become free, less the entries already on their way to a slot.
         left = 0 if self.stopping else max(0, free - stages[Stage.CLAIMING] + ahead)
-        # What is given back here is for workers that are idle: not fetched again beside that.
+        # Entries given back are for idle workers. A fetch of the same role would bring them straight back here.
         releasing = {held.delivery.role for held in self.held.values() if held.stage is Stage.RELEASING}
         roles = [role for role in self._by_turns if self._may_fetch(role)]
         has_room = left > 0
         for number, role in enumerate(roles):
-            # All roles together give no more than can start; where that is less than one each, they take turns.
+            # The roles share one budget, so that together they deliver no more than can start. If it is less than one
+            # entry per role, they take turns.
             budget = 0 if role in releasing else -(-left // (len(roles) - number))
             left -= budget
             if budget > 0:
@@ -271,13 +292,14 @@ class Turns:
             if budget > 0 or not has_room:
                 self._roles[role].is_wanted = False
             elif not self._roles[role].acks and not self._roles[role].is_recovering:
-                continue  # its turn comes
+                continue  # no budget was left for this role and it has nothing else to send: it stays wanted
             yield self._fetch(role, budget)
 
     def _fetch(self, role: str, budget: int) -> Step:
         book = self._roles[role]
         book.is_fetching, book.next_due_s = True, None
         acks, book.acks = book.acks, []
+        # Recover mode after a lost reply: entries pending for this worker but not named here are delivered again.
         recover = [entry for of, entry in self.held if of == role] if book.is_recovering else None
         names = self._shares(book.waiting_names)
         call = transitions.fetch(
@@ -295,8 +317,10 @@ class Turns:
     def _enqueues(self) -> Iterable[Step]:
         for role in [role for role in self._to_enqueue if self._is_open(role=role)]:
             some = self._to_enqueue.pop(role)
-            if (book := self._roles.get(role)) is not None:  # other roles are never fetched here
-                # A fetch must see the new entries before this role counts as empty.
+            # The page may be for a role that this worker does not serve, and so never fetches from.
+            if (book := self._roles.get(role)) is not None:
+                # The role counts as empty only after a fetch that could see the new entries: a burst worker must not
+                # end before.
                 book.is_empty, book.is_wanted = False, True
             by_name = [(page.gid, self._by_name.pop(page, {})) for page in some]
             names = {(gid, tid): name for gid, tasks in by_name for tid, name in tasks.items()}
@@ -318,18 +342,22 @@ class Turns:
     def _committed(self, gid: str, batch: Sequence[tuple[Held, Committed]], reply: Any) -> None:
         if isinstance(reply, CeylonError):
             logger.error("Outcomes of group {} cannot be recorded: {}", gid, reply)
+            # Forgotten, so that the leases end and other workers get the tasks; they need the entries, so none is
+            # acknowledged.
             for held, _ in batch:
                 self.forget(held)
             return
         answer = transitions.commit_reply(gid, reply, len(batch))
         for (held, outcome), verdict in zip(batch, answer.verdicts, strict=True):
             if verdict == "STALE":
-                self.forget(held)
+                self.forget(held)  # another delivery holds the task, and may be of the same entry: never acknowledge it
             elif outcome.kind != "stopping":
                 self.completed += verdict == "OK" and outcome.kind == "completed"
                 self._acknowledge(held, outcome.kind if verdict == "OK" else "stale", outcome.run_ms)
         self._note_names(batch, answer.pages)
         self._take(answer.pages)
+        # DONE: an earlier call recorded this attempt, and its answer was lost with pages that are hidden now.
+        # `more`: the call was too short for all dependents, so an internal page waits in the outbox.
         if answer.more or "DONE" in answer.verdicts:
             self._relay(gid, again="DONE" in answer.verdicts)
 
@@ -343,7 +371,7 @@ class Turns:
         answer = transitions.claim_reply(reply, len(batch))
         for held, claimed in zip(batch, answer.answers, strict=True):
             if not self.holds(held):
-                continue  # its lease was lost meanwhile, so what it would do counts for nothing
+                continue  # its lease was lost while the claim was in flight, so its outcome would not count
             match claimed.verdict:
                 case "GRANTED":
                     held.stage, held.later = Stage.RUNNING, False
@@ -351,16 +379,18 @@ class Turns:
                     self.granted.append(Granted(held, claimed, answer.defaults, answer.stop))
                 case "LATER":
                     held.stage, held.later = Stage.FETCHED, True
+                # A later delivery of the lineage runs the task. It may be of this very entry, so do not remove that.
                 case "LOST":
                     self.forget(held)
                 case verdict:
                     if verdict in ("DONE", "PARKED", "OUTDATED"):
-                        # What follows from that end, parking or retry may still be in the outbox. If the entry was
-                        # given back, its worker may have died right after its commit: the pages are hidden for it.
+                        # The pages that follow from that end, parking or retry may still be in the outbox. If this
+                        # entry was given back, its former worker may have died right after its commit. Its pages are
+                        # then still hidden, so ask for hidden pages too.
                         was_given_back = held.delivery.lineage != held.delivery.entry
                         self._relay(held.delivery.gid, again=was_given_back)
                     if claimed.words:
-                        level = "WARNING" if claimed.reason == "expired" else "ERROR"  # the former was asked for
+                        level = "WARNING" if claimed.reason == "expired" else "ERROR"  # expiry was asked for
                         task, words = f"{held.delivery.gid}/{held.delivery.tid}", "{} is over ({}): {}"
                         logger.log(level, words, task, claimed.reason, claimed.words)
                     self._acknowledge(held, "stale", 0)
@@ -372,7 +402,7 @@ class Turns:
             logger.error("Role {} cannot be read: {}", role, reply)
             return
         answer = transitions.fetch_reply(role, reply)
-        book.is_recovering = False
+        book.is_recovering = False  # only now: a recovery that was refused is still to be done
         if answer.lease_ms != book.lease_ms:
             words = "Role {} has leases of {} s; adopted instead of {} s"
             logger.warning(words, role, answer.lease_ms / 1000, book.lease_ms / 1000)
@@ -384,32 +414,36 @@ class Turns:
             book.is_empty = True
         book.waiting_names = [name for name in answer.names if name in self._knows]
         if not set(names).issuperset(book.waiting_names):
-            book.is_wanted = True  # it did not know these names when it asked
+            book.is_wanted = True  # tasks wait under names that this fetch gave no share for: fetch again at once
         now = time.monotonic()
         for delivery in answer.deliveries:
             book.top_fence = max(book.top_fence, delivery.fence)
             mine = self.held.get((role, delivery.entry))
-            # We reclaimed our own entry: its lease ran out although we are alive. What runs goes on under the recorded
+            # We reclaimed our own entry (its lease ran out although we are alive). Keep running under the recorded
             # fence; do not start it again.
             if mine is not None and mine.stage is not Stage.FETCHED:
                 continue
             self.held[role, delivery.entry] = Held(delivery, now)
+            # Renew it until it has certainly been claimed or given back; a granted task gets a limit of its own.
             self.leases.hold(role, delivery.entry, now + UNCLAIMED_S + 2 * answer.lease_ms / 1000)
 
     def _fetch_lost(self, role: str, acks: list[Ack]) -> None:
         book = self._roles[role]
         book.is_fetching = False
+        # The fetch may have delivered entries. Repeating it would deliver more, so the next one recovers instead. The
+        # acknowledgements go with it again: they are safe to repeat.
         book.is_recovering = book.is_wanted = True
         book.acks += acks
 
     def _released(self, stale: Sequence[Held], reply: Any) -> None:
         if isinstance(reply, CeylonError):
             logger.error("Entries of role {} cannot be given back: {}", stale[0].delivery.role, reply)
+        # Forgotten even after a refusal: their leases end then.
         for held in stale:
             self.forget(held)
 
     def _enqueued(self, pages: Sequence[Page], reply: Any) -> None:
-        # A refused page stays in its outbox, where maintenance finds it.
+        # A refused page is not acknowledged, so it stays in its outbox, where maintenance finds it.
         if isinstance(reply, CeylonError):
             logger.error("Tasks cannot be enqueued: {}", reply)
             return
@@ -420,8 +454,8 @@ class Turns:
         if isinstance(reply, CeylonError):
             logger.error("Group {} cannot be told that {} has finished: {}", gid, page.gid, reply)
             return
-        self._groups[page.gid].page_acks.append(PageAck(page))
-        if reply[0] != "GONE":  # NO too: it may have been told by an answer that was lost
+        self._groups[page.gid].page_acks.append(PageAck(page))  # of the group that sent the message
+        if reply[0] != "GONE":  # also for NO: the group may have been told before, by a call whose answer was lost
             self._relay(gid)
 
     def _relayed(self, gid: str, reply: Any) -> None:
@@ -434,14 +468,14 @@ class Turns:
             self._relay(gid)
 
     def _relay(self, gid: str, *, again: bool = False) -> None:
-        """Look through an outbox in the next turn; again: an answer that had pages for this worker may be lost."""
+        """Read an outbox in the next turn; again: with hidden pages, since the answer that brought them may be lost."""
         book = self._groups[gid]
         book.relays, book.relays_hidden = True, book.relays_hidden or again
 
     def _note_names(self, batch: Sequence[tuple[Held, Committed]], pages: Iterable[Page]) -> None:
         """
-        Of the pages of a commit, those of tasks that cannot run here are enqueued by name. Where the answer with its
-        page is lost, the task goes to any worker once more.
+        Note which tasks in the pages of a commit cannot run here: they are enqueued by name. If the answer with the
+        page is lost, a relay enqueues the task like any other, and the next worker that cannot run it does the same.
         """
         names = {outcome.tid: name for _, outcome in batch if (name := waits_by_name(outcome.reason))}
         if names:
@@ -450,15 +484,17 @@ class Turns:
     def _take(self, pages: Iterable[Page]) -> None:
         for page in pages:
             if page.is_message:
+                # For the group that is named last, which waits for the one that wrote the page.
                 self._groups[page.text.rpartition("|")[2]].messages.append(page)
             else:
                 self._to_enqueue[page.role].append(page)
 
     def _acknowledge(self, held: Held, outcome: str, run_ms: int) -> None:
         delivery = held.delivery
-        # By the server's clock: a fence is its time of delivery in µs, an entry id its time of arrival in ms.
+        # By the server's clock: the fence is the time of delivery (µs), the id of the entry its time of arrival (ms).
+        # A copy keeps the lineage of the original, so what was given back has waited since its first arrival.
         wait_ms = max(0, delivery.fence // 1000 - int(delivery.lineage[2:].partition("-")[0]))
         book = self._roles[delivery.role]
         book.acks.append(Ack(delivery.entry, outcome, run_ms, wait_ms))
-        book.is_wanted = True
+        book.is_wanted = True  # the next fetch of the role carries the acknowledgement
         self.forget(held)
