@@ -1,4 +1,4 @@
-"""What a child process of `cpu=True` tasks does; `children` is its worker's side."""
+"""The child process that runs `cpu=True` tasks. `children` is its worker's side."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from rq_ceylon.worker.hooks import Hooks
 from rq_ceylon.worker.outcome import error_of
 from rq_ceylon.worker.wear import memory_in_use
 
-# A child's lines: `p [fraction, message]` while a task runs; then its bytes of memory and how the task ended:
-# `v memory result`, `e memory error`, or `i memory error` where the function did its work, but its result is none.
+# The lines that a child writes. While a task runs: `p [fraction, message]`. At its end, with the child's memory in
+# bytes: `v memory result`, `e memory error`, or `i memory error` if the function returned a value that is no result.
 PROGRESS, VALUE, ERROR, INVALID = b"p", b"v", b"e", b"i"
 
 
 def serve(descriptor: int, parent: int) -> None:
-    """Answer calls until the worker is gone, or hangs up."""
+    """Run tasks until the worker closes the socket or dies."""
     _end_with(parent)
     with socket.socket(fileno=descriptor) as connection, connection.makefile("rb") as requests:
         connection.set_inheritable(False)
@@ -56,20 +56,20 @@ def serve(descriptor: int, parent: int) -> None:
 
 def _end_with(parent: int) -> None:
     """
-    Let the kernel kill this process when its worker dies, whatever the task is doing then. Other systems have no such
-    call: there a child ends after its task.
+    Let the kernel kill this process when its worker dies, whatever the task is doing then. Only Linux has this call;
+    elsewhere a child ends after its task.
     """
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before
+    if os.getppid() != parent:  # the worker died before the call
         sys.exit(1)
 
 
 class _Child:
     """
-    Runs functions. The application of a function is started before the first of them, and stopped in the end: its hooks
-    are async, and the loop that runs them stands still while a function runs.
+    Runs functions. The hooks and the lifespan of an application start before its first function, and stop when the
+    child ends. They run on an event loop of the child, which stands still while a function runs.
     """
 
     def __init__(self, connection: socket.socket, settings: Settings | None) -> None:
@@ -89,16 +89,16 @@ class _Child:
         raw: dict[str, Any],
         facts: dict[str, Any],
     ) -> tuple[bytes, bytes]:
-        """How a task ended, and its result or its error."""
+        """Run one task. Returns the kind of its last line, and its result or error."""
         progress = _Progress(self._connection)
         try:
             handler, app = _found(name, module, qualname, main, path)
             context = _ChildContext(**facts, state=self._state(app))
             context.told = progress
             value = handler.function(**handler.call_arguments(raw, context))
-            if inspect.isawaitable(value):  # a wrapper that is no coroutine function around one that is
+            if inspect.isawaitable(value):  # a plain wrapper around a coroutine function
                 value = self._runner.run(_awaited(value))
-            end_fork(self._pid)
+            end_fork(self._pid)  # a process that the function forked ends here
             try:
                 return VALUE, handler.dump_result(value)
             except InvalidInputError as error:
@@ -110,7 +110,7 @@ class _Child:
             progress.close()
 
     def _state(self, app: Any) -> Any:
-        """What the lifespan of an application gave, which is started now unless it runs already."""
+        """The value that the lifespan of an application yielded. The application starts now unless it runs already."""
         if app is None:  # a function of no application
             return None
         if id(app) not in self._states:
@@ -131,15 +131,15 @@ async def _awaited(value: Awaitable[Any]) -> Any:
 
 class _Progress:
     """
-    The lines about the progress of one task. Any thread of it may write them, and may outlive it: so each is written
-    whole, and none after the task has ended, where it would cut its result or speak for the next task.
+    Writes the progress lines of one task. Any of its threads may call this, even after the task has ended. So each line
+    is written whole, and none after the end, where it would break the result or count for the next task.
     """
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection, self._guard, self._pid, self._is_open = connection, threading.Lock(), os.getpid(), True
 
     def tell(self, reported: object) -> None:
-        if os.getpid() != self._pid:  # a process that the task has forked: the socket is its parent's
+        if os.getpid() != self._pid:  # a process that the task forked: the socket belongs to its parent
             return
         with self._guard:
             if self._is_open:
@@ -166,7 +166,7 @@ def _told(error: BaseException) -> bytes:
 
 @cache
 def _found(name: str, module: str, qualname: str, main: str | None, path: str | None) -> tuple[Handler[..., Any], Any]:
-    """The function, and the application that it belongs to, if any."""
+    """The function of a task, and its application, if it has one."""
     if module != "__main__":
         found = attrgetter(qualname)(importlib.import_module(module))
     else:
@@ -178,7 +178,7 @@ def _found(name: str, module: str, qualname: str, main: str | None, path: str | 
 @cache
 def _load_main(name: str | None, path: str | None) -> ModuleType:
     """
-    Make the worker's main module ours, under the name that multiprocessing gives it: what stands under
+    Load the worker's main module as ours. It gets the name that multiprocessing gives it, so that the code under
     `if __name__ == "__main__"` does not run here.
     """
     main = ModuleType("__mp_main__")

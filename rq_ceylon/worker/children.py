@@ -1,7 +1,7 @@
 """
-The processes of `cpu=True` tasks: a worker starts them when needed, keeps them for the next task, and kills one whose
-task is stopped. No object of a user travels, only lines of JSON and the name of the function, over a socket of its own:
-the child's stdout and stderr are those of its worker.
+The child processes of a worker, which run its `cpu=True` tasks. A worker starts them when needed, keeps them for the
+next task, and kills one whose task is stopped. Only lines of JSON travel, with the name of the function, and no
+object of a user. They go over a socket, since the child's stdout and stderr are those of its worker.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ _LINE_BYTES_MAX = 2**31
 
 class Children:
     """
-    At most `count` processes at once: as many as there are processors to use, unless told otherwise.
+    The child processes: at most `count` at once, by default as many as there are processors to use.
 
     Args:
-        max_tasks, max_memory: a process that has run about so many tasks, or takes so many bytes, ends after its task,
-            and the next one gets a new process.
-        settings: of the worker; an application uses them in these processes too. None: it goes by its own.
+        max_tasks, max_memory: a child that has run about this many tasks, or takes this many bytes, ends after its
+            task, and the next task gets a new child.
+        settings: the worker's; an application uses them in the children too. None: it uses its own.
 
     Attributes:
-        places: who calls `take` holds one.
+        places: the caller of `take` must hold one of these. That bounds the number of children.
     """
 
     def __init__(
@@ -64,11 +64,12 @@ class Children:
 
     async def take(self) -> Child:
         """
-        A process that is ready; who enters it (`async with`) gives it back. A caller that leaves with any exception but
-        RemoteError kills that process alone.
+        A child that is ready. The caller enters it (`async with`), and leaving gives it back. Leaving with an exception
+        other than RemoteError kills it, and no other child.
 
         Raises:
-            OSError: none can be started.
+            ChildProcessError: a child was started and died.
+            OSError: no child can be started.
         """
         self._idle = [one for one in self._idle if one.is_alive]
         return self._idle.pop() if self._idle else await self._start()
@@ -80,7 +81,7 @@ class Children:
             self._idle.append(child)
 
     async def close(self) -> None:
-        """Kill them all."""
+        """Kill all children."""
         self._idle.clear()
         for child in list(self._living):
             child.kill()
@@ -94,28 +95,28 @@ class Children:
             try:
                 process = await asyncio.create_subprocess_exec(
                     sys.executable,
-                    "-P",  # nothing of the working directory is imported before the path is the worker's
-                    "-u",  # what a task printed before it was killed is seen
+                    "-P",  # import nothing from the working directory before the path is the worker's
+                    "-u",  # so that what a task printed before it was killed is seen
                     "-c",
                     _BOOT,
                     json.dumps([paths, sys.argv, theirs.fileno(), os.getpid()]),
                     stdin=subprocess.DEVNULL,
                     pass_fds=[theirs.fileno()],
-                    # Not of the terminal's group: Ctrl-C asks the worker, which decides what becomes of the task. And
-                    # a group of its own: the programs that a task starts are killed with it.
+                    # A process group of its own. So Ctrl-C in the terminal reaches the worker alone, which decides what
+                    # to do with the task, and the programs that a task starts are killed together with the child.
                     start_new_session=True,
                 )
             except BaseException:
-                writer.close()  # should the process exist all the same, this ends it
+                writer.close()  # if the process was started all the same, this ends it
                 raise
-        # Not among its arguments, which every user of the machine may see.
+        # Not as arguments of the process, which every user of the machine can see.
         writer.write(to_json([self._settings, log.in_force]) + b"\n")
         limit = None if self._max_tasks is None else jittered(self._max_tasks)
         child = Child(self, process, reader, writer, max_tasks=limit, max_memory=self._max_memory)
         self._living.add(child)
         child.exit.add_done_callback(lambda _: self._living.discard(child))
         try:
-            await child.read()  # it is ready
+            await child.read()  # the line that says it is ready
         except BaseException:
             child.kill()
             raise
@@ -124,10 +125,10 @@ class Children:
 
 class Child:
     """
-    One process and the socket to it.
+    One child process and the socket to it.
 
     Attributes:
-        is_worn_out: it has run as many tasks, or takes as much memory, as one may.
+        is_worn_out: the child has run as many tasks, or takes as much memory, as is allowed.
     """
 
     def __init__(
@@ -157,18 +158,18 @@ class Child:
         if error is None or isinstance(error, RemoteError):
             self._home.give_back(self)
         else:
-            self.kill()  # it may be in the middle of the task
+            self.kill()  # it may still be running the task
 
     async def call(self, handler: Handler[..., Any], raw: Mapping[str, Any], context: TaskContext) -> bytes:
         """
-        Run a handler in this process. What it says of its progress is put into `context`.
+        Run a handler in this child. The progress that it reports is written to `context`.
 
         Returns:
             The result as JSON.
 
         Raises:
-            RemoteError: what the handler raised.
-            ChildProcessError: the process died.
+            RemoteError: the handler raised, or returned a value that cannot be a result.
+            ChildProcessError: the child died.
         """
         function = handler.function
         named = handler.name, function.__module__, function.__qualname__
@@ -202,11 +203,11 @@ class Child:
         raise ChildProcessError(f"the process of this task died ({_cause(self.exit.result())})")
 
     def dismiss(self) -> None:
-        """Let it end by itself: it sees that its worker has hung up."""
+        """Close the socket, so that the idle child ends by itself."""
         self._writer.close()
 
     def kill(self) -> None:
-        """End it and the programs that it started; not an error if it has ended."""
+        """End the child and the programs that it started. Does nothing if it has ended."""
         if not self.exit.done():
             self._kill_group()
 
@@ -215,7 +216,7 @@ class Child:
             os.killpg(self._process.pid, signal.SIGKILL)
 
     def _clear(self, _: object) -> None:
-        # However it ended: a program that it started may go on, and hold the other end of the socket.
+        # However the child ended, a program that it started may go on and hold the other end of the socket.
         self._kill_group()
         self._writer.close()
 
@@ -240,7 +241,7 @@ def _cause(code: int) -> str:
 
 
 def _main() -> tuple[str | None, str | None]:
-    """Where the child finds the main module: by its name if it was started so (`python -m`), else by its path."""
+    """The name of the main module if it was started by name (`python -m`), else its path."""
     main = sys.modules["__main__"]
     spec = getattr(main, "__spec__", None)
     return (spec.name, None) if spec is not None else (None, getattr(main, "__file__", None))

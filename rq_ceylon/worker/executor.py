@@ -1,4 +1,16 @@
-"""Turns one assignment into an outcome. Runs users' code, and never touches Redis."""
+"""
+Runs users' code: turns each assignment into one outcome. Never touches Redis.
+
+An attempt ends in one of three ways:
+
+- Its handler returns or raises. That decides the outcome.
+- It is stopped (timeout, cancel, lost lease or shutdown): its task is cancelled. The reason decides the outcome,
+  whatever the handler raises then. A plain function goes on in its thread, which cannot be stopped: `_leave_thread`
+  counts it.
+- It is stopped, and its coroutine goes on all the same. `_abandon` tells the outcome without waiting for it any longer.
+
+Code that goes on after its attempt *hangs*.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +44,8 @@ START_S = 60.0
 """How long a child process may take to start."""
 
 CLEANUP_S = 3.0
-"""How long a coroutine may go on after it was cancelled; then it is cancelled once more and counts as hung. Less than a
-process has for its end, so that there is time to give the task back."""
+"""How long a coroutine may go on after it was cancelled; then it is cancelled once more and counts as hung. A process
+has more time than this for its end, so that it can still give the task back."""
 
 HOOK_S = 30.0
 """How long an `on_error` hook may take."""
@@ -42,31 +54,32 @@ HOOKS_LAST_S = 1.0
 """How long a worker that ends waits for its `on_error` hooks."""
 
 HUNG_HOOKS_MAX = 8
-"""So many threads of `on_error` hooks may hang before plain hooks are no longer called."""
+"""How many threads of `on_error` hooks may hang before plain hooks are no longer called."""
 
 MANY = 100_000
-"""For how many coroutines there is room; slots bound them."""
+"""How many coroutine functions can start, as far as the executor is concerned: only the slots bound them."""
 
 RETRY_START_MS = 1000
-"""How long a task stays away that could not start, because the system has no more threads, processes or files."""
+"""The delay of a task that could not start because the system has no more threads, processes or files."""
 
 Ended = Callable[[Outcome], None]
 
 
 class _CannotStart(Exception):
-    """The system gave no thread or process. Nothing of the handler has run."""
+    """The system gave no thread or process. The handler has not begun, so the task is given back."""
 
 
 class _Run:
     """
-    One attempt under way. Its handler runs in `task`, which runs nothing else, so that whatever users' code does to its
-    own task (cancels it, counts cancellations, exits) concerns this attempt alone.
+    The state of one attempt. Its handler runs in `task`, which runs nothing else, so that whatever users' code does to
+    its own task (cancels it, counts cancellations, exits) affects this attempt alone.
 
     Attributes:
-        key: what the worker knows the attempt by, whatever the handler writes into its context.
-        is_expected_at: where it will ask for its place.
-        pid: of the process that it began in; its handler may fork others.
-        is_over: its outcome is told; what the handler still does counts for nothing.
+        key: role and fence, by which the worker knows the attempt; kept here since a handler may write to its context.
+        pid: the process in which the attempt began; if its handler forks, the fork must not go on as the worker.
+        is_expected_at: the places where the attempt will ask for a place; None once it has asked, or needs none.
+        outcome: set by the attempt's own task when it is done, and told when that task has ended.
+        is_over: the outcome was told. Whatever the handler still does no longer counts.
     """
 
     def __init__(self, attempt: Attempt, begun: Callable[[TaskContext], None], ended: Ended) -> None:
@@ -80,12 +93,12 @@ class _Run:
         self._timer: asyncio.TimerHandle | None = None
 
     def after(self, delay_s: float, then: Callable[[], None]) -> None:
-        """Set the one timer of the attempt."""
+        """Call `then` after a delay. An attempt has one timer, so this replaces the one that was set before."""
         self.clear_timer()
         self._timer = asyncio.get_running_loop().call_later(delay_s, then)
 
     def expect_at(self, places: Places | None) -> None:
-        """Note where the attempt will ask for its place; None once it does, or never will."""
+        """Count the attempt as expected at these places; None: it asks now, or will not ask any more."""
         if self.is_expected_at is not None:
             self.is_expected_at.expected -= 1
         self.is_expected_at = places
@@ -100,21 +113,26 @@ class _Run:
 
 class Executor:
     """
-    Runs handlers: coroutine functions on the loop, plain ones in threads, `cpu=True` in child processes.
+    Runs handlers: coroutine functions on the event loop, plain functions in threads, `cpu=True` functions in child
+    processes.
 
-    A thread cannot be stopped, nor a coroutine that ignores its cancellation. Once its attempt has ended it *hangs*:
-    `hung` counts those. Others take their place, up to `hung_max`; from then on each keeps its place until it ends.
+    Threads and child processes are *places*. If no place is free, now or in a moment, the task is given back at once,
+    and waits by name for a worker that has one. Waiting for a place is not part of the attempt: its time begins when
+    its handler is called.
+
+    A thread cannot be stopped, and neither can a coroutine that ignores its cancellation. Such code *hangs* when its
+    attempt is over. While fewer than `hung_max` attempts hang, a hanging thread gives its place up, so that another
+    task can have it; from then on the executor is exhausted, and each hanging thread keeps its place until it ends.
 
     Args:
-        threads: how many plain functions at once; of `cpu=True` ones as many as there are processors. A task for which
-            there is no place, nor one in a moment, is given back at once, to wait by its name for a worker that has
-            one. Waiting is not part of the attempt: its time begins with its handler.
-        max_tasks, max_memory: a child process that has run so many tasks, or takes so many bytes, is replaced.
-        on_freed: called when something that hung has ended.
+        threads: how many plain functions may run at once. Of `cpu=True` functions, as many as there are processors.
+        max_tasks, max_memory: after this many tasks, or with this many bytes, a child process is replaced.
+        on_freed: called when code that hung has ended.
 
     Attributes:
-        hung: how many attempts are over whose code goes on.
-        state: what the application's lifespan gave.
+        hung: how many attempts are over while their code goes on.
+        hung_max: how many may hang before the executor is exhausted: as many as there are threads.
+        state: what the application's lifespan yielded.
     """
 
     def __init__(
@@ -138,7 +156,7 @@ class Executor:
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether so much hangs that nothing takes its place any more."""
+        """Whether as many attempts hang as there are threads, so that from now on each keeps its place."""
         return self.hung >= self.hung_max
 
     def start(
@@ -148,8 +166,8 @@ class Executor:
         Run one attempt. Whatever users' code does becomes an outcome.
 
         Args:
-            ended: told the outcome, once; at once if nothing can run.
-            begun: called when the handler is about to be called, from when on `deadline` of its context is known.
+            ended: called with the outcome, exactly once; before this returns if the task cannot run here.
+            begun: called right before the handler; from then on the context has its `deadline`.
         """
         try:
             attempt = Attempt(self.registry, assignment, self.state)
@@ -173,8 +191,8 @@ class Executor:
 
     def shares(self, names: Sequence[str]) -> dict[str, int]:
         """
-        How many tasks of each of these names can start here now: the free threads, or child processes, are shared out
-        among the names that need one.
+        How many tasks of each of these names can start here now. Names that need the same places share those that are
+        free, so that the shares together never exceed them.
         """
         by_places: dict[Places | None, list[str]] = collections.defaultdict(list)
         for name in names:
@@ -182,7 +200,7 @@ class Executor:
             by_places[self._places(handler) if handler else None].append(name)
         shares: dict[str, int] = {}
         for places, some in by_places.items():
-            random.shuffle(some)  # where there are fewer places than names, it is the turn of others the next time
+            random.shuffle(some)  # with fewer places than names, no name always comes last
             left = MANY if places is None else places.room
             for number, name in enumerate(some):
                 shares[name] = left if places is None else -(-left // (len(some) - number))
@@ -194,19 +212,19 @@ class Executor:
 
     def cancel(self, role: str, fence: int, why: StopReason) -> None:
         """
-        End an attempt from outside. Its outcome is stopped (cancelled), lost, or release (shutdown), whatever the
-        handler raises. One that ends normally all the same counts by what it returns.
+        End an attempt from outside. If its handler raises then, `why` decides the outcome: stopped (for cancelled),
+        lost, or release (for shutdown). If the handler returns all the same, its result counts.
         """
         if (run := self._running.get((role, fence))) is not None:
             self._stop(run, why)
 
     def reported(self) -> dict[str, tuple[float | None, str]]:
-        """What running attempts said of their progress, by task: those that said anything."""
+        """The progress that running attempts have reported, by task; without those that reported none."""
         contexts = [run.attempt.context for run in self._running.values()]
         return {context.id: context.reported for context in contexts if context.reported != (None, "")}
 
     async def close(self) -> None:
-        """Give back what still runs, and end the child processes. What hangs is left behind."""
+        """Give back the tasks that still run, and end the child processes. Code that hangs is left behind."""
         for run in list(self._running.values()):
             self._stop(run, "shutdown")
         while self._running:
@@ -228,13 +246,13 @@ class Executor:
                 run.outcome = attempt.failed("invalid", error)
                 return
             value = await self._called(run, arguments)
-            end_fork(run.pid)
+            end_fork(run.pid)  # a process that the handler forked ends here: two must not answer for one task
             try:
                 blob: bytes = value if handler.kind == "process" else handler.dump_result(value)
             except InvalidInputError as error:
                 run.outcome = attempt.failed("invalid", error)
                 return
-        except BaseException as error:  # a SystemExit that left its task would end the event loop
+        except BaseException as error:  # of any kind: a SystemExit that leaves a task ends the event loop
             end_fork(run.pid, error)
             run.outcome = self._raised(run, error)
             return
@@ -248,19 +266,25 @@ class Executor:
             run.outcome = attempt.completed(blob)
 
     async def _called(self, run: _Run, arguments: dict[str, Any]) -> Any:
-        """What the handler returns, or raises."""
+        """
+        Call the handler where its kind runs, and return or raise as it does.
+
+        The attempt has one timer, which is set anew for each stage: waiting for a place, starting a child process, and
+        running. A timeout of the first two is no attempt, since the handler has not begun: the task is released.
+        """
         attempt, handler = run.attempt, run.attempt.handler
         if handler.kind == "async":
             self._begin(run)
             return await self._surrounded(run, lambda: handler.function(**arguments))
         run.after(PLACE_S, lambda: self._stop(run, "timeout"))
-        run.expect_at(None)  # it asks for its place now, without a pause between
+        # The next await asks for the place, so the attempt is never counted both as expected and as waiting.
+        run.expect_at(None)
         if handler.kind == "process":
             async with self._children.places:
                 run.after(START_S, lambda: self._stop(run, "timeout"))
                 try:
                     child = await self._children.take()
-                except ChildProcessError:  # it was started, and died
+                except ChildProcessError:  # an OSError too, but the process was started and died: that is a failure
                     raise
                 except OSError as error:
                     raise _CannotStart(f"no process can be started ({error})") from error
@@ -268,7 +292,7 @@ class Executor:
                     self._begin(run)
                     return await self._surrounded(run, lambda: child.call(handler, attempt.raw, attempt.context))
         await self._threads.acquire()
-        return await self._in_thread(run, partial(handler.function, **arguments))
+        return await self._in_thread(run, partial(handler.function, **arguments))  # which gives the place up
 
     def _begin(self, run: _Run) -> None:
         run.attempt.begin()
@@ -276,7 +300,7 @@ class Executor:
         run.begun(run.attempt.context)
 
     async def _surrounded(self, run: _Run, call: Callable[[], Awaitable[Any]]) -> Any:
-        """The call within the middleware, of which the first declared is outermost."""
+        """Make the call within the middleware; the first declared is outermost."""
         if not self.registry.middleware:
             return await call()
         async with AsyncExitStack() as stack:
@@ -287,11 +311,11 @@ class Executor:
             except BaseException as error:
                 failure = error
                 raise
-        # A middleware swallowed the exception. It may look at one, or raise another, but a failure stays a failure.
+        # A middleware swallowed the exception. It may observe or replace one, but a failure stays a failure.
         raise failure
 
     async def _in_thread(self, run: _Run, function: Callable[[], Any]) -> Any:
-        """Call a plain function. The caller holds a place among the threads, which is given up here."""
+        """Call a plain function in a thread. The caller has acquired a place among the threads; this gives it up."""
         thread: asyncio.Future[End] | None = None
 
         async def call() -> Any:
@@ -301,11 +325,12 @@ class Executor:
             except RuntimeError as error:
                 raise _CannotStart(f"no thread can be started ({error})") from error
             try:
+                # Shielded: cancelling the attempt must not cancel the future, which alone tells when the thread ends.
                 end = await asyncio.shield(thread)
             except asyncio.CancelledError:
                 if not thread.done():
                     raise
-                end = thread.result()  # it ended in the moment in which it was cancelled, so its result counts
+                end = thread.result()  # the thread ended at the moment of the cancellation, so its result counts
             value = end.unwrap()
             return await value if inspect.isawaitable(value) else value
 
@@ -315,17 +340,17 @@ class Executor:
         finally:
             if thread is None or thread.done():
                 self._threads.release()
-            else:
+            else:  # cancelled while the function runs
                 self._leave_thread(run, thread)
 
     def _leave_thread(self, run: _Run, thread: asyncio.Future[End]) -> None:
-        """Count a thread that goes on although its attempt is over, and let another take its place."""
+        """Count a thread that goes on although its attempt is over. Give its place up unless exhausted."""
         is_replaced = not self.is_exhausted
         if is_replaced:
             self._threads.release()
 
         def returned(_: object) -> None:
-            if not is_replaced:
+            if not is_replaced:  # it kept its place until now
                 self._threads.release()
             self._freed()
 
@@ -334,7 +359,10 @@ class Executor:
 
     # ---- how it ends -------------------------------------------------------------------------------------------------
     def _stop(self, run: _Run, why: StopReason) -> None:
-        """Cancel an attempt; only once, since a second time would cut short what it does about the first."""
+        """
+        Cancel an attempt for this reason, unless one was given before: a second cancellation would cut short the
+        cleaning up after the first.
+        """
         context = run.attempt.context
         if context.stopped is None and not run.is_over and run.task is not None:
             context.stopped = why
@@ -342,28 +370,28 @@ class Executor:
             run.task.cancel()
 
     def _abandon(self, run: _Run) -> None:
-        """Tell the outcome of an attempt that goes on although it was cancelled."""
+        """Tell the outcome of an attempt that goes on `CLEANUP_S` after its cancellation, and count it as hung."""
         self._hangs(run, "it ignores that it was cancelled")
         assert run.task is not None
-        run.task.cancel()
+        run.task.cancel()  # once more, as the first may have been swallowed by chance
         self._settle(run, self._raised(run, asyncio.CancelledError()))
 
     def _task_ended(self, run: _Run, task: asyncio.Task[None]) -> None:
-        run.expect_at(None)
-        if run.is_over:
+        run.expect_at(None)  # it may have ended before it asked for a place
+        if run.is_over:  # `_abandon` has told the outcome: the attempt hung until now
             self._freed()
-        elif run.outcome is not None:  # also if it was cancelled in its last step: what it has done counts
+        elif run.outcome is not None:  # also if it was cancelled in its last step: its work is done, so it counts
             self._settle(run, run.outcome)
-        elif task.cancelled():  # before its first step
+        elif task.cancelled():  # before its first step, so `_attempt` could set no outcome
             self._settle(run, self._raised(run, asyncio.CancelledError()))
-        else:
+        else:  # `_attempt` itself failed
             error = task.exception()
             assert error is not None
             self._settle(run, run.attempt.failed("error", error))
             logger.opt(exception=error).error("Task {} cannot be used", run.attempt.context.id)
 
     def _settle(self, run: _Run, outcome: Outcome) -> None:
-        """Tell the outcome. From here on nothing more of the handler counts."""
+        """Tell the outcome, once. Whatever the handler does from here on no longer counts."""
         run.is_over = True
         run.clear_timer()
         del self._running[run.key]
@@ -387,18 +415,18 @@ class Executor:
         """The outcome of an attempt that ended with an exception."""
         attempt, context = run.attempt, run.attempt.context
         if context.stopped is None and says_stopped(error):
-            context.stopped = "timeout"  # the handler saw it before the loop did
+            context.stopped = "timeout"  # the handler noticed its deadline before the timer did
         match context.stopped:
             case None if isinstance(error, _CannotStart):
                 logger.warning("Task {} cannot start now: {}", context.id, error)
                 return Outcome("release", reason=NO_RESOURCES, delay_ms=RETRY_START_MS)
             case None:
                 outcome = attempt.raised(error)
-            case "timeout" if attempt.began is None:
+            case "timeout" if attempt.began is None:  # it only waited for a place or for its child process
                 return Outcome("release", reason=BUSY + context.uses)
             case "timeout":
                 error, outcome = attempt.timed_out()
-            case why:
+            case why:  # cancelled, lost or shutdown: not the handler's fault, so no hook hears of it
                 return attempt.stopped(why)
         if self.registry.on_error:
             hooks = asyncio.get_running_loop().create_task(self._tell(context, error))
@@ -408,7 +436,7 @@ class Executor:
 
     # ---- hooks -------------------------------------------------------------------------------------------------------
     async def _tell(self, context: TaskContext, error: BaseException) -> None:
-        """Call the `on_error` hooks, in a task of their own: the attempt does not wait for them."""
+        """Call the `on_error` hooks. This runs in a task of its own, so that no attempt waits for them."""
         for hook in self.registry.on_error:
             try:
                 async with asyncio.timeout(HOOK_S):
@@ -418,7 +446,7 @@ class Executor:
                         await self._call_plain_hook(partial(hook, context, error))
             except TimeoutError:
                 logger.error("on_error of task {} took longer than {:g} s and was left behind", context.id, HOOK_S)
-            except BaseException:  # also a SystemExit, which would end the event loop
+            except BaseException:  # of any kind: a SystemExit would end the event loop
                 logger.exception("on_error of task {} failed", context.id)
 
     async def _call_plain_hook(self, hook: Callable[[], Any]) -> None:

@@ -1,4 +1,4 @@
-"""The hooks of an application around the life of a worker process."""
+"""Runs the start and stop hooks and the lifespan of an application in a worker process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rq_ceylon.errors import CeylonError, error_at
 from rq_ceylon.handlers import Registry, awaited
 
 HOOK_S = 30.0
-"""How long a stop hook may take. A start hook may take longer, as one that loads a model does; that is only said."""
+"""How long a stop hook may take. A start hook may take longer, such as one that loads a model; that is only logged."""
 
 _Hook = Callable[[], Any]
 
@@ -26,15 +26,15 @@ class HookError(CeylonError):
 
 class Hooks:
     """
-    `async with Hooks(registry)`: on entry start hooks run and the lifespan is entered; on exit the lifespan is left and
-    stop hooks run. What was registered first starts first and stops last. A stop hook runs if all that was registered
-    before it has started, whatever becomes of the others.
+    `async with Hooks(registry)`: entering runs the start hooks and enters the lifespan; leaving leaves the lifespan and
+    runs the stop hooks. The first registered starts first and stops last. A stop hook runs if everything that was
+    registered before it has started, even if other hooks fail.
 
     Attributes:
-        state: what the lifespan yielded; None without one.
+        state: the value that the lifespan yielded; None without one.
 
     Raises:
-        HookError: on entry a start hook raised; on exit stop hooks did, each of which was logged before.
+        HookError: on entry, a start hook raised; on exit, stop hooks failed, each of which was logged.
     """
 
     def __init__(self, registry: Registry) -> None:
@@ -57,7 +57,7 @@ class Hooks:
                         self.state = await self._start(name, lifespan.__aenter__)
                         self._stack.push_async_callback(self._stop, name, partial(lifespan.__aexit__, None, None, None))
         except BaseException:
-            await self._stack.aclose()
+            await self._stack.aclose()  # stop what has started
             raise
         return self
 
@@ -81,7 +81,7 @@ class Hooks:
     async def _stop(self, name: str, hook: _Hook) -> None:
         limit = asyncio.timeout(HOOK_S)
         try:
-            # A plain function blocks the event loop, and with it the timeout: the watch of the process has its own.
+            # A plain function blocks the event loop, and with it this timeout. So the watch of the process has its own.
             with process.limit(HOOK_S + process.ALLOWANCE_S, f"the stop hook {name}"):
                 async with limit:
                     await awaited(hook())
@@ -96,7 +96,7 @@ class Hooks:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether an exception is meant for the worker: Ctrl-C, or its own cancellation. A SystemExit is the hook's."""
+    """Whether an exception is meant for the worker: Ctrl-C, or its own cancellation. A SystemExit is not."""
     task = asyncio.current_task()
     is_cancelled = isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling() > 0
     return isinstance(error, KeyboardInterrupt) or is_cancelled

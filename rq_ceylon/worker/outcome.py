@@ -1,4 +1,4 @@
-"""What is to run, and what its end means: one assignment becomes one outcome. Runs nothing itself."""
+"""Assignments, and the outcomes that attempts at them have. Runs nothing itself."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ TRACEBACK_MAX = 8192
 TYPE_NAME_MAX = 256
 
 UNKNOWN = "unknown:"
-"""How the reason of a release begins because the handler is not registered here; its name follows."""
+"""The start of a release's reason when the handler is not registered here; the name of the task follows."""
 
 INTERRUPTED = "interrupted"
-"""The reason of a release of a task whose handler had begun: with `max_crashes=0` it has failed."""
+"""The reason of a release when the handler had begun: with `max_crashes=0` the task has then failed."""
 
 BUSY = "busy:"
-"""How the reason of a release begins because no thread or child process is free here; the name of the task follows."""
+"""The start of a release's reason when no thread or child process is free here; the name of the task follows."""
 
 NO_RESOURCES = "no-resources"
-"""The reason of a release because the system has no more threads, processes or files to give."""
+"""The reason of a release when the system has no more threads, processes or files to give."""
 
 
 def waits_by_name(reason: str) -> str:
-    """The name under which a released task waits in its role for a worker that can run it; '' for none."""
+    """The name under which a released task must wait by name, given the reason of its release; '': it need not."""
     return reason.partition(":")[2] if reason.startswith((UNKNOWN, BUSY)) else ""
 
 
@@ -42,7 +42,7 @@ class Assignment(NamedTuple):
 
     Attributes:
         body: the task's JSON over its group's defaults: uses, arguments, duration, timeout (s), max_attempts, metadata.
-        needs: results of the tasks it needed, by id.
+        needs: the results of the tasks that it needs, by id.
     """
 
     worker: str
@@ -58,9 +58,9 @@ class Outcome(NamedTuple):
 
     Attributes:
         kind: completed; failed; retry; release (given back, spends no attempt); stopped (cancelled from outside); lost
-            (another worker has the task: nothing is to be recorded).
-        run_ms: by the monotonic clock, from when the handler began.
-        blob: JSON: the result, or `{"type", "message", "traceback"}` of what went wrong.
+            (another worker has the task, so nothing is recorded).
+        run_ms: how long the handler ran, by the monotonic clock.
+        blob: JSON: the result, or `{"type", "message", "traceback"}` of the error.
     """
 
     kind: Literal["completed", "failed", "retry", "release", "stopped", "lost"]
@@ -71,7 +71,7 @@ class Outcome(NamedTuple):
 
     @property
     def error(self) -> dict[str, str]:
-        """What went wrong, as in `blob`; empty if nothing did."""
+        """The error in `blob`; empty if there is none."""
         if not self.blob or self.kind == "completed":
             return {}
         error: dict[str, str] = from_json(self.blob)
@@ -85,12 +85,12 @@ class Outcome(NamedTuple):
 
 
 def unknown(name: str, error: BaseException) -> Outcome:
-    """The outcome of a task whose name is not registered here: it waits in its role for a worker that knows it."""
+    """The outcome of a task whose name is not registered here: it waits by name for a worker that knows it."""
     return Outcome("release", reason=UNKNOWN + name, blob=to_json(error_of(error)))
 
 
 def unroutable(role: str, outcome: Outcome) -> Outcome:
-    """The outcome of a task whose name no worker of its role has known for so long that none is expected to come."""
+    """The outcome of a task whose name no worker of its role has known for an hour: none is expected to come."""
     error = outcome.error
     words = f"no worker of role {role!r} that knows this task has asked for work in an hour; here {error['message']}"
     return Outcome("failed", reason="unroutable", blob=to_json({**error, "message": words}))
@@ -106,9 +106,9 @@ class RemoteError(Portable, Exception):
     An exception of a child process, as text.
 
     Attributes:
-        says: what `said` tells of it.
-        error: as `error_of` gives it.
-        is_invalid: the function did its work, but what it returned cannot be a result.
+        says: the exception as `said` describes it, from which the rules for retries follow.
+        error: the exception as `error_of` gives it.
+        is_invalid: the function returned, but its value cannot be a result.
     """
 
     def __init__(self, says: tuple[Said, ...], error: dict[str, str], *, is_invalid: bool = False) -> None:
@@ -118,12 +118,11 @@ class RemoteError(Portable, Exception):
 
 class Attempt:
     """
-    One attempt: its handler, its context, its arguments, and what each of its ends means.
+    One attempt: its handler, its context, its arguments, and the outcome of each way in which it can end.
 
     Attributes:
         raw: the arguments as JSON values.
-        arguments: the same for the call.
-        began: when the handler was called, by the monotonic clock; None: it is still to be.
+        began: when the handler was called, by the monotonic clock; None before that.
 
     Raises:
         UnknownTaskError: no handler of this name is registered here.
@@ -159,7 +158,7 @@ class Attempt:
         self.began: float | None = None
 
     def begin(self) -> None:
-        """From here on the time of the attempt counts."""
+        """Start the clock of the attempt: its timeout counts from here, right before its handler is called."""
         self.began = time.monotonic()
         self.context.deadline = self.began + self.timeout_s
         mark_running(self.context)
@@ -172,6 +171,7 @@ class Attempt:
 
     def stopped(self, why: StopReason) -> Outcome:
         if why == "shutdown":
+            # INTERRUPTED: the handler has begun, and a task with `max_crashes=0` must never be started again then.
             return Outcome("release", "" if self.began is None else INTERRUPTED, run_ms=self._run_ms())
         return Outcome("lost" if why == "lost" else "stopped", run_ms=self._run_ms())
 
@@ -197,8 +197,8 @@ class Attempt:
 
 def error_of(error: BaseException) -> dict[str, str]:
     """
-    An exception as text: its type, its message, and the traceback of the user's frames (ours say nothing about it). It
-    never raises, whatever users' code makes of an exception: an attempt must have an outcome.
+    An exception as text: its type, its message, and its traceback, without our own frames at its start. This never
+    raises, whatever a user's exception class does, since an attempt must have an outcome.
     """
     return {
         "type": shown("its type", lambda: type(error).__name__)[:TYPE_NAME_MAX],

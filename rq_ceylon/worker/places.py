@@ -1,4 +1,4 @@
-"""How many threads, or child processes, may run at once: a resource of a worker, besides its slots."""
+"""The places of a worker: how many threads, or child processes, may run at once, besides the limit of its slots."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import collections
 import time
 
 RECENT_S = 0.1
-"""What ended within this time says how many may wait for a place: they will have one as soon again."""
+"""As many attempts may wait for a place as places were freed within this time, since others will be freed as soon."""
 
 
 class Places:
     """
-    A number of places, each of which one attempt holds at a time; they are given in the order of asking.
+    A number of places, each of which one attempt holds at a time. Attempts get them in the order in which they ask.
 
     Attributes:
-        expected: attempts that were started and have not asked for their place yet. A worker starts many at once,
-            before the first of them asks.
+        expected: attempts that were started and have not asked for their place yet. They count as holding one, since a
+            worker starts many attempts before the first of them asks.
     """
 
     def __init__(self, count: int) -> None:
@@ -26,7 +26,7 @@ class Places:
 
     @property
     def room(self) -> int:
-        """For how many more there is a place now or in a moment."""
+        """How many more attempts can have a place now or in a moment."""
         self._forget_old(time.monotonic())
         return max(0, self.count - self._held - self._waiting - self.expected + len(self._freed))
 

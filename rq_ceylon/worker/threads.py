@@ -1,4 +1,4 @@
-"""Users' plain functions, each in its own daemon thread: a thread cannot be ended, so nothing waits for it."""
+"""Runs each plain function of users in its own daemon thread. A thread cannot be ended, so nothing waits for one."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from rq_ceylon.process import end_fork
 
 class End(NamedTuple):
     """
-    How a function ended: what it returned, or what it raised. An exception travels as a value, since asyncio treats
-    some of them (StopIteration, SystemExit) as its own business.
+    The value that a function returned, or the exception that it raised. The exception travels as a value, since asyncio
+    handles some of them (StopIteration, SystemExit) in ways of its own.
     """
 
     value: Any = None
@@ -27,7 +27,7 @@ class End(NamedTuple):
     def unwrap(self) -> Any:
         """
         Raises:
-            BaseException: what the function raised.
+            BaseException: the exception that the function raised.
         """
         if self.error is not None:
             raise self.error
@@ -57,8 +57,8 @@ def in_thread(function: Callable[[], Any], name: str) -> asyncio.Future[End]:
             end = End(value=variables.run(function))
         except BaseException as error:
             end = End(error=error)
-        end_fork(here, end.error)
-        with suppress(RuntimeError):  # the loop is closed: the worker has gone
+        end_fork(here, end.error)  # a process that the function forked ends here
+        with suppress(RuntimeError):  # the loop is closed, as the worker has ended
             loop.call_soon_threadsafe(tell, end)
 
     threading.Thread(target=body, name=name, daemon=True).start()
@@ -67,9 +67,9 @@ def in_thread(function: Callable[[], Any], name: str) -> asyncio.Future[End]:
 
 class Loop(asyncio.SelectorEventLoop):
     """
-    An event loop that looks up each name in a thread of its own. Asyncio's own asks the loop's executor, which users'
-    code may fill (`asyncio.to_thread`) or shut down; a worker that has lost its connection could then make no other.
-    uvloop does not ask it either.
+    An event loop that looks up each host name in a thread of its own. Asyncio uses the loop's default executor, which
+    users' code may fill (`asyncio.to_thread`) or shut down; then a worker that lost its connection could not open
+    another. uvloop does not use the executor either.
     """
 
     async def getaddrinfo(self, *args: Any, **kwargs: Any) -> Any:
