@@ -1,6 +1,6 @@
 """
-The worker: `loop` is the role itself, `turn` decides what each round trip says, `lanes` sends it, `executor` runs
-handlers, `leases` keeps what is held, `lookout` is what goes on beside, `supervisor` runs several workers as processes.
+The worker. `loop` drives it, `turn` plans each pipeline, `lanes` sends it, `executor` runs handlers, `leases` renews
+the leases of held deliveries, `lookout` runs the background tasks, `supervisor` runs several workers as processes.
 """
 
 from rq_ceylon.worker.loop import Worker

@@ -1,4 +1,4 @@
-"""Background tasks of a worker: bells, cancellations, its heartbeat, and dead neighbours."""
+"""The background tasks of a worker: bells, cancellations, heartbeat, dead neighbours, maintenance."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ from rq_ceylon.worker.neighbours import LOOK_S, Neighbours
 from rq_ceylon.worker.turn import Turns
 
 BELL_S = 0.5
-"""Longest blocking wait: work starts at worst so late while a slot is free."""
+"""The longest wait on the bells. If a token is lost, work starts this late at worst while a slot is free."""
 
 
 class Lookout:
     """
-    The tasks of an event loop that run beside the turns of one worker. None of them may hold up a turn.
+    The tasks of the event loop that run beside the turns of one worker. They have connections of their own, so that
+    none of them holds up a turn.
 
     Args:
-        on_bell: called when new entries may be there, or none came for a while.
+        on_bell: called when a bell rang, or after the longest wait without one.
 
     Attributes:
-        idle: set by the worker while it could run more, and has nothing to say.
+        idle: set by the worker while it has a free slot and nothing to send. Only then does it wait on the bells.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Lookout:
             self._tasks.append(own_task(body, name=name))
 
     def check(self) -> None:
-        """Raise what ended one of them, should that have happened: a worker does not go on without it."""
+        """Raise the error that ended one of the tasks, if one did: the worker cannot go on without it."""
         for task in self._tasks:
             if task.done():
                 task.result()
@@ -103,7 +104,7 @@ class Lookout:
             try:
                 await self._bells.pop(bells, BELL_S if due is None else min(BELL_S, max(due, 0.01)))
             except Exception as error:
-                # The turn that follows meets the same trouble, says so, and waits.
+                # Ring all the same: the turn that follows meets the same trouble, reports it, and waits.
                 complain("The bell cannot be heard, so work starts late", error)
                 await asyncio.sleep(BELL_S)
             self.idle.clear()
@@ -141,7 +142,7 @@ class Lookout:
         await self._connection.run(self.heartbeat())
 
     async def _look(self) -> None:
-        """Cancel what runs here and should not any more."""
+        """Read which of the tasks that run here must stop, and cancel them."""
         wanted: dict[str, list[str]] = collections.defaultdict(list)
         running = {}
         for held in self._turns.running():

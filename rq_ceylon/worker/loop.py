@@ -1,4 +1,4 @@
-"""The worker as it runs: turns, and handlers in between."""
+"""The worker: sends turns, and runs handlers in between."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ from rq_ceylon.worker.turn import Turns
 from rq_ceylon.worker.wear import jittered, memory_in_use
 
 BURST_WAIT_S = 60.0
-"""A burst worker waits for entries (retries, say) that are due within this time, and leaves later ones."""
+"""A burst worker waits for delayed entries (retries, say) that are due within this time, and not for others."""
 
 HUNG_EXIT_CODE = 7
-"""Of a worker that ended because too much hung."""
+"""The exit code of a worker that ended because too many attempts hung."""
 
 WEIGH_S = 1.0
-"""How often a worker looks at its memory."""
+"""How often a worker measures its memory."""
 
 LAST_WORD_S = 2.0
-"""After the grace a node has so long to answer; what it was not told by then is left to other workers."""
+"""How long a node may take to answer after the grace. What the worker could not tell it by then is left to others."""
 
 
 class Worker:
@@ -51,18 +51,19 @@ class Worker:
 
     Args:
         url: where Redis is.
-        roles: which tasks; in no order of preference.
-        slots: how many tasks at once.
-        threads: how many plain functions at once.
-        lease_s: how long a silent worker keeps its tasks. The lease is the role's: a running role's is adopted.
+        roles: the roles to serve; their order means nothing.
+        slots: how many tasks may run at once.
+        threads: how many plain functions may run at once.
+        lease_s: how long a worker that stops responding keeps its tasks. The lease belongs to the role: if other workers
+            serve it, theirs is adopted.
         grace_s: how long running tasks may go on after `stop`.
         burst: end when there is nothing left to do.
-        max_tasks: drain and end after so many tasks, give or take 10 %; for child processes too.
-        max_memory: the same once this process, or a child process, takes so many bytes.
-        max_hung_threads: the same, with exit code 7, once more attempts than that hang.
+        max_tasks: drain and end after this many tasks, give or take 10 %. A child process ends likewise.
+        max_memory: drain and end once this process takes this many bytes, give or take 10 %. A child process likewise.
+        max_hung_threads: drain and end with exit code 7 once more attempts than this hang, give or take 10 %.
 
     Attributes:
-        exit_code: what the process should end with after `run`.
+        exit_code: the code with which the process should end after `run`.
 
     Raises:
         InvalidInputError: a bad name or role; or this is Windows, where no worker runs.
@@ -134,27 +135,27 @@ class Worker:
 
     @property
     def completed(self) -> int:
-        """How many tasks were counted as completed here."""
+        """How many tasks Redis counted as completed by this worker."""
         return self.turns.completed
 
     # ---- from outside ------------------------------------------------------------------------------------------------
     def stop(self) -> None:
-        """Take no new tasks, finish running ones within the grace, give the rest back. May be called twice."""
+        """Start no new tasks, let running ones finish within the grace, and give the rest back. May be called twice."""
         self.leases.stopping()
         self._stop.set()
         self._wake.set()
 
     def kill(self) -> None:
-        """Stop without grace: cancel what runs and give it back at once."""
+        """Stop without grace: cancel the running tasks and give them back at once."""
         self._cold.set()
         self.stop()
 
     async def run(self) -> None:
         """
-        Work until stopped. If Redis is not reachable at the start, wait for it.
+        Work until stopped. If Redis cannot be reached at the start, wait for it.
 
         Raises:
-            RedisError: Redis is not fit for this, or refuses this user.
+            RedisError: this Redis cannot be used, or refuses this user.
             HookError: a start or stop hook raised.
         """
         try:
@@ -167,6 +168,7 @@ class Worker:
                     await self._serve()
                 finally:
                     self.leases.stop()
+                    # Unless `_leave` has said farewell, the lock becomes free here: neighbours give back what is held.
                     self.neighbours.leave(with_farewell=False)
                     await self.executor.close()
         finally:
@@ -196,7 +198,7 @@ class Worker:
     async def _work(self) -> None:
         while True:
             if self._stop.is_set() and not self.turns.stopping:
-                self.turns.stopping = True  # before the plan: nothing starts that `_shut_down` does not see
+                self.turns.stopping = True  # before the plan, so that `_shut_down` sees everything that starts
                 self._keep(self._shut_down(), "shutdown")
             self.lookout.check()
             self.lanes.check()
@@ -206,14 +208,14 @@ class Worker:
             if self._is_over():
                 break
             await self._rest()
-            # A handler that ends at once takes so many passes of the loop; the next turn then carries them all.
+            # A handler that returns at once needs this many passes of the event loop, so one turn commits all of those.
             for _ in range(4):
                 await asyncio.sleep(0)
 
     async def _rest(self) -> None:
         """
-        Until a node has answered, a task ends, a bell rings, or it is time to give back what could not start, or to
-        fetch again (every third of a lease).
+        Wait until a node answers, a task ends or a bell rings; at most until fetched entries must be given back because
+        they could not start, or until it is time to fetch again (every third of a lease).
         """
         if self._free() > 0 and not self._stop.is_set() and self.turns.may_fetch():
             self.lookout.idle.set()
@@ -230,13 +232,13 @@ class Worker:
         self._wake.set()
 
     def _free(self) -> int:
-        """How many more tasks may run. What hangs takes no slot from others, up to a bound."""
+        """How many more tasks may run. A hanging attempt takes no slot until more hang than there are threads."""
         return max(0, self.slots - len(self._running) - max(0, self.executor.hung - self.executor.hung_max))
 
     def _is_over(self) -> bool:
         if self._running:
             return False
-        if self.lanes.in_flight:
+        if self.lanes.in_flight:  # commits may be among them; after the grace, do not wait for nodes that are cut off
             return self._grace_is_over and self.lanes.are_cut_off(LAST_WORD_S)
         return self.turns.is_idle() and (self._stop.is_set() or self._burst_is_over())
 
@@ -267,7 +269,7 @@ class Worker:
                 self._in_background(self._start_with_needs(grant, body), grant)
             else:
                 self._execute(grant, body, {})
-        except Exception as error:  # else its task would be in progress for ever
+        except Exception as error:  # of any kind: without an outcome the task would be in progress for ever
             self._cannot_use(grant, error)
 
     async def _start_with_needs(self, grant: Granted, body: Mapping[str, Any]) -> None:
@@ -280,10 +282,10 @@ class Worker:
         def hold(until: float) -> None:
             self.leases.hold(delivery.role, delivery.entry, until + self.grace_s, running=delivery)
 
-        if not self.turns.holds(grant.held):  # lost before there was anything to cancel
+        if not self.turns.holds(grant.held):  # its lease was lost before there was an attempt to cancel
             self._end(grant, Outcome("lost"))
             return
-        hold(time.monotonic() + PLACE_S + START_S)
+        hold(time.monotonic() + PLACE_S + START_S)  # while it waits for its place; its own limit counts once it begins
         self.executor.start(
             Assignment(self.name, delivery, grant.claimed, body, needs),
             partial(self._ended, grant, body),
@@ -302,12 +304,12 @@ class Worker:
         self._end(grant, outcome)
 
     def _in_background(self, body: Coroutine[Any, Any, None], grant: Granted) -> None:
-        """Go on with a granted task in a task of the worker's own, which runs none of the users' code."""
+        """Go on with a granted task in an asyncio task of the worker's own, which runs none of the users' code."""
 
         async def guarded() -> None:
             try:
                 await body
-            except CeylonError as error:  # nothing of it ran, so it is given back
+            except CeylonError as error:  # its handler has not begun, so it is given back
                 logger.warning("{}/{} cannot start now: {}", delivery.gid, delivery.tid, error)
                 self._end(grant, Outcome("release", delay_ms=1000))
             except Exception as error:
@@ -327,21 +329,21 @@ class Worker:
         self._end(grant, invalid(error))
 
     def _end(self, grant: Granted, outcome: Outcome) -> None:
-        """Note how an attempt ended, the first time that this is told."""
+        """Note the outcome of an attempt. Only the first one counts."""
         delivery = grant.held.delivery
         if self._running.pop((delivery.role, delivery.fence), None) is None:
             return
         self._wake.set()
-        if outcome.kind == "lost":
+        if outcome.kind == "lost":  # another worker has the task, so nothing is committed or acknowledged
             self.turns.forget(grant.held)
             return
         self.turns.finish(grant.held, Committed(delivery.tid, delivery.fence, *outcome))
         _log_end(grant, outcome)
-        if outcome.kind != "release":  # what was given back has done no work here
+        if outcome.kind != "release":  # a task that was given back was not done here
             self._count_end()
 
     def _count_end(self) -> None:
-        """Drain and end once this process has done enough: what watches over it starts a fresh one."""
+        """Drain and end if this process is worn out or too much hangs in it; its supervisor starts a fresh one."""
         self._ended_tasks += 1
         if self._stop.is_set():
             return
@@ -361,7 +363,7 @@ class Worker:
                 self.stop()
 
     def _lost(self, role: str, entry: str) -> None:
-        """This entry is another worker's now."""
+        """Cancel and forget what runs under this entry, since another worker has it: its outcome would not count."""
         held = self.turns.held.get((role, entry))
         if held is None:
             return
@@ -372,7 +374,7 @@ class Worker:
 
     # ---- the end -----------------------------------------------------------------------------------------------------
     async def _shut_down(self) -> None:
-        """Wait for what runs, for the grace; then cancel it."""
+        """Let running tasks finish within the grace, or until `kill`; then cancel those that still run."""
         if self._running:
             logger.info("Stopping; {} may run for {:.0f} s more", counted(len(self._running), "task"), self.grace_s)
         try:
@@ -389,12 +391,12 @@ class Worker:
 
     async def _leave(self) -> None:
         """
-        Give back whatever is left, and go from the registry. If Redis is away now, neighbours or the lease do the same
-        later.
+        Give back all deliveries that are left, and leave the registry. If Redis cannot be reached now, neighbours give
+        them back, or they are reclaimed when the lease ends.
         """
         roles = self.roles
         try:
-            while roles:
+            while roles:  # a call gives back a limited number, and says whether there are more
                 calls = [transitions.release_all(self.keys, role, self.name) for role in roles]
                 async with asyncio.timeout(LAST_WORD_S):
                     replies = await self.connection.run(calls)
@@ -410,13 +412,13 @@ class Worker:
         logger.info("Worker {} stopped after {}", self.name, counted(self.completed, "completed task"))
 
 
-@lru_cache(32)  # each up to 64 KiB of JSON
+@lru_cache(32)  # few, as each is up to 64 KiB of JSON
 def _defaults(text: str) -> Mapping[str, Any]:
     return decode(text) if text else {}
 
 
 def _log_end(grant: Granted, outcome: Outcome) -> None:
-    """One line for each attempt that has ended. What it is filled with are fields of the record as well."""
+    """Log one line for each attempt that has ended. The values in its text are fields of the log record as well."""
     delivery = grant.held.delivery
     fields: dict[str, Any] = {
         "function": grant.held.name,

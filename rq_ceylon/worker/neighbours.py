@@ -1,8 +1,9 @@
 """
-Workers of one host bury each other's dead: what a killed one held is given back in two seconds, not after its lease.
+Gives back what a dead worker of this host held, in two seconds rather than after its lease.
 
 Each worker holds a kernel lock on a file of its own, in a folder that the workers of this user on this host share. The
-lock ends with the process, however that ends, so a file whose lock is free belongs to a worker that is certainly dead.
+kernel frees the lock when the process ends, however it ends. So a file whose lock is free belongs to a worker that is
+certainly dead.
 """
 
 from __future__ import annotations
@@ -25,14 +26,15 @@ from rq_ceylon.store.keys import Keys
 
 LOOK_S = 1.0
 LOOKED_AT = 8
-"""How many of the others a worker looks at, the next ones by name, so that many on one host cost little."""
+"""How many neighbours a worker looks at: the next ones by name, so that many workers on one host cost little."""
 
 
 class Neighbours:
     """
-    The folder of one server and namespace.
+    The folder that the workers of one server and namespace share.
 
-    A folder that cannot be made, or is not this user's alone, means no neighbours: the lease does the same, later.
+    If the folder cannot be made, or is not this user's alone, the worker has no neighbours. Then what a
+    dead worker held is reclaimed when its lease ends.
     """
 
     def __init__(self, url: str, keys: Keys) -> None:
@@ -40,20 +42,20 @@ class Neighbours:
         name = hashlib.sha256(f"{url}\0{keys.namespace}".encode()).hexdigest()[:16]
         try:
             temporary = tempfile.gettempdir()
-        except FileNotFoundError:  # none can be written, as in a container whose file system is read-only
-            temporary = os.devnull  # no folder can be made below it, which `enter` takes for no neighbours
+        except FileNotFoundError:  # no folder is writable, as in a container with a read-only file system
+            temporary = os.devnull  # no folder can be made below it, so `enter` finds that there are no neighbours
         self._folder = Path(temporary, f"ceylon-{os.getuid()}", name)
         self._mine: tuple[Path, int] | None = None
 
     def enter(self, worker: str, roles: Sequence[str]) -> None:
-        """Hold this worker's lock from now on."""
+        """Take this worker's lock, and keep it until `leave` or the end of the process."""
         import fcntl  # not on Windows, where applications import this module too
 
         try:
             self._folder.parent.mkdir(mode=0o700, exist_ok=True)
             if not is_private(self._folder.parent):
                 raise PermissionError(f"{self._folder.parent} is not yours alone")
-            # Locked before it has its name: a neighbour must never find it free.
+            # Lock the file before it gets its name: a neighbour that found it free would take this worker for dead.
             low, hidden = self._hidden_file()
             fcntl.flock(low, fcntl.LOCK_EX)
             os.write(low, json.dumps({"worker": worker, "roles": list(roles)}).encode())
@@ -64,7 +66,7 @@ class Neighbours:
         self._mine = self._folder / worker, low
 
     def _hidden_file(self) -> tuple[int, str]:
-        """A new file in the folder, which the last neighbour to leave may just be removing."""
+        """Make a new file in the folder, again if a neighbour that left has just removed the empty folder."""
         for _ in range(10):
             with contextlib.suppress(FileNotFoundError):
                 self._folder.mkdir(mode=0o700, exist_ok=True)
@@ -76,7 +78,7 @@ class Neighbours:
             self._folder.rmdir()
 
     def leave(self, *, with_farewell: bool = True) -> None:
-        """Let go of this worker's lock. Without a farewell it is found free, and what the worker held is given back."""
+        """Free this worker's lock. Without a farewell its file stays, so that a neighbour gives back what it held."""
         if self._mine is not None:
             path, low = self._mine
             self._mine = None
@@ -87,7 +89,7 @@ class Neighbours:
 
     async def bury_dead(self, connection: Connection) -> None:
         """
-        Give back what dead workers of this host held. What they had claimed counts a crash when it is claimed again.
+        Give back what dead workers of this host held. A task that one of them ran counts a crash at its next claim.
 
         Raises:
             CeylonError: Redis does not answer, or refuses; the next look tries again.
@@ -97,10 +99,11 @@ class Neighbours:
         for path in self._others():
             with contextlib.suppress(OSError), path.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Held while it is buried, so that one does it; should that one die, the next finds it free again.
+                # Keep the dead worker's lock meanwhile, so that only one neighbour gives back. If that one dies too,
+                # the next finds the lock free again.
                 try:
                     facts = json.load(file)
-                except ValueError:  # its content was lost when this host went down
+                except ValueError:  # its content was lost when the host went down
                     logger.debug("{} names no worker", path)
                 else:
                     await bury(connection, self._keys, facts["worker"], facts["roles"])
@@ -110,7 +113,7 @@ class Neighbours:
     def _others(self) -> list[Path]:
         mine = self._mine[0].name if self._mine else ""
         try:
-            if not is_private(self._folder.parent):  # anybody could name the living among the dead
+            if not is_private(self._folder.parent):  # another user could make a living worker look dead
                 return []
             names = sorted(name for name in os.listdir(self._folder) if name != mine and not name.startswith("."))
         except OSError:
@@ -120,7 +123,7 @@ class Neighbours:
 
 
 async def bury(connection: Connection, keys: Keys, worker: str, roles: Sequence[str]) -> None:
-    """Give back, in its name, what a worker held that is certainly dead, and take it from the registry."""
+    """Give back everything that a dead worker held, in its name, and remove it from the registry."""
     given_back = 0
     for role in roles:
         more = "1"

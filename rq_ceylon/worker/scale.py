@@ -1,4 +1,4 @@
-"""How many workers a load needs. Decides only: processes (`supervisor`) and agents of a playground follow it."""
+"""Decides how many workers a load needs. The supervisor and the playground start and stop them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 @dataclass
 class Scale:
     """
-    Between two bounds it grows at once to what busy slots and backlog need, since a waiting task costs more than an
-    idle worker, and lets one go when for `quiet_s` one less would have sufficed.
+    The number of workers, between two bounds. It grows at once to what busy slots and queued tasks need, since a
+    waiting task costs more than an idle worker. It shrinks by one when one worker less would have been enough for
+    `quiet_s`.
     """
 
     least: int
@@ -20,8 +21,14 @@ class Scale:
 
     def look(self, workers: int, each: int, busy: int, queued: int, now: float) -> int:
         """
-        How many there should be, given how many there are (also those just started), the slots of each, how many of
-        all slots are busy, the tasks that wait for one, and the monotonic time.
+        How many workers there should be.
+
+        Args:
+            workers: how many there are, including those just started.
+            each: the slots of each.
+            busy: how many of all slots are busy.
+            queued: how many tasks wait for a slot.
+            now: monotonic time in seconds.
         """
         wanted = workers
         # If tasks queue up while slots are idle, more workers will not help: the role may be paused.

@@ -1,6 +1,6 @@
 """
-Several workers as processes: starts, watches, restarts and stops them, as many as the load asks for, and gives back at
-once what a dead one held.
+Runs several workers as child processes: starts, watches, restarts and stops them, as many as the load needs, and gives
+back at once what a dead one held.
 """
 
 from __future__ import annotations
@@ -28,28 +28,29 @@ from rq_ceylon.worker.neighbours import Neighbours
 from rq_ceylon.worker.scale import Scale
 
 PAUSE_S, PAUSE_MAX_S, STEADY_S = 0.5, 30.0, 60.0
-"""A child that ends at once is restarted after a growing pause; one that lived this long begins anew."""
+"""The first and the longest pause before a restart. It doubles, unless the child lived for longer than `STEADY_S`."""
 
 BURY_S = 2.0
-"""How long giving back what a dead child held may keep another from taking its place, or the supervisor from ending."""
+"""How long giving back what a dead child held may delay its replacement, or the end of the supervisor."""
 
 REPLACED = (0, 7)
-"""Exit codes of a child that has finished what it ran and wants to be replaced: it has run its number of tasks or needs
-too much memory (0), or too many of its threads hang (7)."""
+"""Exit codes of a child that drained and must be replaced at once: it has run its number of tasks or takes too much
+memory (0), or too many of its attempts hang (7)."""
 
 LOOK_S, QUIET_S = 2.0, 60.0
-"""How often the load is looked at, and how long a child less must have sufficed before one is stopped."""
+"""The pause between two looks at the load, and how long one child less must have been enough before one is stopped."""
 
 
 class Supervisor:
     """
-    Keeps children of one worker command alive until told to stop: as many as the load asks for, between two bounds.
+    Keeps child processes of one worker command running until it is told to stop: as many as the load needs, between
+    two bounds.
 
     Args:
         command: the worker command for one process.
         processes: the fewest and the most children.
-        url, namespace: where the load is seen, and what a dead child held is given back.
-        burst: children that end by themselves with 0 are not restarted.
+        url, namespace: those of the children, to read the load and to give back what a dead child held.
+        burst: do not restart a child that ended with exit code 0.
         grace_s: how long running tasks of a child may go on; a child that lives `CHILD_END_S` longer is killed.
     """
 
@@ -80,7 +81,7 @@ class Supervisor:
             self._tell(child, number)
 
     async def run(self) -> int:
-        """Until all children have ended; returns the exit code."""
+        """Run until all children have ended. Returns the exit code."""
         fewest, most = self._scale.least, self._scale.most
         self._began = time.monotonic()
         bounds = f"{fewest}" if fewest == most else f"{fewest} to {most}"
@@ -119,7 +120,7 @@ class Supervisor:
                     self._retire(min(mine, key=lambda view: len(view.tasks)).pid)
 
     async def _load(self, connection: Connection) -> tuple[list[WorkerView], int]:
-        """What the children say of themselves, and how many tasks wait in their roles' streams."""
+        """The heartbeats of the children, and how many tasks wait in the streams of their roles."""
         workers = await queries.workers(connection, self.keys)
         here = self._children.keys() - self._retired
         mine = [view for view in workers if view.pid in here and view.host == socket.gethostname()]
@@ -132,7 +133,7 @@ class Supervisor:
             keepers.create_task(self._keep())
 
     def _retire(self, pid: int) -> None:
-        if child := self._children.get(pid):  # else it has just ended by itself
+        if child := self._children.get(pid):  # it may just have ended by itself
             self._retired.add(pid)
             self._tell(child, signal.SIGTERM)
 
@@ -143,13 +144,13 @@ class Supervisor:
 
     # ---- one child ---------------------------------------------------------------------------------------------------
     async def _keep(self) -> None:
-        """A child and those that follow it, until one is not to be followed."""
+        """Run a child, and another each time one ends, until none must follow."""
         pause, code = PAUSE_S, 0
         while not self._stop.is_set():
             began = time.monotonic()
             try:
                 child = await self._start()
-            except OSError as error:  # out of processes, memory or descriptors: that may pass
+            except OSError as error:  # out of processes, memory or descriptors, which may pass
                 logger.error("A worker process cannot be started, next attempt in {:.1f} s: {}", pause, error)
                 await self._stops_within(pause)
                 pause = min(pause * 2, PAUSE_MAX_S)
@@ -158,7 +159,7 @@ class Supervisor:
             assert child.stdin is not None
             child.stdin.close()
             del self._children[child.pid]
-            if code != 0:  # also after a signal: its watch may have ended it before it gave back what it held
+            if code != 0:  # also after a signal: its watch may have ended it before it could give back
                 await self._bury()
             if child.pid in self._retired:
                 self._retired.discard(child.pid)
@@ -166,8 +167,9 @@ class Supervisor:
                 break
             if self._stop.is_set() or (self.burst and code == 0):
                 break
-            # Wrong options, a Redis that refuses, an application that cannot be imported: the same would happen again.
-            # A Redis that served the children before may refuse for a while, as during a failover; others still run.
+            # Wrong options (2), an application that cannot be imported (4), or a Redis that refuses (3): a restart
+            # would end the same way. But a Redis that served the children before may refuse only for a while, as during
+            # a failover, and other children still run.
             if code in (2, 4) or (code == 3 and time.monotonic() - self._began < STEADY_S):
                 self.signal(signal.SIGTERM)
                 break
@@ -183,7 +185,7 @@ class Supervisor:
             self._stop.set()
 
     async def _start(self) -> Process:
-        # The loop waits for it, on a thread or descriptor of its own: no number of children can be too many to watch.
+        # The event loop waits for each child by a thread or descriptor of its own, so their number has no limit here.
         child = await asyncio.create_subprocess_exec(
             *self.command,
             stdin=subprocess.PIPE,
@@ -191,12 +193,12 @@ class Supervisor:
             env={**os.environ, SUPERVISED: "1"},
         )
         self._children[child.pid] = child
-        if self._stop.is_set():  # told while it was being started
+        if self._stop.is_set():  # the stop came while it was being started
             self._tell(child, signal.SIGTERM)
         return child
 
     def _tell(self, child: Process, number: int) -> None:
-        """Send a signal to a child, and kill the child if it is still there when its own watch should have ended it."""
+        """Send a signal to a child, and kill it if it still runs when its own watch should have ended it."""
         with contextlib.suppress(ProcessLookupError):
             child.send_signal(number)
         asyncio.get_running_loop().call_later(self._grace_s + CHILD_END_S, self._kill_hung, child)

@@ -1,4 +1,4 @@
-"""When a process has done enough: after so many tasks, or with so much memory, a fresh one takes its place."""
+"""The limits after which a fresh process takes the place of one: so many tasks, or so much memory."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ JITTER = 0.1
 
 
 def jittered(limit: int) -> int:
-    """The limit, moved at random by up to 10 %, so that processes that started together do not end together."""
+    """The limit, changed at random by up to 10 %, so that processes that started together do not end together."""
     return max(1, round(limit * random.uniform(1 - JITTER, 1 + JITTER)))
 
 
 def memory_in_use() -> int:
-    """Resident memory of this process in bytes. Where the system does not tell, the most that it ever had."""
+    """Resident memory of this process in bytes; without `/proc`, the most that it ever had."""
     try:
         with open("/proc/self/statm", "rb") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
