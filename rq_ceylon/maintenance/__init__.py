@@ -1,4 +1,4 @@
-"""What any worker or monitor does for all."""
+"""Maintenance: what every worker and monitor does for all groups and roles."""
 
 from rq_ceylon.maintenance.relay import hand_over, relay
 from rq_ceylon.maintenance.steps import Maintenance, judge, maintain, meet

@@ -1,9 +1,18 @@
 """
-Puts back what Redis itself lost: entries of a role whose queue is gone or went back in time.
+Reissues entries that Redis itself lost, as when it restarts with an old file and a role's streams go back in time.
 
-The group knows its open tasks, and per role the *horizon*: the largest entry or due ms that any of its pages got there.
-A role that has nothing left up to that horizon, and does not show a task that is open, has lost its entry. Nothing here
-decides more than "enqueue it again": a false alarm is answered at the claim.
+How this knows that an entry is lost:
+
+- The group knows its open tasks and, for each role, the *horizon*: the largest entry or due time (ms) that an
+  acknowledged page of the group reached there. Only up to it can one tell what is lost.
+- A *probe* of the role tells which tasks of the group it can still deliver, and whether it is clear: whether it has no
+  others up to the horizon.
+- A task that is open, and that a clear role does not show, has lost its entry. If it is pending, `scan` writes a page
+  with a new entry for it.
+- A task in progress needs no entry while a worker runs it. It is an orphan if no worker does (see `Reissue._lost`);
+  then `orphans` writes a page whose entry supersedes the fence on record.
+
+All this only ever makes an entry too many: the claim answers a false alarm.
 """
 
 from __future__ import annotations
@@ -18,22 +27,29 @@ from rq_ceylon.store.keys import Keys
 OPEN = ("active", "closing")
 
 PROBES = 100
-"""How often a role is asked in one look: for 50,000 entries that are delivered, or wait by their name."""
+"""How often a role is probed in one look: enough for 50,000 entries that are delivered or wait by name."""
 
 
 class Reissue:
-    """One process's looks at groups with open tasks and an empty outbox."""
+    """
+    Looks at groups with open tasks and an empty outbox, for one process.
+
+    Its only state is `_silent_since`: for a task in progress (group, task, fence), since when this process has seen no
+    heartbeat of its worker, in monotonic seconds.
+    """
 
     def __init__(self, connection: Connection, keys: Keys) -> None:
         self._connection, self._keys = connection, keys
         self._silent_since: dict[tuple[str, str, str], float] = {}
 
     async def run(self, gid: str) -> int:
-        """Reissue what is lost of one group. Returns how many entries that were."""
+        """Reissue the lost entries of one group. Returns how many were made again."""
         seen = await self._look(gid)
+        # While the outbox holds pages, an entry that a role does not show may be under way.
         if seen is None or seen.status not in OPEN or seen.open == 0 or seen.in_outbox:
             return 0
-        # A closed group gets no entries, whatever its roles show: what a vanished worker ran is cancelled.
+        # In a closing group no task starts, so no role need be probed. Only orphans matter: their tasks are cancelled,
+        # so that the group finishes.
         answers = {role: ["CLEAR"] for role in seen.horizons}
         if seen.status == "active":
             answers = await self._probe(gid, seen)
@@ -41,7 +57,8 @@ class Reissue:
         for role, answer in answers.items():
             reissued += await self._reissue(gid, role, seen.pages, answer)
             await relay(self._connection, self._keys, gid)
-            # The next role waits until the pages of this one have arrived.
+            # The pages of this role must have arrived before the next role is looked at, and the scan must be told the
+            # number of the last page, or it answers MOVED.
             seen = await self._look(gid)
             if seen is None or seen.in_outbox:
                 break
@@ -52,7 +69,7 @@ class Reissue:
         return transitions.look_reply(reply)
 
     async def _probe(self, gid: str, seen: transitions.Look) -> dict[str, list[str]]:
-        """The roles that are clear up to the group's horizon, with their answers; none if all tasks are found."""
+        """The roles that are clear up to the group's horizon, with their answers; none if they show all open tasks."""
         begins = dict.fromkeys(seen.horizons, "")
         clear: dict[str, list[str]] = {role: ["MORE"] for role in begins}
         for _ in range(PROBES):
@@ -62,16 +79,17 @@ class Reissue:
             replies = await self._connection.run(calls)
             for role, reply in zip(list(begins), replies, strict=True):
                 word, begins[role], tids = transitions.probe_reply(reply)
-                clear[role] = [word, *clear[role][1:], *tids]
+                clear[role] = [word, *clear[role][1:], *tids]  # the last word, and the tasks of all answers so far
                 if word != "MORE":
                     del begins[role]
             if not begins:
                 break
+        # Of a role that answers BUSY, or still MORE, nothing can be said in this look.
         clear = {role: answer for role, answer in clear.items() if answer[0] in ("CLEAR", "DUE")}
         shown = {tid for _, *tids in clear.values() for tid in tids}
         if len(clear) < len(seen.horizons) or len(shown) < seen.open:
             return clear
-        # Entries of tasks that have ended may be among them, and hide no other.
+        # Among the tasks shown, some may have ended. They must not stand in for an open one that is lost.
         still = await queries.count_open(self._connection, self._keys, gid, shown)
         return clear if still < seen.open else {}
 
@@ -80,7 +98,7 @@ class Reissue:
         while True:
             call = transitions.scan(self._keys, gid, role, pages, cursor, answer)
             (reply,) = await self._connection.run([call])
-            if reply[0] != "OK":
+            if reply[0] != "OK":  # MOVED: the group changed since the look, so what was seen does not hold any more
                 return reissued
             _, _, cursor, running, entries = reply
             reissued += int(entries)
@@ -94,8 +112,11 @@ class Reissue:
 
     async def _lost(self, gid: str, role: str, claims: list[tuple[str, str, str]]) -> list[tuple[str, str]]:
         """
-        Return the running tasks of `claims` (task, fence, worker) that no worker runs. A task is lost if its worker
-        lives but holds no fence that old, or if its worker's heartbeat has been gone for a whole lease of the role.
+        The orphans among tasks in progress (task, fence, worker): those that no worker runs.
+
+        A task is an orphan if its worker lives and its fence is below the worker's low mark, so that the worker does
+        not hold it. It is one too if this process has seen no heartbeat of its worker for a whole lease of the role:
+        a lease that its worker does not renew is over by then.
         """
         if not claims:
             return []
@@ -104,7 +125,7 @@ class Reissue:
         now, lost = time.monotonic(), []
         for tid, fence, worker in claims:
             key, mark = (gid, tid, fence), marks[worker]
-            if mark is not None:
+            if mark is not None:  # the worker lives
                 self._silent_since.pop(key, None)
                 if int(fence) < mark:
                     lost.append((tid, fence))
@@ -114,6 +135,6 @@ class Reissue:
         return lost
 
     def forget(self, gid: str) -> None:
-        """Nothing of this group is open any more."""
+        """Forget since when workers of this group's tasks are silent: nothing of it is reissued now."""
         for key in [key for key in self._silent_since if key[0] == gid]:
             del self._silent_since[key]

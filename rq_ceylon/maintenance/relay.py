@@ -1,4 +1,4 @@
-"""From the outbox of a group to where its pages belong."""
+"""The relay: takes pages from the outbox of a group to the roles and groups that they are for."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ PAGES_PER_CALL = 50
 
 async def relay(connection: Connection, keys: Keys, gid: str, *, again: bool = False) -> tuple[OutboxReply, bool]:
     """
-    Hand over the pages of a group that whoever wrote them left in the outbox. Returns the last answer of the outbox,
-    and whether there were pages, or some are still left to whoever wrote them.
+    Hand over the visible pages of a group's outbox, and acknowledge them. Returns the last answer of the outbox, and
+    whether something moves: there were pages, or hidden ones are left to the process that received them.
 
-    A page is acknowledged only after its role has it: what happens twice is settled at the claim.
+    A page is acknowledged only after its entries have reached their role. If this stops in between, the page is handed
+    over twice, and the claim refuses the second entry.
 
     Args:
-        again: also those that are still left to somebody, as that may be the caller, who did not hear of them.
+        again: also take hidden pages, since they may have been given to the caller in a reply that was lost.
     """
     answer, moved, told = await _relay_one(connection, keys, gid, again=again)
     await _relay_all(connection, keys, told)
@@ -30,14 +31,14 @@ async def relay(connection: Connection, keys: Keys, gid: str, *, again: bool = F
 
 
 async def hand_over(connection: Connection, keys: Keys, pages: Sequence[Page]) -> list[PageAck]:
-    """Enqueue pages, and return what acknowledges them."""
+    """Take pages to where they belong. Returns their acknowledgements, which the caller must send to their outbox."""
     acks, told = await _hand_over(connection, keys, pages)
     await _relay_all(connection, keys, told)
     return acks
 
 
 async def _relay_all(connection: Connection, keys: Keys, gids: Sequence[str]) -> None:
-    # A loop: a long chain of groups may end at once.
+    # A loop and not a recursion: a long chain of groups, each of which waits for the one before, may end at once.
     waiting = collections.deque(gids)
     while waiting:
         _, _, told = await _relay_one(connection, keys, waiting.popleft())
@@ -47,7 +48,7 @@ async def _relay_all(connection: Connection, keys: Keys, gids: Sequence[str]) ->
 async def _relay_one(
     connection: Connection, keys: Keys, gid: str, *, again: bool = False
 ) -> tuple[OutboxReply, bool, list[str]]:
-    """As `relay`; the third are the groups that were told, and now have something to relay themselves."""
+    """As `relay`. Third, the groups to which a message was delivered, and which may have pages themselves now."""
     acks: list[PageAck] = []
     told: list[str] = []
     moved = False
@@ -62,7 +63,8 @@ async def _relay_one(
         if not answer.pages and not answer.more:
             return answer, moved or left > 0, told
         moved = True
-        # Others write pages meanwhile: no more are asked for again than there were at first.
+        # Hidden pages include those that others receive meanwhile. So ask for hidden ones only for as many pages as
+        # there were at first.
         there = (left if there is None else there) - PAGES_PER_CALL
         again = again and there > 0
         acks, some = await _hand_over(connection, keys, answer.pages)
@@ -79,7 +81,8 @@ async def _hand_over(connection: Connection, keys: Keys, pages: Sequence[Page]) 
     calls += [transitions.deliver(keys, page) for page in messages]
     replies = await connection.run(calls)
     answers = zip(messages, replies[len(by_role) :], strict=True)
-    # Also those that do not wait any more: whoever told them first may not have come to this.
+    # Also groups that no longer wait: the process that delivered this message first may have ended before it relayed
+    # their pages.
     told = [page.text.rpartition("|")[2] for page, (word, *_) in answers if word != "GONE"]
     acks = [PageAck(page, horizon) for some, horizon in zip(by_role.values(), replies, strict=False) for page in some]
     return acks + [PageAck(page) for page in messages], told

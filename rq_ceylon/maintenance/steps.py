@@ -1,8 +1,9 @@
 """
-What any worker or monitor does for all: hand over what nobody handed over, judge deadlines, remove what is over.
+The steps of maintenance, which every worker and monitor takes: relay pages that were left behind, judge deadlines, seal
+silent rolling groups, remove what is over.
 
-No leader: every step is a compare-and-set or safe to repeat, so any number of processes may do it at once, and none for
-an hour loses nothing. Time is the server's.
+There is no leader. Every step is a compare-and-set or safe to repeat, so any number of processes may take it at once.
+Nothing is lost if none runs for an hour. Every decision uses the server's clock.
 """
 
 from __future__ import annotations
@@ -27,26 +28,27 @@ GROUPS_PER_STEP = 100
 DELAYED_PER_STEP = 500
 AFTER_ERROR_S = 5.0
 MOVING_MS, STILL_MS = 10_000, 60_000
-"""How long until the next look at a group while something moves, and while nothing does. No step is further from the
-next than the first, so that a new group is seen in time."""
+"""How long until the next look at a group while something moves, and while nothing does. Between two steps at most the
+first of these passes, so that a new group is looked at in time."""
 
 STAGING_MS = 3_600_000
-"""A staged group that no part reached for so long is removed: its producer is gone."""
+"""A staging group that no part has reached for this long is removed, since its client is gone."""
 
 SILENT_MS = 90_000
-"""A rolling group without a new part for so long is sealed: its client seals after 60 s by itself."""
+"""A rolling group without a new part for this long is sealed. A client that lives seals it after 60 s."""
 
 THOROUGH_EVERY_MS = 3_600_000
-"""Between two looks at all keys."""
+"""The time between two looks at all keys."""
 
 CONSUMER_IDLE_MS = 3_600_000
+"""A consumer without a heartbeat and without pending entries is removed after this long."""
 
 RARELY_MS = 600_000
-"""Between two looks at what goes wrong rarely."""
+"""The time between two looks at what goes wrong rarely."""
 
 
 class Maintenance:
-    """One process's share of the work."""
+    """The maintenance of one process. It remembers only when the rare steps are due and which workers are silent."""
 
     def __init__(self, connection: Connection, keys: Keys) -> None:
         self._connection, self._keys = connection, keys
@@ -55,10 +57,11 @@ class Maintenance:
 
     async def run_once(self) -> float:
         """
-        Look at about 100 groups that are due. Returns the seconds until the next step is worth while, 10 at most.
+        Take one step: look at the groups that are due, about 100 at most. Returns the seconds to wait before the next
+        step, 10 at most.
 
         Raises:
-            ConnectionLostError: Redis does not answer; whatever was begun is safe to begin again.
+            ConnectionLostError: Redis does not answer. Everything that was begun is safe to repeat.
         """
         now_ms = await queries.server_ms(self._connection, self._keys)
         if now_ms >= self._rarely_at:
@@ -71,7 +74,7 @@ class Maintenance:
                 next_ms = await self._look(gid, now_ms)
             except ConnectionLostError:
                 raise
-            except Exception as error:  # of this group alone
+            except Exception as error:  # of this group; the others must not suffer
                 complain(f"Group {gid} cannot be looked after", error)
                 next_ms = now_ms + STILL_MS
             if next_ms is not None:
@@ -80,23 +83,33 @@ class Maintenance:
         return await self._pause_s()
 
     async def _look(self, gid: str, now_ms: int) -> int | None:
-        """Do what one group needs. Returns when to look again, None if the group is gone."""
+        """
+        Do what one group needs now. Returns the time of the next look at it (ms), None if the group is gone.
+
+        `status` is the group's status as the latest answer told it (None: gone). Each step may change it, and the
+        later steps go by the new one. `moves` says that something is under way, so that the next look must be soon.
+        """
         answer, moves = await relay(self._connection, self._keys, gid)
         status, deadline_ms = answer.status, answer.next_deadline_ms
+        # The deadline of a goal has passed (0: there is none).
         if status is not None and 0 < deadline_ms <= now_ms:
             status, deadline_ms = await judge(self._connection, self._keys, gid)
+        # Ask the groups that this one waits for, since their message may be lost. It waits for them: look again soon.
         if status == "waiting":
             status = await meet(self._connection, self._keys, gid)
             moves = True
+        # Does nothing unless it is a rolling group whose client has fallen silent.
         if status == "active":
             status = await seal(self._connection, self._keys, gid)
         if status == "finished" and answer.status != "finished":
-            # Since its outbox was looked through: it may have messages to send.
+            # One of the steps above finished it, after its outbox was relayed. It may have messages for dependents.
             answer, moves = await relay(self._connection, self._keys, gid)
+        # Reissue only while nothing moves: an entry whose page is under way is not in its role yet, but is not lost.
+        # A closing group must be looked at soon again, as it finishes once what still runs has ended.
         if status in ("active", "closing") and not moves:
             moves = await self._reissue.run(gid) > 0 or status == "closing"
         else:
-            self._reissue.forget(gid)
+            self._reissue.forget(gid)  # a later reissue times the silence of workers anew
         if status is None:
             return await self._forget(gid, now_ms)
         due_ms = now_ms + (MOVING_MS if moves else STILL_MS)
@@ -104,16 +117,25 @@ class Maintenance:
             prune_ms = await prune(self._connection, self._keys, gid)
             if prune_ms is None:
                 return None
-            # A staged group may be active in a moment, and then have deadlines: its withheld pages keep its look near.
+            # A finished group needs no look before it is pruned, unless pages still move or its status has changed
+            # (0). A staging group may become active at any moment, and then has deadlines, so its look stays near.
             return prune_ms if status == "finished" and prune_ms and not moves else due_ms
-        return min(due_ms, deadline_ms) if deadline_ms else due_ms
+        return min(due_ms, deadline_ms) if deadline_ms else due_ms  # no deadline passes without a look
 
     async def _forget(self, gid: str, now_ms: int) -> int | None:
-        # Not looked at since its client announced it, which is about to write it.
+        """
+        Take a group that does not exist out of the index, unless its client may be about to write it. Returns the time
+        of the next look (ms), None if there is none.
+
+        A client announces a group before its first part, with a score below `ANNOUNCED_BELOW`. Any look replaces the
+        score by a time. So a score that is still so small means: announced, and not looked at since.
+        """
+        # Announced, and this is the first look: the client is about to write it. Keep the entry until the next look.
         (score,) = await self._connection.run([command("ZSCORE", self._keys.index_of(gid), gid)])
         if score is not None and float(score) < transitions.ANNOUNCED_BELOW:
             return now_ms + STILL_MS
-        # Another process has looked meanwhile, perhaps for the first time.
+        # Another process has taken it out, or has looked meanwhile and set the next look, perhaps because it found the
+        # group just announced. Then it is not ours to drop.
         if score is None or float(score) > now_ms:
             return None
         await drop(self._connection, self._keys, gid)
@@ -127,7 +149,7 @@ class Maintenance:
 
 
 async def maintain(url: str, keys: Keys) -> None:
-    """Maintain for as long as this runs, whatever goes wrong in one step."""
+    """Do maintenance until cancelled. A step that fails is reported, and the next one follows after a pause."""
     async with Connection(url) as connection:
         maintenance = Maintenance(connection, keys)
         while True:
@@ -140,16 +162,16 @@ async def maintain(url: str, keys: Keys) -> None:
 
 
 async def look_at_all(connection: Connection, keys: Keys, now_ms: int) -> None:
-    """What takes a look at all keys: once an hour, by whoever comes first."""
+    """Take the hourly look at all keys: the first process that asks for it takes it, and the others do nothing."""
     (mine,) = await connection.run([transitions.take_thorough(keys, now_ms, THOROUGH_EVERY_MS)], refusals=True)
-    if not mine or isinstance(mine, CeylonError):  # at the memory limit it has time
+    if not mine or isinstance(mine, CeylonError):  # refused at the memory limit: this can wait
         return
     await restore_index(connection, keys)
     await remove_over_delayed(connection, keys)
 
 
 async def restore_index(connection: Connection, keys: Keys) -> None:
-    """Enter again the groups that the index has lost, as when its node of a cluster fails: nobody looks after them."""
+    """Enter groups again that the index has lost, as when its node of a cluster fails: no maintenance sees them."""
     try:
         async for gids in queries.stored_groups(connection, keys):
             lost = await connection.run([transitions.restore(keys, gid) for gid in gids])
@@ -163,11 +185,13 @@ async def restore_index(connection: Connection, keys: Keys) -> None:
 
 async def remove_over_delayed(connection: Connection, keys: Keys) -> None:
     """
-    Remove the delayed entries of tasks that have ended, or whose group is closed or gone; they might be due in days
-    only. A task is stored before its entry is made, so none of one that is open is taken for over.
+    Remove the delayed entries of tasks that have ended, or whose group is closed or gone. The claim would refuse them,
+    but perhaps only in days, when they are due.
+
+    A task is stored before its entry is made. So an entry without a stored task is over, never too early.
     """
     for key in [keys.role_part(role, "delayed") for role in await queries.role_names(connection, keys)]:
-        last = -1  # from the latest on: those that become due leave at the other end
+        last = -1  # from the latest on: entries that become due meanwhile leave at the other end, and shift none
         while True:
             (entries,) = await connection.run([command("ZRANGE", key, last - DELAYED_PER_STEP + 1, last)])
             if not entries:
@@ -179,7 +203,7 @@ async def remove_over_delayed(connection: Connection, keys: Keys) -> None:
 
 
 async def _over(connection: Connection, keys: Keys, entries: Sequence[str]) -> list[str]:
-    # `1 gid tid issue ...`; one that cannot be read is left to the worker that fetches it.
+    # `1 gid tid issue ...`. An entry that cannot be read is left to the fetch, which puts it into quarantine.
     tasks = {entry: words[1:3] for entry in entries if len(words := entry.split(" ")) > 3}
     calls = [command("HEXISTS", keys.group_part(gid, "tasks"), tid) for gid, tid in tasks.values()]
     exist = await connection.run(calls, refusals=True)
@@ -192,10 +216,11 @@ async def _over(connection: Connection, keys: Keys, entries: Sequence[str]) -> l
 
 async def meet(connection: Connection, keys: Keys, gid: str) -> str | None:
     """
-    Ask the groups on which this one depends whether they have finished, should their message have been lost, and start
-    it once all have. Returns the group's status (None: gone).
+    Ask the groups on which this one depends whether they have finished, in case a message of theirs was lost. It starts
+    once all have completed, and is cancelled if one ended otherwise. Returns the group's status (None: gone).
     """
     others = await queries.depends_on(connection, keys, gid)
+    # Registering tells how the other group stands, and makes it write a message when it finishes.
     asked = await connection.run([transitions.register(keys, other, gid) for other in others])
     for other, reply in zip(others, asked, strict=True):
         word, *rest = reply
@@ -211,8 +236,8 @@ async def judge(
     connection: Connection, keys: Keys, gid: str, *, goal: str = "", verdict: Literal["achieved", "failed", ""] = ""
 ) -> tuple[str | None, int]:
     """
-    Settle goals whose deadline has passed, and one by the verdict of its callable; if that ended the group, tell those
-    that depend on it. Returns the group's status (None: gone) and its next deadline (0: none).
+    Settle the goals whose deadline has passed, and the named goal by the verdict of its function. If that finished the
+    group, tell the groups that depend on it. Returns the group's status (None: gone) and its next deadline (ms), or 0.
     """
     (reply,) = await connection.run([transitions.judge(keys, gid, goal=goal, verdict=verdict)])
     if reply[0] == "GONE":
@@ -223,15 +248,15 @@ async def judge(
 
 
 async def seal(connection: Connection, keys: Keys, gid: str) -> str | None:
-    """Seal a rolling group whose client fell silent. Returns the status of the group; None if it is gone."""
+    """Seal the group if it is a rolling group whose client fell silent. Returns its status (None: gone)."""
     (reply,) = await connection.run([transitions.seal(keys, gid, untouched_ms=SILENT_MS)])
     return None if reply[0] == "GONE" else str(reply[1])
 
 
 async def prune(connection: Connection, keys: Keys, gid: str) -> int | None:
     """
-    Remove a group that is past its retention, or was never completed. Returns None if it is gone, else when it will be
-    due (0: its status has changed).
+    Remove a group that is past its retention, or whose client never sent the last part. Returns None if it is gone,
+    else when it can be removed (ms; 0: its status has changed).
     """
     (reply,) = await connection.run([transitions.prune(keys, gid, staging_ms=STAGING_MS)])
     if reply[0] == "NO":
@@ -241,8 +266,9 @@ async def prune(connection: Connection, keys: Keys, gid: str) -> int | None:
 
 
 async def drop(connection: Connection, keys: Keys, gid: str) -> None:
-    """Take a group that is gone out of the index, unless somebody submitted it again meanwhile."""
+    """Take a group that is gone out of the index, unless it was submitted again meanwhile, under its key."""
     await connection.run([transitions.drop_from_index(keys, gid)])
+    # Look only now: a submission that announced the group before the removal has written it, or announces it again.
     (exists,) = await connection.run([command("EXISTS", keys.group_part(gid, "meta"))])
     if exists:
         await connection.run(transitions.announce(keys, gid, ()))
@@ -250,12 +276,14 @@ async def drop(connection: Connection, keys: Keys, gid: str) -> None:
 
 async def remove_left_consumers(connection: Connection, keys: Keys) -> None:
     """
-    Remove the consumers and names of workers that died, once nothing is pending for them and nobody heard of them for
-    an hour. What is still pending for one is first reclaimed by the other workers of its role.
+    Remove the consumers and the names of workers that died, once nothing is pending for them and they were idle for an
+    hour. A name without consumers is removed at once. Entries that are still pending are first reclaimed by other
+    workers of the role.
 
-    Should such a worker wake and fetch between this reading and the removal, the script gives back what it fetched: a
-    copy with the lineage of the original, so that a claim of it ends the other's lease, and its fence decides whose
-    outcome counts. At worst a task runs twice, as after any lost lease; it is never lost or counted twice.
+    If such a worker wakes and fetches between this reading and the removal, the script gives its entries back, as
+    copies with the lineage of the original. A claim of the copy takes over from the worker that woke, and the fence
+    decides which outcome counts. At worst a task runs twice, as after any lost lease; it is never lost, and never
+    counted twice.
     """
     registered = await queries.registered(connection, keys)
     gone = {name for name, view in registered.items() if view is None}
@@ -269,7 +297,7 @@ async def remove_left_consumers(connection: Connection, keys: Keys) -> None:
             if all(pending == 0 and idle_ms > CONSUMER_IDLE_MS for pending, idle_ms in states):
                 calls.append(transitions.release_all(keys, role, name))
             else:
-                gone.discard(name)
+                gone.discard(name)  # its name stays until all its consumers can go
     for name in sorted(gone):
         calls += transitions.farewell(keys, name)
     for reply in await connection.run(calls, refusals=True):
