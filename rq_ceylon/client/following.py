@@ -1,8 +1,8 @@
 """
-Waits for groups and their tasks. All waiters of a group share one reader.
+Waits for groups and their tasks. All waiters of a group share one reader, its *follower*.
 
-A notification says only "look now", and Redis may be away, or come back without its data. So a reader looks by itself
-every few seconds, starts over after a lost connection, and tells all its waiters if the group is gone.
+A notification says only "look now", and may be lost. Redis may be away, or come back without its data. So a follower
+looks by itself every few seconds, starts over after a lost connection, and tells all its waiters if the group is gone.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from rq_ceylon.views import GroupView, TaskResult
 log = logging.getLogger("rq_ceylon")
 
 NO_WORKER_S = 10.0
-"""How long a client waits before it checks whether tasks that have not started have a worker; it warns if not."""
+"""How long a task may wait before the client checks that a worker can run it; it warns if there is none."""
 
 REMIND_TASKS_MAX = 1000
 RESULTS_PER_READ = 500
 
 FEW = 100
-"""Up to this many results are read at every look, which is cheaper than reading the events that name them."""
+"""If at most this many tasks have waiters, each look reads all their results, which is cheaper than reading events."""
 
 CLOSED = (GroupStatus.CLOSING, GroupStatus.FINISHED)
 RECONNECT_S = 0.2
@@ -41,7 +41,7 @@ Warn = Callable[[Collection[tuple[str, str]]], Awaitable[None]]
 
 
 class Following:
-    """The readers of one client: one per group that has waiters."""
+    """The followers of one client: one per group that has waiters."""
 
     def __init__(self, connection: Connection, keys: Keys, hub: EventHub, warn: Warn) -> None:
         self._readers: set[asyncio.Task[None]] = set()
@@ -50,7 +50,7 @@ class Following:
 
     @contextmanager
     def follow(self, gid: str) -> Iterator[Follower]:
-        """Share the reader of a group with all its other waiters; it ends with the last of them."""
+        """Share the follower of a group with its other waiters. Its reader ends when the last of them leaves."""
         follower = self._followers.get(gid)
         if follower is None:
             follower = self._followers[gid] = Follower(gid, *self._shared)
@@ -64,7 +64,7 @@ class Following:
                 follower.wake()
 
     async def close(self) -> None:
-        """End all readers, also those about to end by themselves: none may use the connection after this."""
+        """End all readers, also those that are about to end by themselves: after this, none may use the connection."""
         for follower in self._followers.values():
             follower.close()
         for reader in self._readers:
@@ -73,7 +73,20 @@ class Following:
 
 
 class Follower:
-    """Reads the events of one group for all its waiters: each event once, and only the results that one waits for."""
+    """
+    Reads the events of one group for all its waiters: each event once, and only the results of tasks with a waiter.
+
+    Its state:
+
+    - `_results`: per task, the futures of its waiters; `_new`: the tasks that were not asked for yet.
+    - `_changes`: per waiter for a change of the group, the view that it has seen.
+    - `_seq`: the number of the last event that needs no reading: it was read, or all results were read after it.
+    - `_created_ms`: when the group was created, as the first look told; None before that. A group under the same id
+      with another time is another group.
+
+    Attributes:
+        holders: how many waiters share this follower.
+    """
 
     def __init__(
         self,
@@ -88,7 +101,7 @@ class Follower:
         self._connection, self._keys, self._hub, self._warn = connection, keys, hub, warn
         self.holders = 0
         self._results: dict[str, list[asyncio.Future[TaskResult]]] = {}
-        self._new: set[str] = set()  # waited for, and not yet asked for
+        self._new: set[str] = set()
         self._changes: dict[asyncio.Future[GroupView], GroupView | None] = {}
         self._reader: asyncio.Task[None] | None = None
         self._watch: Watch | None = None
@@ -102,7 +115,7 @@ class Follower:
         Wait for the result of a task.
 
         Raises:
-            NotFoundError: the group or the task is not known, or no longer.
+            NotFoundError: the group or the task is not known, or not any more.
         """
         future: asyncio.Future[TaskResult] = asyncio.get_running_loop().create_future()
         self._results.setdefault(tid, []).append(future)
@@ -122,7 +135,7 @@ class Follower:
         Wait until the group differs from `seen`, and return it.
 
         Raises:
-            NotFoundError: the group is not known, or no longer.
+            NotFoundError: the group is not known, or not any more.
         """
         future: asyncio.Future[GroupView] = asyncio.get_running_loop().create_future()
         self._changes[future] = seen
@@ -155,10 +168,16 @@ class Follower:
         try:
             async with self._hub.watch(self._gid) as self._watch:
                 await self._read_on(self._watch)
-        except Exception as error:  # of any kind: else the waiters would wait for ever
+        except Exception as error:  # of any kind: without a reader, the waiters would wait for ever
             self._fail(error)
 
     async def _read_on(self, watch: Watch) -> None:
+        """
+        Look again and again, until the last waiter has left: after each notification, and at least every `LOOK_S`.
+
+        A look is *fresh* if it may not trust what earlier ones have read, since the group may have changed without a
+        notification: the first look, one after a lost connection, and one that no notification of this group caused.
+        """
         fresh, is_away = True, False
         waited: set[str] = set(self._results)
         remind_at = time.monotonic() + NO_WORKER_S
@@ -166,6 +185,7 @@ class Follower:
             try:
                 if self._results or self._changes:
                     await self._look(fresh=fresh)
+                # Remind only of tasks that had a waiter at the last reminder too, and so have waited for a while.
                 if time.monotonic() >= remind_at:
                     await self._remind(waited)
                     waited, remind_at = set(self._results), time.monotonic() + NO_WORKER_S
@@ -181,15 +201,24 @@ class Follower:
 
     async def _look(self, *, fresh: bool) -> None:
         """
-        Read the results that have new waiters, and those of tasks that ended according to the events since the last
-        look. Read all results instead if there are few, or if the look is a fresh one.
+        Give their results to all waiters whose tasks have ended, and the group to the waiters for a change of it.
+
+        A fresh look asks for the results of all tasks with waiters, and so does every look if they are few. Any other
+        look asks for the tasks with new waiters, and for those that ended according to the events since `_seq`.
+
+        A *doubtful* question asks also whether the tasks exist, so that a waiter for a task that the group does not
+        have is told. A task that was once found exists until it ends, unless Redis lost it: hence for new waiters, and
+        in fresh looks.
         """
         new, self._new = self._new, set()
         doubtful = fresh or bool(new)
         asks_for_all = fresh or len(self._results) <= FEW
         view = await self._ask(list(self._results if asks_for_all else new), doubtful=doubtful)
+        # `view` was read before the results. So if all were asked for, no event up to `view.events` is left to follow.
         if asks_for_all:
             self._seq = view.events
+        # Closing a group ends its open tasks without an event for each, so ask for all. Likewise if there are fewer
+        # events than before: Redis came back with older data.
         elif view.status in CLOSED or view.events < self._seq:
             self._seq = view.events
             await self._ask(list(self._results))
@@ -200,8 +229,11 @@ class Follower:
                 future.set_result(view)
 
     async def _ask(self, tids: Sequence[str], *, doubtful: bool = False) -> GroupView:
-        """Give the results of these tasks to their waiters. Returns the group as it was before that."""
-        view = None
+        """
+        Give the results of these tasks to their waiters, as far as they have one. Returns the group as it was before
+        the first result was read. With `doubtful`, waiters for tasks that do not exist get a NotFoundError.
+        """
+        view = None  # of the first batch: a later one may include events whose tasks were asked for before they ended
         for first in range(0, len(tids) or 1, RESULTS_PER_READ):
             some = tids[first : first + RESULTS_PER_READ]
             seen, found, missing = await self._seen(some, doubtful=doubtful)
@@ -211,9 +243,10 @@ class Follower:
             for tid in missing:
                 self._tell(tid, NotFoundError(f"group {self._gid!r} has no task {tid!r}, or no longer"))
             left = [tid for tid in some if tid not in found]
+            # In a closed group, an open task that does not run is cancelled, though no result was written for it.
             if seen.status in CLOSED and left:
                 for task in await queries.some_tasks(self._connection, self._keys, self._gid, left):
-                    if task.result is not None:  # also one that was never written: its group closed
+                    if task.result is not None:
                         self._tell(task.task_id, task.result)
         assert view is not None
         return view
@@ -222,10 +255,11 @@ class Follower:
         try:
             seen = await queries.look(self._connection, self._keys, self._gid, tids, doubtful=doubtful)
         except NotFoundError:
-            if self._created_ms is None:
+            if self._created_ms is None:  # never seen; else the group was there, and Redis lost it
                 raise
             raise self._lost() from None
-        # A key always gives the same id, so this may be a new group under the old id, whose events begin at 1.
+        # A key always gives the same id, so the group may have been submitted again. Then this is another group, whose
+        # events begin at 1.
         if self._created_ms not in (None, seen[0].created_ms):
             raise self._lost()
         self._created_ms = seen[0].created_ms
@@ -238,7 +272,7 @@ class Follower:
         )
 
     async def _ended(self, last: int) -> set[str]:
-        """The tasks named by the events, up to this number, that were not read yet."""
+        """The tasks named by the events after `_seq`, up to event `last`. Moves `_seq` forward."""
         ended: set[str] = set()
         async for batch in queries.new_events(self._connection, self._keys, self._gid, self._seq, last):
             ended.update(task.tid for event in batch for task in event.tasks)
@@ -247,11 +281,11 @@ class Follower:
 
     async def _remind(self, waited: set[str]) -> None:
         """
-        Warn of the roles and names of tasks that have waiters for a while and have not started; in a big group, of some
-        of its tasks.
+        Warn if no worker can run tasks that have not started. The tasks are those that have had a waiter since the last
+        reminder, 20 at most. If a waiter waits for the group itself, its tasks count too, up to 1,000 in all.
         """
         stuck = list(islice((tid for tid in self._results if tid in waited), 20))
-        with suppress(CeylonError):  # the next look will raise it too
+        with suppress(CeylonError):  # the next look raises it too
             tasks = await queries.some_tasks(self._connection, self._keys, self._gid, stuck)
             if self.holders > sum(map(len, self._results.values())):
                 async for task in queries.tasks(self._connection, self._keys, self._gid):

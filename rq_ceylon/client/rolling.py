@@ -1,6 +1,6 @@
 """
-Sends single tasks. They share *rolling groups*: one submission is in flight at a time, and tasks submitted meanwhile go
-with the next, so that many tasks share a round trip.
+Sends single tasks. They share *rolling groups*: each *turn* sends one part of the group. One turn is in flight at a
+time, and tasks that are submitted meanwhile go with the next, so that many tasks share a round trip.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from rq_ceylon.store.transitions import GroupFacts, Page, PageAck, StagedTask
 log = logging.getLogger("rq_ceylon")
 
 ROLLING_TASKS_MAX, ROLLING_S = 1000, 60.0
-"""A group takes no more tasks once it has this many, or is this old."""
+"""A group is sealed once it has this many tasks, or is this old (seconds from its first part)."""
 
 ACKNOWLEDGED_S = 1.0
-"""How long an acknowledgement of enqueued pages waits for a submission to go with: far less than a relay waits."""
+"""How long an acknowledgement waits for a part to go with: far less than a relay lease, so no relay takes the page."""
 
 FACTS = GroupFacts(name="single tasks", retention_ms=3_600_000)
 
 
 class _Waiting(NamedTuple):
-    """A task to be sent, the future that gets its ids, and since when (monotonic seconds) it waits."""
+    """A task to be sent, the future that gets its ids, and since when it waits (monotonic seconds)."""
 
     task: ReadyTask
     ids: asyncio.Future[tuple[str, str]]
@@ -44,7 +44,16 @@ class _Waiting(NamedTuple):
 
 @dataclass
 class _Group:
-    """The group that tasks go to now. Only this client writes it, since its id comes from the system's randomness."""
+    """
+    The rolling group that takes tasks now. Its id is random, so only this client writes the group, and what this says
+    is what Redis has.
+
+    Attributes:
+        part: the number of the last part that Redis has; 0 if none was sent.
+        count: how many tasks these parts have. A task's id is its position, from 1.
+        digest: the digest of these parts.
+        roles: the roles that were announced.
+    """
 
     gid: str = field(default_factory=new_id)
     part: int = 0
@@ -54,14 +63,21 @@ class _Group:
 
 
 class Rolling:
-    """Sends the single tasks of one client."""
+    """
+    Sends the single tasks of one client.
+
+    The state is `_waiting` (tasks to be sent), `_group` (the group that takes them), and what the next turn carries
+    beside tasks. One task of the event loop, `_pump`, takes the turns, and ends when nothing is left to send. Two
+    timers start it again: `_tidying` when acknowledgements have waited for long enough, and `_ageing` when the group
+    must be sealed.
+    """
 
     def __init__(self, session: Session, durability: Durability = "none") -> None:
         self._session, self._durability = session, durability
         self._waiting: deque[_Waiting] = deque()
         self._group = _Group()
         self._answered_at = 0.0
-        # What the next turn carries beside tasks: acknowledgements of what was enqueued, groups to seal.
+        # The next turn carries these beside tasks: acknowledgements of pages that have arrived, and groups to seal.
         self._acks: list[PageAck] = []
         self._to_seal: list[str] = []
         self._pump: asyncio.Task[None] | None = None
@@ -69,14 +85,17 @@ class Rolling:
         self._ageing: asyncio.TimerHandle | None = None
 
     async def submit(self, task: ReadyTask) -> tuple[str, str]:
-        """Send a task. Returns the ids of its group and of the task once Redis has it, and its role too."""
+        """
+        Send a task. Returns the ids of its group and of the task once the task is stored and its role has its entry. If
+        the role cannot be reached for now, maintenance enqueues the entry.
+        """
         ids: asyncio.Future[tuple[str, str]] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Waiting(task, ids, time.monotonic()))
         self._wake()
         return await ids
 
     async def close(self) -> None:
-        """Finish the submissions under way, and seal the group."""
+        """Wait for the turns under way, then seal the group."""
         if self._pump is not None:
             await asyncio.gather(self._pump, return_exceptions=True)
         if self._tidying is not None:
@@ -84,7 +103,7 @@ class Rolling:
         group = self._renew()
         if group.part:
             self._to_seal.append(group.gid)
-        with suppress(CeylonError):
+        with suppress(CeylonError):  # maintenance does both, if later
             await self._session.connection.run(self._loose_ends(self._take_acks()))
 
     def _wake(self) -> None:
@@ -99,14 +118,16 @@ class Rolling:
             batch = self._next_batch()
             try:
                 await self._turn(batch)
-            except Exception as error:  # of any kind: else the submitters would wait for ever
+            except Exception as error:  # of any kind: a task that is neither sent nor refused would wait for ever
                 for waiting in batch:
                     _refuse(waiting, error)
                 if not batch:
                     log.warning("Acknowledging and sealing groups of single tasks is left to maintenance: %s", error)
+                # Maintenance relays the pages that were not acknowledged, and seals the groups. This one may or may not
+                # have got the part, so its state here is not certain: the next tasks open a new group.
                 self._acks, self._to_seal = [], []
                 self._renew()
-            # Let callers that were answered just now submit again at once, so that they share the next round trip.
+            # Let callers that were answered just now submit again, so that they share the next round trip.
             await asyncio.sleep(0)
             if not self._waiting and not self._to_seal:
                 break
@@ -121,10 +142,13 @@ class Rolling:
         return batch
 
     async def _turn(self, batch: list[_Waiting]) -> None:
-        """Acknowledge the pages that earlier turns enqueued, and send the next part with its entries behind it."""
+        """
+        Send the next part, with acknowledgements of earlier pages. Its entries follow in the same pipeline where they
+        can (see `_expected`), and are enqueued after the answer where they cannot.
+        """
         keys, group = self._session.keys, self._group
         acks = self._take_acks()
-        own_acks = acks.pop(group.gid, []) if batch else []
+        own_acks = acks.pop(group.gid, []) if batch else []  # the part itself carries those of its own group
         calls = self._loose_ends(acks)
         if not batch:
             await self._session.call(calls)
@@ -143,11 +167,12 @@ class Rolling:
             rolling=True,
             acks=own_acks,
         )
-        # A later part announces only roles that are new to the group: `status` lists what was announced.
+        # The first part announces the group with its roles; a later part, only roles that are new to the group.
         roles = {waiting.task.role for waiting in batch} - group.roles
         expected = self._expected(group.gid, tasks, batch)
         entries = [transitions.enqueue(keys, page.role, [page], insist=False) for page in expected]
-        # A task that waited through a turn without an answer has waited for this one too.
+        # Give up `answer_s` after the oldest task was submitted, or after the last answer if that was later. So a task
+        # that waited through a turn without an answer does not wait that long again.
         limit_s = max(batch[0].since, self._answered_at) + self._session.answer_s - time.monotonic()
         replies, unconfirmed = await self._session.send_part(
             group.gid,
@@ -161,14 +186,16 @@ class Rolling:
         self._answered_at = time.monotonic()
         reply = transitions.submit_reply(group.gid, replies[len(calls)])
         if reply.word not in ("OK", "REPEAT"):
-            # Sealed meanwhile, or Redis lost earlier parts: the same tasks open a new group.
+            # Nothing was stored: maintenance sealed the group (CLOSED), or Redis lost earlier parts (GAP). The same
+            # tasks open a new group, in the same order. The claims of entries that went behind the part find no task.
             self._waiting.extendleft(reversed(batch))
             self._renew()
             return
         group.part, group.count, group.digest = group.part + 1, group.count + len(batch), digest
         group.roles |= roles
-        if reply.word == "REPEAT":
+        if reply.word == "REPEAT":  # the part was resent, and the lost answer had the pages: they are hidden now
             await self._session.relay(group.gid, again=True)
+        # The replies to the entries are the last ones. Per role, the horizon that they reached, or an error.
         horizons = {page.role: horizon for page, horizon in zip(reversed(expected), reversed(replies), strict=False)}
         await self._enqueue(reply.pages, horizons)
         for task, waiting in zip(tasks, batch, strict=True):
@@ -178,7 +205,7 @@ class Rolling:
                 waiting.ids.set_result((group.gid, task.tid))
         if last:
             self._renew()
-        elif group is self._group and self._ageing is None:
+        elif group is self._group and self._ageing is None:  # this was its first part: seal it when it is old
             self._ageing = asyncio.get_running_loop().call_later(ROLLING_S, self._retire)
 
     def _take_acks(self) -> dict[str, list[PageAck]]:
@@ -196,12 +223,17 @@ class Rolling:
 
     def _expected(self, gid: str, tasks: Sequence[StagedTask], batch: Sequence[_Waiting]) -> list[Page]:
         """
-        Foresee the pages that the group will return for tasks that are due now, for each role on the group's own node.
-        They are enqueued without waiting for the answer, since a node runs calls in order. If the part is refused, the
-        claim finds no task.
+        The pages that `submit` will write for the tasks that are due now, one per role whose slot is on the group's own
+        node. Their entries go behind the part in one pipeline, which saves a round trip: a node runs the calls of a
+        pipeline in order, so the task is stored before its entry can be delivered. If the part is refused, the claim
+        finds no task.
+
+        This writes the page format a second time: `number|role|due|items`. No number, as only the script knows it, and
+        no due time. Each item is `priority,task,issue`, and the issue of a task that never ran is 1. The page that the
+        reply brings is the one that is acknowledged (see `_enqueue`).
         """
         if self._durability != "none":
-            return []  # these go by another connection, which may know other owners of the slots
+            return []  # such a part goes over another connection, which may know other owners of the slots
         connection, keys = self._session.connection, self._session.keys
         node = connection.node_of(keys.group_part(gid, "meta"))
         items: dict[str, list[str]] = {}
@@ -211,7 +243,13 @@ class Rolling:
         return [Page(gid, f"|{role}||{' '.join(some)}") for role, some in items.items()]
 
     async def _enqueue(self, pages: Sequence[Page], horizons: Mapping[str, Any]) -> None:
-        """Note the pages that arrived as expected, and enqueue the others."""
+        """
+        Acknowledge the pages whose entries went behind the part, and enqueue the others: those of roles on other nodes,
+        those that are due later, and those that Redis refused at its memory limit.
+
+        Args:
+            horizons: per role, the reply to the entries behind the part: the horizon, or an error.
+        """
         left: list[Page] = []
         for page in pages:
             horizon = horizons.get(page.role)
@@ -222,7 +260,7 @@ class Rolling:
         if left:
             try:
                 self._acks += await hand_over(self._session.connection, self._session.keys, left)
-            except CeylonError:
+            except CeylonError:  # the pages are still in the outbox, hidden
                 await self._session.relay(left[0].gid, again=True)
 
     def _unconfirmed(self, why: str, task_id: str) -> DurabilityError:
@@ -233,12 +271,12 @@ class Rolling:
         )
 
     def _retire(self) -> None:
-        """Seal the group because of its age, used or not."""
+        """Seal the group because of its age."""
         self._to_seal.append(self._renew().gid)
         self._wake()
 
     def _renew(self) -> _Group:
-        """Open a new group, and return the one before it."""
+        """Let the next tasks open a new group. Returns the group before it."""
         before, self._group = self._group, _Group()
         if self._ageing is not None:
             self._ageing.cancel()

@@ -1,6 +1,6 @@
 """
-Turns tasks and groups into the form in which they are sent. No I/O: everything that can be refused without Redis is
-refused here.
+Checks tasks and groups, and packs them into the form in which they are sent. No I/O: everything that can be refused
+without Redis is refused here.
 """
 
 from __future__ import annotations
@@ -44,11 +44,10 @@ from rq_ceylon.values import BadValueError, JsonType
 
 def check_group(group: TaskGroup, registry: Registry | None = None) -> None:
     """
-    Check everything that a submission checks before it sends, without Redis. Consumes `group.tasks` if it is an
-    iterator.
+    Make all checks of a submission that need no Redis. Consumes `group.tasks` if it is an iterator.
 
     Args:
-        registry: handlers known here, which check the arguments of their tasks.
+        registry: the handlers known here, which check the arguments of their tasks.
 
     Raises:
         InvalidInputError: as `Client.submit`.
@@ -59,11 +58,12 @@ def check_group(group: TaskGroup, registry: Registry | None = None) -> None:
 
 class StagedGroup:
     """
-    A group as it is sent: its facts, and its tasks in parts of at most 500 tasks and 4 MiB, made one at a time.
+    A group in the form in which it is sent: its facts, and its tasks in parts of at most 500 tasks and 4 MiB. The parts
+    are made one at a time, so that a large group need not be in memory.
 
     Attributes:
-        gid: its id; the same for the same key.
-        roles, count: the roles and the number of tasks in the parts made so far.
+        gid: the id of the group; the same for the same key.
+        roles, count: the roles and the number of tasks in the parts that were made so far.
     """
 
     def __init__(self, group: TaskGroup, registry: Registry | None, *, gid: str) -> None:
@@ -95,7 +95,7 @@ class StagedGroup:
         self._registry = registry
 
     def digest(self) -> bytes:
-        """The digest of everything but the tasks; the chain of the parts' digests starts with it."""
+        """The digest of everything but the tasks. The digests of the parts are chained from it."""
         facts = [self.facts.meta()[1::2], self.facts.programs(), list(self.facts.depends_on)]
         return hashlib.sha256(encode(facts)).digest()
 
@@ -127,7 +127,7 @@ class StagedGroup:
             if tid in by_id:
                 raise InvalidInputError(f"{self.what}: two tasks have the id {tid!r}; ids are unique")
             by_id[tid] = task
-        # A task comes after what it needs, so that each part can be checked against those before it.
+        # Send a task after those that it needs, so that Redis can check each part against the parts before it.
         if any(task.needs for task in tasks):
             for tid in in_order({tid: task.needs for tid, task in by_id.items()}, self.what):
                 yield tid, by_id[tid]
@@ -137,11 +137,12 @@ class StagedGroup:
 
 class ReadyTask(NamedTuple):
     """
-    A task as it is sent, without its id.
+    A task in the form in which it is sent, without its id.
 
     Attributes:
-        known: the text that identifies a repeated submission, if it differs from `text`: without the metadata that
-            `on_submit` hooks added, which may differ each time.
+        text: its record.
+        known: the text for the digest, if it differs from `text`: without the metadata of `on_submit` hooks, which may
+            differ each time. So a repeated submission is known again.
         stream: the number of its priority.
     """
 
@@ -165,10 +166,10 @@ def stage(
     priority: Priority | str | None = None,
 ) -> ReadyTask:
     """
-    Check a task and pack it. A field that is None is taken from the group, then from the handler.
+    Check a task and pack it. A field that is None is taken from the group, or else from the handler.
 
     Args:
-        registry: handlers known here, which check the arguments of their tasks.
+        registry: the handlers known here, which check the arguments of their tasks.
         priority: the priority of the group.
 
     Raises:
@@ -208,7 +209,7 @@ def stage(
 
 
 def _added(task: Task, registry: Registry, where: str) -> dict[str, Any]:
-    """The metadata that `on_submit` hooks add."""
+    """The metadata that the `on_submit` hooks add to a task."""
     added: dict[str, Any] = {}
     for hook in registry.on_submit:
         more = hook(task)
@@ -221,7 +222,7 @@ def _added(task: Task, registry: Registry, where: str) -> dict[str, Any]:
 def _encoded(fields: dict[str, Any], where: str) -> bytes:
     try:
         blob = encode(fields)
-        if b"NaN" in blob or b"Infinity" in blob:  # in texts, or numbers that are not JSON
+        if b"NaN" in blob or b"Infinity" in blob:  # in a text, or as a number, which is not JSON
             from_json(blob, allow_inf_nan=False)
         return blob
     except ValueError as error:
@@ -235,7 +236,7 @@ def _check_text(text: object, where: str, most: int) -> None:
 
 
 def handler_of(task: Task, uses: str | None, registry: Registry | None) -> Handler[..., Any] | None:
-    """The handler that checks a task and whose rules apply: the one that bound it, else the one known here."""
+    """The handler that checks a task and gives its rules: the one bound to it, else the one known here."""
     bound: Handler[..., Any] | None = task.handler
     if bound is not None and uses in (bound.name, *bound.aliases):
         return bound
@@ -245,7 +246,7 @@ def handler_of(task: Task, uses: str | None, registry: Registry | None) -> Handl
 def _rules(
     handler: Handler[..., Any] | None, task: Task, defaults: Task, registry: Registry | None
 ) -> dict[str, float | int | None]:
-    """The rules of a handler of another application; workers know those of this application's handlers."""
+    """The rules to send along, if the handler is of another application. Workers know those of this one's handlers."""
     if handler is None or handler is not task.handler or (registry and registry.find(handler.name) is handler):
         return {}
     return {
@@ -262,7 +263,7 @@ def _json(arguments: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _shared(task: Task, where: str) -> dict[str, Any]:
-    """The fields of a task that its worker needs, and that a group's defaults may give as well."""
+    """The fields of a task that its worker needs and that the defaults of its group can give too."""
     attempts = task.max_attempts
     return {
         "uses": None if task.uses is None else check_id(task.uses, f"{where}: uses"),
@@ -303,13 +304,13 @@ def keyed_id(namespace: str, key: str) -> str:
 
 
 def new_id() -> str:
-    """An id that sorts by time. Its 50 random bits come from the system, so a forked process draws others."""
+    """An id that sorts by time. Its 50 random bits come from the system, so a forked process gets others."""
     stamp = int(time.time() * 1000).to_bytes(6, "big")
     return base64.b32hexencode(stamp + os.urandom(7)).decode().rstrip("=").lower()[:20]
 
 
 def chain(digest: bytes, tasks: Sequence[StagedTask]) -> bytes:
-    """The digest of all parts so far. It identifies a repeated part, and the content submitted under a key."""
+    """The digest of all parts up to this one. By it a repeated part, or the content under a key, is known again."""
     longer = hashlib.sha256(digest)
     for task in tasks:
         longer.update(b"%b\0%b\0%b\0" % (task.tid.encode(), task.known or task.text, " ".join(task.needs).encode()))

@@ -1,4 +1,4 @@
-"""Sends one group, all or nothing: it is staged in parts, one after another, and becomes active with the last one."""
+"""Sends one group, all or nothing: its parts are staged one after another, and the last one activates it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from rq_ceylon.views import Counters
 async def check_known(session: Session, gids: Sequence[str], where: str) -> None:
     """
     Raises:
-        NotFoundError: one of these groups is not known, or no longer.
+        NotFoundError: one of these groups is not known, or not any more.
     """
     async for gid, view in queries.views(session.connection, session.keys, gids):
         if view is None:
@@ -46,14 +46,14 @@ async def check_groups(
     durability: Durability = "none",
 ) -> None:
     """
-    Check several groups, as `Client.submit` checks each, before the first is sent. This iterates over their tasks.
+    Check several groups as `Client.submit` checks each, before the first one is sent. This iterates over their tasks.
 
     Args:
-        groups: each with the id that it will have. Only groups with a key keep that id; `depends_on` may name all.
+        groups: each with an id by which `depends_on` of the others may name it. Only a group with a key keeps that id.
 
     Raises:
-        InvalidInputError: something in a group cannot be used; or some groups were submitted before, under their keys,
-            and others have no key, so they would run again.
+        InvalidInputError: a group cannot be used; or some groups were submitted before, under their keys, while others
+            have no key and would run again.
         NotFoundError: a group depends on one that is not known.
         GoalImpossibleError, GroupExistsError, NoWorkerError, DurabilityError: as `Client.submit`.
     """
@@ -113,7 +113,7 @@ class Submission:
         return self._staged.gid
 
     async def run(self, *, require_workers: bool) -> bool:
-        """Send the group; returns False if the same group was submitted before, so that nothing was changed."""
+        """Send the group. Returns False if the same group was submitted before, so that nothing changed."""
         await self._session.require_durable(self._durability, self.gid)
         others = self._staged.facts.depends_on
         if others and not (self._key and await self._is_known()):
@@ -121,12 +121,12 @@ class Submission:
         try:
             reply = await self._send_all(require_workers=require_workers)
         except ConnectionLostError:
-            raise  # the staged parts cannot be removed now; maintenance will do it
+            raise  # maintenance removes the staged parts, since they cannot be removed now
         except BaseException:
-            # Leave nothing half-written. But under a key another client may be staging the same group: then that client
-            # or the next submission goes on, or maintenance removes what is left.
+            # Leave nothing half-written. But keep a group with a key, as another client may be staging the same one:
+            # that client or the next submission completes it, or maintenance removes it.
             if self._part and not self._key:
-                # In a task of its own: this one may be cancelled.
+                # In an asyncio task of its own, since this one may be cancelled.
                 await asyncio.gather(asyncio.create_task(self._drop()), return_exceptions=True)
             raise
         await self._enqueue(reply)
@@ -137,11 +137,12 @@ class Submission:
                 f"accepted as {self.gid} and runs, but a crash of Redis may lose it; submit it again with {again}",
                 self.gid,
             )
-        # Without a key only this client writes the group, so REPEAT means that an answer was lost and the part resent.
+        # Without a key, only this client writes the group. Then REPEAT means only that an answer was lost and the part
+        # was sent again.
         return reply.word != "REPEAT" or not self._key
 
     async def _is_known(self) -> bool:
-        """Whether a group of this key was submitted before: then the groups that it waited for may be gone."""
+        """Whether a group of this key was submitted before. Then the groups on which it depends may be gone by now."""
         return any([view async for _, view in queries.views(self._session.connection, self._session.keys, [self.gid])])
 
     async def _send_all(self, *, require_workers: bool) -> SubmitReply:
@@ -201,16 +202,18 @@ class Submission:
         return f"{words}; {_SAME_CONTENT}"
 
     async def _drop(self) -> None:
-        # Removes it only if it is still staging.
+        # `prune` removes the group only while it is staging (or past its retention).
         await self._session.connection.run([transitions.prune(self._session.keys, self.gid, staging_ms=0)])
 
     async def _enqueue(self, reply: SubmitReply) -> None:
         connection, keys = self._session.connection, self._session.keys
+        # The answer has the pages only if this is the first part and no REPEAT. And the groups on which this one
+        # depends must be asked, as they may have finished before this one was registered with them.
         if self._part > 1 or reply.word == "REPEAT" or self._staged.facts.depends_on:
             await self._session.relay(self.gid, again=reply.word == "REPEAT", meet=bool(self._staged.facts.depends_on))
         elif reply.pages:
             try:
                 acks = await hand_over(connection, keys, reply.pages)
                 await self._session.call([transitions.outbox(keys, self.gid, acks=acks)])
-            except CeylonError:
+            except CeylonError:  # the pages are still in the outbox, hidden
                 await self._session.relay(self.gid, again=True)
