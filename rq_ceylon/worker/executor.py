@@ -4,9 +4,9 @@ Runs users' code: turns each assignment into one outcome. Never touches Redis.
 An attempt ends in one of three ways:
 
 - Its handler returns or raises. That decides the outcome.
-- It is stopped (timeout, cancel, lost lease or shutdown): its task is cancelled. The reason decides the outcome,
-  whatever the handler raises then. A plain function goes on in its thread, which cannot be stopped: `_leave_thread`
-  counts it.
+- It is stopped (timeout, cancel, lost lease or shutdown): its asyncio task is cancelled. The reason decides the
+  outcome, whatever the handler raises then. A plain function goes on in its thread, which cannot be stopped:
+  `_leave_thread` counts it.
 - It is stopped, and its coroutine goes on all the same. `_abandon` tells the outcome without waiting for it any longer.
 
 Code that goes on after its attempt *hangs*.
@@ -71,8 +71,8 @@ class _CannotStart(Exception):
 
 class _Run:
     """
-    The state of one attempt. Its handler runs in `task`, which runs nothing else, so that whatever users' code does to
-    its own task (cancels it, counts cancellations, exits) affects this attempt alone.
+    The state of one attempt. Its handler runs in an asyncio task, `task`, which runs nothing else. So whatever users'
+    code does to its own task (cancels it, counts cancellations, exits) affects this attempt alone.
 
     Attributes:
         key: role and fence, by which the worker knows the attempt; kept here since a handler may write to its context.
@@ -373,7 +373,7 @@ class Executor:
         """Tell the outcome of an attempt that goes on `CLEANUP_S` after its cancellation, and count it as hung."""
         self._hangs(run, "it ignores that it was cancelled")
         assert run.task is not None
-        run.task.cancel()  # once more, as the first may have been swallowed by chance
+        run.task.cancel()  # once more, since the handler ignored the first
         self._settle(run, self._raised(run, asyncio.CancelledError()))
 
     def _task_ended(self, run: _Run, task: asyncio.Task[None]) -> None:

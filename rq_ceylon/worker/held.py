@@ -45,7 +45,10 @@ class Held:
 
 
 class Granted(NamedTuple):
-    """A task that may run: its delivery, the claim's answer, its group's defaults (JSON), and whether it must stop."""
+    """
+    A task that may run: its delivery, the claim's answer, and its group's defaults (JSON). `stop`: the running tasks of
+    the group must stop.
+    """
 
     held: Held
     claimed: Claimed

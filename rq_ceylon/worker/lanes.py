@@ -32,10 +32,11 @@ class Lanes:
 
     def __init__(self, connection: Connection, on_answer: Callable[[], None]) -> None:
         self._connection, self._on_answer = connection, on_answer
-        self._turns: dict[str, asyncio.Task[None]] = {}
-        self._since: dict[str, float] = {}
-        self._pauses: dict[str, float] = {}
-        self._losses: dict[str, int] = collections.defaultdict(int)
+        # All by node.
+        self._turns: dict[str, asyncio.Task[None]] = {}  # the turn in flight: a lane without one is open
+        self._since: dict[str, float] = {}  # when the last turn was sent (monotonic)
+        self._pauses: dict[str, float] = {}  # the last pause, while the node does not answer
+        self._losses: dict[str, int] = collections.defaultdict(int)  # connections lost since it last answered
         self._failure: BaseException | None = None
 
     @property

@@ -33,7 +33,7 @@ from rq_ceylon.worker.turn import Turns
 from rq_ceylon.worker.wear import jittered, memory_in_use
 
 BURST_WAIT_S = 60.0
-"""A burst worker waits for delayed entries (retries, say) that are due within this time, and not for others."""
+"""A burst worker waits for delayed entries (retries, say) that are due this soon, and not for later ones."""
 
 HUNG_EXIT_CODE = 7
 """The exit code of a worker that ended because too many attempts hung."""
@@ -54,8 +54,8 @@ class Worker:
         roles: the roles to serve; their order means nothing.
         slots: how many tasks may run at once.
         threads: how many plain functions may run at once.
-        lease_s: how long a worker that stops responding keeps its tasks. The lease belongs to the role: if other workers
-            serve it, theirs is adopted.
+        lease_s: how long a worker that stops responding keeps its tasks. The lease belongs to the role: if other
+            workers serve it, theirs is adopted.
         grace_s: how long running tasks may go on after `stop`.
         burst: end when there is nothing left to do.
         max_tasks: drain and end after this many tasks, give or take 10 %. A child process ends likewise.

@@ -33,8 +33,8 @@ class Neighbours:
     """
     The folder that the workers of one server and namespace share.
 
-    If the folder cannot be made, or is not this user's alone, the worker has no neighbours. Then what a
-    dead worker held is reclaimed when its lease ends.
+    If the folder cannot be made, or is not this user's alone, the worker has no neighbours. Then what a dead worker
+    held is reclaimed when its lease ends.
     """
 
     def __init__(self, url: str, keys: Keys) -> None:

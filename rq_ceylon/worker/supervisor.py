@@ -68,10 +68,10 @@ class Supervisor:
         self._grace_s = grace_s
         self.url, self.keys = url, Keys(namespace)
         self.exit_code = 0
-        self._kept = 0
+        self._kept = 0  # how many children are kept, also one that is being started or waits for its restart
         self._began = 0.0
-        self._children: dict[int, Process] = {}
-        self._retired: set[int] = set()
+        self._children: dict[int, Process] = {}  # those that run, by pid
+        self._retired: set[int] = set()  # pids of children that were told to stop since fewer are needed
         self._stop = asyncio.Event()
 
     def signal(self, number: int) -> None:

@@ -63,7 +63,7 @@ class Turns:
     Attributes:
         held: the deliveries in this worker's hands, by role and entry.
         granted: tasks that may run and that the loop has not started yet.
-        stopping: set by the loop when the worker was told to stop. From then on the worker fetches and claims nothing.
+        stopping: set by the loop when the worker was told to stop. From then on it asks for no entries and claims none.
         completed: how many tasks Redis counted as completed by this worker.
     """
 
