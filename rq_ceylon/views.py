@@ -214,8 +214,8 @@ class WorkerView:
 @dataclass(frozen=True, slots=True)
 class RoleView:
     """
-    The current state of a role: entries in its streams that are not yet delivered (`queued`), delivered, or due later
-    (`delayed`), its workers, and totals by outcome since the role exists (statistics, not accounting).
+    The current state of a role: entries that are not yet delivered or wait by name (`queued`), are delivered, or due
+    later (`delayed`), its workers, and totals by outcome since the role exists (statistics, not accounting).
     """
 
     name: str

@@ -11,7 +11,7 @@ JITTER = 0.1
 
 def jittered(limit: int) -> int:
     """The limit, changed at random by up to 10 %, so that processes that started together do not end together."""
-    return max(1, round(limit * random.uniform(1 - JITTER, 1 + JITTER)))
+    return max(min(limit, 1), round(limit * random.uniform(1 - JITTER, 1 + JITTER)))
 
 
 def memory_in_use() -> int:
