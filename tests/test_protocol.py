@@ -788,7 +788,7 @@ def test_a_dead_workers_entries_are_given_back_in_its_name_and_its_consumer_goes
     bench.queued("g", ["a", "b"])
     bench.started("v", "g")
     bench.fetch("v")
-    assert bench.run(transitions.release_all(bench.keys, "p", "v")) == [2, "0"]
+    assert bench.run(transitions.release_all(bench.keys, "p", "v")) == [2, "0", ["g"]]
     consumers = bench.redis.xinfo_consumers(bench.keys.role_part("p", "normal"), "workers")
     assert "v" not in [consumer["name"] for consumer in consumers]
     got = bench.fetch("w")
@@ -802,8 +802,8 @@ def test_more_than_one_call_gives_back_is_given_back_by_the_next(bench: Bench) -
         bench.submit("g", tids, part=part, last=part == 2, digest=str(part))
     bench.relay("g")
     bench.fetch("v", 600)
-    assert bench.run(transitions.release_all(bench.keys, "p", "v")) == [500, "1"]
-    assert bench.run(transitions.release_all(bench.keys, "p", "v")) == [100, "0"]
+    assert bench.run(transitions.release_all(bench.keys, "p", "v")) == [500, "1", ["g"]]
+    assert bench.run(transitions.release_all(bench.keys, "p", "v")) == [100, "0", ["g"]]
     assert len(bench.fetch("w", 1000)) == 600
 
 

@@ -12,11 +12,13 @@ from bench import LEASE_MS, Bench
 
 from rq_ceylon.maintenance.relay import relay
 from rq_ceylon.store import transitions
+from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.scripts import Call
 from rq_ceylon.store.transitions import Committed
 from rq_ceylon.worker import turn
 from rq_ceylon.worker.held import Granted, Held, Stage
 from rq_ceylon.worker.leases import Leases
+from rq_ceylon.worker.neighbours import bury
 from rq_ceylon.worker.turn import Turns
 
 pytestmark = pytest.mark.every_engine
@@ -233,9 +235,10 @@ def test_a_retry_is_with_its_role_in_the_next_turns_though_the_answer_to_its_com
     assert granted == [2]
 
 
+@pytest.mark.anyio
 @pytest.mark.parametrize(("kind", "follows"), [("completed", "b"), ("retry", "a")])
-def test_what_a_worker_committed_before_it_died_is_handed_on_by_the_next_one(
-    bench: Bench, kind: str, follows: str
+async def test_what_a_worker_committed_before_it_died_is_handed_on_with_what_it_held(
+    bench: Bench, connection: Connection, kind: str, follows: str
 ) -> None:
     bench.submit("g", ["a"], part=1, last=False, digest="1")
     bench.submit("g", ["b"], part=2, digest="2", needs={"b": ["a"]})
@@ -244,11 +247,24 @@ def test_what_a_worker_committed_before_it_died_is_handed_on_by_the_next_one(
     dead.end(dead.started(), kind)
     dead.turn()
     assert dead.turns.is_due(1)  # it was about to enqueue what follows
-    bench.run(transitions.release_all(bench.keys, "p", "dead"))
+    await bury(connection, bench.keys, "dead", ["p"])
 
-    granted = [grant.held.delivery.tid for _ in range(6) for grant in worker.turn()]
+    granted = [grant.held.delivery.tid for _ in range(3) for grant in worker.turn()]
 
     assert granted == [follows]
+
+
+def test_a_task_that_ended_while_it_waited_by_name_makes_no_worker_ask_for_hidden_pages(bench: Bench) -> None:
+    bench.queued("g")
+    first, second = Hand(bench, "v"), Hand(bench, "w", knows=["n"])
+    first.end(first.started(), "release", "unknown:n")
+    for _ in range(3):
+        first.turn()
+    bench.run(transitions.cancel_tasks(bench.keys, "g", ["a"]))
+
+    calls = [call for _ in range(5) for call in (second.turn(), second.calls)[1]]
+
+    assert {call.args[1] for call in calls if call.script == "outbox"} == {0}
 
 
 class Direct:

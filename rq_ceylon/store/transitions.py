@@ -499,7 +499,8 @@ def release(keys: Keys, role: str, worker: str, entries: Sequence[str], *, leavi
 def release_all(keys: Keys, role: str, worker: str) -> Call:
     """
     Give back every entry that a worker holds in a role, and remove its consumer. Use it only if the worker has left or
-    its process is dead. The reply is how many entries were given back, and '1' if it must be called again.
+    its process is dead. The reply is how many entries were given back, '1' if it must be called again, and the groups
+    of these entries.
     """
     return Call("release", keys.role(role), [worker, "*"])
 

@@ -400,7 +400,7 @@ class Worker:
                 calls = [transitions.release_all(self.keys, role, self.name) for role in roles]
                 async with asyncio.timeout(LAST_WORD_S):
                     replies = await self.connection.run(calls)
-                roles = [role for role, (_, more) in zip(roles, replies, strict=True) if more == "1"]
+                roles = [role for role, (_, more, _) in zip(roles, replies, strict=True) if more == "1"]
             async with asyncio.timeout(LAST_WORD_S):
                 await self.connection.run(self.presence.farewell())
             self.neighbours.leave()

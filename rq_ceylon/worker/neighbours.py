@@ -18,6 +18,7 @@ from pathlib import Path
 
 from loguru import logger
 
+from rq_ceylon.maintenance.relay import relay
 from rq_ceylon.models import counted
 from rq_ceylon.settings import is_private
 from rq_ceylon.store import transitions
@@ -123,12 +124,19 @@ class Neighbours:
 
 
 async def bury(connection: Connection, keys: Keys, worker: str, roles: Sequence[str]) -> None:
-    """Give back everything that a dead worker held, in its name, and remove it from the registry."""
+    """
+    Give back everything that a dead worker held, in its name, and remove it from the registry.
+
+    The worker may have died between the commit of a task and its next turn. Then its entry of that task is still
+    pending, and the pages that follow from the commit are hidden for it. So they are handed on here.
+    """
     given_back = 0
     for role in roles:
         more = "1"
         while more == "1":
-            ((count, more),) = await connection.run([transitions.release_all(keys, role, worker)])
+            ((count, more, gids),) = await connection.run([transitions.release_all(keys, role, worker)])
             given_back += int(count)
+            for gid in gids:
+                await relay(connection, keys, gid, again=True)
     await connection.run(transitions.farewell(keys, worker))
     logger.warning("Worker {} died; gave back {} that it held", worker, counted(given_back, "task"))

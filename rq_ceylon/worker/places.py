@@ -9,6 +9,9 @@ import time
 RECENT_S = 0.1
 """As many attempts may wait for a place as places were freed within this time, since others will be freed as soon."""
 
+WAITING_MAX = 2
+"""For each place at most so many attempts wait, as each keeps a slot from tasks that need no place."""
+
 
 class Places:
     """
@@ -22,12 +25,14 @@ class Places:
     def __init__(self, count: int) -> None:
         self.count, self._held, self._waiting, self.expected = count, 0, 0, 0
         self._semaphore = asyncio.Semaphore(count)
-        self._freed: collections.deque[float] = collections.deque()
+        self._freed: collections.deque[float] = collections.deque(maxlen=WAITING_MAX * count)
 
     @property
     def room(self) -> int:
         """How many more attempts can have a place now or in a moment."""
-        self._forget_old(time.monotonic())
+        since = time.monotonic() - RECENT_S
+        while self._freed and self._freed[0] < since:
+            self._freed.popleft()
         return max(0, self.count - self._held - self._waiting - self.expected + len(self._freed))
 
     async def acquire(self) -> None:
@@ -40,14 +45,8 @@ class Places:
 
     def release(self) -> None:
         self._held -= 1
-        now = time.monotonic()
-        self._forget_old(now)
-        self._freed.append(now)
+        self._freed.append(time.monotonic())
         self._semaphore.release()
-
-    def _forget_old(self, now: float) -> None:
-        while self._freed and self._freed[0] < now - RECENT_S:
-            self._freed.popleft()
 
     async def __aenter__(self) -> None:
         await self.acquire()

@@ -383,12 +383,9 @@ class Turns:
                 case "LOST":
                     self.forget(held)
                 case verdict:
-                    if verdict in ("DONE", "PARKED", "OUTDATED"):
-                        # The pages that follow from that end, parking or retry may still be in the outbox. If this
-                        # entry was given back, its former worker may have died right after its commit. Its pages are
-                        # then still hidden, so ask for hidden pages too.
-                        was_given_back = held.delivery.lineage != held.delivery.entry
-                        self._relay(held.delivery.gid, again=was_given_back)
+                    if verdict in ("DONE", "PARKED"):
+                        # The pages that follow from that end or parking may still be in the outbox.
+                        self._relay(held.delivery.gid)
                     if claimed.words:
                         level = "WARNING" if claimed.reason == "expired" else "ERROR"  # expiry was asked for
                         task, words = f"{held.delivery.gid}/{held.delivery.tid}", "{} is over ({}): {}"

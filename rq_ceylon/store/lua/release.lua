@@ -3,7 +3,7 @@
 -- ARGV: worker, then room entries...     there was no room for them here
 --                    leaving entries...  this worker takes nothing more
 --                    *                   all of this worker's, after which its consumer is removed
--- Reply: how many were given back, and 1 if more are left to give back.
+-- Reply: how many were given back, 1 if more are left to give back, and the gids of what was.
 -- Repeatable: what is given back is a copy, and the entry itself is gone, so it is never again this
 -- worker's. A release that arrives late takes nothing from a worker that got the copy. The copy
 -- keeps the lineage, so that a claim of it ends the lease of whatever the original was claimed for.
@@ -12,7 +12,7 @@ local RELEASE_MAX = 500
 local worker, why = ARGV[1], ARGV[2]
 
 pass_memory_limit()
-local given_back = 0
+local given_back, gids, is_listed = 0, {}, {}
 local function give_back(stream, id)
   local entry = call('XRANGE', KEYS[stream], id, id)[1]
   if entry and entry[2][1] == 'task' then
@@ -28,6 +28,11 @@ local function give_back(stream, id)
       local task = facts .. ' ' .. lineage .. (supersedes ~= '' and ' ' .. supersedes or '')
       call('XADD', to, '*', 'task', task)
       given_back = given_back + 1
+      local gid = string.match(facts, '^%S+')
+      if not is_listed[gid] then
+        is_listed[gid] = true
+        gids[#gids + 1] = gid
+      end
     end
   end
   acknowledge(KEYS[stream], {id})
@@ -53,4 +58,4 @@ else
   end
 end
 if given_back > 0 then ring(given_back) end
-return {given_back, more}
+return {given_back, more, gids}
