@@ -202,7 +202,7 @@ class _Chaos:
             place.to_redo = len(own) - place.running
 
     async def _count(self, view: GroupView) -> None:
-        """`ceylon demo --chaos`: workers are killed while a group runs; at the end all results are counted again."""
+        """Count running tasks, and read from new events which worker ended which task and which goals settled."""
         await self._count_running()
         connection, keys, gid = self.client.connection, self.client.keys, self.handle.id
         places = {place.name: place for place in self.places}
@@ -258,8 +258,8 @@ async def _run(server: EmbeddedServer, limit_s: float) -> int:
     async with Client(server.url) as client:
         handle = await client.submit(group)
         click.echo(
-            f"{counted(len(tasks), 'task')} on a throw-away server that ends with this demo. In another terminal, "
-            f"try:\nceylon status --redis {server.url}",
+            f"{counted(len(tasks), 'task')} on a throw-away server that ends with this demo.\n"
+            f"In another terminal, try:\nceylon status --redis {server.url}",
             err=True,
         )
         chaos = _Chaos(client, handle, Display(client, sys.stdout), processes.environ_of(server), limit_s, places)
