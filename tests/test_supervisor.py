@@ -34,10 +34,10 @@ async def until_processes(client: Client, count: int) -> None:
     await eventually(are_there, f"{count} processes are there", 60)
 
 
-async def until_role(client: Client, *, queued: int, delivered: int, limit_s: float = 30) -> None:
+async def until_role(client: Client, *, queued: set[int], delivered: int, limit_s: float = 30) -> None:
     async with asyncio.timeout(limit_s):
         while True:
-            if (queued, delivered) in {(role.queued, role.delivered) for role in await client.roles()}:
+            if any(role.queued in queued and role.delivered == delivered for role in await client.roles()):
                 return
             await asyncio.sleep(0.02)
 
@@ -103,12 +103,13 @@ async def test_what_a_killed_process_held_is_given_back_though_no_other_is_there
     running = asyncio.create_task(supervisor.run())
     try:
         await client.submit(Task(role="r", duration=600))
-        await until_role(client, queued=0, delivered=1)
+        await until_role(client, queued={0}, delivered=1)
 
         (child,) = supervisor._children.values()
         child.kill()
 
-        await until_role(client, queued=1, delivered=0)
+        # Perhaps twice: the page of the submission is handed on too, as nothing has acknowledged it yet.
+        await until_role(client, queued={1, 2}, delivered=0)
         await until_processes(client, 0)
     finally:
         supervisor.signal(signal.SIGTERM)
