@@ -143,7 +143,7 @@ RUN_NOTE = struct.Struct("=qd")
 
 
 def noop(n: int) -> None:
-    """The task. Every run is noted with its time, as neither the order of tasks nor a single run of each is promised."""
+    """The task. It notes the time of each run, as neither the order of tasks nor a single run of each is promised."""
     with open(os.environ["BENCH_NOTES"], "ab", buffering=0) as notes:
         notes.write(RUN_NOTE.pack(n, time.monotonic()))
 
