@@ -17,7 +17,7 @@ from rich.table import Table
 from benchmarks import peers
 from benchmarks.measure import GROUP_TASKS, Queue, Sample, Server, bare, bare_latencies
 from rq_ceylon.cli.common import run_async
-from rq_ceylon.store.server import EmbeddedServer
+from rq_ceylon.dev.server import EmbeddedServer
 
 R = TypeVar("R")
 

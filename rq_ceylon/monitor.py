@@ -26,8 +26,8 @@ from rq_ceylon.store.codec import encode
 from rq_ceylon.store.connection import Connection, until_reached
 from rq_ceylon.store.events import LOOK_S, EventHub, Watch
 from rq_ceylon.store.keys import Keys
+from rq_ceylon.store.redis_errors import complain
 from rq_ceylon.store.statistics import GroupStatistics, summary
-from rq_ceylon.store.trouble import complain
 from rq_ceylon.views import GoalView, GroupView
 
 COALESCE_S = 0.02

@@ -42,6 +42,10 @@ it."""
 TAKE_S = 1.0
 """How long users' code may keep the wakeup descriptor of signals before the watch takes it back."""
 
+PYTHON = [sys.executable, "-P", "-m", "rq_ceylon.cli"]
+"""Starts a command in a process of its own. -P: a file of the working directory that is called `queue.py` or `redis.py`
+must not take the place of the module of that name. An application is still found there: `load_app` sees to that."""
+
 SUPERVISED = "CEYLON_SUPERVISED"
 """Set in the environment of a child: its standard input is a pipe that closes when its parent ends."""
 

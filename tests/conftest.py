@@ -25,10 +25,10 @@ from simulator.simulation import Coverage
 
 from rq_ceylon.app import Ceylon
 from rq_ceylon.client import Client
-from rq_ceylon.store import trouble
+from rq_ceylon.dev.server import EmbeddedServer
+from rq_ceylon.store import redis_errors
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.scripts import Call
-from rq_ceylon.store.server import EmbeddedServer
 
 ENGINES = tuple(BINARIES)
 REMEDIES = {
@@ -149,7 +149,7 @@ def said() -> Iterator[list[str]]:
     What the package logs, through loguru or the standard library, each with its level: `INFO: message`. Nothing counts
     as said before.
     """
-    trouble.forget_said()
+    redis_errors.forget_said()
     lines: list[str] = []
     logger.enable("rq_ceylon")
     sink = logger.add(lines.append, format="{level}: {message}")

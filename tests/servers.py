@@ -24,7 +24,7 @@ from typing import Any
 import redis
 from commands import ROOT, run_to_end, until
 
-from rq_ceylon.store.server import wheel_binary
+from rq_ceylon.dev.server import wheel_binary
 
 
 # ---- engines ---------------------------------------------------------------------------------------------------------

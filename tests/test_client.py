@@ -43,12 +43,12 @@ from rq_ceylon import (
 )
 from rq_ceylon.client import rolling
 from rq_ceylon.client.staging import keyed_id, stage
+from rq_ceylon.dev.server import EmbeddedServer
 from rq_ceylon.handlers import Registry
 from rq_ceylon.maintenance.steps import drop
 from rq_ceylon.store import queries
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.scripts import Call, command
-from rq_ceylon.store.server import EmbeddedServer
 
 pytestmark = pytest.mark.anyio
 

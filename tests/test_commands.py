@@ -18,8 +18,8 @@ from commands import EXAMPLE, ROOT, Commands, commands_on, run_to_end, until
 from rq_ceylon import Ceylon, Goal, Task, TaskGroup, errors
 from rq_ceylon.cli.common import EXIT_CODES
 from rq_ceylon.cli.main import _task_row
+from rq_ceylon.dev.server import EmbeddedServer
 from rq_ceylon.models import TaskStatus
-from rq_ceylon.store.server import EmbeddedServer
 from rq_ceylon.views import TaskResult, TaskView
 from rq_ceylon.worker.loop import HUNG_EXIT_CODE
 

@@ -90,7 +90,7 @@ import asyncio, os, sys
 from rq_ceylon import Ceylon, Task
 from rq_ceylon.maintenance.steps import restore_index
 from rq_ceylon.monitor import Monitor
-from rq_ceylon.store import server
+from rq_ceylon.dev import server
 from rq_ceylon.worker.loop import Worker
 
 app = Ceylon("embedded://")

@@ -868,7 +868,7 @@ async def test_a_function_of_the_main_module_runs_in_a_process(how: list[str], t
 UNGUARDED = """
 import asyncio, json, os, sys
 from rq_ceylon.app import Ceylon
-from rq_ceylon.store.server import EmbeddedServer
+from rq_ceylon.dev.server import EmbeddedServer
 from rq_ceylon.store.transitions import Claimed, Delivery
 from rq_ceylon.worker.executor import Executor
 from rq_ceylon.worker.outcome import Assignment

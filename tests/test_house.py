@@ -31,6 +31,7 @@ FLOORS: list[set[str]] = [
         "log",
         "script",
         "process",
+        "dev",
     },
     {"store"},
     {"maintenance", "presence", "audit", "checks"},
@@ -48,6 +49,7 @@ STEPS: dict[str, set[str]] = {
     "expression": {"errors", "views"},
     "goals": {"errors", "models", "views", "expression"},
     "groupfile": {"errors", "models", "graph", "expression", "goals"},
+    "dev": {"errors", "models", "settings", "script", "process"},
     "handlers": {"errors", "models", "views", "settings", "values", "attempt"},
 }
 """What a module of the ground floor may import of that floor; those not named: errors, models and views."""

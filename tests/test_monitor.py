@@ -16,6 +16,7 @@ import pytest
 from bench import Bench
 from commands import LIMIT_S, eventually
 
+from rq_ceylon.dev.server import EmbeddedServer
 from rq_ceylon.errors import RedisError
 from rq_ceylon.handlers import GoalCheck, Registry
 from rq_ceylon.maintenance import judge
@@ -26,7 +27,6 @@ from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.events import LOOK_S, Event, TaskEvent, Watch
 from rq_ceylon.store.histogram import Histogram
 from rq_ceylon.store.keys import Keys
-from rq_ceylon.store.server import EmbeddedServer
 from rq_ceylon.store.statistics import GroupStatistics
 from rq_ceylon.views import GroupView
 

@@ -11,8 +11,8 @@ import pytest
 from commands import Commands, Process, until
 
 from rq_ceylon.app import Ceylon
-from rq_ceylon.cli import processes
 from rq_ceylon.client import SyncClient
+from rq_ceylon.dev import processes
 from rq_ceylon.models import Task
 
 GRACE_S, ALLOWANCE_S = 0.3, 2.0

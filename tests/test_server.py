@@ -16,9 +16,9 @@ import pytest
 import redis
 from commands import until
 
+from rq_ceylon.dev.server import STOP_S, EmbeddedServer, find_binary, wheel_binary
 from rq_ceylon.errors import RedisError
 from rq_ceylon.settings import Settings, is_private, resolve, socket_path
-from rq_ceylon.store.server import STOP_S, EmbeddedServer, find_binary, wheel_binary
 
 pytestmark = pytest.mark.every_engine
 
@@ -238,7 +238,7 @@ def test_eight_threads_start_eight_servers(start_server: StartServer, client_of:
 PARENT = """
 import os, signal, sys, threading, time
 from pathlib import Path
-from rq_ceylon.store.server import EmbeddedServer
+from rq_ceylon.dev.server import EmbeddedServer
 
 folder = Path(sys.argv[1]) if sys.argv[1] else None
 started = []

@@ -32,10 +32,10 @@ from rq_ceylon import (
     Task,
     TaskGroup,
 )
+from rq_ceylon.dev.server import EmbeddedServer
 from rq_ceylon.models import Durability
 from rq_ceylon.store.events import event_of
 from rq_ceylon.store.keys import Keys
-from rq_ceylon.store.server import EmbeddedServer
 
 JOBS = """
 import asyncio, os

@@ -16,7 +16,7 @@ from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.scripts import Call
 from rq_ceylon.store.transitions import Committed
 from rq_ceylon.worker import turn
-from rq_ceylon.worker.held import Granted, Held, Stage
+from rq_ceylon.worker.delivery import Granted, Held, Stage
 from rq_ceylon.worker.leases import Leases
 from rq_ceylon.worker.neighbours import bury
 from rq_ceylon.worker.turn import Turns

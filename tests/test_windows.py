@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from servers import free_port
 
 from rq_ceylon.app import Ceylon
-from rq_ceylon.store.server import EmbeddedServer
+from rq_ceylon.dev.server import EmbeddedServer
 
 HIDING = """
 import asyncio, functools, os, runpy, signal, socket, subprocess, sys, tempfile

@@ -608,7 +608,7 @@ async def test_a_thread_that_outlived_its_timeout_takes_nothing_from_other_tasks
             await blocked.result(LIMIT_S)
         assert worker.executor.hung == 1
         await (await client.submit(short.bind())).result(LIMIT_S)
-        await worker.lookout._beat()
+        await worker.background._beat()
         assert [(view.hung, view.is_exhausted) for view in await client.workers()] == [(1, True)]
         may_end.set()
 

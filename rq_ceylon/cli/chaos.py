@@ -15,15 +15,15 @@ import click
 from rich.text import Text
 
 from rq_ceylon.audit import audit
-from rq_ceylon.cli import processes
 from rq_ceylon.cli.common import run_async
 from rq_ceylon.cli.live import Display
 from rq_ceylon.client import Client, GroupHandle
+from rq_ceylon.dev import processes
+from rq_ceylon.dev.server import EmbeddedServer
 from rq_ceylon.errors import CeylonError, InvalidInputError, WaitTimeoutError
 from rq_ceylon.models import Goal, Task, TaskGroup, counted, seconds
 from rq_ceylon.settings import require_unix
 from rq_ceylon.store import queries
-from rq_ceylon.store.server import EmbeddedServer
 from rq_ceylon.views import GroupView
 
 WORKERS, SLOTS = 4, 4

@@ -37,9 +37,6 @@ file, 3 no Redis, 4 cannot import, 5 waited too long, 6 no worker for a role,
 
 CLEAN_UP_S = 1.0
 """How long tasks that users' code has started beside its handlers may go on once they are cancelled at the end."""
-PYTHON = [sys.executable, "-P", "-m", "rq_ceylon.cli"]
-"""Starts a command in a process of its own. -P: a file of the working directory that is called `queue.py` or `redis.py`
-must not take the place of the module of that name. An application is still found there, see `load_app`."""
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 

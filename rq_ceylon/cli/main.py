@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from rq_ceylon.cli.audit import audit
-from rq_ceylon.cli.common import CONTEXT, EXIT_CODES, logs, reported, say, with_client
+from rq_ceylon.cli.common import CONTEXT, EXIT_CODES, load_app, logs, reported, say, with_client
 from rq_ceylon.cli.facts import group_facts, result_facts, task_facts, to_json
 from rq_ceylon.cli.files import graph, schema, validate
 from rq_ceylon.log import plain
@@ -432,7 +432,7 @@ def demo(chaos: str | None) -> None:
     follows: exit code 0 if every task counted once and the goal settled once, else 1.
     """
     from rq_ceylon.cli.chaos import run_chaos
-    from rq_ceylon.cli.processes import run_demo
+    from rq_ceylon.dev.demo import run_demo
 
     try:
         sys.exit(run_demo() if chaos is None else run_chaos(chaos))
@@ -450,7 +450,7 @@ def server(port: int | None) -> None:
 
     It keeps its data in a folder of yours, and your other commands find it.
     """
-    from rq_ceylon.cli.processes import run_server
+    from rq_ceylon.dev.up import run_server
 
     sys.exit(run_server(port))
 
@@ -466,6 +466,8 @@ def up(app: str, concurrency: int | None) -> None:
 
     No server is started if the application or a variable names a Redis, since clients use that one too.
     """
-    from rq_ceylon.cli.processes import run_up
+    from rq_ceylon.dev.up import run_up
+    from rq_ceylon.settings import require_unix
 
-    sys.exit(run_up(app, concurrency))
+    require_unix("ceylon up")
+    sys.exit(run_up(app, load_app(app).configured(), concurrency))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from rq_ceylon.cli.common import PYTHON, RedisOptions, command, load_app, logs, serve, where
+from rq_ceylon.cli.common import RedisOptions, command, load_app, logs, serve, where
 
 if TYPE_CHECKING:
     from rq_ceylon.handlers import Registry
@@ -47,6 +47,8 @@ def _size(context: click.Context, parameter: click.Parameter, text: str | None) 
 
 def _child(arguments: Sequence[str]) -> list[str]:
     """The command of a child: this command with one process. Options end at `--`."""
+    from rq_ceylon.process import PYTHON
+
     end = arguments.index("--") if "--" in arguments else len(arguments)
     return [*PYTHON, "worker", *arguments[:end], "--processes", "1", *arguments[end:]]
 

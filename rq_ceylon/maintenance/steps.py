@@ -21,8 +21,8 @@ from rq_ceylon.maintenance.relay import relay
 from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.keys import INDEX_SHARDS, Keys
+from rq_ceylon.store.redis_errors import complain, warn_once
 from rq_ceylon.store.scripts import Call, command
-from rq_ceylon.store.trouble import complain, warn_once
 
 GROUPS_PER_STEP = 100
 DELAYED_PER_STEP = 500

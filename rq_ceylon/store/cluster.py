@@ -15,8 +15,8 @@ from redis.crc import key_slot
 from rq_ceylon.process import own_task
 from rq_ceylon.settings import Address, Place, shown_address
 from rq_ceylon.store.node import Node
+from rq_ceylon.store.redis_errors import LOST, is_demotion, text_of
 from rq_ceylon.store.scripts import Call
-from rq_ceylon.store.trouble import LOST, is_demotion, text_of
 
 REDIRECTS = 5
 """How often a call follows a moving slot before its sender is told to try again."""

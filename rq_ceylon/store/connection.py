@@ -12,14 +12,14 @@ import redis
 import redis.asyncio
 from loguru import logger
 
+from rq_ceylon.dev.server import is_throw_away
 from rq_ceylon.errors import CeylonError, ConnectionLostError, RedisError
 from rq_ceylon.process import own_task
 from rq_ceylon.settings import REMEDIES, masked, place_of
 from rq_ceylon.store.node import client_of, close, heeding_cancellation
+from rq_ceylon.store.redis_errors import LOST, classified, unfit, warn_once
 from rq_ceylon.store.scripts import Call
-from rq_ceylon.store.server import is_throw_away
 from rq_ceylon.store.servers import servers_of, some_url
-from rq_ceylon.store.trouble import LOST, classified, unfit, warn_once
 
 T = TypeVar("T")
 

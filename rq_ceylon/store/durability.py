@@ -10,8 +10,8 @@ import redis
 
 from rq_ceylon.errors import InvalidInputError
 from rq_ceylon.models import Durability
+from rq_ceylon.store.redis_errors import engine_of, is_demotion
 from rq_ceylon.store.scripts import Call
-from rq_ceylon.store.trouble import engine_of, is_demotion
 
 CONFIRM_S = 5.0
 """How long to wait for a confirmation; less than an answer may take, so that the wait does not count as a lost call."""

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from rq_ceylon.store.connection import UNHEARD, heard, subscribed
 from rq_ceylon.store.keys import Keys
 from rq_ceylon.store.node import heed_cancellation
-from rq_ceylon.store.trouble import LOST, carrying, complain
+from rq_ceylon.store.redis_errors import LOST, carrying, complain
 
 LOOK_S = 5.0
 """How long a waiter waits at most between two looks, because notifications may be lost."""

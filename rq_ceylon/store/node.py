@@ -22,8 +22,8 @@ from redis.backoff import NoBackoff
 
 from rq_ceylon.settings import for_redis_py
 from rq_ceylon.store import durability, scripts
+from rq_ceylon.store.redis_errors import LOST, carrying
 from rq_ceylon.store.scripts import Call
-from rq_ceylon.store.trouble import LOST, carrying
 
 ANSWER_S = 10.0
 """How long an answer may take. Scripts take milliseconds, and a server that is loading its data says so at once."""

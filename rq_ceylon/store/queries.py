@@ -14,8 +14,8 @@ from rq_ceylon.store.codec import counters_of, decode, reading, result_of, settl
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.events import Event, event_of
 from rq_ceylon.store.keys import INDEX_SHARDS, STREAMS, Keys
+from rq_ceylon.store.redis_errors import warn_once
 from rq_ceylon.store.scripts import Call, command
-from rq_ceylon.store.trouble import warn_once
 from rq_ceylon.views import GoalView, GroupView, RoleView, TaskResult, TaskView, WorkerView
 
 SCAN = 500

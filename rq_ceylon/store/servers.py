@@ -12,13 +12,13 @@ import redis
 import redis.asyncio
 from redis.asyncio.sentinel import MasterNotFoundError, Sentinel
 
+from rq_ceylon.dev import server
 from rq_ceylon.errors import ConnectionLostError, RedisError
 from rq_ceylon.settings import Address, Place, masked, place_of
-from rq_ceylon.store import server
 from rq_ceylon.store.cluster import Cluster
 from rq_ceylon.store.node import Node, client_of, close, heeding_cancellation
+from rq_ceylon.store.redis_errors import LOST, is_demotion
 from rq_ceylon.store.scripts import Call
-from rq_ceylon.store.trouble import LOST, is_demotion
 
 
 def servers_of(url: str, answer_s: float | None = None) -> Primary | Cluster:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from rq_ceylon.store.transitions import Ack, Committed, Page, PageAck
-from rq_ceylon.worker.held import Held
+from rq_ceylon.worker.delivery import Held
 
 
 @dataclass(slots=True)

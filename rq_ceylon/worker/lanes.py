@@ -14,8 +14,8 @@ from rq_ceylon.errors import CeylonError, ConnectionLostError
 from rq_ceylon.models import counted
 from rq_ceylon.process import own_task
 from rq_ceylon.store.connection import Connection
-from rq_ceylon.store.trouble import complain
-from rq_ceylon.worker.held import Step
+from rq_ceylon.store.redis_errors import complain
+from rq_ceylon.worker.delivery import Step
 
 PAUSE_S, PAUSE_MAX_S = 0.02, 1.0
 """The first and the longest pause between two tries at a node that does not answer; the pause doubles."""

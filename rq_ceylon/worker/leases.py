@@ -14,8 +14,8 @@ from rq_ceylon.errors import CeylonError, ConnectionLostError
 from rq_ceylon.store import transitions
 from rq_ceylon.store.connection import ThreadConnection
 from rq_ceylon.store.keys import Keys
+from rq_ceylon.store.redis_errors import complain
 from rq_ceylon.store.transitions import Committed, Delivery
-from rq_ceylon.store.trouble import complain
 
 ROUND_MAX_S = 10.0
 """The longest time between two rounds, and the longest that a round may take, however long the lease is."""

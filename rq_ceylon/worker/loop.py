@@ -21,12 +21,12 @@ from rq_ceylon.store.codec import decode, task_parts
 from rq_ceylon.store.connection import Connection, until_reached
 from rq_ceylon.store.keys import Keys
 from rq_ceylon.store.transitions import Committed
+from rq_ceylon.worker.background import Background
+from rq_ceylon.worker.delivery import Granted, Held, Stage
 from rq_ceylon.worker.executor import PLACE_S, START_S, Executor
-from rq_ceylon.worker.held import Granted, Held, Stage
 from rq_ceylon.worker.hooks import Hooks
 from rq_ceylon.worker.lanes import Lanes
 from rq_ceylon.worker.leases import Leases
-from rq_ceylon.worker.lookout import Lookout
 from rq_ceylon.worker.neighbours import Neighbours
 from rq_ceylon.worker.outcome import BUSY, UNKNOWN, Assignment, Outcome, invalid, unroutable
 from rq_ceylon.worker.turn import Turns
@@ -121,7 +121,7 @@ class Worker:
         self._cold = asyncio.Event()
         self._grace_is_over = False
         self.neighbours = Neighbours(url, self.keys)
-        self.lookout = Lookout(
+        self.background = Background(
             url,
             self.keys,
             presence=self.presence,
@@ -176,7 +176,7 @@ class Worker:
 
     async def _serve(self) -> None:
         loop = asyncio.get_running_loop()
-        await until_reached(lambda: self.connection.run(self.lookout.heartbeat()), self._stop)
+        await until_reached(lambda: self.connection.run(self.background.heartbeat()), self._stop)
         self.leases.start(lambda role, entry: loop.call_soon_threadsafe(self._lost, role, entry))
         self.neighbours.enter(self.name, self.roles)
         which = "role" if len(self.roles) == 1 else "roles"
@@ -184,14 +184,14 @@ class Worker:
         words = "Worker {} serves {} {} with {}; it knows {}: {}"
         slots, tasks = counted(self.slots, "slot"), "the task" if len(names) == 1 else "the tasks"
         logger.info(words, self.name, which, ", ".join(self.roles), slots, tasks, ", ".join(names))
-        self.lookout.start()
+        self.background.start()
         try:
             await self._work()
         finally:
             for task in self._background:
                 task.cancel()
             await self.lanes.close()
-            await self.lookout.stop()
+            await self.background.stop()
         await self._leave()
 
     # ---- turns -------------------------------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ class Worker:
             if self._stop.is_set() and not self.turns.stopping:
                 self.turns.stopping = True  # before the plan, so that `_shut_down` sees everything that starts
                 self._keep(self._shut_down(), "shutdown")
-            self.lookout.check()
+            self.background.check()
             self.lanes.check()
             self._wake.clear()
             if self.turns.is_due(self._free()):
@@ -218,14 +218,14 @@ class Worker:
         they could not start, or until it is time to fetch again (every third of a lease).
         """
         if self._free() > 0 and not self._stop.is_set() and self.turns.may_fetch():
-            self.lookout.idle.set()
+            self.background.idle.set()
         try:
             async with asyncio.timeout(LAST_WORD_S / 4 if self._grace_is_over else self.turns.rest_s):
                 await self._wake.wait()
         except TimeoutError:
             self.turns.ring()
         finally:
-            self.lookout.idle.clear()
+            self.background.idle.clear()
 
     def _ring(self) -> None:
         self.turns.ring()

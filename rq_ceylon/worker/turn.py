@@ -26,7 +26,7 @@ from rq_ceylon.store import transitions
 from rq_ceylon.store.keys import Keys
 from rq_ceylon.store.transitions import Ack, Committed, Page, PageAck
 from rq_ceylon.worker.books import GroupBook, RoleBook
-from rq_ceylon.worker.held import Granted, Held, Stage, Step
+from rq_ceylon.worker.delivery import Granted, Held, Stage, Step
 from rq_ceylon.worker.leases import Leases
 from rq_ceylon.worker.outcome import waits_by_name
 

@@ -22,7 +22,7 @@ from rq_ceylon.models import Goal, Task, TaskGroup
 from rq_ceylon.store import transitions
 from rq_ceylon.store.codec import decode, task_parts
 from rq_ceylon.store.transitions import Committed
-from rq_ceylon.worker.held import Granted
+from rq_ceylon.worker.delivery import Granted
 from rq_ceylon.worker.loop import Worker
 from rq_ceylon.worker.neighbours import bury
 
@@ -130,7 +130,7 @@ class WorkerActor(Actor):
             lanes.check()
             if self.simulation.now_ms() - self._beat_ms > self.simulation.lease_ms / 3:
                 self._beat_ms = self.simulation.now_ms()
-                await self.line.run(process.lookout.heartbeat())
+                await self.line.run(process.background.heartbeat())
             if not turns.stopping and self.random.random() < 0.003 and not self.simulation.is_draining:
                 self._shut_down()
             self._end_jobs()

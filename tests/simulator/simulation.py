@@ -19,8 +19,8 @@ from rq_ceylon.goals import compile_goals
 from rq_ceylon.models import NeedPolicy, TaskGroup
 from rq_ceylon.store import scripts, transitions
 from rq_ceylon.store.keys import ROLE_PARTS, STREAMS, Keys
+from rq_ceylon.store.redis_errors import classified
 from rq_ceylon.store.scripts import Call
-from rq_ceylon.store.trouble import classified
 from rq_ceylon.views import COUNTERS
 
 from . import actors

@@ -14,8 +14,8 @@ from rq_ceylon.store import queries
 from rq_ceylon.store.connection import UNHEARD, Connection, heard, subscribed
 from rq_ceylon.store.keys import Keys
 from rq_ceylon.store.node import heed_cancellation
+from rq_ceylon.store.redis_errors import complain
 from rq_ceylon.store.scripts import Call
-from rq_ceylon.store.trouble import complain
 from rq_ceylon.worker.executor import Executor
 from rq_ceylon.worker.neighbours import LOOK_S, Neighbours
 from rq_ceylon.worker.turn import Turns
@@ -24,7 +24,7 @@ BELL_S = 0.5
 """The longest wait on the bells. If a token is lost, work starts this late at worst while a slot is free."""
 
 
-class Lookout:
+class Background:
     """
     The tasks of the event loop that run beside the turns of one worker. They have connections of their own, so that
     none of them holds up a turn.
