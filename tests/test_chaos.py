@@ -94,6 +94,7 @@ def test_drift_is_named_and_fails(commands: Commands) -> None:
     assert "Traceback" not in said
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
 def test_however_it_ends_nothing_is_left(number: signal.Signals, code: int, commands: Commands) -> None:
     demo, url = chaos(commands, "60s")

@@ -333,6 +333,7 @@ async def test_a_broken_node_takes_the_replies_of_its_own_calls_only(fleet: Flee
             await connection.run([command("GET", key) for key in keys], refusals=True)
 
 
+@pytest.mark.long
 async def test_a_stopped_node_holds_back_only_what_is_on_it(fleet: Fleet) -> None:
     cluster = start_cluster(fleet)
     for node in cluster.nodes:

@@ -139,7 +139,7 @@ def test_the_users_of_the_page_may_run_whatever_scripts_and_queries_run() -> Non
 
 
 @pytest.mark.parametrize("engine", ["redis"], indirect=True)
-@pytest.mark.parametrize("way", ["TLS", "socket"])
+@pytest.mark.parametrize("way", [pytest.param("TLS", marks=pytest.mark.long), "socket"])
 def test_the_main_job_runs_over_tls_and_on_a_socket_as_the_users_of_the_page(
     way: str, binary: str, short_tmp_path: Path, tmp_path: Path
 ) -> None:

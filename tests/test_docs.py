@@ -111,6 +111,7 @@ def test_the_commands_of_a_page_print_what_it_says(page: str, redis_url: str, tm
         run(page, commands)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("page", FROM_NOTHING)
 def test_the_first_pages_work_where_nothing_is_configured(
     page: str, short_tmp_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

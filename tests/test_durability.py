@@ -124,6 +124,7 @@ async def test_without_a_replica_nothing_is_written(redis_url: str, namespace: s
         assert raw.dbsize() == 0
 
 
+@pytest.mark.long
 async def test_in_a_cluster_the_replica_of_the_groups_own_node_is_waited_for(fleet: Fleet, namespace: str) -> None:
     cluster = start_cluster(fleet, 2)
     replicas = {}

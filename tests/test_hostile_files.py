@@ -7,7 +7,6 @@ What is large is read in a process of its own, bounded in memory and processor t
 from __future__ import annotations
 
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -15,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import LONG
 
 from rq_ceylon.client import check_group
 from rq_ceylon.errors import GroupFileError, InvalidInputError, PayloadTooLargeError
 from rq_ceylon.groupfile import load
 from rq_ceylon.models import DEFAULTS_BYTES_MAX, DESCRIPTION_MAX, KEY_MAX, Task, TaskGroup
-
-IS_LONG = os.environ.get("CEYLON_LONG") == "1"
 
 
 def values(text: str | bytes, filename: str = "f.yaml") -> Any:
@@ -235,7 +233,7 @@ LARGE: dict[str, tuple[str, str]] = {
     "a chain": (tasks("t0: {}, " + ", ".join(f"t{n}: {{needs: t{n - 1}}}" for n in range(1, 20_000))), "20,000 tasks"),
     "JSON": ('{"name": "x", "tasks": [' + ", ".join(["{}"] * 240_000) + "]}", "240,000 tasks are written up to here"),
 }  # fmt: skip
-SIZED = SMALL | (LARGE if IS_LONG else {})
+SIZED = SMALL | (LARGE if LONG else {})
 
 
 @pytest.mark.parametrize(("text", "says"), SIZED.values(), ids=SIZED)

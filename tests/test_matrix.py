@@ -484,6 +484,7 @@ def peak_of_submitting(size: int) -> int:
         tracemalloc.stop()
 
 
+@pytest.mark.long
 def test_ten_times_the_tasks_take_no_more_memory() -> None:
     peak_of_submitting(1)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import random
 import signal
 import threading
@@ -21,6 +20,7 @@ import pytest
 import redis
 import redis.asyncio
 from commands import LIMIT_S, commands_on, eventually, until
+from conftest import LONG
 from proxy import GREETINGS, Line, Proxy, proxy_to
 from servers import Fleet, Running, free_port, pretended
 
@@ -38,7 +38,6 @@ from rq_ceylon.worker.loop import Worker
 
 pytestmark = pytest.mark.anyio
 
-LONG = os.environ.get("CEYLON_LONG") == "1"
 """Whether to run the whole distance, which takes minutes."""
 
 
@@ -178,7 +177,7 @@ async def test_a_lost_connection_of_the_lease_thread_costs_no_task(fleet: Fleet,
     assert (view.counters.attempts, view.counters.crashes, view.counters.completed) == (1, 0, 1)
 
 
-@pytest.mark.skipif(not LONG, reason="takes minutes: CEYLON_LONG=1")
+@pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("lease_s", "workers", "rounds"), [(3, 40, 5), (9, 50, 1), (30, 20, 1)])
 async def test_no_single_connection_that_is_lost_at_any_moment_costs_a_task(

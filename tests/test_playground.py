@@ -126,6 +126,7 @@ def test_the_tutorial_runs_where_no_redis_is_configured(nowhere: Commands) -> No
     assert "rq_ceylon." not in logged
 
 
+@pytest.mark.long
 def test_the_tutorial_runs_with_worker_processes(commands: Commands) -> None:
     (commands.folder / "held.py").write_text(HELD)
     for _ in range(2):

@@ -38,7 +38,7 @@ from rq_ceylon.store.keys import Keys
 
 SEEDS = {
     place: int(count)
-    for place, _, count in (word.partition("=") for word in os.environ.get("CEYLON_SEEDS", "valkey=8").split())
+    for place, _, count in (word.partition("=") for word in os.environ.get("CEYLON_SEEDS", "valkey=4").split())
 }
 SLICE = 10
 

@@ -42,6 +42,7 @@ async def until_role(client: Client, *, queued: set[int], delivered: int, limit_
             await asyncio.sleep(0.02)
 
 
+@pytest.mark.long
 async def test_processes_grow_with_a_backlog_and_shrink_one_by_one_when_quiet(
     client: Client, said: list[str], redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
