@@ -69,7 +69,7 @@ class Bench:
         """Take pages where they belong, and acknowledge them."""
         for page in pages:
             if page.is_message:
-                self.run(transitions.deliver(self.keys, page))
+                self.run(transitions.tell_group(self.keys, page))
                 self.run(transitions.outbox(self.keys, page.gid, acks=[PageAck(page)]))
                 continue
             horizon = self.run(transitions.enqueue(self.keys, page.role, [page]))

@@ -26,9 +26,8 @@ from rq_ceylon.attempt import AttemptStoppedError, Backoff, FailTask, RetryTask,
 from rq_ceylon.client import Client
 from rq_ceylon.handlers import Handler, Registry
 from rq_ceylon.worker.children import Children
-from rq_ceylon.worker.executor import MANY
 from rq_ceylon.worker.outcome import BUSY, UNKNOWN, Outcome
-from rq_ceylon.worker.places import Places
+from rq_ceylon.worker.places import UNBOUNDED, Places
 
 pytestmark = pytest.mark.anyio
 
@@ -600,7 +599,7 @@ async def test_a_task_for_which_there_is_no_thread_is_given_back_at_once_to_wait
     quick = await executor.run(assigned(fence=3, uses="short"))
 
     assert (second.kind, second.reason, second.delay_ms) == ("release", BUSY + "job", 0)
-    assert executor.shares(["job", "short"]) == {"job": 0, "short": MANY}
+    assert executor.shares(["job", "short"]) == {"job": 0, "short": UNBOUNDED}
     assert quick.kind == "completed"
     may_end.set()
     await first

@@ -111,7 +111,7 @@ async def test_asking_an_outbox_again_ends_though_others_write_to_it_all_the_whi
 
     monkeypatch.setattr(connection, "run", busy)
     async with asyncio.timeout(10):
-        await relay(connection, bench.keys, "g", again=True)
+        await relay(connection, bench.keys, "g", hidden=True)
     assert len(written) <= 4
 
 
@@ -283,7 +283,7 @@ async def test_of_two_processes_that_look_at_once_neither_drops_a_group_that_is_
         bench.run(call)
 
     await maintenance.run_once()
-    assert await maintenance._look("g", now_ms) is None  # it read which groups are due before that
+    assert await maintenance._look_after("g", now_ms) is None  # it read which groups are due before that
 
     assert next_look_ms(bench, "g") is not None
 

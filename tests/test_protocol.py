@@ -351,7 +351,7 @@ def test_a_repeated_commit_is_done_and_changes_nothing(bench: Bench, kind: str) 
     assert bench.commit_with_pages("w", delivery, kind) == ("DONE", [])
     assert bench.state("g") == before
 
-    again = transitions.outbox(bench.keys, "g", wanted=10, again=True)
+    again = transitions.outbox(bench.keys, "g", wanted=10, hidden=True)
     assert transitions.outbox_reply("g", bench.run(again)).pages == pages  # the answer that had them may be lost
     bench.ring(pages)
     assert transitions.outbox_reply("g", bench.run(again)).pages == []
@@ -360,7 +360,7 @@ def test_a_repeated_commit_is_done_and_changes_nothing(bench: Bench, kind: str) 
 def test_an_outbox_gives_again_what_is_not_acknowledged_but_not_what_it_withholds(bench: Bench) -> None:
     bench.queued("g", ["a", "b"])
     pages = [bench.commit_with_pages("w", bench.started("w", "g"), "retry")[1][0] for _ in "ab"]
-    once, again = (transitions.outbox(bench.keys, "g", wanted=10, again=again) for again in (False, True))
+    once, again = (transitions.outbox(bench.keys, "g", wanted=10, hidden=again) for again in (False, True))
     assert transitions.outbox_reply("g", bench.run(once)).pages == []
     assert transitions.outbox_reply("g", bench.run(again)).pages == pages
 
@@ -640,8 +640,8 @@ def test_a_worker_whose_fetch_was_not_answered_gets_what_it_delivered_with_the_n
     turns = turns_of(bench, ["p"], slots=1)
     (fetch,) = turns.plan(1)
     bench.run(fetch.call)
-    assert fetch.lost is not None
-    fetch.lost()
+    assert fetch.on_no_reply is not None
+    fetch.on_no_reply()
     assert turns.is_due(1)
     (fetch,) = turns.plan(1)
     fetch.absorb(bench.run(fetch.call))
@@ -1334,26 +1334,26 @@ def test_a_superseding_entry_that_is_given_back_still_supersedes(bench: Bench) -
 def test_a_scan_rings_what_the_role_does_not_show_and_lists_what_runs(bench: Bench) -> None:
     bench.queued("g", ["a", "b", "c", "d"], needs={"d": ["a"]})
     running = bench.started("w", "g")
-    look = transitions.look_reply(bench.run(transitions.look(bench.keys, "g")))
+    look = transitions.read_state_reply(bench.run(transitions.read_state(bench.keys, "g")))
     assert look is not None
     assert (look.status, look.in_outbox, look.open, list(look.horizons)) == ("active", 0, 3, ["p"])
     shown = bench.probe("g", look.horizons["p"])
     assert shown == ["CLEAR", "a", "b", "c"]
-    reply = bench.run(transitions.scan(bench.keys, "g", "p", look.pages, "0", ["CLEAR", "b"]))
+    reply = bench.run(transitions.scan(bench.keys, "g", "p", look.last_page, "0", ["CLEAR", "b"]))
     assert reply == ["OK", "active", "0", ["a", str(running.fence), "w"], "1"]
-    assert bench.run(transitions.scan(bench.keys, "g", "p", look.pages, "0", ["CLEAR", "b"]))[0] == "MOVED"
+    assert bench.run(transitions.scan(bench.keys, "g", "p", look.last_page, "0", ["CLEAR", "b"]))[0] == "MOVED"
 
 
 @pytest.mark.parametrize("delivered", [True, False])
 def test_a_scan_is_refused_if_a_page_was_written_since_the_look(bench: Bench, delivered: bool) -> None:
     bench.queued("g")
     delivery = bench.started("w", "g")
-    look = transitions.look_reply(bench.run(transitions.look(bench.keys, "g")))
+    look = transitions.read_state_reply(bench.run(transitions.read_state(bench.keys, "g")))
     assert look is not None
     _, pages = bench.commit_with_pages("w", delivery, "retry")
     if delivered:
         bench.ring(pages)
-    pages_then = look.pages if delivered else look.pages + 1
+    pages_then = look.last_page if delivered else look.last_page + 1
     assert bench.run(transitions.scan(bench.keys, "g", "p", pages_then, "0", ["CLEAR"]))[0] == "MOVED"
 
 
@@ -1362,7 +1362,7 @@ def test_a_probe_says_busy_while_more_waits_up_to_the_horizon_than_it_looks_at(
 ) -> None:
     bench.queued("g", [str(n) for n in range(150)])
     monkeypatch.setattr(transitions, "PROBE_ENTRIES", 100)
-    horizon = transitions.look_reply(bench.run(transitions.look(bench.keys, "g"))).horizons["p"]  # type: ignore[union-attr]
+    horizon = transitions.read_state_reply(bench.run(transitions.read_state(bench.keys, "g"))).horizons["p"]  # type: ignore[union-attr]
     assert bench.probe("g", horizon)[0] == "BUSY"
     assert bench.probe("g", "0")[0] == "CLEAR"
 

@@ -55,8 +55,8 @@ class Hand:
         for step in self.turns.plan(self.slots - len(self.turns.running())):
             self.calls.append(step.call)
             reply = self.bench.run(step.call)
-            if step.call.script == unanswered and step.lost is not None:
-                step.lost()
+            if step.call.script == unanswered and step.on_no_reply is not None:
+                step.on_no_reply()
             else:
                 step.absorb(self.bench.run(step.call) if step.call.script == unanswered else reply)
         granted, self.turns.granted = self.turns.granted, []

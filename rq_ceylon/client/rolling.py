@@ -1,6 +1,6 @@
 """
-Sends single tasks. They share *rolling groups*: each *turn* sends one part of the group. One turn is in flight at a
-time, and tasks that are submitted meanwhile go with the next, so that many tasks share a round trip.
+Sends single tasks. They share *rolling groups*: each call sends one part of the group. One part is in flight at a time,
+and tasks that are submitted meanwhile go with the next, so that many tasks share a round trip.
 """
 
 from __future__ import annotations
@@ -66,10 +66,9 @@ class Rolling:
     """
     Sends the single tasks of one client.
 
-    The state is `_waiting` (tasks to be sent), `_group` (the group that takes them), and what the next turn carries
-    beside tasks. One task of the event loop, `_pump`, takes the turns, and ends when nothing is left to send. Two
-    timers start it again: `_tidying` when acknowledgements have waited for long enough, and `_ageing` when the group
-    must be sealed.
+    The state is `_waiting` (tasks to be sent), `_group` (the group that takes them), and what goes with the next part.
+    One task of the event loop, `_pump`, sends the parts, and ends when nothing is left to send. Two timers start it
+    again: `_tidying` when acknowledgements have waited for long enough, and `_ageing` when the group must be sealed.
     """
 
     def __init__(self, session: Session, durability: Durability = "none") -> None:
@@ -77,7 +76,7 @@ class Rolling:
         self._waiting: deque[_Waiting] = deque()
         self._group = _Group()
         self._answered_at = 0.0
-        # The next turn carries these beside tasks: acknowledgements of pages that have arrived, and groups to seal.
+        # These go with the next part: acknowledgements of pages that have arrived, and groups to seal.
         self._acks: list[PageAck] = []
         self._to_seal: list[str] = []
         self._pump: asyncio.Task[None] | None = None
@@ -95,12 +94,12 @@ class Rolling:
         return await ids
 
     async def close(self) -> None:
-        """Wait for the turns under way, then seal the group."""
+        """Wait for the parts under way, then seal the group."""
         if self._pump is not None:
             await asyncio.gather(self._pump, return_exceptions=True)
         if self._tidying is not None:
             self._tidying.cancel()
-        group = self._renew()
+        group = self._open_another()
         if group.part:
             self._to_seal.append(group.gid)
         with suppress(CeylonError):  # maintenance does both, if later
@@ -117,16 +116,16 @@ class Rolling:
         while True:
             batch = self._next_batch()
             try:
-                await self._turn(batch)
+                await self._send_part(batch)
             except Exception as error:  # of any kind: a task that is neither sent nor refused would wait for ever
                 for waiting in batch:
                     _refuse(waiting, error)
                 if not batch:
                     log.warning("Acknowledging and sealing groups of single tasks is left to maintenance: %s", error)
-                # Maintenance relays the pages that were not acknowledged, and seals the groups. This one may or may not
-                # have got the part, so its state here is not certain: the next tasks open a new group.
+                # Maintenance relays the pages that were not acknowledged, and seals the groups. Redis may or may not
+                # have stored the part, so what `_group` says is not certain: the next tasks open another group.
                 self._acks, self._to_seal = [], []
-                self._renew()
+                self._open_another()
             # Let callers that were answered just now submit again, so that they share the next round trip.
             await asyncio.sleep(0)
             if not self._waiting and not self._to_seal:
@@ -141,10 +140,10 @@ class Rolling:
             self._waiting.popleft()
         return batch
 
-    async def _turn(self, batch: list[_Waiting]) -> None:
+    async def _send_part(self, batch: list[_Waiting]) -> None:
         """
         Send the next part, with acknowledgements of earlier pages. Its entries follow in the same pipeline where they
-        can (see `_expected`), and are enqueued after the answer where they cannot.
+        can (see `_entries_behind`), and are enqueued after the answer where they cannot.
         """
         keys, group = self._session.keys, self._group
         acks = self._take_acks()
@@ -169,34 +168,38 @@ class Rolling:
         )
         # The first part announces the group with its roles; a later part, only roles that are new to the group.
         roles = {waiting.task.role for waiting in batch} - group.roles
-        expected = self._expected(group.gid, tasks, batch)
-        entries = [transitions.enqueue(keys, page.role, [page], insist=False) for page in expected]
+        behind = self._entries_behind(group.gid, tasks, batch)
         # Give up `answer_s` after the oldest task was submitted, or after the last answer if that was later. So a task
-        # that waited through a turn without an answer does not wait that long again.
+        # that waited while a part got no answer does not wait that long again.
         limit_s = max(batch[0].since, self._answered_at) + self._session.answer_s - time.monotonic()
         replies, unconfirmed = await self._session.send_part(
             group.gid,
             part,
             roles or None,
             before=calls,
-            behind=entries,
+            behind=[transitions.enqueue(keys, page.role, [page], insist=False) for page in behind],
             durability=self._durability,
             limit_s=limit_s,
         )
         self._answered_at = time.monotonic()
+        for error in replies[: len(calls)]:
+            if isinstance(error, CeylonError):
+                log.warning("Acknowledging and sealing groups of single tasks is left to maintenance: %s", error)
         reply = transitions.submit_reply(group.gid, replies[len(calls)])
         if reply.word not in ("OK", "REPEAT"):
             # Nothing was stored: maintenance sealed the group (CLOSED), or Redis lost earlier parts (GAP). The same
-            # tasks open a new group, in the same order. The claims of entries that went behind the part find no task.
+            # tasks open another group, in the same order. The claims of entries that went behind the part find no task:
+            # ids are positions, and no other part will have these. The part's acknowledgements were not taken, so
+            # maintenance enqueues those pages once more, and the claims refuse the doubles.
             self._waiting.extendleft(reversed(batch))
-            self._renew()
+            self._open_another()
             return
         group.part, group.count, group.digest = group.part + 1, group.count + len(batch), digest
         group.roles |= roles
         if reply.word == "REPEAT":  # the part was resent, and the lost answer had the pages: they are hidden now
-            await self._session.relay(group.gid, again=True)
-        # The replies to the entries are the last ones. Per role, the horizon that they reached, or an error.
-        horizons = {page.role: horizon for page, horizon in zip(reversed(expected), reversed(replies), strict=False)}
+            await self._session.relay(group.gid, hidden=True)
+        # Per role, the horizon that the entries behind the part reached, or an error.
+        horizons = {page.role: told for page, told in zip(behind, replies[len(calls) + 1 :], strict=True)}
         await self._enqueue(reply.pages, horizons)
         for task, waiting in zip(tasks, batch, strict=True):
             if unconfirmed:
@@ -204,7 +207,7 @@ class Rolling:
             elif not waiting.ids.done():
                 waiting.ids.set_result((group.gid, task.tid))
         if last:
-            self._renew()
+            self._open_another()
         elif group is self._group and self._ageing is None:  # this was its first part: seal it when it is old
             self._ageing = asyncio.get_running_loop().call_later(ROLLING_S, self._retire)
 
@@ -221,16 +224,15 @@ class Rolling:
         calls = [transitions.outbox(keys, gid, acks=some) for gid, some in acks.items()]
         return calls + [transitions.seal(keys, gid, untouched_ms=0) for gid in to_seal]
 
-    def _expected(self, gid: str, tasks: Sequence[StagedTask], batch: Sequence[_Waiting]) -> list[Page]:
+    def _entries_behind(self, gid: str, tasks: Sequence[StagedTask], batch: Sequence[_Waiting]) -> list[Page]:
         """
-        The pages that `submit` will write for the tasks that are due now, one per role whose slot is on the group's own
-        node. Their entries go behind the part in one pipeline, which saves a round trip: a node runs the calls of a
-        pipeline in order, so the task is stored before its entry can be delivered. If the part is refused, the claim
-        finds no task.
+        The entries of the tasks that are due now, as one page per role whose slot is on the group's own node. They go
+        behind the part in one pipeline, which saves a round trip: a node runs the calls of a pipeline in order, so the
+        task is stored before its entry can be delivered (if a slot moves meanwhile, `Call.follows` sees to it).
 
         This writes the page format a second time: `number|role|due|items`. No number, as only the script knows it, and
-        no due time. Each item is `priority,task,issue`, and the issue of a task that never ran is 1. The page that the
-        reply brings is the one that is acknowledged (see `_enqueue`).
+        no due time. Each item is `priority,task,issue`, and the issue of a task that never ran is 1. The pages that are
+        acknowledged are those that the reply brings, of 100 entries at most (see `_enqueue`).
         """
         if self._durability != "none":
             return []  # such a part goes over another connection, which may know other owners of the slots
@@ -248,7 +250,8 @@ class Rolling:
         those that are due later, and those that Redis refused at its memory limit.
 
         Args:
-            horizons: per role, the reply to the entries behind the part: the horizon, or an error.
+            horizons: per role, the reply to the entries behind the part: the horizon, which all its pages that are due
+                now share, or an error.
         """
         left: list[Page] = []
         for page in pages:
@@ -261,7 +264,7 @@ class Rolling:
             try:
                 self._acks += await hand_over(self._session.connection, self._session.keys, left)
             except CeylonError:  # the pages are still in the outbox, hidden
-                await self._session.relay(left[0].gid, again=True)
+                await self._session.relay(left[0].gid, hidden=True)
 
     def _unconfirmed(self, why: str, task_id: str) -> DurabilityError:
         return DurabilityError(
@@ -272,11 +275,11 @@ class Rolling:
 
     def _retire(self) -> None:
         """Seal the group because of its age."""
-        self._to_seal.append(self._renew().gid)
+        self._to_seal.append(self._open_another().gid)
         self._wake()
 
-    def _renew(self) -> _Group:
-        """Let the next tasks open a new group. Returns the group before it."""
+    def _open_another(self) -> _Group:
+        """Let the next tasks open another group. Returns the group before it."""
         before, self._group = self._group, _Group()
         if self._ageing is not None:
             self._ageing.cancel()

@@ -97,22 +97,22 @@ class Session:
         """Send calls that are safe to repeat, for up to 5 s."""
         return await self.connection.run_until_answered(calls, give_up_after=self.answer_s)
 
-    async def relay(self, gid: str, *, again: bool = False, meet: bool = False) -> None:
+    async def relay(self, gid: str, *, hidden: bool = False, ask_dependencies: bool = False) -> None:
         """
         Hand over at once the pages that follow from a change of a group. Redis has recorded the change, so this raises
         nothing: pages that cannot be handed over within 5 s are left to maintenance.
 
         Args:
-            again: the change was made before, and the answer with its pages may have been lost.
-            meet: the group depends on others. Ask those first, so that they tell the group at once if they have ended.
+            hidden: also take hidden pages: a lost reply may have brought them to this client.
+            ask_dependencies: ask the groups on which this one depends first: they may have ended already.
         """
 
         async def hand_over() -> None:
-            nonlocal again
-            asks, again = again, True
-            if meet:
-                await maintenance.meet(self.connection, self.keys, gid)
-            await maintenance.relay(self.connection, self.keys, gid, again=asks)
+            nonlocal hidden
+            takes_hidden, hidden = hidden, True  # a repetition follows a lost reply
+            if ask_dependencies:
+                await maintenance.ask_dependencies(self.connection, self.keys, gid)
+            await maintenance.relay(self.connection, self.keys, gid, hidden=takes_hidden)
 
         try:
             await until_answered(self.url, hand_over, self.answer_s)
@@ -127,49 +127,55 @@ class Session:
         *,
         before: Sequence[Call] = (),
         behind: Sequence[Call] = (),
-        again: bool = False,
+        announce_after: bool = False,
         durability: Durability = "none",
         limit_s: float | None = None,
     ) -> tuple[list[Any], str]:
         """
-        Announce a group and send a part of it. Returns the replies of `before`, of the part and of `behind`, and why
-        the group as sent so far is not confirmed to be durable ('' if it is, or need not be).
+        Send a part of a group, and announce the group. On one node the announcement runs first. In a cluster both go
+        out at once: a group whose announcement was not answered is found by the hourly look.
 
         Args:
             roles: the roles to announce with the group. None: all its roles were announced before, and its entry in the
                 index is confirmed.
             before: further calls to send ahead of the part.
-            behind: calls that follow the part, and may be refused; their errors are among the replies.
-            again: announce the group after the part too, since maintenance may just be removing an older group of the
-                same key.
+            behind: calls that run only after the part.
+            announce_after: announce the group once more after the part, since maintenance may take an older group of
+                the same key out of the index between the two.
             limit_s: seconds until this gives up; default: 5. A confirmation adds the time that it may take.
 
+        Returns:
+            The replies of `before`, of the part and of `behind`, with errors among those of `before` and `behind`; and
+            why the group as sent so far is not confirmed to be durable ('' if it is, or need not be).
+
         Raises:
-            CeylonError: a child process of `cpu=True` tasks is importing a script, which must not submit again.
+            ConnectionLostError: no answer within the limit. The part may or may not be stored.
+            CeylonError: Redis refused the part or the announcement, or a child process of `cpu=True` tasks is importing
+                a script, which must not submit again.
         """
         refuse_while_loading("submit")
         announce = [] if roles is None else transitions.announce(self.keys, gid, roles, durability=durability)
-        calls = [*announce, *before, confirming(part, durability)]
-        first, end = len(announce), len(calls)
-        calls += [replace(call, follows=True) for call in behind]
-        if again:
+        calls = [*announce, *before, confirming(part, durability), *(replace(call, follows=True) for call in behind)]
+        own = slice(len(announce), len(calls))
+        if announce_after:
             calls += transitions.announce(self.keys, gid, ())
         connection = self.connection if durability == "none" else self._confirming
         limit_s = self.answer_s if limit_s is None else limit_s
         limit_s += 0 if durability == "none" else CONFIRM_S
-        found = await connection.run_until_answered(calls, give_up_after=limit_s, refusals=True)
-        pairs = [reply if isinstance(reply, tuple) else (reply, "") for reply in found]
-        replies = [reply for reply, _ in pairs]
-        announced = replies[:first] + replies[end + len(behind) :]
-        for needed, some in ((True, replies[first:end]), (False, announced)):
-            for reply in some:
-                if isinstance(reply, CeylonError) and (needed or not isinstance(reply, QueueFullError)):
-                    raise reply
-        if any(isinstance(reply, CeylonError) for reply in announced):
+        answers = _pairs(await connection.run_until_answered(calls, give_up_after=limit_s, refusals=True))
+        replies = [reply for reply, _ in answers]
+        if isinstance(refused := replies[own][len(before)], CeylonError):
+            raise refused
+        refusals = [reply for reply in (*replies[: own.start], *replies[own.stop :]) if isinstance(reply, CeylonError)]
+        for error in refusals:
+            if not isinstance(error, QueueFullError):
+                raise error
+        if refusals:
             # At the memory limit, one call may be refused and the next accepted. An accepted group must be in the
             # index, or maintenance would not find it.
-            await self.call(transitions.announce(self.keys, gid, roles or (), insisting=True))
-        return replies[first : end + len(behind)], next((why for _, why in pairs if why), "")
+            insisting = transitions.announce(self.keys, gid, roles or (), durability=durability, insisting=True)
+            answers += _pairs(await connection.run_until_answered(insisting, give_up_after=limit_s))
+        return replies[own], next((why for _, why in answers if why), "")
 
     async def require_durable(self, durability: Durability, gid: str) -> None:
         """
@@ -241,6 +247,11 @@ class Session:
             if now - self._warned_at.get(what, -WARN_AGAIN_S) >= WARN_AGAIN_S:
                 self._warned_at[what] = now
                 log.warning("Still waiting: %s", words)
+
+
+def _pairs(replies: Sequence[Any]) -> list[tuple[Any, str]]:
+    """Each reply with why it was not confirmed; '' also for calls that ask for no confirmation."""
+    return [reply if isinstance(reply, tuple) else (reply, "") for reply in replies]
 
 
 def missing_words(role: str, served: set[str]) -> str:

@@ -167,7 +167,7 @@ class Submission:
             keys, self.gid, staged.facts, tasks, part=self._part, last=last, digest=self._digest.hex()[:32]
         )
         (answer,), self._unconfirmed = await self._session.send_part(
-            self.gid, submit, staged.roles, again=last, durability=self._durability if last else "none"
+            self.gid, submit, staged.roles, announce_after=last, durability=self._durability if last else "none"
         )
         reply = transitions.submit_reply(self.gid, answer)
         if reply.word not in ("OK", "REPEAT"):
@@ -210,10 +210,11 @@ class Submission:
         # The answer has the pages only if this is the first part and no REPEAT. And the groups on which this one
         # depends must be asked, as they may have finished before this one was registered with them.
         if self._part > 1 or reply.word == "REPEAT" or self._staged.facts.depends_on:
-            await self._session.relay(self.gid, again=reply.word == "REPEAT", meet=bool(self._staged.facts.depends_on))
+            asks = bool(self._staged.facts.depends_on)
+            await self._session.relay(self.gid, hidden=reply.word == "REPEAT", ask_dependencies=asks)
         elif reply.pages:
             try:
                 acks = await hand_over(connection, keys, reply.pages)
                 await self._session.call([transitions.outbox(keys, self.gid, acks=acks)])
             except CeylonError:  # the pages are still in the outbox, hidden
-                await self._session.relay(self.gid, again=True)
+                await self._session.relay(self.gid, hidden=True)

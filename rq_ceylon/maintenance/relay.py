@@ -14,7 +14,7 @@ from rq_ceylon.store.transitions import OutboxReply, Page, PageAck
 PAGES_PER_CALL = 50
 
 
-async def relay(connection: Connection, keys: Keys, gid: str, *, again: bool = False) -> tuple[OutboxReply, bool]:
+async def relay(connection: Connection, keys: Keys, gid: str, *, hidden: bool = False) -> tuple[OutboxReply, bool]:
     """
     Hand over the visible pages of a group's outbox, and acknowledge them. Returns the last answer of the outbox, and
     whether something moves: there were pages, or hidden ones are left to the process that received them.
@@ -23,9 +23,9 @@ async def relay(connection: Connection, keys: Keys, gid: str, *, again: bool = F
     over twice, and the claim refuses the second entry.
 
     Args:
-        again: also take hidden pages, since they may have been given to the caller in a reply that was lost.
+        hidden: also take hidden pages: a lost reply may have brought them to the caller.
     """
-    answer, moved, told = await _relay_one(connection, keys, gid, again=again)
+    answer, moved, told = await _relay_one(connection, keys, gid, hidden=hidden)
     await _relay_all(connection, keys, told)
     return answer, moved
 
@@ -46,7 +46,7 @@ async def _relay_all(connection: Connection, keys: Keys, gids: Sequence[str]) ->
 
 
 async def _relay_one(
-    connection: Connection, keys: Keys, gid: str, *, again: bool = False
+    connection: Connection, keys: Keys, gid: str, *, hidden: bool = False
 ) -> tuple[OutboxReply, bool, list[str]]:
     """As `relay`. Third, the groups to which a message was delivered, and which may have pages themselves now."""
     acks: list[PageAck] = []
@@ -55,7 +55,7 @@ async def _relay_one(
     there: int | None = None
     while True:
         calls = [
-            transitions.outbox(keys, gid, wanted=PAGES_PER_CALL, again=again, acks=acks),
+            transitions.outbox(keys, gid, wanted=PAGES_PER_CALL, hidden=hidden, acks=acks),
             command("ZCARD", keys.group_part(gid, "outbox")),
         ]
         reply, left = await connection.run(calls)
@@ -66,7 +66,7 @@ async def _relay_one(
         # Hidden pages include those that others receive meanwhile. So ask for hidden ones only for as many pages as
         # there were at first.
         there = (left if there is None else there) - PAGES_PER_CALL
-        again = again and there > 0
+        hidden = hidden and there > 0
         acks, some = await _hand_over(connection, keys, answer.pages)
         told += some
 
@@ -78,7 +78,7 @@ async def _hand_over(connection: Connection, keys: Keys, pages: Sequence[Page]) 
         if not page.is_message:
             by_role[page.role].append(page)
     calls: list[Call] = [transitions.enqueue(keys, role, some) for role, some in by_role.items()]
-    calls += [transitions.deliver(keys, page) for page in messages]
+    calls += [transitions.tell_group(keys, page) for page in messages]
     replies = await connection.run(calls)
     answers = zip(messages, replies[len(by_role) :], strict=True)
     # Also groups that no longer wait: the process that delivered this message first may have ended before it relayed

@@ -1,9 +1,11 @@
 """
-The steps of maintenance, which every worker and monitor takes: relay pages that were left behind, judge deadlines, seal
-silent rolling groups, remove what is over.
+The steps of maintenance, which every worker and monitor takes. For each group that is due: relay pages that were left
+behind, judge deadlines, ask the groups on which it depends, seal it if it is rolling and silent, reissue entries that
+Redis lost, remove it when it is over. Rarely, for all: remove the consumers of workers that have left, and take the
+hourly look at all keys.
 
 There is no leader. Every step is a compare-and-set or safe to repeat, so any number of processes may take it at once.
-Nothing is lost if none runs for an hour. Every decision uses the server's clock.
+Nothing is lost while none runs; things only happen later. Every decision uses the server's clock.
 """
 
 from __future__ import annotations
@@ -27,9 +29,12 @@ from rq_ceylon.store.scripts import Call, command
 GROUPS_PER_STEP = 100
 DELAYED_PER_STEP = 500
 AFTER_ERROR_S = 5.0
-MOVING_MS, STILL_MS = 10_000, 60_000
-"""How long until the next look at a group while something moves, and while nothing does. Between two steps at most the
-first of these passes, so that a new group is looked at in time."""
+MOVING_MS = 10_000
+"""How long until the next look at a group while pages are on their way or its state is about to change. Also the
+longest time between two steps, so that a new group is looked at in time."""
+
+STILL_MS = 60_000
+"""How long until the next look at any other group."""
 
 STAGING_MS = 3_600_000
 """A staging group that no part has reached for this long is removed, since its client is gone."""
@@ -37,14 +42,14 @@ STAGING_MS = 3_600_000
 SILENT_MS = 90_000
 """A rolling group without a new part for this long is sealed. A client that lives seals it after 60 s."""
 
-THOROUGH_EVERY_MS = 3_600_000
-"""The time between two looks at all keys."""
+HOURLY_EVERY_MS = 3_600_000
+"""The time between two looks at all keys, which the processes share."""
 
 CONSUMER_IDLE_MS = 3_600_000
 """A consumer without a heartbeat and without pending entries is removed after this long."""
 
-RARELY_MS = 600_000
-"""The time between two looks at what goes wrong rarely."""
+RARE_EVERY_MS = 600_000
+"""The time between two rare steps of one process."""
 
 
 class Maintenance:
@@ -53,7 +58,7 @@ class Maintenance:
     def __init__(self, connection: Connection, keys: Keys) -> None:
         self._connection, self._keys = connection, keys
         self._reissue = Reissue(connection, keys)
-        self._rarely_at = 0
+        self._rare_at = 0
 
     async def run_once(self) -> float:
         """
@@ -64,14 +69,14 @@ class Maintenance:
             ConnectionLostError: Redis does not answer. Everything that was begun is safe to repeat.
         """
         now_ms = await queries.server_ms(self._connection, self._keys)
-        if now_ms >= self._rarely_at:
-            self._rarely_at = now_ms + RARELY_MS
-            await look_at_all(self._connection, self._keys, now_ms)
+        if now_ms >= self._rare_at:
+            self._rare_at = now_ms + RARE_EVERY_MS
+            await hourly_look(self._connection, self._keys, now_ms)
             await remove_left_consumers(self._connection, self._keys)
         next_looks: dict[str, int] = {}
         for gid in await queries.due_groups(self._connection, self._keys, now_ms, GROUPS_PER_STEP):
             try:
-                next_ms = await self._look(gid, now_ms)
+                next_ms = await self._look_after(gid, now_ms)
             except ConnectionLostError:
                 raise
             except Exception as error:  # of this group; the others must not suffer
@@ -82,21 +87,21 @@ class Maintenance:
         await self._connection.run([transitions.look_again(self._keys, *one) for one in next_looks.items()])
         return await self._pause_s()
 
-    async def _look(self, gid: str, now_ms: int) -> int | None:
+    async def _look_after(self, gid: str, now_ms: int) -> int | None:
         """
         Do what one group needs now. Returns the time of the next look at it (ms), None if the group is gone.
 
-        `status` is the group's status as the latest answer told it (None: gone). Each step may change it, and the
-        later steps go by the new one. `moves` says that something is under way, so that the next look must be soon.
+        `status` is the group's status as the latest answer told it (None: gone), and `deadline_ms` its next deadline
+        (0: none). Each step may change them, and the later steps go by the new ones. `moves` says that the next look
+        must be soon: pages are on their way or withheld, or the group's state is about to change.
         """
         answer, moves = await relay(self._connection, self._keys, gid)
         status, deadline_ms = answer.status, answer.next_deadline_ms
-        # The deadline of a goal has passed (0: there is none).
         if status is not None and 0 < deadline_ms <= now_ms:
             status, deadline_ms = await judge(self._connection, self._keys, gid)
-        # Ask the groups that this one waits for, since their message may be lost. It waits for them: look again soon.
+        # The messages of the groups on which this one depends may be lost, so ask them.
         if status == "waiting":
-            status = await meet(self._connection, self._keys, gid)
+            status, deadline_ms = await ask_dependencies(self._connection, self._keys, gid)
             moves = True
         # Does nothing unless it is a rolling group whose client has fallen silent.
         if status == "active":
@@ -105,29 +110,30 @@ class Maintenance:
             # One of the steps above finished it, after its outbox was relayed. It may have messages for dependents.
             answer, moves = await relay(self._connection, self._keys, gid)
         # Reissue only while nothing moves: an entry whose page is under way is not in its role yet, but is not lost.
-        # A closing group must be looked at soon again, as it finishes once what still runs has ended.
+        # A closing group finishes once its running tasks have ended, so the next look is soon.
         if status in ("active", "closing") and not moves:
-            moves = await self._reissue.run(gid) > 0 or status == "closing"
+            moves = await self._reissue.put_back(gid) > 0 or status == "closing"
         else:
-            self._reissue.forget(gid)  # a later reissue times the silence of workers anew
+            self._reissue.start_silences_anew(gid)  # a later reissue times the silence of workers anew
         if status is None:
-            return await self._forget(gid, now_ms)
+            return await self._unlist(gid, now_ms)
         due_ms = now_ms + (MOVING_MS if moves else STILL_MS)
         if status in ("staging", "finished"):
             prune_ms = await prune(self._connection, self._keys, gid)
             if prune_ms is None:
                 return None
             # A finished group needs no look before it is pruned, unless pages still move or its status has changed
-            # (0). A staging group may become active at any moment, and then has deadlines, so its look stays near.
+            # (prune_ms is 0). A staging group may become active at any moment and then has deadlines: look soon.
             return prune_ms if status == "finished" and prune_ms and not moves else due_ms
-        return min(due_ms, deadline_ms) if deadline_ms else due_ms  # no deadline passes without a look
+        # A deadline is looked at when it passes; one of a group that started without this look, within MOVING_MS.
+        return min(due_ms, deadline_ms) if deadline_ms else due_ms
 
-    async def _forget(self, gid: str, now_ms: int) -> int | None:
+    async def _unlist(self, gid: str, now_ms: int) -> int | None:
         """
         Take a group that does not exist out of the index, unless its client may be about to write it. Returns the time
         of the next look (ms), None if there is none.
 
-        A client announces a group before its first part, with a score below `ANNOUNCED_BELOW`. Any look replaces the
+        A client announces a group with its first part, by a score below `ANNOUNCED_BELOW`, and each look replaces the
         score by a time. So a score that is still so small means: announced, and not looked at since.
         """
         # Announced, and this is the first look: the client is about to write it. Keep the entry until the next look.
@@ -161,37 +167,39 @@ async def maintain(url: str, keys: Keys) -> None:
             await asyncio.sleep(pause_s)
 
 
-async def look_at_all(connection: Connection, keys: Keys, now_ms: int) -> None:
-    """Take the hourly look at all keys: the first process that asks for it takes it, and the others do nothing."""
-    (mine,) = await connection.run([transitions.take_thorough(keys, now_ms, THOROUGH_EVERY_MS)], refusals=True)
+async def hourly_look(connection: Connection, keys: Keys, now_ms: int) -> None:
+    """Look at all keys, once an hour: the first process that asks takes the look, and the others do nothing."""
+    (mine,) = await connection.run([transitions.take_thorough(keys, now_ms, HOURLY_EVERY_MS)], refusals=True)
     if not mine or isinstance(mine, CeylonError):  # refused at the memory limit: this can wait
         return
     await restore_index(connection, keys)
-    await remove_over_delayed(connection, keys)
+    await remove_useless_delayed(connection, keys)
 
 
 async def restore_index(connection: Connection, keys: Keys) -> None:
     """Enter groups again that the index has lost, as when its node of a cluster fails: no maintenance sees them."""
     try:
         async for gids in queries.stored_groups(connection, keys):
-            lost = await connection.run([transitions.restore(keys, gid) for gid in gids])
-            if any(lost):
-                logger.warning("The index of groups had lost some; entered again: {}", sum(lost))
+            restored = await connection.run([transitions.restore(keys, gid) for gid in gids])
+            if any(restored):
+                logger.warning("The index of groups had lost some; entered again: {}", sum(restored))
     except ConnectionLostError:
         raise
     except CeylonError as error:
         warn_once(f"Groups that the index loses will not be found: {error}")
 
 
-async def remove_over_delayed(connection: Connection, keys: Keys) -> None:
+async def remove_useless_delayed(connection: Connection, keys: Keys) -> None:
     """
     Remove the delayed entries of tasks that have ended, or whose group is closed or gone. The claim would refuse them,
     but perhaps only in days, when they are due.
 
-    A task is stored before its entry is made. So an entry without a stored task is over, never too early.
+    A task is stored before its entry is made. So the task of an entry that finds no task has ended.
     """
     for key in [keys.role_part(role, "delayed") for role in await queries.role_names(connection, keys)]:
-        last = -1  # from the latest on: entries that become due meanwhile leave at the other end, and shift none
+        # From the latest on: entries that become due meanwhile leave at the other end, and shift none. Those that are
+        # added later push others down, so that some are read twice, but none is missed.
+        last = -1
         while True:
             (entries,) = await connection.run([command("ZRANGE", key, last - DELAYED_PER_STEP + 1, last)])
             if not entries:
@@ -214,10 +222,11 @@ async def _over(connection: Connection, keys: Keys, entries: Sequence[str]) -> l
     return [entry for (entry, (gid, _)), one in zip(tasks.items(), exist, strict=True) if one == 0 or gid in closed]
 
 
-async def meet(connection: Connection, keys: Keys, gid: str) -> str | None:
+async def ask_dependencies(connection: Connection, keys: Keys, gid: str) -> tuple[str | None, int]:
     """
     Ask the groups on which this one depends whether they have finished, in case a message of theirs was lost. It starts
-    once all have completed, and is cancelled if one ended otherwise. Returns the group's status (None: gone).
+    once all have completed, and is cancelled if one ended otherwise. Returns the group's status (None: gone) and its
+    next deadline (ms), or 0.
     """
     others = await queries.depends_on(connection, keys, gid)
     # Registering tells how the other group stands, and makes it write a message when it finishes.
@@ -229,7 +238,7 @@ async def meet(connection: Connection, keys: Keys, gid: str) -> str | None:
         outcome = rest[1] if word == "OK" else "gone"
         await connection.run([transitions.met(keys, gid, other, outcome)])
     answer, _ = await relay(connection, keys, gid)
-    return answer.status
+    return answer.status, answer.next_deadline_ms
 
 
 async def judge(
@@ -255,8 +264,8 @@ async def seal(connection: Connection, keys: Keys, gid: str) -> str | None:
 
 async def prune(connection: Connection, keys: Keys, gid: str) -> int | None:
     """
-    Remove a group that is past its retention, or whose client never sent the last part. Returns None if it is gone,
-    else when it can be removed (ms; 0: its status has changed).
+    Remove a group that is past its retention, or whose client never sent the last part. Returns None if it is gone now,
+    the time from which it can be removed (ms), or 0 if it is neither finished nor staging any more.
     """
     (reply,) = await connection.run([transitions.prune(keys, gid, staging_ms=STAGING_MS)])
     if reply[0] == "NO":

@@ -84,7 +84,7 @@ class PageAck(NamedTuple):
     horizon: str = "0"
 
 
-def deliver(keys: Keys, page: Page) -> Call:
+def tell_group(keys: Keys, page: Page) -> Call:
     """The call that delivers a message to its group."""
     _, _, outcome, gid = page.text.split("|")
     return met(keys, gid, page.gid, outcome)
@@ -129,14 +129,14 @@ def _with_name(item: str, gid: str, names: Mapping[tuple[str, str], str]) -> str
     return item if name is None else ",".join((priority, tid, issue, *(supersedes or [""]), name))
 
 
-def outbox(keys: Keys, gid: str, *, wanted: int = 0, again: bool = False, acks: Sequence[PageAck] = ()) -> Call:
+def outbox(keys: Keys, gid: str, *, wanted: int = 0, hidden: bool = False, acks: Sequence[PageAck] = ()) -> Call:
     """
     Args:
-        again: also return pages that were handed out before and are not acknowledged, because the reply that carried
+        hidden: also return pages that were handed out before and are not acknowledged, because the reply that carried
             them may be lost. A page that another process is delivering then arrives twice, which is harmless: the claim
             decides.
     """
-    return Call("outbox", keys.group(gid), [wanted, int(again), RELAY_LEASE_MS, *_acks(acks)])
+    return Call("outbox", keys.group(gid), [wanted, int(hidden), RELAY_LEASE_MS, *_acks(acks)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -604,33 +604,33 @@ def met(keys: Keys, gid: str, other: str, outcome: str) -> Call:
 
 
 # ---- reissue ---------------------------------------------------------------------------------------------------------
-class Look(NamedTuple):
+class GroupState(NamedTuple):
     """
     The state of a group that reissue needs.
 
     Attributes:
         in_outbox: how many pages the outbox holds.
-        pages: the number of the last page.
+        last_page: the number of the last page that was written.
         open: how many tasks are pending or in progress.
         horizons: the horizon of each role: the largest entry ms or due ms that a page got there.
     """
 
     status: str
     in_outbox: int
-    pages: int
+    last_page: int
     open: int
     horizons: Mapping[str, str]
 
 
-def look(keys: Keys, gid: str) -> Call:
+def read_state(keys: Keys, gid: str) -> Call:
     return Call("reissue", keys.group(gid), ["look"])
 
 
-def look_reply(reply: list[Any]) -> Look | None:
+def read_state_reply(reply: list[Any]) -> GroupState | None:
     if reply[0] == "GONE":
         return None
     horizons = dict(zip(reply[5::2], reply[6::2], strict=True))
-    return Look(reply[1], int(reply[2]), int(reply[3]), int(reply[4]), horizons)
+    return GroupState(reply[1], int(reply[2]), int(reply[3]), int(reply[4]), horizons)
 
 
 def probe(keys: Keys, role: str, gid: str, horizon: str, begin: str = "") -> Call:
@@ -657,16 +657,16 @@ def probe_reply(reply: list[Any]) -> Probed:
     return Probed(word, begin, tids)
 
 
-def scan(keys: Keys, gid: str, role: str, pages: int, cursor: str, answer: Iterable[str]) -> Call:
+def scan(keys: Keys, gid: str, role: str, last_page: int, cursor: str, answer: Iterable[str]) -> Call:
     """
     Args:
         answer: the answer of `probe`, CLEAR or DUE, followed by the tasks that it showed.
     """
-    return Call("reissue", keys.group(gid), ["scan", role, pages, cursor, SCAN_TASKS, *answer])
+    return Call("reissue", keys.group(gid), ["scan", role, last_page, cursor, SCAN_TASKS, *answer])
 
 
-def orphans(keys: Keys, gid: str, lost: Iterable[tuple[str, str]]) -> Call:
-    return Call("reissue", keys.group(gid), ["orphans", *(word for pair in lost for word in pair)])
+def orphans(keys: Keys, gid: str, found: Iterable[tuple[str, str]]) -> Call:
+    return Call("reissue", keys.group(gid), ["orphans", *(word for pair in found for word in pair)])
 
 
 # ---- registry --------------------------------------------------------------------------------------------------------

@@ -16,18 +16,20 @@ class RoleBook:
     Attributes:
         lease_ms: the lease in force, as the last reply told; before the first reply, the lease to ask for.
         acks: deliveries that are done with; the next fetch acknowledges them.
-        is_wanted: the role may have entries, or acknowledgements wait, so the next turn fetches.
+        makes_due: a turn is due because of this role: it may have entries, or acknowledgements wait. A turn that is
+            due for another reason fetches from it too.
         is_fetching: a fetch is in flight. A role has one at a time.
         is_recovering: the reply to a fetch was lost, so the next fetch asks in recover mode for what it delivered.
         is_empty: the last fetch that had a budget delivered nothing.
-        next_due_s: when the next delayed entry is due, in seconds from the last fetch; None if there is none.
+        next_due_s: when the next delayed entry is due, in seconds from the last fetch; None if there is none, and
+            while a fetch is in flight.
         waiting_names: the names known to this worker under which tasks of the role wait.
         top_fence: the largest fence ever received, which bounds the low mark when nothing is held.
     """
 
     lease_ms: int
     acks: list[Ack] = field(default_factory=list)
-    is_wanted: bool = True
+    makes_due: bool = True
     is_fetching: bool = False
     is_recovering: bool = False
     is_empty: bool = False
@@ -45,12 +47,12 @@ class GroupBook:
         outcomes: ended attempts to commit.
         page_acks: pages of the group's outbox that have arrived, to be acknowledged.
         messages: pages of groups on which this one depends, to be delivered to it.
-        relays: read the group's outbox.
-        relays_hidden: take hidden pages too, since the reply that handed them to this worker may be lost.
+        wants_outbox: read the group's outbox.
+        wants_hidden: take hidden pages too: a lost reply may have handed them to this worker.
     """
 
     outcomes: list[tuple[Held, Committed]] = field(default_factory=list)
     page_acks: list[PageAck] = field(default_factory=list)
     messages: list[Page] = field(default_factory=list)
-    relays: bool = False
-    relays_hidden: bool = False
+    wants_outbox: bool = False
+    wants_hidden: bool = False

@@ -32,7 +32,7 @@ class Held:
     Attributes:
         since: monotonic time of its fetch.
         is_suspect: its task was granted and is a suspect: workers died under it at least twice.
-        later: its last claim was answered LATER. It is claimed again only where a suspect may start.
+        was_put_off: its last claim was answered LATER. It is claimed again only where a suspect may start.
         name: the function that its task names; empty until its claim is granted.
     """
 
@@ -40,7 +40,7 @@ class Held:
     since: float
     stage: Stage = Stage.FETCHED
     is_suspect: bool = False
-    later: bool = False
+    was_put_off: bool = False
     name: str = ""
 
 
@@ -58,10 +58,10 @@ class Granted(NamedTuple):
 
 class Step(NamedTuple):
     """
-    One call of a turn. `absorb` reads its reply. If no reply comes, the call is repeated, unless it has a `lost`, which
-    is called instead: a fetch delivers, so repeating it would deliver more; an outbox hides the pages that it gave.
+    One call of a turn. `absorb` reads its reply. If no reply comes, the call is repeated, unless it has `on_no_reply`,
+    which is called instead: a fetch delivers, so repeating it would deliver more; an outbox hides the pages it gave.
     """
 
     call: Call
     absorb: Callable[[Any], None]
-    lost: Callable[[], None] | None = None
+    on_no_reply: Callable[[], None] | None = None

@@ -1,15 +1,16 @@
 """
 Runs users' code: turns each assignment into one outcome. Never touches Redis.
 
-An attempt ends in one of three ways:
+An attempt that cannot start here is answered at once: its task is given back, or has failed. One that started ends when
+its outcome is told, once:
 
-- Its handler returns or raises. That decides the outcome.
-- It is stopped (timeout, cancel, lost lease or shutdown): its asyncio task is cancelled. The reason decides the
-  outcome, whatever the handler raises then. A plain function goes on in its thread, which cannot be stopped:
+- Its handler returns or raises. That decides the outcome. A value that is returned counts even after a stop.
+- It was stopped (timeout, cancel, lost lease or shutdown: its asyncio task was cancelled), and raises. The reason of
+  the stop decides the outcome, whatever is raised. A child process is killed; a thread cannot be, so it goes on, and
   `_leave_thread` counts it.
-- It is stopped, and its coroutine goes on all the same. `_abandon` tells the outcome without waiting for it any longer.
+- It was stopped, and has not ended `CLEANUP_S` later. `_abandon` tells the outcome without waiting any longer.
 
-Code that goes on after its attempt *hangs*.
+Code that goes on after its outcome was told *hangs*.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from rq_ceylon.handlers import Handler, Registry
 from rq_ceylon.process import end_fork
 from rq_ceylon.worker.children import Children
 from rq_ceylon.worker.outcome import BUSY, NO_RESOURCES, Assignment, Attempt, Outcome, invalid, unknown
-from rq_ceylon.worker.places import Places
+from rq_ceylon.worker.places import UNBOUNDED, Places
 from rq_ceylon.worker.threads import End, in_thread
 
 RESULT_BYTES_MAX = 1024 * 1024
@@ -56,17 +57,14 @@ HOOKS_LAST_S = 1.0
 HUNG_HOOKS_MAX = 8
 """How many threads of `on_error` hooks may hang before plain hooks are no longer called."""
 
-MANY = 100_000
-"""How many coroutine functions can start, as far as the executor is concerned: only the slots bound them."""
-
 RETRY_START_MS = 1000
 """The delay of a task that could not start because the system has no more threads, processes or files."""
 
-Ended = Callable[[Outcome], None]
+Tell = Callable[[Outcome], None]
 
 
 class _CannotStart(Exception):
-    """The system gave no thread or process. The handler has not begun, so the task is given back."""
+    """The system gave no thread or process. The handler was not called, though middleware may have been entered."""
 
 
 class _Run:
@@ -77,19 +75,20 @@ class _Run:
     Attributes:
         key: role and fence, by which the worker knows the attempt; kept here since a handler may write to its context.
         pid: the process in which the attempt began; if its handler forks, the fork must not go on as the worker.
-        is_expected_at: the places where the attempt will ask for a place; None once it has asked, or needs none.
-        outcome: set by the attempt's own task when it is done, and told when that task has ended.
-        is_over: the outcome was told. Whatever the handler still does no longer counts.
+        expected_at: where the attempt will ask for a place; None once it has asked, or needs none.
+        outcome: set by `task` as its last step. It is told when `task` has ended.
+        tell: called once with the outcome.
+        is_told: the outcome was told. Whatever the handler still does no longer counts.
     """
 
-    def __init__(self, attempt: Attempt, begun: Callable[[TaskContext], None], ended: Ended) -> None:
-        self.attempt, self.begun, self.ended = attempt, begun, ended
+    def __init__(self, attempt: Attempt, begun: Callable[[TaskContext], None], tell: Tell) -> None:
+        self.attempt, self.begun, self.tell = attempt, begun, tell
         self.key = attempt.context.role, attempt.context.fence
         self.pid = os.getpid()
         self.task: asyncio.Task[None] | None = None
-        self.is_expected_at: Places | None = None
+        self.expected_at: Places | None = None
         self.outcome: Outcome | None = None
-        self.is_over = False
+        self.is_told = False
         self._timer: asyncio.TimerHandle | None = None
 
     def after(self, delay_s: float, then: Callable[[], None]) -> None:
@@ -99,9 +98,9 @@ class _Run:
 
     def expect_at(self, places: Places | None) -> None:
         """Count the attempt as expected at these places; None: it asks now, or will not ask any more."""
-        if self.is_expected_at is not None:
-            self.is_expected_at.expected -= 1
-        self.is_expected_at = places
+        if self.expected_at is not None:
+            self.expected_at.expected -= 1
+        self.expected_at = places
         if places is not None:
             places.expected += 1
 
@@ -120,9 +119,9 @@ class Executor:
     and waits by name for a worker that has one. Waiting for a place is not part of the attempt: its time begins when
     its handler is called.
 
-    A thread cannot be stopped, and neither can a coroutine that ignores its cancellation. Such code *hangs* when its
-    attempt is over. While fewer than `hung_max` attempts hang, a hanging thread gives its place up, so that another
-    task can have it; from then on the executor is exhausted, and each hanging thread keeps its place until it ends.
+    A thread cannot be stopped, and neither can a coroutine that ignores its cancellation. Such code *hangs* once its
+    outcome was told. A hanging thread gives up its place, so that another task can have it, while fewer than `hung_max`
+    attempts hang. After that the executor is exhausted: a further hanging thread keeps its place until it ends.
 
     Args:
         threads: how many plain functions may run at once. Of `cpu=True` functions, as many as there are processors.
@@ -130,8 +129,8 @@ class Executor:
         on_freed: called when code that hung has ended.
 
     Attributes:
-        hung: how many attempts are over while their code goes on.
-        hung_max: how many may hang before the executor is exhausted: as many as there are threads.
+        hung: how many attempts hang. Threads of `on_error` hooks that hang are counted apart.
+        hung_max: how many may hang before the executor is exhausted; by default as many as there are threads.
         state: what the application's lifespan yielded.
     """
 
@@ -150,23 +149,23 @@ class Executor:
         self._threads = Places(threads)
         self._children = Children(max_tasks=max_tasks, max_memory=max_memory, settings=registry.settings)
         self._running: dict[tuple[str, int], _Run] = {}
-        self._settled = asyncio.Event()
+        self._one_told = asyncio.Event()
         self._hooks: set[asyncio.Task[None]] = set()
         self._hung_hooks = 0
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether as many attempts hang as there are threads, so that from now on each keeps its place."""
+        """Whether so many attempts hang that a further hanging thread keeps its place."""
         return self.hung >= self.hung_max
 
     def start(
-        self, assignment: Assignment, ended: Ended, *, begun: Callable[[TaskContext], None] = lambda _: None
+        self, assignment: Assignment, tell: Tell, *, begun: Callable[[TaskContext], None] = lambda _: None
     ) -> None:
         """
         Run one attempt. Whatever users' code does becomes an outcome.
 
         Args:
-            ended: called with the outcome, exactly once; before this returns if the task cannot run here.
+            tell: called with the outcome, exactly once; before this returns if the task cannot run here.
             begun: called right before the handler; from then on the context has its `deadline`.
         """
         try:
@@ -174,16 +173,16 @@ class Executor:
         except UnknownTaskError as error:
             delivery = assignment.delivery
             logger.warning("Task {}/{} waits for a worker that knows it: {}", delivery.gid, delivery.tid, error)
-            ended(unknown(assignment.body["uses"], error))
+            tell(unknown(assignment.body["uses"], error))
             return
         except InvalidInputError as error:
-            ended(invalid(error))
+            tell(invalid(error))
             return
         places = self._places(attempt.handler)
         if places is not None and places.room == 0:
-            ended(Outcome("release", reason=BUSY + attempt.context.uses))
+            tell(Outcome("release", reason=BUSY + attempt.context.uses))
             return
-        run = _Run(attempt, begun, ended)
+        run = _Run(attempt, begun, tell)
         self._running[run.key] = run
         run.expect_at(places)
         run.task = asyncio.get_running_loop().create_task(self._attempt(run))
@@ -201,7 +200,7 @@ class Executor:
         shares: dict[str, int] = {}
         for places, some in by_places.items():
             random.shuffle(some)  # with fewer places than names, no name always comes last
-            left = MANY if places is None else places.room
+            left = UNBOUNDED if places is None else places.room
             for number, name in enumerate(some):
                 shares[name] = left if places is None else -(-left // (len(some) - number))
                 left -= 0 if places is None else shares[name]
@@ -212,8 +211,8 @@ class Executor:
 
     def cancel(self, role: str, fence: int, why: StopReason) -> None:
         """
-        End an attempt from outside. If its handler raises then, `why` decides the outcome: stopped (for cancelled),
-        lost, or release (for shutdown). If the handler returns all the same, its result counts.
+        Stop an attempt. If its handler raises then, `why` decides the outcome: cancelled gives `stopped`, lost gives
+        `lost`, and shutdown gives `release`. If the handler returns all the same, its result counts.
         """
         if (run := self._running.get((role, fence))) is not None:
             self._stop(run, why)
@@ -228,8 +227,8 @@ class Executor:
         for run in list(self._running.values()):
             self._stop(run, "shutdown")
         while self._running:
-            self._settled.clear()
-            await self._settled.wait()
+            self._one_told.clear()
+            await self._one_told.wait()
         if self._hooks:
             await asyncio.wait(self._hooks, timeout=HOOKS_LAST_S)
         for hook in self._hooks:
@@ -248,6 +247,7 @@ class Executor:
             value = await self._called(run, arguments)
             end_fork(run.pid)  # a process that the handler forked ends here: two must not answer for one task
             try:
+                # A child process has dumped its value already.
                 blob: bytes = value if handler.kind == "process" else handler.dump_result(value)
             except InvalidInputError as error:
                 run.outcome = attempt.failed("invalid", error)
@@ -269,8 +269,9 @@ class Executor:
         """
         Call the handler where its kind runs, and return or raise as it does.
 
-        The attempt has one timer, which is set anew for each stage: waiting for a place, starting a child process, and
-        running. A timeout of the first two is no attempt, since the handler has not begun: the task is released.
+        The attempt has one timer, which is set anew for each stage: waiting for a place, starting a child process,
+        running, and cleaning up after a stop. If it runs out in the first two, the handler has not begun, so the task
+        is given back (`_raised` tells that by `began`).
         """
         attempt, handler = run.attempt, run.attempt.handler
         if handler.kind == "async":
@@ -339,20 +340,21 @@ class Executor:
             return await self._surrounded(run, call)
         finally:
             if thread is None or thread.done():
-                self._threads.release()
+                self._threads.give_up()
             else:  # cancelled while the function runs
                 self._leave_thread(run, thread)
 
     def _leave_thread(self, run: _Run, thread: asyncio.Future[End]) -> None:
-        """Count a thread that goes on although its attempt is over. Give its place up unless exhausted."""
-        is_replaced = not self.is_exhausted
+        """Count a thread that goes on although its attempt is over. Give up its place unless exhausted."""
+        # If middleware held the attempt up, `_abandon` counted it, and `_task_ended` will take that back.
+        is_replaced = self.hung - run.is_told < self.hung_max
         if is_replaced:
-            self._threads.release()
+            self._threads.give_up()
 
         def returned(_: object) -> None:
-            if not is_replaced:  # it kept its place until now
-                self._threads.release()
-            self._freed()
+            if not is_replaced:  # it has kept its place until now
+                self._threads.give_up()
+            self._hangs_no_more()
 
         thread.add_done_callback(returned)
         self._hangs(run, "its thread goes on")
@@ -364,7 +366,7 @@ class Executor:
         cleaning up after the first.
         """
         context = run.attempt.context
-        if context.stopped is None and not run.is_over and run.task is not None:
+        if context.stopped is None and not run.is_told and run.task is not None:
             context.stopped = why
             run.after(CLEANUP_S, lambda: self._abandon(run))
             run.task.cancel()
@@ -374,29 +376,29 @@ class Executor:
         self._hangs(run, "it ignores that it was cancelled")
         assert run.task is not None
         run.task.cancel()  # once more, since the handler ignored the first
-        self._settle(run, self._raised(run, asyncio.CancelledError()))
+        self._tell_outcome(run, self._raised(run, asyncio.CancelledError()))
 
     def _task_ended(self, run: _Run, task: asyncio.Task[None]) -> None:
         run.expect_at(None)  # it may have ended before it asked for a place
-        if run.is_over:  # `_abandon` has told the outcome: the attempt hung until now
-            self._freed()
-        elif run.outcome is not None:  # also if it was cancelled in its last step: its work is done, so it counts
-            self._settle(run, run.outcome)
+        if run.is_told:  # by `_abandon`, which counted the attempt as hung until now
+            self._hangs_no_more()
+        elif run.outcome is not None:  # also if a cancellation came in its last step: its work is done, so it counts
+            self._tell_outcome(run, run.outcome)
         elif task.cancelled():  # before its first step, so `_attempt` could set no outcome
-            self._settle(run, self._raised(run, asyncio.CancelledError()))
+            self._tell_outcome(run, self._raised(run, asyncio.CancelledError()))
         else:  # `_attempt` itself failed
             error = task.exception()
             assert error is not None
-            self._settle(run, run.attempt.failed("error", error))
+            self._tell_outcome(run, run.attempt.failed("error", error))
             logger.opt(exception=error).error("Task {} cannot be used", run.attempt.context.id)
 
-    def _settle(self, run: _Run, outcome: Outcome) -> None:
-        """Tell the outcome, once. Whatever the handler does from here on no longer counts."""
-        run.is_over = True
+    def _tell_outcome(self, run: _Run, outcome: Outcome) -> None:
+        """Tell the outcome: from here on, whatever the handler does no longer counts."""
+        run.is_told = True
         run.clear_timer()
         del self._running[run.key]
-        self._settled.set()
-        run.ended(outcome)
+        self._one_told.set()
+        run.tell(outcome)
 
     def _hangs(self, run: _Run, what: str) -> None:
         self.hung += 1
@@ -407,7 +409,7 @@ class Executor:
             if self.hung == self.hung_max:
                 logger.error("So much hangs that nothing takes its place any more; restart this worker")
 
-    def _freed(self) -> None:
+    def _hangs_no_more(self) -> None:
         self.hung -= 1
         self.on_freed()
 

@@ -86,23 +86,23 @@ class Lanes:
     async def _try(self, node: str, steps: Sequence[Step]) -> Sequence[Step]:
         """
         One round trip. Returns the steps without a reply, which must be repeated with the same arguments. Steps that
-        must not be repeated are not among them; their `lost` was called.
+        must not be repeated are not among them; their `on_no_reply` was called.
         """
         replies = await self._connection.run_each([step.call for step in steps])
-        lost, unanswered = None, []
+        failure, unanswered = None, []
         for step, reply in zip(steps, replies, strict=True):
             if not isinstance(reply, ConnectionLostError):
                 self._absorb(step, reply)
                 continue
-            lost = reply
-            if step.lost is None:
+            failure = reply
+            if step.on_no_reply is None:
                 unanswered.append(step)
             else:
-                step.lost()
+                step.on_no_reply()
         pause = self._pauses.pop(node, 0.0)
-        if lost is not None:
+        if failure is not None:
             if pause == 0:
-                logger.warning("{}; trying again until {} answers", lost, node)
+                logger.warning("{}; trying again until {} answers", failure, node)
             self._pauses[node] = min(max(2 * pause, PAUSE_S), PAUSE_MAX_S)
             self._losses[node] += 1
             self._on_answer()

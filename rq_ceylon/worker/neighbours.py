@@ -137,6 +137,6 @@ async def bury(connection: Connection, keys: Keys, worker: str, roles: Sequence[
             ((count, more, gids),) = await connection.run([transitions.release_all(keys, role, worker)])
             given_back += int(count)
             for gid in gids:
-                await relay(connection, keys, gid, again=True)
+                await relay(connection, keys, gid, hidden=True)
     await connection.run(transitions.farewell(keys, worker))
     logger.warning("Worker {} died; gave back {} that it held", worker, counted(given_back, "task"))

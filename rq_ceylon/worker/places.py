@@ -6,8 +6,12 @@ import asyncio
 import collections
 import time
 
+UNBOUNDED = 100_000
+"""How many tasks can start that need no place: only the slots bound them."""
+
 RECENT_S = 0.1
-"""As many attempts may wait for a place as places were freed within this time, since others will be freed as soon."""
+"""What ended within this time tells how much will end within the next: as many attempts may wait for a place as places
+were freed, and a fetch reads ahead as many entries as tasks ended."""
 
 WAITING_MAX = 2
 """For each place at most so many attempts wait, as each keeps a slot from tasks that need no place."""
@@ -43,7 +47,7 @@ class Places:
             self._waiting -= 1
         self._held += 1
 
-    def release(self) -> None:
+    def give_up(self) -> None:
         self._held -= 1
         self._freed.append(time.monotonic())
         self._semaphore.release()
@@ -52,4 +56,4 @@ class Places:
         await self.acquire()
 
     async def __aexit__(self, *_: object) -> None:
-        self.release()
+        self.give_up()

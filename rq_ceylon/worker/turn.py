@@ -29,6 +29,7 @@ from rq_ceylon.worker.books import GroupBook, RoleBook
 from rq_ceylon.worker.delivery import Granted, Held, Stage, Step
 from rq_ceylon.worker.leases import Leases
 from rq_ceylon.worker.outcome import waits_by_name
+from rq_ceylon.worker.places import RECENT_S, UNBOUNDED
 
 UNCLAIMED_S = 2.0
 """How long a fetched entry may wait for its claim before it is given back: other workers may be idle."""
@@ -36,21 +37,16 @@ UNCLAIMED_S = 2.0
 RELAY_PAGES = 500
 """The most pages in one answer of an outbox: a commit whose answer was lost may have written so many, one per retry."""
 
-ANY = 100_000
-"""The share of a name that only the slots bound."""
-
-RECENT_S = 0.1
-"""A fetch reads ahead as many entries as tasks ended within this time: as many are likely to end during the fetch."""
-
 
 class Turns:
     """
     The books of one worker: its held deliveries, one book per role that it serves, and one per group to which it has
     something to send.
 
-    A delivery enters `held` when a fetch brings it, and passes through the stages FETCHED, CLAIMING, RUNNING and ENDED.
-    It leaves when it is acknowledged, given back (RELEASING) or forgotten. `plan` moves what it sends out of the books
-    and into steps; the methods under *absorb* read the replies and fill the books for the next turn.
+    A delivery enters `held` when a fetch brings it, and passes the stages FETCHED, CLAIMING (FETCHED again if it was
+    put off), RUNNING and ENDED. It leaves when its acknowledgement is noted for the next fetch, when it was given back
+    (RELEASING), or when it is forgotten. `plan` moves what it sends out of the books and into steps; the methods under
+    *absorb* read the replies and fill the books for the next turn.
 
     Args:
         slots: how many tasks may run at once.
@@ -61,7 +57,8 @@ class Turns:
             has no calls on other keys.
 
     Attributes:
-        held: the deliveries in this worker's hands, by role and entry.
+        held: the deliveries in this worker's hands, by role and entry. All others that Redis has given to this worker
+            are acknowledged by the next fetch, or were forgotten.
         granted: tasks that may run and that the loop has not started yet.
         stopping: set by the loop when the worker was told to stop. From then on it asks for no entries and claims none.
         completed: how many tasks Redis counted as completed by this worker.
@@ -77,7 +74,7 @@ class Turns:
         lease_ms: int,
         leases: Leases,
         knows: Collection[str] = (),
-        shares: Callable[[Sequence[str]], dict[str, int]] = lambda names: dict.fromkeys(names, ANY),
+        shares: Callable[[Sequence[str]], dict[str, int]] = lambda names: dict.fromkeys(names, UNBOUNDED),
         may_send: Callable[[str], bool],
     ) -> None:
         self.keys, self.worker, self.roles, self.slots, self.leases = keys, worker, list(roles), slots, leases
@@ -104,7 +101,10 @@ class Turns:
 
     @property
     def next_due_s(self) -> float | None:
-        """When the next delayed entry of any role is due, in seconds from that role's last fetch; None: none waits."""
+        """
+        The shortest wait for a delayed entry that the last fetch of any role told, in seconds from that fetch; None: no
+        role told any, or those are being fetched from.
+        """
         return min((book.next_due_s for book in self._roles.values() if book.next_due_s is not None), default=None)
 
     @property
@@ -137,16 +137,16 @@ class Turns:
         return marks
 
     def ring(self) -> None:
-        """Note that every role may have entries, so that the next turn fetches."""
+        """Note that every role may have entries: a turn is due."""
         for book in self._roles.values():
-            book.is_wanted = True
+            book.makes_due = True
 
     def is_due(self, free: int) -> bool:
         """Is there something to send now, with this many free slots, to a node whose lane is open?"""
         return (
             any(self._is_open(gid=gid) for gid in self._groups)
             or any(self._is_open(role=role) for role in self._to_enqueue)
-            or any(book.is_wanted and self._may_fetch(role) for role, book in self._roles.items())
+            or any(book.makes_due and self._may_fetch(role) for role, book in self._roles.items())
             or self._has_waiting(free)
             or any(self._is_open(role=role) for role in self._unstartable())
         )
@@ -157,7 +157,9 @@ class Turns:
         if self.stopping:
             return False
         suspect = self._may_start_suspect()
-        return free > 0 and any(self._is_open(gid=held.delivery.gid) for held in waiting if suspect or not held.later)
+        return free > 0 and any(
+            self._is_open(gid=held.delivery.gid) for held in waiting if suspect or not held.was_put_off
+        )
 
     def _unstartable(self) -> dict[str, list[Held]]:
         """Per role, the fetched entries to give back: they were not claimed in time, or the worker is stopping."""
@@ -192,13 +194,18 @@ class Turns:
         """Note the outcome of a running delivery; the next turn commits it."""
         if not self.holds(held):  # its lease was lost: another worker has the task, and this outcome does not count
             return
-        if outcome.kind != "stopping":
-            held.stage = Stage.ENDED
-            self._recent.append(time.monotonic())
+        held.stage = Stage.ENDED
+        self._recent.append(time.monotonic())
         self._groups[held.delivery.gid].outcomes.append((held, outcome))
 
     def forget(self, held: Held) -> None:
-        """Drop a delivery from the books: from now on it is never run, renewed, committed or acknowledged here."""
+        """
+        Drop a delivery without a word to Redis: from now on it is never run, renewed, committed or acknowledged here.
+        Another worker has it, or gets it when its lease ends.
+        """
+        self._drop(held)
+
+    def _drop(self, held: Held) -> None:
         if self.holds(held):
             name = held.delivery.role, held.delivery.entry
             del self.held[name]
@@ -210,7 +217,14 @@ class Turns:
 
     # ---- plan --------------------------------------------------------------------------------------------------------
     def plan(self, free: int) -> list[Step]:
-        """The calls of the next turn, given the number of free slots. Only calls to nodes whose lane is open."""
+        """
+        The calls of the next turn, only those to nodes whose lane is open.
+
+        Args:
+            free: how many more tasks may run now.
+        """
+        # In this order: each part reads the stages and marks that those before it have set. Claims in flight take slots
+        # from the fetches, and entries that are being given back keep a role from being fetched.
         groups = {gid: self._groups.pop(gid) for gid in list(self._groups) if self._is_open(gid=gid)}
         return [
             *self._commits(groups),
@@ -218,8 +232,8 @@ class Turns:
             *self._releases(),
             *self._fetches(free),
             *self._enqueues(),
-            *self._deliveries(groups),
-            *self._relays(groups),
+            *self._messages(groups),
+            *self._outboxes(groups),
         ]
 
     def _commits(self, groups: Mapping[str, GroupBook]) -> Iterable[Step]:
@@ -227,6 +241,7 @@ class Turns:
             if not book.outcomes and not book.page_acks:
                 continue
             acks, most = book.page_acks, transitions.COMMIT_TASKS_MAX
+            # Without outcomes there is one empty batch, whose call carries the acknowledgements.
             for batch in transitions.in_batches(book.outcomes, lambda ended: len(ended[1].blob), most):
                 call = transitions.commit(self.keys, gid, self.worker, [o for _, o in batch], acks)
                 acks = []  # the first call of the group carries all of them
@@ -244,7 +259,7 @@ class Turns:
                 break
             gid = held.delivery.gid
             # A claim answered LATER waits until this worker may start a suspect: the task may be one.
-            may_ask = held.stage is Stage.FETCHED and (suspect or not held.later)
+            may_ask = held.stage is Stage.FETCHED and (suspect or not held.was_put_off)
             if may_ask and (gid in by_group or self._is_open(gid=gid)):
                 free -= 1
                 held.stage = Stage.CLAIMING
@@ -276,7 +291,7 @@ class Turns:
         ahead = min(self.slots, len(self._recent)) - stages[Stage.FETCHED]
         # Fetch for the free slots and those likely to become free, less the entries already on their way to a slot.
         left = 0 if self.stopping else max(0, free - stages[Stage.CLAIMING] + ahead)
-        # Entries given back are for idle workers. A fetch of the same role would bring them straight back here.
+        # Entries are given back so that idle workers get them. A fetch in the same turn would bring them back here.
         releasing = {held.delivery.role for held in self.held.values() if held.stage is Stage.RELEASING}
         roles = [role for role in self._by_turns if self._may_fetch(role)]
         has_room = left > 0
@@ -290,7 +305,7 @@ class Turns:
                 self._by_turns.append(role)
                 self._roles[role].is_empty = False
             if budget > 0 or not has_room:
-                self._roles[role].is_wanted = False
+                self._roles[role].makes_due = False
             elif not self._roles[role].acks and not self._roles[role].is_recovering:
                 continue  # no budget was left for this role and it has nothing else to send: it stays wanted
             yield self._fetch(role, budget)
@@ -299,8 +314,11 @@ class Turns:
         book = self._roles[role]
         book.is_fetching, book.next_due_s = True, None
         acks, book.acks = book.acks, []
-        # Recover mode after a lost reply: entries pending for this worker but not named here are delivered again.
+        # Recover mode after a lost reply: entries pending for this worker but not named here are delivered again. Those
+        # whose acknowledgement is noted are not named either; they are in `acks`, and fetch.lua acknowledges before it
+        # recovers.
         recover = [entry for of, entry in self.held if of == role] if book.is_recovering else None
+        # Fetches of two roles in one turn may be promised the same places: what cannot start then is given back.
         names = self._shares(book.waiting_names)
         call = transitions.fetch(
             self.keys,
@@ -312,7 +330,7 @@ class Turns:
             recover=recover,
             names=names,
         )
-        return Step(call, partial(self._fetched, role, budget, names), partial(self._fetch_lost, role, acks))
+        return Step(call, partial(self._fetched, role, budget, names), partial(self._fetch_unanswered, role, acks))
 
     def _enqueues(self) -> Iterable[Step]:
         for role in [role for role in self._to_enqueue if self._is_open(role=role)]:
@@ -321,22 +339,22 @@ class Turns:
             if (book := self._roles.get(role)) is not None:
                 # The role counts as empty only after a fetch that could see the new entries: a burst worker must not
                 # end before.
-                book.is_empty, book.is_wanted = False, True
+                book.is_empty, book.makes_due = False, True
             by_name = [(page.gid, self._by_name.pop(page, {})) for page in some]
             names = {(gid, tid): name for gid, tasks in by_name for tid, name in tasks.items()}
             call = transitions.enqueue(self.keys, role, some, names=names)
             yield Step(call, partial(self._enqueued, some))
 
-    def _deliveries(self, groups: Mapping[str, GroupBook]) -> Iterable[Step]:
+    def _messages(self, groups: Mapping[str, GroupBook]) -> Iterable[Step]:
         for gid, book in groups.items():
             for page in book.messages:
-                call = transitions.deliver(self.keys, page)
-                yield Step(call, partial(self._delivered, gid, page))
+                call = transitions.tell_group(self.keys, page)
+                yield Step(call, partial(self._message_arrived, gid, page))
 
-    def _relays(self, groups: Mapping[str, GroupBook]) -> Iterable[Step]:
-        for gid in [gid for gid, book in groups.items() if book.relays]:
-            call = transitions.outbox(self.keys, gid, wanted=RELAY_PAGES, again=groups[gid].relays_hidden)
-            yield Step(call, partial(self._relayed, gid), partial(self._relay, gid, again=True))
+    def _outboxes(self, groups: Mapping[str, GroupBook]) -> Iterable[Step]:
+        for gid in [gid for gid, book in groups.items() if book.wants_outbox]:
+            call = transitions.outbox(self.keys, gid, wanted=RELAY_PAGES, hidden=groups[gid].wants_hidden)
+            yield Step(call, partial(self._outbox_read, gid), partial(self._want_outbox, gid, hidden=True))
 
     # ---- absorb ------------------------------------------------------------------------------------------------------
     def _committed(self, gid: str, batch: Sequence[tuple[Held, Committed]], reply: Any) -> None:
@@ -351,18 +369,19 @@ class Turns:
         for (held, outcome), verdict in zip(batch, answer.verdicts, strict=True):
             if verdict == "STALE":
                 self.forget(held)  # another delivery holds the task, and may be of the same entry: never acknowledge it
-            elif outcome.kind != "stopping":
+            else:
                 self.completed += verdict == "OK" and outcome.kind == "completed"
                 self._acknowledge(held, outcome.kind if verdict == "OK" else "stale", outcome.run_ms)
         self._note_names(batch, answer.pages)
         self._take(answer.pages)
         # DONE: an earlier call recorded this attempt, and its answer was lost with pages that are hidden now.
-        # `more`: the call was too short for all dependents, so an internal page waits in the outbox.
+        # `more`: the call could not visit all dependents, so a page that continues the visit waits in the outbox.
         if answer.more or "DONE" in answer.verdicts:
-            self._relay(gid, again="DONE" in answer.verdicts)
+            self._want_outbox(gid, hidden="DONE" in answer.verdicts)
 
     def _claimed(self, batch: Sequence[Held], suspect: bool, reply: Any) -> None:
-        self._asks_for_suspect &= not suspect
+        if suspect:
+            self._asks_for_suspect = False
         if isinstance(reply, CeylonError):
             logger.error("Tasks of group {} cannot be claimed: {}", batch[0].delivery.gid, reply)
             for held in batch:
@@ -374,28 +393,32 @@ class Turns:
                 continue  # its lease was lost while the claim was in flight, so its outcome would not count
             match claimed.verdict:
                 case "GRANTED":
-                    held.stage, held.later = Stage.RUNNING, False
+                    held.stage, held.was_put_off = Stage.RUNNING, False
                     held.is_suspect = claimed.crashes >= transitions.SUSPECT_CRASHES
                     self.granted.append(Granted(held, claimed, answer.defaults, answer.stop))
                 case "LATER":
-                    held.stage, held.later = Stage.FETCHED, True
-                # A later delivery of the lineage runs the task. It may be of this very entry, so do not remove that.
+                    held.stage, held.was_put_off = Stage.FETCHED, True
+                # A later delivery of the lineage runs the task, perhaps one of this entry: do not acknowledge it.
                 case "LOST":
                     self.forget(held)
                 case verdict:
                     if verdict in ("DONE", "PARKED"):
                         # The pages that follow from that end or parking may still be in the outbox.
-                        self._relay(held.delivery.gid)
+                        self._want_outbox(held.delivery.gid)
                     if claimed.words:
                         level = "WARNING" if claimed.reason == "expired" else "ERROR"  # expiry was asked for
                         task, words = f"{held.delivery.gid}/{held.delivery.tid}", "{} is over ({}): {}"
                         logger.log(level, words, task, claimed.reason, claimed.words)
-                    self._acknowledge(held, "stale", 0)
+                    self._acknowledge(
+                        held, "stale", 0
+                    )  # a total of the role (deliveries that ended nothing), no verdict
 
     def _fetched(self, role: str, budget: int, names: Collection[str], reply: Any) -> None:
         book = self._roles[role]
         book.is_fetching = False
         if isinstance(reply, CeylonError):
+            # The acknowledgements that it carried are not sent again: those entries are reclaimed when their leases
+            # end, and their claims answer DONE.
             logger.error("Role {} cannot be read: {}", role, reply)
             return
         answer = transitions.fetch_reply(role, reply)
@@ -411,33 +434,33 @@ class Turns:
             book.is_empty = True
         book.waiting_names = [name for name in answer.names if name in self._knows]
         if not set(names).issuperset(book.waiting_names):
-            book.is_wanted = True  # tasks wait under names that this fetch gave no share for: fetch again at once
+            book.makes_due = True  # tasks wait under names that this fetch gave no share for: fetch again at once
         now = time.monotonic()
         for delivery in answer.deliveries:
             book.top_fence = max(book.top_fence, delivery.fence)
             mine = self.held.get((role, delivery.entry))
-            # We reclaimed our own entry (its lease ran out although we are alive). Keep running under the recorded
-            # fence; do not start it again.
+            # We reclaimed our own entry (its lease ran out although we are alive). Keep running it, or await its claim,
+            # under the fence of the first delivery; do not start it again.
             if mine is not None and mine.stage is not Stage.FETCHED:
                 continue
             self.held[role, delivery.entry] = Held(delivery, now)
             # Renew it until it has certainly been claimed or given back; a granted task gets a limit of its own.
             self.leases.hold(role, delivery.entry, now + UNCLAIMED_S + 2 * answer.lease_ms / 1000)
 
-    def _fetch_lost(self, role: str, acks: list[Ack]) -> None:
+    def _fetch_unanswered(self, role: str, acks: list[Ack]) -> None:
         book = self._roles[role]
         book.is_fetching = False
         # The fetch may have delivered entries. Repeating it would deliver more, so the next one recovers instead. The
         # acknowledgements go with it again: they are safe to repeat.
-        book.is_recovering = book.is_wanted = True
+        book.is_recovering = book.makes_due = True
         book.acks += acks
 
-    def _released(self, stale: Sequence[Held], reply: Any) -> None:
+    def _released(self, given_back: Sequence[Held], reply: Any) -> None:
         if isinstance(reply, CeylonError):
-            logger.error("Entries of role {} cannot be given back: {}", stale[0].delivery.role, reply)
-        # Forgotten even after a refusal: their leases end then.
-        for held in stale:
-            self.forget(held)
+            logger.error("Entries of role {} cannot be given back: {}", given_back[0].delivery.role, reply)
+        # Also after a refusal: then other workers get them when their leases end.
+        for held in given_back:
+            self._drop(held)
 
     def _enqueued(self, pages: Sequence[Page], reply: Any) -> None:
         # A refused page is not acknowledged, so it stays in its outbox, where maintenance finds it.
@@ -447,27 +470,27 @@ class Turns:
         for page in pages:
             self._groups[page.gid].page_acks.append(PageAck(page, reply))
 
-    def _delivered(self, gid: str, page: Page, reply: Any) -> None:
+    def _message_arrived(self, gid: str, page: Page, reply: Any) -> None:
         if isinstance(reply, CeylonError):
             logger.error("Group {} cannot be told that {} has finished: {}", gid, page.gid, reply)
             return
         self._groups[page.gid].page_acks.append(PageAck(page))  # of the group that sent the message
         if reply[0] != "GONE":  # also for NO: the group may have been told before, by a call whose answer was lost
-            self._relay(gid)
+            self._want_outbox(gid)
 
-    def _relayed(self, gid: str, reply: Any) -> None:
+    def _outbox_read(self, gid: str, reply: Any) -> None:
         if isinstance(reply, CeylonError):
             logger.error("The outbox of group {} cannot be read: {}", gid, reply)
             return
         answer = transitions.outbox_reply(gid, reply)
         self._take(answer.pages)
         if answer.more:
-            self._relay(gid)
+            self._want_outbox(gid)
 
-    def _relay(self, gid: str, *, again: bool = False) -> None:
-        """Read an outbox in the next turn; again: with hidden pages, since the answer that brought them may be lost."""
+    def _want_outbox(self, gid: str, *, hidden: bool = False) -> None:
+        """Read an outbox in the next turn; `hidden`: also pages that were hidden for a reader whose reply was lost."""
         book = self._groups[gid]
-        book.relays, book.relays_hidden = True, book.relays_hidden or again
+        book.wants_outbox, book.wants_hidden = True, book.wants_hidden or hidden
 
     def _note_names(self, batch: Sequence[tuple[Held, Committed]], pages: Iterable[Page]) -> None:
         """
@@ -493,5 +516,5 @@ class Turns:
         wait_ms = max(0, delivery.fence // 1000 - int(delivery.lineage[2:].partition("-")[0]))
         book = self._roles[delivery.role]
         book.acks.append(Ack(delivery.entry, outcome, run_ms, wait_ms))
-        book.is_wanted = True  # the next fetch of the role carries the acknowledgement
-        self.forget(held)
+        book.makes_due = True
+        self._drop(held)

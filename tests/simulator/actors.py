@@ -150,9 +150,8 @@ class WorkerActor(Actor):
 
     def _shut_down(self) -> None:
         self.process.turns.stopping = True
-        for held in self.process._running.values():
-            delivery = held.delivery
-            self.process.turns.finish(held, Committed(delivery.tid, delivery.fence, "stopping", "", 0, 0, b""))
+        self.process.leases.stopping()
+        self.leases.wake_ms = 0
 
     def start(self, grant: Granted) -> None:
         delivery = grant.held.delivery
@@ -165,7 +164,7 @@ class WorkerActor(Actor):
         self.jobs[delivery.role, delivery.fence] = (grant, self.simulation.now_ms() + ms, kind)
         self.process._running[delivery.role, delivery.fence] = grant.held
         limit_s = lease_ms * 5 / 1000
-        self.process.leases.hold(delivery.role, delivery.entry, self.simulation.now_ms() / 1000 + limit_s)
+        self.process.leases.hold(delivery.role, delivery.entry, self.simulation.now_ms() / 1000 + limit_s, delivery)
 
     def _end_jobs(self) -> None:
         for key, (grant, due_ms, kind) in list(self.jobs.items()):
@@ -225,6 +224,7 @@ class LeaseActor(Actor):
         while True:
             try:
                 self.worker.process.leases.renew(line)  # type: ignore[arg-type]
+                self.worker.process.leases._note_stopping(line)  # type: ignore[arg-type]
             except ConnectionLostError:
                 continue
             await self.rest(self.simulation.lease_ms / 3)
@@ -399,10 +399,10 @@ class _Rolling(Rolling):
         self._waiting.extend(self._client.task() for _ in range(self._client.random.choice((1, 1, 2, 5))))
         self._wake()
 
-    async def _turn(self, batch: list[_Waiting]) -> None:
+    async def _send_part(self, batch: list[_Waiting]) -> None:
         group = self._group
         self._client.simulation.expect(group.gid, group.count, [waiting.task.role for waiting in batch])
-        await super()._turn(batch)
+        await super()._send_part(batch)
 
 
 class _Session(Session):

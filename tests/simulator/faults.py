@@ -52,8 +52,8 @@ _TIMES: list[tuple[Any, str, float]] = [
     (steps, "STILL_MS", 300),
     (steps, "SILENT_MS", 400),
     (steps, "CONSUMER_IDLE_MS", 300),
-    (steps, "RARELY_MS", 150),
-    (steps, "THOROUGH_EVERY_MS", 100),
+    (steps, "RARE_EVERY_MS", 150),
+    (steps, "HOURLY_EVERY_MS", 100),
 ]
 
 _SIZES: list[tuple[Any, str, int]] = [
@@ -109,7 +109,7 @@ def short_times(scale: float, *, reissue: bool, spawn: Spawn) -> Iterator[None]:
         for user in (lanes, loop):
             stack.enter_context(mock.patch.object(user, "own_task", _own_task(spawn)))
         if not reissue:
-            stack.enter_context(mock.patch.object(Reissue, "run", _nothing_lost))
+            stack.enter_context(mock.patch.object(Reissue, "put_back", _nothing_lost))
         yield
 
 

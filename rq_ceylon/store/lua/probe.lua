@@ -1,15 +1,15 @@
--- probe: of the tasks of a group that this role got up to the horizon, which can it still deliver?
+-- probe: which tasks of a group have an entry in this role, up to the group's horizon? It is
+-- condition 3 of the rule at the head of maintenance/reissue.py.
 -- KEYS: the role's.
 -- ARGV: gid, horizon ms, how many entries of each queue to look at, then where to begin: '' at the
 --       first call, then what the last reply said.
--- Reply: a word, where to begin the next call, then the tids of this group that the role shows:
---        these are not lost. The word is
---          BUSY    more entries wait to be delivered than were looked at
+-- Reply: a word, where to begin the next call, then tids of this group that have an entry.
+--          BUSY    too many entries wait to be delivered; they move on by themselves: ask later
 --          MORE    call again, and begin where this says
---          CLEAR   these are all
---          DUE     these are all that are due; more are delayed than were looked at
--- Reads only. It looks at what is delivered to its end, call by call, since a task may run for long
--- and hide what is lost behind it. What waits to be delivered moves on by itself.
+--          CLEAR   there are no others up to the horizon
+--          DUE     there are no others that are due; more are delayed than were looked at
+-- Reads only. Delivered entries are read to the end, call by call: a task that runs for long must
+-- not hide what is lost behind it.
 -- include: role
 local gid, horizon, count = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local word, shown = 'CLEAR', {}

@@ -1,21 +1,21 @@
--- reissue: find and put back what Redis itself lost of this group in a role. docs/protocol.md has
--- the rule.
+-- reissue: make entries of this group again that Redis itself lost. The rule, whose conditions are
+-- numbered here, is at the head of maintenance/reissue.py.
 -- KEYS: the group's.
 -- ARGV: look
---       scan role pages cursor count CLEAR|DUE tid...
---                               the open tasks of the role, except those that it shows (tid...):
---                               pending ones become pages (DUE: if they are due), those in progress
---                               are listed
---       orphans (tid fence)...  those in progress under this fence: a page that ends that lease; in
---                               a closed group they are cancelled
--- Reply: GONE | OK status, then
---          look:     pages in the outbox, number of the last page, open tasks, then {role horizon}
---          scan:     cursor, {tid fence worker ...}, how many entries became pages
---          orphans:  how many
---        MOVED status: the group is neither active nor closing; scan: a page was written since the
---        look.
--- Repeatable: an entry too many is DUPLICATE or OUTDATED at its claim, and orphans compares the
--- fence.
+--       scan role last_page cursor count CLEAR|DUE tid...
+--                               open tasks of the role that its probe did not show (it showed
+--                               tid...): a page for each pending one (5), a list of the others
+--       orphans (tid fence)...  tasks that are still in progress under this fence (6): a page whose
+--                               entry supersedes it; in a closing group the task is cancelled
+-- Reply: GONE
+--        OK status, then
+--          look:     pages in the outbox, number of the last page, open tasks, {role horizon}...
+--          scan:     the next cursor, {tid fence worker...} in progress, number of entries written
+--          orphans:  number of tasks
+--        MOVED status: the group is neither active nor closing (1), or a page was written since the
+--        look (4)
+-- Repeatable: a second entry of a task is DUPLICATE or OUTDATED at its claim, and orphans compares
+-- the fence.
 -- include: group_state
 local mode = ARGV[1]
 
@@ -39,7 +39,8 @@ if group.status ~= 'active' and group.status ~= 'closing' then return {'MOVED', 
 pass_memory_limit()
 if mode == 'scan' then
   local role, number, cursor, count = ARGV[2], tonumber(ARGV[3]), ARGV[4], tonumber(ARGV[5])
-  -- The probe cannot have shown the entries of a page that is on its way, or arrived after it.
+  -- (4) The probe cannot have shown the entries of a page that is on its way, or that has arrived
+  -- since. Pages that this scan writes itself change the number, so only its first call compares.
   if cursor == '0' and (number ~= group.pages or call('ZCARD', OUTBOX) > 0) then
     return {'MOVED', group.status}
   end
