@@ -466,6 +466,17 @@ async def test_what_an_earlier_task_left_behind_is_not_taken_for_handed_over_wit
     assert {f"{delivery.gid}/{delivery.tid}" for delivery in bench.fetch("w")} == {first.id, second.id}
 
 
+async def test_a_task_is_accepted_although_what_is_sent_ahead_of_it_is_refused(app: Ceylon, bench: Bench) -> None:
+    async with app.client() as client:
+        first = await client.submit(Task(role="p"))
+        for rolling in client._rolling.values():
+            rolling._open_another()  # so that the acknowledgements of the first are a call of their own
+        with refusing(client, "outbox"):
+            second = await client.submit(Task(role="p"))
+
+    assert {f"{delivery.gid}/{delivery.tid}" for delivery in bench.fetch("w")} == {first.id, second.id}
+
+
 async def test_a_task_that_was_refused_leaves_no_entry_that_rings_for_another(app: Ceylon, bench: Bench) -> None:
     async with app.client() as client:
         with refusing(client, "submit"), pytest.raises(QueueFullError):

@@ -20,6 +20,7 @@ from rq_ceylon import Ceylon, Client, DurabilityError, InvalidInputError, Task, 
 from rq_ceylon.client import session
 from rq_ceylon.client.staging import keyed_id
 from rq_ceylon.dev.server import EmbeddedServer
+from rq_ceylon.errors import QueueFullError
 from rq_ceylon.store import durability
 from rq_ceylon.store.keys import Keys
 from rq_ceylon.store.scripts import Call, command
@@ -71,6 +72,26 @@ async def test_what_was_submitted_for_a_replica_is_there_once_submit_returns(fle
         gid, _, tid = task.id.partition("/")
         assert replica.ask("HEXISTS", keys.group_part(gid, "tasks"), tid)
         assert replica.ask("ZSCORE", keys.index_of(gid), gid) is not None
+
+
+async def test_an_announcement_that_was_refused_is_confirmed_too_when_it_is_repeated(
+    fleet: Fleet, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    primary, _ = start_pair(fleet)
+    async with Client(primary.url, namespace=namespace) as client:
+        confirming, sent = client._confirming, []
+        run_each = confirming.run_each
+
+        async def full_at_first(calls: Sequence[Call]) -> list[Any]:
+            sent.append(calls)
+            replies = await run_each(calls)
+            return [QueueFullError("full"), *replies[1:]] if len(sent) == 1 else replies
+
+        monkeypatch.setattr(confirming, "run_each", full_at_first)
+        run = await client.submit(group(), durability="replica")
+
+    assert primary.ask("ZSCORE", Keys(namespace).index_of(run.id), run.id) is not None
+    assert [any(call.confirm for call in calls) for calls in sent] == [True, True]
 
 
 @pytest.mark.every_engine

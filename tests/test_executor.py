@@ -11,6 +11,7 @@ import threading
 import time
 from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
@@ -435,6 +436,33 @@ async def test_a_thread_that_outlives_its_timeout_is_counted_until_it_ends() -> 
     assert contexts[0].stopped == "timeout"
     may_end.set()
     await eventually(lambda: executor.hung == 0, "the abandoned thread is no longer counted")
+
+
+async def test_a_thread_behind_middleware_that_swallows_the_stop_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rq_ceylon.worker.executor.CLEANUP_S", 0.05)
+    may_end, may_leave = threading.Event(), asyncio.Event()
+
+    @asynccontextmanager
+    async def stubborn(context: TaskContext) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            while not may_leave.is_set():
+                with suppress(asyncio.CancelledError):
+                    await may_leave.wait()
+
+    executor = executor_of(lambda: may_end.wait(10), threads=1)
+    executor.registry.middleware.append(stubborn)
+    outcome = await executor.run(assigned(timeout=0.05))
+    assert (outcome.reason, executor.hung, executor.is_exhausted) == ("timeout", 1, True)
+    may_leave.set()
+
+    # It was the first that hangs, so its place is free although its thread goes on.
+    await eventually(lambda: executor.shares(["job"]) == {"job": 1}, "another task can start")
+
+    assert executor.hung == 1
+    may_end.set()
+    await eventually(lambda: executor.hung == 0, "nothing goes on")
 
 
 async def test_a_plain_function_can_ask_whether_it_is_over() -> None:

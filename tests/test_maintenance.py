@@ -307,6 +307,19 @@ async def test_a_group_that_waits_for_one_that_finished_unheard_is_started(
     assert queued_tasks(bench) == ["a", "a"]
 
 
+async def test_a_group_that_maintenance_starts_is_looked_at_when_its_first_deadline_passes(
+    bench: Bench, maintenance: Maintenance
+) -> None:
+    bench.queued("first")
+    bench.submit("g", depends_on=["first"], goal=Goal("completed >= 1", deadline="2s"))
+    bench.commit_with_pages("w", bench.started("w", "first"))
+
+    await maintenance.run_once()
+
+    assert bench.meta("g")["status"] == "active"
+    assert 0 < (next_look_ms(bench, "g") or 0) <= 2000
+
+
 async def test_a_finished_group_is_looked_at_again_soon_while_its_message_is_with_somebody_who_may_be_gone(
     bench: Bench, maintenance: Maintenance
 ) -> None:

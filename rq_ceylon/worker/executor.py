@@ -79,6 +79,8 @@ class _Run:
         outcome: set by `task` as its last step. It is told when `task` has ended.
         tell: called once with the outcome.
         is_told: the outcome was told. Whatever the handler still does no longer counts.
+        thread: the thread that goes on although the attempt is over.
+        hangs: the attempt is counted in `hung`, until both its task and its thread have ended.
     """
 
     def __init__(self, attempt: Attempt, begun: Callable[[TaskContext], None], tell: Tell) -> None:
@@ -89,6 +91,8 @@ class _Run:
         self.expected_at: Places | None = None
         self.outcome: Outcome | None = None
         self.is_told = False
+        self.thread: asyncio.Future[End] | None = None
+        self.hangs = False
         self._timer: asyncio.TimerHandle | None = None
 
     def after(self, delay_s: float, then: Callable[[], None]) -> None:
@@ -346,15 +350,16 @@ class Executor:
 
     def _leave_thread(self, run: _Run, thread: asyncio.Future[End]) -> None:
         """Count a thread that goes on although its attempt is over. Give up its place unless exhausted."""
-        # If middleware held the attempt up, `_abandon` counted it, and `_task_ended` will take that back.
-        is_replaced = self.hung - run.is_told < self.hung_max
+        # Without this attempt, which `_abandon` has counted if middleware held it up.
+        is_replaced = self.hung - run.hangs < self.hung_max
+        run.thread = thread
         if is_replaced:
             self._threads.give_up()
 
         def returned(_: object) -> None:
             if not is_replaced:  # it has kept its place until now
                 self._threads.give_up()
-            self._hangs_no_more()
+            self._end_hanging(run)
 
         thread.add_done_callback(returned)
         self._hangs(run, "its thread goes on")
@@ -380,9 +385,10 @@ class Executor:
 
     def _task_ended(self, run: _Run, task: asyncio.Task[None]) -> None:
         run.expect_at(None)  # it may have ended before it asked for a place
-        if run.is_told:  # by `_abandon`, which counted the attempt as hung until now
-            self._hangs_no_more()
-        elif run.outcome is not None:  # also if a cancellation came in its last step: its work is done, so it counts
+        self._end_hanging(run)
+        if run.is_told:  # by `_abandon`
+            return
+        if run.outcome is not None:  # also if a cancellation came in its last step: its work is done, so it counts
             self._tell_outcome(run, run.outcome)
         elif task.cancelled():  # before its first step, so `_attempt` could set no outcome
             self._tell_outcome(run, self._raised(run, asyncio.CancelledError()))
@@ -401,6 +407,9 @@ class Executor:
         run.tell(outcome)
 
     def _hangs(self, run: _Run, what: str) -> None:
+        if run.hangs:
+            return
+        run.hangs = True
         self.hung += 1
         context = run.attempt.context
         if context.stopped != "shutdown":
@@ -409,9 +418,12 @@ class Executor:
             if self.hung == self.hung_max:
                 logger.error("So much hangs that nothing takes its place any more; restart this worker")
 
-    def _hangs_no_more(self) -> None:
-        self.hung -= 1
-        self.on_freed()
+    def _end_hanging(self, run: _Run) -> None:
+        assert run.task is not None
+        if run.hangs and run.task.done() and (run.thread is None or run.thread.done()):
+            run.hangs = False
+            self.hung -= 1
+            self.on_freed()
 
     def _raised(self, run: _Run, error: BaseException) -> Outcome:
         """The outcome of an attempt that ended with an exception."""
