@@ -228,7 +228,7 @@ def test_an_expired_task_is_cancelled_at_its_claim(bench: Bench) -> None:
 def test_one_reply_holds_4_mib_of_payload_or_a_single_task_and_puts_off_the_rest(bench: Bench) -> None:
     facts = GroupFacts("g", 86_400_000)
     for part in (1, 2):
-        task = StagedTask(str(part), task_text("p", 2, None, None, None, b'"' + b"x" * 3_000_000 + b'"'))
+        task = StagedTask(str(part), task_text("p", 2, None, None, None, b'{"a":"' + b"x" * 3_000_000 + b'"}'))
         call = transitions.submit(bench.keys, "g", facts, [task], part=part, last=part == 2, digest=str(part))
         bench.run(call)
     bench.relay("g")

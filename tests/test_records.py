@@ -7,21 +7,32 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import redis
+from bench import Bench
 from commands import LIMIT_S, Commands, eventually
 
 from rq_ceylon import Ceylon, Client, Counters, Goal, TaskGroup
 from rq_ceylon.errors import RecordError
 from rq_ceylon.monitor import Monitor
-from rq_ceylon.store.codec import settled_of
+from rq_ceylon.store import records, scripts
+from rq_ceylon.store.codec import result_of, settled_of, task_parts
 from rq_ceylon.store.keys import Keys
+from rq_ceylon.store.records import Record
 from rq_ceylon.worker.loop import Worker
 
 pytestmark = pytest.mark.anyio
+
+# As this layout has always been written.
+TASK = 'p|2||||{"uses":"a|b"}'
+CLAIM = "l|2|17|w|2:5-0|5|1|1||p|2"
+RESULT = 'failed|error|p|2|1|w|5|9|1|3|[{"type":"E","message":"a|b","traceback":""},{"uses":"x"}]'
+GOAL = "most|drain|continue|0|completed,1,>=|"
+SETTLED = "achieved|9|3|commit|3,0,0,0,3,0,0,4,1"
 
 BAD_META: dict[str, Callable[[Any, str], Any]] = {
     "an unknown status": lambda raw, key: raw.hset(key, "status", "hibernating"),
@@ -140,3 +151,89 @@ def test_a_settled_goal_is_read_whatever_counters_it_keeps(counts: str, found: C
     status, settled = settled_of(f"achieved|1|2|commit|{counts}")
 
     assert (status, settled.by, settled.counters) == ("achieved", "commit", found)
+
+
+# ---- one description for both languages ------------------------------------------------------------------------------
+def in_lua(bench: Bench, name: str, record: Record, text: str, changes: str = "") -> list[str]:
+    """The record as a script reads it, and as it writes it again; a nil is `nil`."""
+    behind = f", {name}_json(ARGV[1])" if record.json else ""
+    script = f"""{record.lua(name)}
+        local t = {name}_of(ARGV[1])
+        local read = {{}}
+        for i, field in ipairs({{{", ".join(f"'{field}'" for field in record.fields)}}}) do
+            read[i] = tostring(t[field])
+        end
+        {changes}
+        read[#read + 1] = {name}_text(t{behind})
+        return read"""
+    answer: list[str] = bench.redis.eval(script, 0, text)
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("task", TASK), ("claim", CLAIM), ("result", RESULT), ("goal", GOAL), ("settled", SETTLED)]
+)
+def test_a_record_reads_alike_in_both_languages_and_a_new_field_is_one_word(name: str, text: str, bench: Bench) -> None:
+    record = records._RECORDS[name]
+    longer = replace(record, fields=(*record.fields, "colour", "shape"))
+    texts = record.split(text)[: len(record.fields)]
+    read = [str(record.parse(text)[field]).replace("None", "nil") for field in record.fields]
+
+    assert in_lua(bench, name, record, text) == [*read, text]
+    assert record.pack(dict(zip(record.fields, texts, strict=True))) == text.partition(record.json or "\n")[0]
+
+    # Written before the fields were there, or before the second was, and with both.
+    *old, again = in_lua(bench, name, longer, text, "t.colour = 'red'")
+    assert old == [*read, "", ""]
+    *newer, last = in_lua(bench, name, longer, again, "t.shape = 'round'")
+    assert newer == [*read, "red", ""]
+    assert in_lua(bench, name, longer, last)[-3:] == ["red", "round", last]
+    assert longer.split(last)[: len(longer.fields)] == [*texts, "red", "round"]
+    shorter = replace(record, fields=(*record.fields, "colour"))
+    one_less = shorter.pack(dict(zip(shorter.fields, [*texts, "red"], strict=True)))
+    one_less += "".join(record.split(text)[len(record.fields) :])
+    assert in_lua(bench, name, longer, one_less)[-3:-1] == ["red", ""]
+    with pytest.raises(ValueError, match="are known"):
+        record.split(last)
+
+
+def test_records_of_this_layout_are_read(bench: Bench) -> None:
+    assert task_parts(TASK) == ("p", 2, None, None, '{"uses":"a|b"}')
+    result = result_of("a", RESULT)
+    assert (result.status, result.attempts, result.run_ms, result.error) == (
+        "failed", 2, 3, {"type": "E", "message": "a|b", "traceback": ""},
+    )  # fmt: skip
+    assert settled_of(SETTLED)[1].counters == Counters(total=3, completed=3, attempts=4, crashes=1)
+
+
+@pytest.fixture
+def a_field_more(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """Begins a version in which each record has one more field."""
+
+    def begin() -> None:
+        for name, record in records._RECORDS.items():
+            monkeypatch.setitem(records._RECORDS, name, replace(record, fields=(*record.fields, "colour")))
+        forget()
+
+    def forget() -> None:
+        scripts.source.cache_clear()
+        scripts.digest.cache_clear()
+
+    yield begin
+    monkeypatch.undo()
+    forget()
+
+
+def test_a_group_whose_records_lack_a_new_field_goes_on(bench: Bench, a_field_more: Callable[[], None]) -> None:
+    bench.queued("g", ["a", "b"], goal="completed >= 2")
+    bench.commit("w", bench.started("w", "g"), "retry")
+
+    a_field_more()
+    for delivery in bench.fetch("v"):
+        assert bench.claim("v", delivery) == ["GRANTED"]
+        assert bench.commit("v", delivery) == "OK"
+
+    assert (bench.meta("g")["status"], bench.meta("g")["completed"]) == ("finished", "2")
+    results = bench.redis.hgetall(bench.keys.group_part("g", "results"))
+    assert sorted(text.split("|")[3] for text in results.values()) == ["1", "2"]
+    assert all("||[" in text for text in results.values())  # the new field is there, and empty

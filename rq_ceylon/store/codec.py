@@ -10,10 +10,8 @@ from pydantic_core import from_json, to_json
 
 from rq_ceylon.errors import CeylonError, RecordError
 from rq_ceylon.models import GoalStatus, TaskStatus
-from rq_ceylon.views import COUNTERS, Counters, Settled, TaskResult
-
-COUNTER_NAMES = ("total", *COUNTERS, "attempts", "crashes")
-"""The counters in the order in which a settled goal keeps them. A new one comes last, so old goals stay readable."""
+from rq_ceylon.store.records import COUNTERS, RESULT, SETTLED, TASK
+from rq_ceylon.views import Counters, Settled, TaskResult
 
 
 @contextmanager
@@ -49,37 +47,34 @@ def decode(text: str | bytes) -> Any:
 
 def counters_of(fields: Mapping[str, str]) -> Counters:
     """The counters of a group, from the fields of its meta hash."""
-    return Counters(**{name: int(fields.get(name) or 0) for name in COUNTER_NAMES})
+    return Counters(**{name: int(fields.get(name) or 0) for name in COUNTERS})
 
 
 def settled_of(text: str) -> tuple[GoalStatus, Settled]:
-    """Unpack a settled goal: `status|at ms|event number|by|counters`."""
-    status, at, seq, by, counts = text.split("|")
+    """Unpack a settled goal."""
+    goal = SETTLED.parse(text)
     # A goal that settled before a counter was added lacks it, and a newer version's counters come behind those we know.
-    counters = Counters(**dict(zip(COUNTER_NAMES, map(int, counts.split(",")), strict=False)))
-    return GoalStatus(status), Settled(at_ms=int(at), seq=int(seq), by=by, counters=counters)
+    counters = Counters(**dict(zip(COUNTERS, map(int, goal["counters"].split(",")), strict=False)))
+    return GoalStatus(goal["status"]), Settled(at_ms=goal["at"], seq=goal["seq"], by=goal["by"], counters=counters)
 
 
 def result_of(tid: str, text: str) -> TaskResult:
-    """
-    Unpack a result: `outcome|reason|role|attempts|crashes|worker|started|ended|wait ms|run ms|[value]`. A failed task
-    has `[error, payload]` in place of `[value]`.
-    """
-    outcome, reason, role, attempts, crashes, worker, started, ended, wait, run, blob = text.split("|", 10)
-    values = from_json(blob)
-    failed = outcome == TaskStatus.FAILED
+    """Unpack a result."""
+    result = RESULT.parse(text)
+    values = from_json(result["json"])
+    failed = result["outcome"] == TaskStatus.FAILED
     return TaskResult(
         task_id=tid,
-        status=TaskStatus(outcome),
-        reason=reason,
-        role=role,
-        attempts=int(attempts),
-        crashes=int(crashes),
-        worker=worker,
-        started_ms=int(started) if started else None,
-        ended_ms=int(ended),
-        wait_ms=int(float(wait)),
-        run_ms=int(float(run)),
+        status=TaskStatus(result["outcome"]),
+        reason=result["reason"],
+        role=result["role"],
+        attempts=result["attempts"],
+        crashes=result["crashes"],
+        worker=result["worker"],
+        started_ms=result["started"],
+        ended_ms=result["ended"],
+        wait_ms=result["wait"],
+        run_ms=result["run"],
         value=None if failed or not values else values[0],
         error=values[0] if failed else None,
     )
@@ -88,12 +83,14 @@ def result_of(tid: str, text: str) -> TaskResult:
 def task_text(
     role: str, priority: int, delay_ms: int | None, expires_ms: int | None, crash_limit: int | None, body: bytes
 ) -> bytes:
-    """Pack a task for `submit`: `role|priority|delay|expires|crash limit|JSON`."""
-    numbers = "|".join("" if number is None else str(number) for number in (delay_ms, expires_ms, crash_limit))
-    return f"{role}|{priority}|{numbers}|".encode() + body
+    """Pack a task for `submit`, with times from now."""
+    fields = {
+        "role": role, "priority": priority, "not_before": delay_ms, "expiry": expires_ms, "crash_limit": crash_limit,
+    }  # fmt: skip
+    return TASK.pack(fields).encode() + body
 
 
 def task_parts(text: str) -> tuple[str, int, int | None, int | None, str]:
     """Unpack a stored task: role, priority 1..3, earliest start and expiry (epoch ms), JSON."""
-    role, priority, not_before, expiry, _, body = text.split("|", 5)
+    role, priority, not_before, expiry, *_, body = TASK.split(text)
     return role, int(priority), int(not_before) if not_before else None, int(expiry) if expiry else None, body

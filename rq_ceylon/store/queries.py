@@ -14,6 +14,7 @@ from rq_ceylon.store.codec import counters_of, decode, reading, result_of, settl
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.events import Event, event_of
 from rq_ceylon.store.keys import INDEX_SHARDS, STREAMS, Keys
+from rq_ceylon.store.records import CLAIM, GOAL
 from rq_ceylon.store.redis_errors import warn_once
 from rq_ceylon.store.scripts import Call, command
 from rq_ceylon.views import GoalView, GroupView, RoleView, TaskResult, TaskView, WorkerView
@@ -143,7 +144,8 @@ def _view(gid: str, meta_reply: Any, events: Any) -> GroupView | None:
 
 
 def _group_view(gid: str, meta: Mapping[str, str], events: int) -> GroupView:
-    undecided = {line.split("|")[0]: int(line.split("|")[3]) for line in meta.get("goals", "").split(";") if line}
+    lines = [GOAL.parse(line) for line in meta.get("goals", "").split(";") if line]
+    undecided = {line["name"]: line["deadline"] for line in lines}
     if meta["status"] == GroupStatus.WAITING:
         undecided = {}  # its deadlines count from its start
     goals = []
@@ -317,12 +319,13 @@ def _open(gid: str, tid: str, text: str, claim: str | None, needs: int, facts: _
     due = None if not_before is None or facts.waited_ms is None else not_before + facts.waited_ms
     running = False
     if claim:
-        state, tries, fence, holder, _, since, lost, _, retry_at, _, _ = claim.split("|")
-        attempt, crashes, running = int(tries), int(lost), state in RUNNING
-        attempts = 0 if fence == "0" else attempt - (state == "r")  # as lua/group_ends.lua counts them in a result
-        due = int(retry_at) if retry_at else None
+        record = CLAIM.parse(claim)
+        attempt, crashes, running = record["attempt"], record["crashes"], record["state"] in RUNNING
+        # As lua/group_ends.lua counts them in a result.
+        attempts = 0 if record["fence"] == "0" else attempt - (record["state"] == "r")
+        due = int(record["due"]) if record["due"] else None
         if running:
-            worker, started, due = holder, int(since), None
+            worker, started, due = record["worker"], int(record["started"]), None
     uses = decode(body).get("uses") or facts.uses
     if facts.closed and not running:  # closing a group writes no results for tasks that do not run
         result = TaskResult(tid, TaskStatus.CANCELLED, "closed", role, attempts=attempts, crashes=crashes)

@@ -10,6 +10,8 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
+from rq_ceylon.store import records
+
 GROUP_SCRIPTS = ("submit", "claim", "commit", "outbox", "judge", "control", "depend", "reissue", "foresee")
 ROLE_SCRIPTS = ("enqueue", "fetch", "renew", "release", "probe")
 
@@ -51,9 +53,9 @@ def insist(name: str, key: str, *words: Any) -> Call:
 def source(script: str) -> str:
     """
     The full text of a script. Each line `-- include: NAME...`, in the script or in an included file, is replaced by
-    those files, but each file is included only once. A script puts its includes after the early returns that do not
-    need them: Redis runs every `local function` that a call reaches, so a call on a group that does not exist skips the
-    cost of the tail.
+    those files (`records.NAME` by what `store/records.py` makes), but each is included only once. A script puts its
+    includes after the early returns that do not need them: Redis runs every `local function` that a call reaches, so a
+    call on a group that does not exist skips the cost of the tail.
     """
     folder, included = resources.files(__package__) / "lua", {script}
 
@@ -66,6 +68,8 @@ def source(script: str) -> str:
         return "\n".join(texts)
 
     def read(name: str) -> str:
+        if name.startswith("records."):
+            return records.lua(name.removeprefix("records."))
         return _INCLUDE.sub(paste, (folder / f"{name}.lua").read_text("utf-8"))
 
     return read(script)

@@ -19,6 +19,7 @@ from rq_ceylon.store.codec import encode
 from rq_ceylon.store.durability import confirming
 from rq_ceylon.store.histogram import bucket_of
 from rq_ceylon.store.keys import Keys
+from rq_ceylon.store.records import GOAL
 from rq_ceylon.store.scripts import Call, command, insist
 
 RELAY_LEASE_MS = 10_000
@@ -216,8 +217,18 @@ class GroupFacts:
         return [word for pair in fields.items() for word in pair]
 
     def programs(self) -> str:
+        """The goals as `submit` gets them, with deadlines from the start of the group."""
         return ";".join(
-            f"{goal.name}|{goal.on_achieved}|{goal.on_failed}|{goal.deadline_ms}|{goal.program}|{goal.fail_program}"
+            GOAL.pack(
+                {
+                    "name": goal.name,
+                    "on_achieved": goal.on_achieved,
+                    "on_failed": goal.on_failed,
+                    "deadline": goal.deadline_ms,
+                    "program": goal.program,
+                    "fail_program": goal.fail_program,
+                }
+            )
             for goal in self.goals
         )
 

@@ -49,7 +49,7 @@ end
 local endings = {}
 local function end_task(tid, from, outcome, reason, claim, words)
   local error = outcome == 'failed' and error_text(words) or ''
-  record_end(tid, from, outcome, reason, head_of(tasks[tid]), claim, 0, error)
+  record_end(tid, from, outcome, reason, task_fields(tasks[tid]), claim, 0, error)
   if words then endings[tid] = {reason, words} end
   tasks[tid] = nil
   claims[tid] = nil
@@ -107,7 +107,7 @@ local function take_over(delivery, task, claim)
   -- A crash spends no attempt, but has a limit of its own. To lose a worker that was told to stop
   -- is no crash: its death was wanted.
   local crash = claim.state == 's' and 0 or 1
-  local role, priority, _, _, limit = head_of(task)
+  local role, priority, _, _, limit = task_fields(task)
   -- A limit of 0 says at most once. What was granted may have begun, whatever its worker was told,
   -- so it never runs again.
   local poison = limit == 0 or claim.crashes + crash > (limit or CRASH_LIMIT)
@@ -168,7 +168,7 @@ local function answer(delivery, has_needs)
   if group.status ~= 'active' and group.status ~= 'paused' or has_needs then return 'NOTREADY' end
   -- The task was retried, released or parked since this entry was made: a later one stands for it.
   if delivery.issue < issue_of(claim) then return 'OUTDATED' end
-  local role, priority, not_before, expiry = head_of(task)
+  local role, priority, not_before, expiry = task_fields(task)
   if group.status == 'paused' then return park(delivery, claim, role, priority) end
   -- Its entry counts the delay from the submission; it holds from the start of the group. A group
   -- that never waited has no such entries, and a retry has a due time of its own.

@@ -39,7 +39,7 @@ end
 -- its worker gives it back.
 local function is_over(outcome)
   if outcome.kind ~= 'release' or outcome.reason ~= 'interrupted' then return false end
-  local _, _, _, _, limit = head_of(call('HGET', TASKS, outcome.tid))
+  local _, _, _, _, limit = task_fields(call('HGET', TASKS, outcome.tid))
   return limit == 0
 end
 

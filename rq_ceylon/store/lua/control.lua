@@ -70,9 +70,8 @@ if action == 'repair' then
         call('HDEL', part, ARGV[i])
       end
     end
-    local result = call('HGET', RESULTS, ARGV[i]) or ''
-    local attempts = string.match(result, '^completed|[^|]*|[^|]*|(%d+)|')
-    if attempts then forget_errors(ARGV[i], tonumber(attempts)) end
+    local result = result_of(call('HGET', RESULTS, ARGV[i]) or '')
+    if result.outcome == 'completed' then forget_errors(ARGV[i], result.attempts) end
   end
   tail('repair', now)
   return {'OK', group.status}
@@ -134,7 +133,7 @@ for i = 2, #ARGV do
     word = 'cancelled'
     local waiting = call('HDEL', NEEDS, tid) == 1
     local from = waiting and 'waiting' or 'pending'
-    record_end(tid, from, 'cancelled', 'cancelled', head_of(task), claim, 0, '')
+    record_end(tid, from, 'cancelled', 'cancelled', task_fields(task), claim, 0, '')
   end
   replies[#replies + 1] = word
 end

@@ -1,5 +1,5 @@
 -- How tasks end: results, errors of attempts, and the dependents of what has ended.
--- include: group_records group_outbox
+-- include: group_records group_outbox records.result
 local ERRORS_KEPT = 5      -- errors of a task's last attempts
 local CHILDREN_MAX = 1000  -- dependents looked at in one call; the rest waits in an internal page
 
@@ -21,8 +21,6 @@ local function forget_errors(tid, attempts)
   end
 end
 
--- Result: outcome|reason|role|attempts|crashes|worker|started|ended|wait ms|run ms|JSON array. The
--- array holds the value, or the error and the task's payload.
 -- Ends a task. `claim` is its record or nil, `run` the handler's ms, `blob` a JSON value or ''.
 local function record_end(tid, from, outcome, reason, role, claim, run, blob)
   local attempts, crashes, worker, started, wait = 0, 0, '', '', 0
@@ -41,15 +39,16 @@ local function record_end(tid, from, outcome, reason, role, claim, run, blob)
     end
   end
   if outcome == 'failed' then
-    blob = (blob == '' and 'null' or blob) .. ',' .. body_of(call('HGET', TASKS, tid))
+    blob = (blob == '' and 'null' or blob) .. ',' .. task_json(call('HGET', TASKS, tid))
   end
   move(from, outcome)
   effects.is_ended[tid] = true
   effects.ended[#effects.ended + 1] = tid
-  local record = table.concat({outcome, reason, role, attempts, crashes, worker, started, now_text,
-                               wait, run, '[' .. blob .. ']'}, '|')
   effects.results[#effects.results + 1] = tid
-  effects.results[#effects.results + 1] = record
+  effects.results[#effects.results + 1] = result_text({
+    outcome = outcome, reason = reason, role = role, attempts = attempts, crashes = crashes,
+    worker = worker, started = started, ended = now_text, wait = wait, run = run,
+  }, '[' .. blob .. ']')
   log_task(tid, outcome, role, wait, run)
   if group.dag == '1' and not closed() then
     local step = outcome == 'completed' and 'release' or 'miss'
@@ -63,12 +62,14 @@ local function miss(tid, task, role)
   local outcome, blob = 'cancelled', ''
   if group.on_need_failed == 'fail' then
     outcome = 'failed'
-    blob = error_text('a task that it needs did not complete') .. ',' .. body_of(task)
+    blob = error_text('a task that it needs did not complete') .. ',' .. task_json(task)
   end
   call('HDEL', NEEDS, tid)
   call('HDEL', TASKS, tid)
-  local record = {outcome, 'skipped', role, 0, 0, '', '', now_text, 0, 0, '[' .. blob .. ']'}
-  call('HSET', RESULTS, tid, table.concat(record, '|'))
+  call('HSET', RESULTS, tid, result_text({
+    outcome = outcome, reason = 'skipped', role = role, attempts = 0, crashes = 0,
+    ended = now_text, wait = 0, run = 0,
+  }, '[' .. blob .. ']'))
   move('waiting', outcome)
   log_task(tid, outcome, role)
   effects.walks[#effects.walks + 1] = {'miss', tid, 1}
@@ -78,7 +79,7 @@ end
 local function visit(tid, step)
   local unmet, task = call('HGET', NEEDS, tid), call('HGET', TASKS, tid)
   if not unmet or not task then return end
-  local role, priority, not_before = head_of(task)
+  local role, priority, not_before = task_fields(task)
   if step == 'miss' and group.on_need_failed ~= 'continue' then
     miss(tid, task, role)
   elseif tonumber(unmet) > 1 then

@@ -1,7 +1,5 @@
 -- Goals: what each program says of the counters, and what follows when a goal is settled.
--- An undecided goal: name|on achieved|on failed|deadline ms (0 none)|program|fail program, where a
--- program is a list in reverse Polish notation. META keeps them in `goals`, joined with ';'.
--- include: group_outbox
+-- include: group_outbox records.goal records.settled
 
 -- Runs a program over intervals, {what is certain now, what the open tasks can still make of it}.
 -- 1: it holds however the open tasks end; 0: it never does; nil: undecided.
@@ -38,18 +36,6 @@ local function evaluate(program)
   end
   local result = pop()
   if result[1] == result[2] then return result[1] end
-end
-
-local function goal_of(line)
-  local name, on_achieved, on_failed, deadline, program, fail_program =
-    string.match(line, '^([^|]*)|([^|]*)|([^|]*)|(%d+)|([^|]*)|([^|]*)$')
-  return {name = name, on_achieved = on_achieved, on_failed = on_failed,
-          deadline = tonumber(deadline), program = program, fail_program = fail_program}
-end
-
-local function goal_text(goal)
-  return table.concat({goal.name, goal.on_achieved, goal.on_failed, text(goal.deadline),
-                       goal.program, goal.fail_program}, '|')
 end
 
 -- The deadline first, then what makes the goal fail, then what makes it achieved. Returns the
@@ -95,13 +81,14 @@ local function close(stop)
   effects.pages = {}
 end
 
--- A settled goal: status|when|number of the event that tells it|what settled it|the counters.
 local function settle_goal(goal, status, by)
   effects.event_number = effects.event_number or call('LLEN', EVENTS) + 1
   local counts = {}
   for i = 1, COUNTERS do counts[i] = text(group[NUMBERS[i]]) end
-  local record = {status, now_text, effects.event_number, by, table.concat(counts, ',')}
-  call('HSET', META, 'goal:' .. goal.name, table.concat(record, '|'))
+  call('HSET', META, 'goal:' .. goal.name, settled_text({
+    status = status, at = now_text, seq = effects.event_number, by = by,
+    counters = table.concat(counts, ','),
+  }))
   if status == 'failed' then group.goals_failed = group.goals_failed + 1 end
   effects.settled[#effects.settled + 1] = goal.name .. ':' .. status
   local policy = status == 'achieved' and goal.on_achieved or goal.on_failed

@@ -4,11 +4,8 @@
 local META, TASKS, CLAIMS, RESULTS, NEEDS, CHILDREN, OUTBOX, EVENTS, ERRORS = unpack(KEYS)
 local LAYOUT = '1'
 
--- The first ones are the counters that a settled goal keeps, in this order: see store/codec.py.
--- `pages` numbers the outbox pages; `waited` is how long (ms) the group waited for other groups.
-local COUNTERS = 9
-local NUMBERS = {'total', 'waiting', 'pending', 'in_progress', 'completed', 'failed', 'cancelled',
-                 'attempts', 'crashes', 'pages', 'goals_failed', 'waited'}
+-- The numbers of the group; the first of them are the counters that a settled goal keeps.
+-- include: records.numbers
 local group = {}   -- as this call leaves it
 local before = {}  -- as this call found it
 

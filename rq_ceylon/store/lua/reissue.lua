@@ -50,7 +50,7 @@ if mode == 'scan' then
   local running_here, entries = {}, 0
   for i = 1, #found[2], 2 do
     local tid = found[2][i]
-    local its_role, priority = head_of(found[2][i + 1])
+    local its_role, priority = task_fields(found[2][i + 1])
     if its_role == role and not shown[tid] then
       local record = call('HGET', CLAIMS, tid)
       local claim = record and claim_of(record)
@@ -59,7 +59,7 @@ if mode == 'scan' then
         running_here[#running_here + 1] = claim.fence
         running_here[#running_here + 1] = claim.worker
       elseif not closed() and call('HEXISTS', NEEDS, tid) == 0 then
-        local _, _, not_before = head_of(found[2][i + 1])
+        local _, _, not_before = task_fields(found[2][i + 1])
         local due = claim and tonumber(claim.due) or not claim and from_start(not_before)
         local is_due = not due or due <= now
         if is_due or ARGV[6] == 'CLEAR' then

@@ -91,11 +91,12 @@ end
 local tasks, unmet, children, parents, roles = {}, {}, {}, {}, {}
 for i = first_task, #ARGV, 3 do
   local tid, task, count = ARGV[i], ARGV[i + 1], 0
-  local role, priority, delay, expires, limit = head_of(task)
+  local role, priority, delay, expires = task_fields(task)
   if delay or expires then
-    local body = body_of(task)
-    local not_before, expiry = delay and text(now + delay), expires and text(now + expires)
-    task = table.concat({role, priority, not_before or '', expiry or '', limit or '', body}, '|')
+    local fields = task_of(task)
+    fields.not_before = delay and text(now + delay)
+    fields.expiry = expires and text(now + expires)
+    task = task_text(fields, task_json(task))
   end
   for need in string.gmatch(ARGV[i + 2], '%S+') do
     count = count + 1

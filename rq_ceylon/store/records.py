@@ -1,0 +1,173 @@
+"""
+The records that Python and the scripts share, each described once. Python packs and reads them with the methods of
+`Record`; for a line such as `-- include: records.claim`, `scripts.source` puts in the Lua functions for the same.
+
+A record is its fields, joined with `|`, and perhaps a JSON text behind them. A new field comes last: then it reads as
+empty, in both languages, where a record was written before it was added. Any other number of fields is refused: a newer
+version wrote such a record, or something else did.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from rq_ceylon.views import Counters
+
+COUNTERS = tuple(field.name for field in fields(Counters))
+"""The counters of a group, in the order in which a settled goal keeps them."""
+
+NUMBERS = (*COUNTERS, "pages", "goals_failed", "waited")
+"""
+The numbers in a group's meta hash that scripts change: the counters, the number of the last page, how many goals have
+failed, and how long (ms) the group waited for the groups on which it depends.
+"""
+
+
+@dataclass(frozen=True)
+class Record:
+    """
+    Attributes:
+        fields: their names, in order. None of their texts contains `|`, or the character with which the JSON begins.
+        first: how many fields the first version of the record had; it has at least these.
+        numbers: those that are numbers; an empty one reads as None and nil.
+        json: the character with which the JSON behind the fields begins; empty if there is none.
+    """
+
+    fields: tuple[str, ...]
+    first: int
+    numbers: tuple[str, ...] = ()
+    json: str = ""
+
+    def split(self, text: str) -> list[str]:
+        """
+        The texts of the fields, then the JSON if there is one.
+
+        Raises:
+            ValueError: there are too few fields, or more than this version knows, or there is no JSON.
+        """
+        behind = []
+        if self.json:
+            text, found, rest = text.partition("|" + self.json)
+            if not found:
+                raise ValueError(f"no JSON behind {text!r}")
+            behind = [self.json + rest]
+        texts = text.split("|")
+        if not self.first <= len(texts) <= len(self.fields):
+            raise ValueError(f"{len(texts)} fields, {self.first} to {len(self.fields)} are known: {text!r}")
+        return texts + [""] * (len(self.fields) - len(texts)) + behind
+
+    def parse(self, text: str) -> dict[str, Any]:
+        """The fields by name, and the JSON as `json`."""
+        found: dict[str, Any] = dict(
+            zip((*self.fields, *(("json",) if self.json else ())), self.split(text), strict=True)
+        )
+        for name in self.numbers:
+            found[name] = int(float(found[name])) if found[name] else None
+        return found
+
+    def pack(self, values: dict[str, Any]) -> str:
+        """The text of the fields, each followed by `|` if JSON comes behind. What is not given, or None, is empty."""
+        assert values.keys() <= set(self.fields), values
+        texts = ("" if (value := values.get(name)) is None else str(value) for name in self.fields)
+        return "|".join(texts) + ("|" if self.json else "")
+
+    def lua(self, name: str) -> str:
+        """
+        Functions for scripts: `NAME_fields(text)` returns the fields, and nil if the text is no such record;
+        `NAME_of(text)` the same as a table; `NAME_text(table, json)` packs, and `NAME_json(text)` returns the JSON.
+
+        A record of all fields costs one match. If fields were added since the first version, a record without them costs
+        a second match, on its fields with more `|` behind.
+        """
+        names, count = ", ".join(self.fields), len(self.fields)
+        begin = "%" + self.json if self.json else ""
+        one = f"([^|{begin}]*)"
+        whole = "^" + "|".join([one] * count) + (f"|{begin}" if self.json else "$")
+        short = f"(string.match(record, '^([^{begin}]*)|{begin}') or '')" if self.json else "record"
+        added = count - self.first
+        padded = "^" + "|".join([one] * count) + "|*$"
+        values = ", ".join(f"tonumber({name})" if name in self.numbers else name for name in self.fields)
+        table = ", ".join(f"{name} = {name}" for name in self.fields)
+        texts = ", ".join(f"t.{name} or ''" for name in self.fields)
+        lines = [
+            f"local function {name}_fields(record)",
+            f"  local {names} = string.match(record, '{whole}')",
+            *(
+                [
+                    f"  if not {self.fields[0]} then",
+                    f"    {names} = string.match({short} .. '{'|' * added}', '{padded}')",
+                    "  end",
+                ]
+                if added
+                else []
+            ),
+            f"  return {values}",
+            "end",
+            f"local function {name}_of(record)",
+            f"  local {names} = {name}_fields(record)",
+            f"  return {{{table}}}",
+            "end",
+            f"local function {name}_text(t{', json' if self.json else ''})",
+            f"  return table.concat({{{texts}{', json' if self.json else ''}}}, '|')",
+            "end",
+        ]
+        if self.json:
+            lines.append(f"local function {name}_json(record) return string.match(record, '{begin}.*$') end")
+        return "\n".join(lines)
+
+
+TASK = Record(
+    ("role", "priority", "not_before", "expiry", "crash_limit"), 5, ("not_before", "expiry", "crash_limit"), json="{"
+)
+"""
+A task. `priority` is 1 to 3, its stream; `not_before` and `expiry` are epoch ms, in `submit` ms from now; both hold
+from the start of the group. `crash_limit` is how many crashes it survives, if not as many as others. The JSON is the
+payload.
+"""
+
+CLAIM = Record(
+    (
+        "state", "attempt", "fence", "worker", "lineage", "started", "crashes", "releases", "due", "role", "priority",
+    ),
+    11,
+    ("attempt", "crashes", "releases"),
+)  # fmt: skip
+"""
+The record of a task that was claimed or parked. `state`: p in progress, c in progress and asked to cancel, s in
+progress at a worker that was told to stop, r retrying, l released. `fence`: that of the last grant, 0 if there was
+none; it stays text but where two are compared in size, since a Lua number would lose its last digits on the way back.
+`started` is when that was, `due` when the task may run again (epoch ms).
+"""
+
+RESULT = Record(
+    (
+        "outcome", "reason", "role", "attempts", "crashes", "worker", "started", "ended", "wait", "run",
+    ),
+    10,
+    ("attempts", "crashes", "started", "ended", "wait", "run"),
+    json="[",
+)  # fmt: skip
+"""
+The result of a task. `started` and `ended` are epoch ms, `wait` and `run` ms. The JSON is `[value]`, of a failed task
+`[error, payload]`, else `[]`.
+"""
+
+GOAL = Record(("name", "on_achieved", "on_failed", "deadline", "program", "fail_program"), 6, ("deadline",))
+"""
+An undecided goal. `deadline` is epoch ms, before the start of the group ms from it; 0: none. A program is an
+expression in reverse Polish notation, see `expression`. META keeps the goals in `goals`, joined with `;`.
+"""
+
+SETTLED = Record(("status", "at", "seq", "by", "counters"), 5, ("at", "seq"))
+"""A settled goal: when (epoch ms), by which event of the group, by what, and the counters then, joined with `,`."""
+
+_RECORDS = {"task": TASK, "claim": CLAIM, "result": RESULT, "goal": GOAL, "settled": SETTLED}
+
+
+def lua(name: str) -> str:
+    """What a script includes as `records.NAME`."""
+    if name == "numbers":
+        numbers = ", ".join(f"'{number}'" for number in NUMBERS)
+        return f"local COUNTERS, NUMBERS = {len(COUNTERS)}, {{{numbers}}}"
+    return _RECORDS[name].lua(name)
