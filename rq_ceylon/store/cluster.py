@@ -15,14 +15,14 @@ from redis.crc import key_slot
 from rq_ceylon.process import own_task
 from rq_ceylon.settings import Address, Place, shown_address
 from rq_ceylon.store.node import Node
-from rq_ceylon.store.redis_errors import LOST, is_demotion, text_of
+from rq_ceylon.store.redis_errors import DISCONNECTED, is_demotion, text_of
 from rq_ceylon.store.scripts import Call
 
-REDIRECTS = 5
-"""How often a call follows a moving slot before its sender is told to try again."""
+ROUNDS = 5
+"""How many times calls are sent while slots move, before their sender is told to try again."""
 
 
-def _leader(calls: Sequence[Call], position: int) -> int:
+def _followed(calls: Sequence[Call], position: int) -> int:
     """The index of the call that this one follows: the nearest earlier call with `follows=False`."""
     return next(i for i in range(position - 1, -1, -1) if not calls[i].follows)
 
@@ -49,41 +49,50 @@ class Cluster:
         return f"Redis at {shown_address(self._owner(key))}" if self._owners else "Redis"
 
     async def send(self, calls: Sequence[Call]) -> list[Any]:
+        """
+        Send each call to the owner of its slot. Returns the reply or the error of each.
+
+        A round is one pipeline to each node, all at once. A call that is redirected goes into the next round. A call
+        with `follows` may have run too early: the one that it follows went to another node, or was redirected. Once no
+        redirect is left it is sent once more, and its last reply counts; so it must be safe to repeat.
+        """
         replies: list[Any] = [None] * len(calls)
-        # The calls to send next, each with the node that ASK named for it, or None.
-        left: dict[int, Address | None] = dict.fromkeys(range(len(calls)))
-        overtaking: set[int] = set()  # to be sent again once all other calls are answered
-        for _ in range(REDIRECTS):
+        # The calls of the next round, each with the node that ASK named for it, or None.
+        to_send: dict[int, Address | None] = dict.fromkeys(range(len(calls)))
+        ran_early: set[int] = set()
+        for _ in range(ROUNDS):
             try:
-                await self._know_owners([calls[i].keys[0] for i in left])
-            except (*LOST, redis.RedisError) as error:
-                for i in left:
+                await self._know_owners([calls[i].keys[0] for i in to_send])
+            except (*DISCONNECTED, redis.RedisError) as error:
+                for i in to_send:
                     replies[i] = error
                 return replies
-            groups: dict[tuple[Address, bool], list[int]] = {}
-            for i, told in left.items():
-                groups.setdefault((told or self._owner(calls[i].keys[0]), told is not None), []).append(i)
-            for some in groups.values():
-                # The call that it follows goes to another node at the same time, so this one may run first.
-                overtaking |= {i for i in some if calls[i].follows and _leader(calls, i) in left.keys() - some}
-            sent = [self._send_to(to, [calls[i] for i in some], asking) for (to, asking), some in groups.items()]
+            pipelines: dict[tuple[Address, bool], list[int]] = {}
+            for i, asked_at in to_send.items():
+                node = (asked_at or self._owner(calls[i].keys[0]), asked_at is not None)
+                pipelines.setdefault(node, []).append(i)
+            for some in pipelines.values():
+                others = to_send.keys() - some
+                ran_early |= {i for i in some if calls[i].follows and _followed(calls, i) in others}
+            sent = [self._send_to(node, [calls[i] for i in some], ask) for (node, ask), some in pipelines.items()]
             answers = await asyncio.gather(*map(own_task, sent))
-            left = {}
-            for some, got in zip(groups.values(), answers, strict=True):
+            to_send = {}
+            for some, got in zip(pipelines.values(), answers, strict=True):
                 for i, reply in zip(some, got, strict=True):
                     replies[i] = reply
                     if isinstance(reply, redis.exceptions.AskError):  # MovedError is a subclass
-                        left[i] = self._redirected(reply)
-            if left:
-                # A call ahead was redirected and has not run yet, so these run again after it.
-                overtaking |= {i for i, call in enumerate(calls) if call.follows and i > min(left)}
-            elif overtaking:
-                left, overtaking = dict.fromkeys(sorted(overtaking)), set()
+                        to_send[i] = self._redirected(reply)
+            if to_send:
+                # Those behind a redirected call have run before it. Some that follow another one are sent again too.
+                ran_early |= {i for i, call in enumerate(calls) if call.follows and i > min(to_send)}
+            elif ran_early:
+                to_send, ran_early = dict.fromkeys(sorted(ran_early)), set()
             else:
                 return replies
-        for i in left:
-            # The sender takes this for a lost connection, and tries again.
-            replies[i] = redis.exceptions.TryAgainError(text_of(replies[i]), status_code="TRYAGAIN")
+        for i in to_send:
+            # For the sender this is a lost connection: it tries again.
+            words = text_of(replies[i]) if isinstance(replies[i], BaseException) else "its slot keeps moving"
+            replies[i] = redis.exceptions.TryAgainError(words, status_code="TRYAGAIN")
         return replies
 
     async def _send_to(self, address: Address, calls: Sequence[Call], asking: bool) -> list[Any]:
@@ -117,13 +126,13 @@ class Cluster:
                 return
             known = list(set(self._owners.values()))
             candidates = dict.fromkeys([*random.sample(known, len(known)), *self._place.addresses])
-            lost: BaseException | None = None
+            failure: BaseException | None = None
             # Ask the doubtful nodes last: a broken one may cost a timeout.
             for address in sorted(candidates, key=self._doubtful.__contains__):
                 try:
                     ranges = await self._node(address).command("CLUSTER", "SLOTS")
-                except LOST as error:
-                    lost = error
+                except DISCONNECTED as error:
+                    failure = error
                     continue
                 owners = {
                     slot: (host or address[0], int(port))
@@ -134,9 +143,9 @@ class Cluster:
                     self._owners = owners
                     self._doubtful.clear()
                     return
-                lost = redis.exceptions.ClusterDownError("Hash slot not served", status_code="CLUSTERDOWN")
-            assert lost is not None
-            raise lost
+                failure = redis.exceptions.ClusterDownError("Hash slot not served", status_code="CLUSTERDOWN")
+            assert failure is not None
+            raise failure
 
     def _are_known(self, keys: Sequence[str]) -> bool:
         return bool(self._owners) and not any(self._owner(key) in self._doubtful for key in keys)
@@ -177,7 +186,7 @@ class Cluster:
             if self._redirected(error) is not None:  # the slot is moving and the list is empty: try again later
                 await asyncio.sleep(timeout_s)
             return False
-        except (*LOST, redis.RedisError) as error:
+        except (*DISCONNECTED, redis.RedisError) as error:
             if _is_out_of_date(error):
                 self._doubtful.add(address)
             raise
@@ -196,6 +205,6 @@ class Cluster:
 
 def _is_out_of_date(reply: Any) -> bool:
     """Whether this reply means that the map of slots may be out of date."""
-    return isinstance(reply, (*LOST, redis.exceptions.ClusterDownError)) or (
+    return isinstance(reply, (*DISCONNECTED, redis.exceptions.ClusterDownError)) or (
         isinstance(reply, redis.RedisError) and is_demotion(reply)
     )

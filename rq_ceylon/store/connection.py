@@ -17,7 +17,7 @@ from rq_ceylon.errors import CeylonError, ConnectionLostError, RedisError
 from rq_ceylon.process import own_task
 from rq_ceylon.settings import REMEDIES, masked, place_of
 from rq_ceylon.store.node import client_of, close, heeding_cancellation
-from rq_ceylon.store.redis_errors import LOST, classified, unfit, warn_once
+from rq_ceylon.store.redis_errors import DISCONNECTED, classified, unfit, warn_once
 from rq_ceylon.store.scripts import Call
 from rq_ceylon.store.servers import servers_of, some_url
 
@@ -135,7 +135,7 @@ class Connection:
         try:
             with heeding_cancellation():
                 replies = await self._servers.send(calls)
-        except LOST as error:
+        except DISCONNECTED as error:
             replies = [error] * len(calls)
         for i, reply in enumerate(replies):
             if isinstance(reply, Exception):
@@ -312,7 +312,7 @@ def _classifying(url: str, about: str) -> Iterator[None]:
             yield
     except redis.DataError:
         raise
-    except (*LOST, redis.RedisError) as error:
+    except (*DISCONNECTED, redis.RedisError) as error:
         raise classified(error, url, about) from error
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from rq_ceylon.store.connection import UNHEARD, heard, subscribed
 from rq_ceylon.store.keys import Keys
 from rq_ceylon.store.node import heed_cancellation
-from rq_ceylon.store.redis_errors import LOST, carrying, complain
+from rq_ceylon.store.redis_errors import DISCONNECTED, carrying, complain
 
 LOOK_S = 5.0
 """How long a waiter waits at most between two looks, because notifications may be lost."""
@@ -127,7 +127,7 @@ class EventHub:
         # would reconnect, and leave open the connection that the listener may be making.
         connection = self._pubsub.connection
         if connection is not None and connection.is_connected:
-            with contextlib.suppress(*LOST), carrying():
+            with contextlib.suppress(*DISCONNECTED), carrying():
                 await getattr(self._pubsub, kind)(channel)
 
     async def _listen(self) -> None:

@@ -22,7 +22,7 @@ from redis.backoff import NoBackoff
 
 from rq_ceylon.settings import for_redis_py
 from rq_ceylon.store import durability, scripts
-from rq_ceylon.store.redis_errors import LOST, carrying
+from rq_ceylon.store.redis_errors import DISCONNECTED, carrying
 from rq_ceylon.store.scripts import Call
 
 ANSWER_S = 10.0
@@ -85,7 +85,7 @@ def client_of(url: str, answer_s: float | None = None, **options: Any) -> redis.
 
 async def close(client: redis.asyncio.Redis) -> None:
     """Close a client. Errors are ignored, because a connection that breaks while it is being closed is closed too."""
-    with contextlib.suppress(*LOST, redis.RedisError), heeding_cancellation():
+    with contextlib.suppress(*DISCONNECTED, redis.RedisError), heeding_cancellation():
         await client.aclose()
 
 
@@ -130,7 +130,7 @@ class Node:
             replies: list[Any] = await self._alone(lambda: self._send_known(calls, asking))
         except redis.DataError:
             raise
-        except (*LOST, redis.RedisError) as error:
+        except (*DISCONNECTED, redis.RedisError) as error:
             return [error] * len(calls)
         return replies
 

@@ -77,8 +77,8 @@ class Record:
         Functions for scripts: `NAME_fields(text)` returns the fields, and nil if the text is no such record;
         `NAME_of(text)` the same as a table; `NAME_text(table, json)` packs, and `NAME_json(text)` returns the JSON.
 
-        A record of all fields costs one match. If fields were added since the first version, a record without them costs
-        a second match, on its fields with more `|` behind.
+        A record of all fields costs one match. If fields were added since the first version, a record without them
+        costs a second match, on its fields with more `|` behind.
         """
         names, count = ", ".join(self.fields), len(self.fields)
         begin = "%" + self.json if self.json else ""

@@ -14,7 +14,7 @@ from loguru import logger
 from rq_ceylon.errors import CeylonError, ConnectionLostError, QueueFullError, RecordError, RedisError
 from rq_ceylon.settings import Place, masked, place_of, shown_address
 
-LOST = (redis.ConnectionError, redis.TimeoutError, OSError)
+DISCONNECTED = (redis.ConnectionError, redis.TimeoutError, OSError)
 """The errors of a lost connection that `carrying` lets pass."""
 
 FLOOR = {"redis": (6, 2), "valkey": (7, 2)}
@@ -157,7 +157,7 @@ def classified(error: BaseException, url: str, about: str = "") -> CeylonError:
     for code, plain in _PASSING.items():
         if code in text:
             return ConnectionLostError(f"Cannot reach Redis at {where} ({plain})")
-    if isinstance(error, LOST):
+    if isinstance(error, DISCONNECTED):
         return ConnectionLostError(f"Cannot reach Redis at {where} ({_plain(error, text, tls=place_of(url).tls)})")
     return RedisError(f"Redis at {where} answered: {text}")
 

@@ -28,8 +28,9 @@ class Call:
         args: ARGV of the script; for a plain command the whole command, its keys included.
         confirm: a WAIT or WAITAOF command, sent once after all calls of a pipeline. The reply then becomes a pair: the
             reply of the call, and why it was not confirmed ('' if it was).
-        follows: run this call only after the nearest earlier call with `follows=False`. If that call is resent or
-            redirected, resend this one after it, even if it has already run.
+        follows: the last run of this call comes after that of the nearest earlier call with `follows=False`. If that
+            one goes to another node, is redirected or is sent again, this one is sent again after it, though it may
+            have run before.
     """
 
     script: str

@@ -17,7 +17,7 @@ from rq_ceylon.errors import ConnectionLostError, RedisError
 from rq_ceylon.settings import Address, Place, masked, place_of
 from rq_ceylon.store.cluster import Cluster
 from rq_ceylon.store.node import Node, client_of, close, heeding_cancellation
-from rq_ceylon.store.redis_errors import LOST, is_demotion
+from rq_ceylon.store.redis_errors import DISCONNECTED, is_demotion
 from rq_ceylon.store.scripts import Call
 
 
@@ -71,7 +71,7 @@ async def _primary_address(place: Place, answer_s: float | None) -> Address:
 async def _names_known(sentinels: Sentinel) -> list[str]:
     names: set[str] = set()
     for sentinel in sentinels.sentinels:
-        with contextlib.suppress(*LOST), heeding_cancellation():
+        with contextlib.suppress(*DISCONNECTED), heeding_cancellation():
             names.update(dict(await sentinel.sentinel_masters()))  # type: ignore[arg-type]
     return sorted(names)
 
@@ -94,7 +94,7 @@ class Primary:
     async def send(self, calls: Sequence[Call]) -> list[Any]:
         try:
             node = await self._reached()
-        except (*LOST, RedisError) as error:
+        except (*DISCONNECTED, RedisError) as error:
             return [error] * len(calls)
         replies = await node.send(calls)
         await self._forget_demoted(node, replies)
@@ -104,7 +104,7 @@ class Primary:
         node = await self._reached()
         try:
             return await node.command("BLPOP", *keys, timeout_s) is not None
-        except (*LOST, redis.RedisError) as error:
+        except (*DISCONNECTED, redis.RedisError) as error:
             await self._forget_demoted(node, [error])
             raise
 
@@ -120,7 +120,7 @@ class Primary:
 
     async def _forget_demoted(self, node: Node, replies: Sequence[Any]) -> None:
         # A call that was sent before the new lookup must not close the connection that the lookup made.
-        if node is self._node and any(isinstance(reply, LOST) or is_demotion(reply) for reply in replies):
+        if node is self._node and any(isinstance(reply, DISCONNECTED) or is_demotion(reply) for reply in replies):
             self._node = None
             await node.close()
 

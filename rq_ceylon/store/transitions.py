@@ -313,7 +313,9 @@ class Delivery(NamedTuple):
     supersedes: str = "-"
 
 
-Verdict = Literal["GRANTED", "DONE", "GONE", "DUPLICATE", "LOST", "OUTDATED", "NOTREADY", "CLOSED", "PARKED", "LATER"]
+ClaimVerdict = Literal[
+    "GRANTED", "DONE", "GONE", "DUPLICATE", "LOST", "OUTDATED", "NOTREADY", "CLOSED", "PARKED", "LATER"
+]
 
 SUSPECT_CRASHES = 2
 """A task that crashed this often is a suspect. A worker runs only one suspect at a time."""
@@ -325,7 +327,7 @@ class Claimed(NamedTuple):
     the task ended) if this very claim ended it: the task will never run, and no other worker is told.
     """
 
-    verdict: Verdict
+    verdict: ClaimVerdict
     attempt: int = 1
     crashes: int = 0
     releases: int = 0

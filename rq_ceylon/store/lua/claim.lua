@@ -4,21 +4,23 @@
 --       'tid issue lineage fence supersedes' ('-': it supersedes none).
 -- Reply: GONE | OK status defaults stop replies. The replies are 3 words per delivery:
 --          GRANTED, 'attempt crashes releases', task text
---          DONE, reason, why in words      (if this very claim ended the task)
+--          DONE, reason, why in words      (if this claim ended the task as expired or poison)
 --          any verdict, '', ''             (else)
 --        The worker runs on GRANTED; acknowledges on GONE DONE DUPLICATE OUTDATED NOTREADY CLOSED
 --        PARKED; keeps the entry and asks again on LATER; and forgets it on LOST, which is to never
 --        run, renew or acknowledge it.
 -- Repeatable: the same fence and worker get the same grant. A batch may name one task twice, so
 -- what the script is going to write is kept by tid until its end.
--- docs/protocol.md has the two decision tables; the rows stand below, in the same order.
+-- docs/protocol.md has the two decision tables. Their rows stand in `answer`, `answer_in_progress`
+-- and `take_over`, in the same order, but for LATER in `take_over`: it comes before the crash is
+-- counted, as it must write nothing.
 -- include: group_state
 local CRASH_LIMIT = 3             -- crashes that a task survives, unless it says otherwise
 local REPLY_BYTES_MAX = 4194304   -- payload in one reply; the rest is LATER
 -- A task under which a worker died this often may be what kills workers. A worker runs one such
 -- suspect at a time, so that a poison takes nothing else down with it.
 local SUSPECT_CRASHES = 2
-local worker, room = ARGV[1], ARGV[2] == '1'   -- room: may a suspect start here now?
+local worker, suspect_may_start = ARGV[1], ARGV[2] == '1'
 
 local wanted, tids = {}, {}
 for i = 3, #ARGV do
@@ -44,12 +46,13 @@ end
 
 -- ---- what a claim may do to a task -------------------------------------------------------------
 -- Ends a task. What this batch noted for it before is void.
--- No worker saw this end, so the words are all that the task's owner hears of it: they are
--- recorded, and the worker that asked logs them. They become part of a JSON text: no quotes.
+-- No worker saw this end: the worker that asked logs the words. If the task failed they are its
+-- error too, inside a JSON text: no quotes.
 local endings = {}
-local function end_task(tid, from, outcome, reason, claim, words)
+local function end_task(tid, counter, outcome, reason, claim, words)
   local error = outcome == 'failed' and error_text(words) or ''
-  record_end(tid, from, outcome, reason, task_fields(tasks[tid]), claim, 0, error)
+  local role = task_fields(tasks[tid])
+  record_end(tid, counter, outcome, reason, role, claim, 0, error)
   if words then endings[tid] = {reason, words} end
   tasks[tid] = nil
   claims[tid] = nil
@@ -68,25 +71,27 @@ local function is_suspect(crashes) return crashes >= SUSPECT_CRASHES end
 
 local function grant(delivery, claim, role, priority)
   claim = claim or {attempt = 1, crashes = 0, releases = 0}
-  if is_suspect(claim.crashes) then room = false end
+  if is_suspect(claim.crashes) then suspect_may_start = false end
   claim.state, claim.fence, claim.worker = 'p', delivery.fence, worker
   claim.lineage, claim.started, claim.due = delivery.lineage, now_text, ''
   claim.role, claim.priority = role, priority
   claims[delivery.tid] = claim
   changed[delivery.tid] = true
+  -- The group counts grants: also those after a crash or a release, which raise no task's attempt.
   group.attempts = group.attempts + 1
   return 'GRANTED'
 end
 
--- Puts the entry back into the outbox, which withholds it until the group goes on; with `due`,
--- until then, whatever the entry said.
+-- Puts the entry back into the outbox, which withholds it until the group goes on. `due`: when it
+-- may be delivered next; the time in the old entry counted from the submission.
 local function park(delivery, claim, role, priority, due)
+  -- Fence 0 says that it was never granted.
   claim = claim or {
     state = 'l', attempt = 1, fence = '0', worker = '', lineage = '', started = '0', crashes = 0,
     releases = 0, due = '',
   }
-  -- The issue rises as by a release. The old entry may be acknowledged late and delivered once more
-  -- by then; it must not take the task from a worker that runs the new one.
+  -- The issue rises as by a release. The old entry may be delivered once more after the task was
+  -- granted under the new one; then its smaller issue is refused.
   claim.role, claim.priority, claim.releases = role, priority, claim.releases + 1
   -- Reissue reads the due time from here, if Redis loses the new entry.
   if due then claim.due = text(due) end
@@ -96,10 +101,10 @@ local function park(delivery, claim, role, priority, due)
   return 'PARKED'
 end
 
--- Replaces the delivery on record: its lease is over, so its worker is lost.
+-- Puts this delivery in the place of the one on record, whose lease is over: its worker is lost.
 local function take_over(delivery, task, claim)
   local tid = delivery.tid
-  -- The group is closed, or a cancel was asked for: DONE, cancelled. Nobody is left to stop it.
+  -- The group is closed, or a cancel was asked for: DONE, cancelled. No worker is left to stop it.
   if closed() then return end_task(tid, 'in_progress', 'cancelled', 'closed', claim) end
   if claim.state == 'c' then
     return end_task(tid, 'in_progress', 'cancelled', 'cancelled', claim)
@@ -111,10 +116,10 @@ local function take_over(delivery, task, claim)
   -- A limit of 0 says at most once. What was granted may have begun, whatever its worker was told,
   -- so it never runs again.
   local poison = limit == 0 or claim.crashes + crash > (limit or CRASH_LIMIT)
-  -- A suspect by now, and this worker may not start one: LATER. Nothing is written, so the crash is
-  -- counted when the claim is asked again.
+  -- The task is a suspect by now, and this worker may not start one: LATER. Nothing is written, so
+  -- the crash is counted when this is asked again.
   local may_run = not poison and group.status ~= 'paused'
-  if may_run and is_suspect(claim.crashes + crash) and not room then return 'LATER' end
+  if may_run and is_suspect(claim.crashes + crash) and not suspect_may_start then return 'LATER' end
   claim.crashes = claim.crashes + crash
   group.crashes = group.crashes + crash
   -- It survives no more crashes: DONE, failed (poison).
@@ -138,12 +143,12 @@ local function answer_in_progress(delivery, task, claim)
   -- The delivery on record asks again, since its answer was lost: the same grant. The worker is
   -- compared too, as a role that Redis lost may give a number once more.
   if claim.fence == delivery.fence and claim.worker == worker then
-    if is_suspect(claim.crashes) then room = false end
+    if is_suspect(claim.crashes) then suspect_may_start = false end
     return 'GRANTED'
   end
-  -- Another entry of this task. Its delivery says nothing about the lease of the one on record, so
-  -- it is one too many; unless maintenance made it for that very fence, because it found the worker
-  -- of that fence gone.
+  -- Another entry of this task. That it was delivered says nothing about the lease on record:
+  -- DUPLICATE. Unless maintenance made it to end exactly that lease, since it found no worker that
+  -- runs the task.
   if claim.lineage ~= delivery.lineage then
     return delivery.supersedes == claim.fence and take_over(delivery, task, claim) or 'DUPLICATE'
   end
@@ -160,18 +165,20 @@ local function answer(delivery, has_needs)
   if not task then
     return (effects.is_ended[tid] or call('HEXISTS', RESULTS, tid) == 1) and 'DONE' or 'GONE'
   end
-  -- The reply is full.
+  -- The reply is full. The worker asks again once it may start a suspect, as after the other LATER.
   if bytes > 0 and bytes + #task > REPLY_BYTES_MAX then return 'LATER' end
   if running(claim) then return answer_in_progress(delivery, task, claim) end
   -- In a closed group an open task that does not run is cancelled, and no record says so.
   if closed() then return 'CLOSED' end
+  -- An entry of an earlier group of this id. The task's own is made when it becomes ready, so this
+  -- one may go.
   if group.status ~= 'active' and group.status ~= 'paused' or has_needs then return 'NOTREADY' end
   -- The task was retried, released or parked since this entry was made: a later one stands for it.
   if delivery.issue < issue_of(claim) then return 'OUTDATED' end
   local role, priority, not_before, expiry = task_fields(task)
   if group.status == 'paused' then return park(delivery, claim, role, priority) end
-  -- Its entry counts the delay from the submission; it holds from the start of the group. A group
-  -- that never waited has no such entries, and a retry has a due time of its own.
+  -- The entry's delay counted from the submission. It must count from the start of the group, which
+  -- differs if the group waited. A retry has a due time of its own.
   local never_granted = not claim or claim.fence == '0'
   local due = group.waited > 0 and never_granted and from_start(not_before)
   if due and due > now then return park(delivery, claim, role, priority, due) end
@@ -180,8 +187,8 @@ local function answer(delivery, has_needs)
     local words = 'it had not started when it expired, ' .. late .. ' ms ago'
     return end_task(tid, 'pending', 'cancelled', 'expired', claim, words)
   end
-  -- A suspect, and this worker runs one, or asks for one in another call.
-  if claim and is_suspect(claim.crashes) and not room then return 'LATER' end
+  -- The task is a suspect, and this worker may not start one.
+  if claim and is_suspect(claim.crashes) and not suspect_may_start then return 'LATER' end
   move('pending', 'in_progress')
   return grant(delivery, claim, role, priority)
 end

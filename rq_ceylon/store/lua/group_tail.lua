@@ -4,8 +4,9 @@
 local CALLABLE_WAIT = 3600000  -- ms that a group waits for a callable goal without a deadline
 local LATER = 3600000          -- ms between maintenance's prune and the TTL, a backstop
 
--- All tasks have ended, but a callable goal is undecided: its owner has until the goal's deadline,
--- or an hour.
+-- No task is open, so every interval is one number, and judge_goals has settled all goals but those
+-- with a function. A monitor has until the deadline of such a goal, or an hour, to run it.
+-- Repeatable: a deadline that is there stays.
 local function await_callables()
   group.status = 'closing'
   local lines, changed = {}, false
@@ -29,27 +30,28 @@ local function finish(visible)
   end
   group.status = 'finished'
   call('HSET', META, 'outcome', group.outcome, 'finished', now_text)
-  -- Pages whose acknowledgement was lost with a worker: nothing needs them any more.
+  -- What is left there are pages that arrived and whose acknowledgement was lost: no task is open.
   call('UNLINK', OUTBOX)
   local messages = {}
   for gid in string.gmatch(call('HGET', META, 'dependents') or '', '%S+') do
     messages[#messages + 1] = add_page('@|' .. group.outcome .. '|' .. gid, visible)
   end
-  effects.pages = messages
+  effects.pages = messages  -- and no pages of entries, for the same reason
   local ttl = text(tonumber(facts[1]) + LATER)
   for _, key in ipairs(KEYS) do call('PEXPIRE', key, ttl) end
 end
 
-local function end_of_group(visible)
+local function finish_if_over(visible)
   local open = group.waiting + group.pending + group.in_progress
   if group.status == 'finished' or open > 0 then return end
-  if group.status ~= 'closing' then
-    if group.open == '1' or withheld() and group.status ~= 'paused' then return end
-  end
+  -- A rolling group that still takes parts, and a group that has not started, go on without an open
+  -- task. A paused group ends all the same, and a closing one always does.
+  local goes_on = group.open == '1' or group.status == 'staging' or group.status == 'waiting'
+  if goes_on and group.status ~= 'closing' then return end
   if group.goals ~= '' then await_callables() else finish(visible) end
 end
 
--- Writes the counters that moved. Returns the new status, or '' if it is the old one.
+-- Writes the numbers that moved, and the status. Returns the status if it is new, else ''.
 local function write_group()
   local changes, status = {}, ''
   for _, name in ipairs(NUMBERS) do
@@ -77,19 +79,21 @@ local function tell(kind, status)
   if group.status == 'finished' and number == 1 then call('PEXPIRE', EVENTS, call('PTTL', META)) end
 end
 
--- `visible`: when a relay may take the pages that this call hands to its caller.
+-- `kind` names the event. `visible`: time (ms) from which a relay may take the pages and messages
+-- written here. The reply carries them to the caller, which has until then to hand them over.
 local function tail(kind, visible)
   if #effects.ended > 0 then
     call('HSET', RESULTS, unpack(effects.results))
     call('HDEL', TASKS, unpack(effects.ended))
     call('HDEL', CLAIMS, unpack(effects.ended))
   end
-  -- Dependents before pages, as they become entries; pages before goals, as a goal may close the
-  -- group, which removes them; goals before the end of the group, which waits for callable ones.
+  -- Results before dependents: a task that ended in this call must be gone from TASKS when the walk
+  -- meets it. Dependents before pages, as they become entries. Pages before goals, as a goal may
+  -- close the group, which removes them. Goals before the end, which waits for callable ones.
   walk_dependents()
   if not closed() then write_pages(visible) end
   judge_goals(kind)
-  end_of_group(visible)
+  finish_if_over(visible)
   local status = write_group()
   if #effects.log > 0 or #effects.settled > 0 or status ~= '' then tell(kind, status) end
 end
