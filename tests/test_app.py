@@ -444,7 +444,7 @@ say(double.enqueue(4))
 """
 
 
-def test_two_loops_and_a_fork_have_clients_of_their_own_and_the_process_ends_by_itself(app: Ceylon) -> None:
+def test_two_loops_and_a_fork_have_clients_of_their_own(app: Ceylon) -> None:
     """Nobody closes the implicit clients, in the parent or in the child; neither hangs at its end."""
     with working(app):
         ran = run_to_end(sys.executable, "-W", "error", "-c", SCRIPT, app.settings.redis_url, app.settings.namespace)
@@ -472,7 +472,7 @@ with Ceylon(sys.argv[1], namespace=sys.argv[2]).sync_client() as client:
 """
 
 
-def test_a_forked_child_goes_on_with_the_client_and_handles_of_its_parent_on_a_connection_of_its_own(
+def test_a_forked_child_uses_its_parents_client_on_a_connection_of_its_own(
     app: Ceylon,
 ) -> None:
     """Both used the parent's connection at the same time, and got each other's answers."""

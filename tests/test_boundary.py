@@ -307,7 +307,7 @@ def one() -> int:
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
-def test_a_handler_that_cancels_all_tasks_of_the_loop_ends_other_attempts_and_nothing_of_the_worker(
+def test_a_handler_that_cancels_all_tasks_of_the_loop_spares_the_worker(
     loop: str, app: Ceylon, client: SyncClient, redis_url: str, tmp_path: Path
 ) -> None:
     (tmp_path / "jobs.py").write_text(CANCELS)
@@ -416,7 +416,7 @@ async def double(number: int) -> int:
 """
 
 
-def test_each_attempt_is_one_line_of_the_log_with_its_facts_as_fields_also_from_child_processes(
+def test_each_attempt_is_one_log_line_with_fields_also_from_children(
     app: Ceylon, client: SyncClient, redis_url: str, tmp_path: Path
 ) -> None:
     (tmp_path / "logged.py").write_text(LOGGED)

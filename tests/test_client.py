@@ -243,9 +243,7 @@ def lose_once(client: Client, script: str) -> list[Call]:
 
 
 @pytest.mark.parametrize("count", [1, 600])
-async def test_a_group_that_redis_has_is_submitted_with_its_entries_though_these_are_lost_on_the_way(
-    app: Ceylon, count: int
-) -> None:
+async def test_a_stored_group_counts_as_submitted_though_its_entries_are_lost(app: Ceylon, count: int) -> None:
     async with app.client() as client:
         lost = lose_once(client, "enqueue")
         run = await client.submit(TaskGroup("g", [Task(role="p")] * count))
@@ -255,7 +253,7 @@ async def test_a_group_that_redis_has_is_submitted_with_its_entries_though_these
         assert queued == count
 
 
-async def test_what_redis_has_cancelled_is_cancelled_though_what_follows_is_lost_on_the_way(app: Ceylon) -> None:
+async def test_a_cancelled_group_is_cancelled_though_what_follows_is_lost(app: Ceylon) -> None:
     async with app.client() as client:
         run = await client.submit(TaskGroup("g", [Task(role="p")] * 2))
         for cancel, answer in ((run.task("1").cancel, "cancelled"), (run.cancel, "finished")):
@@ -264,7 +262,7 @@ async def test_what_redis_has_cancelled_is_cancelled_though_what_follows_is_lost
             assert lost
 
 
-async def test_what_follows_from_a_cancelled_task_is_with_its_role_at_once_though_the_answer_was_lost(
+async def test_dependents_of_a_cancelled_task_go_on_though_the_answer_was_lost(
     app: Ceylon,
 ) -> None:
     async with app.client() as client:
@@ -296,7 +294,7 @@ async def test_two_clients_that_submit_the_same_under_one_key_at_once_both_succe
         assert (await runs[0].view()).counters.pending == 5000
 
 
-async def test_other_content_under_a_key_that_is_being_submitted_is_refused_and_harms_nothing(app: Ceylon) -> None:
+async def test_other_content_under_a_key_that_is_being_submitted_is_refused(app: Ceylon) -> None:
     """The later one's parts seem known until it meets the newest; its failure removed the group of the first."""
     begun = asyncio.Event()
     async with app.client() as one, app.client() as other:
@@ -453,9 +451,7 @@ def refusing(client: Client, script: str) -> Iterator[None]:
         yield
 
 
-async def test_what_an_earlier_task_left_behind_is_not_taken_for_handed_over_with_a_later_one(
-    app: Ceylon, bench: Bench
-) -> None:
+async def test_pages_left_behind_are_not_acknowledged_with_a_later_task(app: Ceylon, bench: Bench) -> None:
     async with app.client() as client:
         with refusing(client, "enqueue"):
             first = await client.submit(Task(role="p"))
@@ -487,7 +483,7 @@ async def test_a_task_that_was_refused_leaves_no_entry_that_rings_for_another(ap
     assert bench.claim("w", delivery) == ["GONE"]
 
 
-async def test_a_group_whose_predecessor_is_dropped_while_it_is_submitted_stays_in_the_index(
+async def test_a_group_submitted_while_its_predecessor_is_dropped_stays_listed(
     app: Ceylon, connection: Connection
 ) -> None:
     async with app.client() as client:
@@ -739,9 +735,7 @@ with app.sync_client() as client:
 """
 
 
-def test_sync_async_two_loops_a_running_loop_and_a_fork_all_work_and_ids_are_distinct(
-    redis_url: str, namespace: str
-) -> None:
+def test_sync_async_two_loops_and_a_fork_all_work_with_distinct_ids(redis_url: str, namespace: str) -> None:
     command = [sys.executable, "-m", "rq_ceylon.cli", "worker", "--role", "p", "--redis", redis_url]
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "jobs.py").write_text(JOBS)
@@ -786,7 +780,7 @@ async def test_a_wait_that_would_block_its_worker_is_refused(
         assert await (await client.submit(in_a_thread.bind())).result(timeout=20) == 8
 
 
-async def test_how_many_crashes_a_task_survives_is_said_by_it_else_its_group_else_its_handler(app: Ceylon) -> None:
+async def test_max_crashes_comes_from_the_task_else_its_group_else_its_handler(app: Ceylon) -> None:
     @app.task(role="p", max_crashes=0)
     async def once() -> None: ...
 

@@ -435,7 +435,7 @@ def test_a_worker_needs_a_role_or_an_application_that_names_one(commands: Comman
     assert_refused(commands.run("worker"), 2, "--role")
 
 
-def test_a_role_that_no_task_of_the_application_has_is_warned_of_once_with_the_nearest_name(commands: Commands) -> None:
+def test_a_role_without_tasks_is_warned_of_once_with_the_nearest_name(commands: Commands) -> None:
     (commands.folder / "jobs.py").write_text(ADD)
     words = "No task of the application has the role 'resise' (they have: resize); did you mean \"resize\"?"
 

@@ -124,7 +124,7 @@ def test_up_starts_no_server_beside_the_one_that_clients_would_use(commands: Com
     assert not (commands.folder / "server").exists()
 
 
-def test_up_refuses_a_server_of_each_process_and_a_server_names_the_variable_that_outdoes_it(
+def test_up_refuses_a_url_that_gives_each_process_a_server_of_its_own(
     commands: Commands,
 ) -> None:
     (commands.folder / "alone.py").write_text("from rq_ceylon import Ceylon\napp = Ceylon('embedded://')\n")

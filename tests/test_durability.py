@@ -236,7 +236,7 @@ async def test_single_tasks_that_are_submitted_together_share_the_wait_for_the_d
             assert calls_of(raw, "waitaof") <= 3
 
 
-async def test_the_entry_of_a_task_is_not_sent_beside_the_task_where_another_connection_confirms_it(
+async def test_a_durable_task_does_not_share_its_pipeline_with_its_entry(
     start_server: Callable[..., EmbeddedServer], short_tmp_path: Path, namespace: str
 ) -> None:
     """The two may know different owners of the slots of a cluster: the entry might be there before the task."""

@@ -596,7 +596,7 @@ async def test_a_task_whose_turn_does_not_come_is_given_back_and_spends_no_attem
     assert (await first).kind == "completed"
 
 
-async def test_of_many_tasks_that_start_at_once_those_without_a_thread_are_given_back_before_any_ends() -> None:
+async def test_of_many_tasks_at_once_those_without_a_thread_are_given_back() -> None:
     may_end = threading.Event()
 
     def block() -> None:
@@ -612,7 +612,7 @@ async def test_of_many_tasks_that_start_at_once_those_without_a_thread_are_given
     assert executor.shares(["job"]) == {"job": 4}  # as many are free again, and ended in this moment
 
 
-async def test_a_task_for_which_there_is_no_thread_is_given_back_at_once_to_wait_by_its_name() -> None:
+async def test_a_task_without_a_free_thread_is_given_back_to_wait_by_name() -> None:
     may_end = threading.Event()
 
     def block() -> None:

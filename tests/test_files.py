@@ -102,7 +102,7 @@ def test_what_groups_cannot_depend_on_is_told(text: str, expected: list[str]) ->
     assert problems(text) == [f"f:{line}" for line in expected]
 
 
-def test_groups_of_a_file_are_submitted_in_its_order_under_ids_that_depends_on_knows(commands: Commands) -> None:
+def test_groups_of_a_file_are_submitted_in_order_and_know_each_other(commands: Commands) -> None:
     (commands.folder / "f.yaml").write_text(f"{ONE}---\n{ONE.replace('A', 'B')}key: b\n")
 
     ended = commands.run("submit", "f.yaml")

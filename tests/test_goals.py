@@ -401,7 +401,7 @@ def test_a_goal_is_compiled_whole() -> None:
     ]
 
 
-def test_a_callable_goal_has_the_program_call_and_may_have_an_expression_that_fails_it() -> None:
+def test_a_callable_goal_may_have_an_expression_that_fails_it() -> None:
     [goal] = compile_goals(Goal(call="good_enough", fail_when="failed > 3"))
 
     assert goal == CompiledGoal(

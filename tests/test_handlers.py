@@ -359,9 +359,7 @@ def test_the_most_specific_exception_type_decides_the_rule() -> None:
 @pytest.mark.parametrize(
     ("written", "expected"), [(1e300, 10 * 365 * 86400), (math.inf, 10 * 365 * 86400), (-1.0, 0), (math.nan, 0)]
 )
-def test_a_delay_that_a_handler_writes_into_its_retry_is_kept_within_what_a_duration_may_be(
-    written: float, expected: float
-) -> None:
+def test_the_delay_of_a_retry_is_kept_within_what_a_duration_may_be(written: float, expected: float) -> None:
     error = RetryTask("5s")
     error.delay_s = written
 
@@ -389,7 +387,7 @@ class Many(ExceptionGroup[Exception]):
     ],
     ids=repr,
 )
-def test_a_group_of_exceptions_fails_at_once_only_if_all_say_so_and_waits_the_longest(
+def test_a_group_of_exceptions_fails_at_once_only_if_all_say_so(
     errors: list[Exception], expected: float | None
 ) -> None:
     rules = {OSError: Backoff("1m", jitter=False), ConnectionError: None, Many: None}
@@ -569,7 +567,7 @@ def test_an_argument_that_a_decorator_supplies_is_not_missing() -> None:
     assert "argument 'session' is missing" in refusal(Handler("report", report).arguments, year=2026, other="x")
 
 
-def test_a_plain_wrapper_of_a_coroutine_function_is_called_as_the_plain_function_it_is() -> None:
+def test_a_plain_wrapper_of_a_coroutine_function_is_a_plain_function() -> None:
     """It may return a coroutine, or run it to its end: `asyncio.run` in it would fail on the event loop."""
     handler = Handler("x", with_session(resize))
 

@@ -215,7 +215,7 @@ async def test_a_rolling_group_whose_client_fell_silent_is_sealed_and_finishes(
     assert (next_look_ms(bench, "silent") or 0) > 23 * HOUR_MS
 
 
-async def test_a_finished_group_is_looked_at_when_its_retention_ends_and_then_removed_with_all_its_keys(
+async def test_a_finished_group_is_removed_whole_when_its_retention_ends(
     bench: Bench, maintenance: Maintenance
 ) -> None:
     bench.queued("g")
@@ -249,7 +249,7 @@ async def test_what_was_staged_and_never_completed_is_removed_after_an_hour(
 
 
 @pytest.mark.parametrize("durability", ["none", "replica"])
-async def test_a_group_that_is_gone_leaves_the_index_but_not_before_its_client_had_time_to_write_it(
+async def test_a_group_that_is_gone_leaves_the_index_unless_about_to_be_written(
     bench: Bench, maintenance: Maintenance, durability: Durability
 ) -> None:
     for call in transitions.announce(bench.keys, "g", ["p"], durability=durability):
@@ -275,7 +275,7 @@ async def test_a_group_that_was_submitted_again_while_it_was_dropped_stays_in_th
     assert next_look_ms(bench, "gone") is None
 
 
-async def test_of_two_processes_that_look_at_once_neither_drops_a_group_that_is_about_to_be_written(
+async def test_two_looks_at_once_do_not_drop_a_group_about_to_be_written(
     bench: Bench, maintenance: Maintenance
 ) -> None:
     now_ms = server_ms(bench)
@@ -307,7 +307,7 @@ async def test_a_group_that_waits_for_one_that_finished_unheard_is_started(
     assert queued_tasks(bench) == ["a", "a"]
 
 
-async def test_a_group_that_maintenance_starts_is_looked_at_when_its_first_deadline_passes(
+async def test_a_group_that_maintenance_starts_is_looked_at_at_its_deadline(
     bench: Bench, maintenance: Maintenance
 ) -> None:
     bench.queued("first")
@@ -320,7 +320,7 @@ async def test_a_group_that_maintenance_starts_is_looked_at_when_its_first_deadl
     assert 0 < (next_look_ms(bench, "g") or 0) <= 2000
 
 
-async def test_a_finished_group_is_looked_at_again_soon_while_its_message_is_with_somebody_who_may_be_gone(
+async def test_a_finished_group_is_looked_at_soon_while_its_message_is_hidden(
     bench: Bench, maintenance: Maintenance
 ) -> None:
     bench.queued("first")
@@ -498,7 +498,7 @@ async def test_what_is_delayed_holds_up_nothing_that_its_role_has_lost_and_is_du
     assert int(bench.meta("g")["pages"]) == 4
 
 
-async def test_a_lost_entry_among_any_number_of_tasks_that_run_for_long_is_put_back_at_the_next_look(
+async def test_an_entry_lost_among_many_long_tasks_is_put_back_at_the_next_look(
     bench: Bench, maintenance: Maintenance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transitions, "PROBE_ENTRIES", 20)
@@ -554,7 +554,7 @@ async def test_a_running_task_that_its_worker_no_longer_has_is_rung_for_another(
     assert bench.commit("w", delivery) == "STALE"
 
 
-async def test_what_a_vanished_worker_ran_is_rung_after_a_lease_and_in_a_closed_group_cancelled(
+async def test_what_a_vanished_worker_ran_is_made_again_or_cancelled_if_closed(
     bench: Bench, maintenance: Maintenance
 ) -> None:
     bench.queued("g", ["a", "b"])
@@ -595,9 +595,7 @@ async def test_a_worker_that_was_silent_and_came_back_has_a_whole_lease_again(
     assert queued_tasks(bench) == []
 
 
-async def test_a_closed_group_finishes_though_its_only_page_was_never_acknowledged_and_its_worker_vanished(
-    bench: Bench, maintenance: Maintenance
-) -> None:
+async def test_a_closed_group_finishes_though_page_and_worker_vanished(bench: Bench, maintenance: Maintenance) -> None:
     (page,) = bench.submit("g").pages
     bench.run(transitions.enqueue(bench.keys, "p", [page]))
     bench.started("w", "g")
@@ -611,7 +609,7 @@ async def test_a_closed_group_finishes_though_its_only_page_was_never_acknowledg
 
 
 # ---- the index -------------------------------------------------------------------------------------------------------
-async def test_groups_that_the_index_has_lost_come_back_within_the_hour_and_those_that_are_gone_do_not(
+async def test_groups_that_the_index_has_lost_come_back_within_the_hour(
     bench: Bench, maintenance: Maintenance, said: list[str]
 ) -> None:
     for gid in ("lost", "known", "gone"):
@@ -662,7 +660,7 @@ def consumers(bench: Bench) -> set[str]:
     return {row["name"] for row in rows}
 
 
-async def test_consumers_of_dead_workers_go_once_nothing_is_pending_and_nobody_heard_of_them_for_an_hour(
+async def test_consumers_of_dead_workers_go_after_an_hour_with_nothing_pending(
     bench: Bench, maintenance: Maintenance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench.queued("g")

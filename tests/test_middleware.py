@@ -132,7 +132,7 @@ async def test_a_middleware_that_hangs_ends_with_the_timeout_of_the_attempt(
 
 
 # ---- on its way ------------------------------------------------------------------------------------------------------
-async def test_what_on_submit_returns_travels_as_metadata_and_does_not_make_a_keyed_group_another_one(
+async def test_what_on_submit_returns_travels_and_does_not_change_a_keyed_group(
     app: Ceylon,
 ) -> None:
     numbers = itertools.count(1)

@@ -81,7 +81,7 @@ def goal_of(bench: Bench, gid: str, name: str = "goal") -> str:
 
 
 # ---- saying what happened --------------------------------------------------------------------------------------------
-async def test_an_achieved_goal_is_said_with_its_message_and_a_finished_group_with_its_statistics(
+async def test_an_achieved_goal_and_a_finished_group_are_logged(
     bench: Bench, redis_url: str, namespace: str, said: list[str]
 ) -> None:
     async with watching(redis_url, namespace, said):
@@ -98,7 +98,7 @@ async def test_an_achieved_goal_is_said_with_its_message_and_a_finished_group_wi
     assert re.search(r"; p: run mean 5 ms, p50 5, p95 5, p99 5; wait mean \d+ ms, p50 ", line)
 
 
-async def test_deadlines_of_a_group_that_waits_for_others_have_not_begun_and_nobody_judges_them(
+async def test_a_group_that_waits_for_others_has_no_deadline_yet(
     bench: Bench, connection: Connection, redis_url: str, namespace: str
 ) -> None:
     bench.queued("first")
@@ -201,7 +201,7 @@ async def test_it_forgets_groups_that_are_gone_and_knows_a_new_one_of_the_same_i
     assert len(about(said, "Goal achieved")) == 2
 
 
-async def test_a_group_that_was_removed_and_submitted_again_between_two_looks_is_a_new_one(
+async def test_a_group_that_was_submitted_again_between_two_looks_is_a_new_one(
     bench: Bench, redis_url: str, namespace: str, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_maintenance(monkeypatch)
@@ -340,7 +340,7 @@ async def test_a_callable_goal_has_failed_when_all_tasks_ended_without_it(
     assert bench.meta("g")["outcome"] == "failed"
 
 
-async def test_a_callable_that_raises_is_logged_once_with_its_traceback_and_decides_nothing(
+async def test_a_callable_that_raises_is_logged_once_and_decides_nothing(
     bench: Bench, redis_url: str, namespace: str, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rq_ceylon.monitor.LOOK_S", 0.05)
@@ -462,7 +462,7 @@ async def test_a_callable_that_stops_its_loop_is_answered_and_asked_again(
             await until_said(said, f"Goal achieved: {name}")
 
 
-async def test_a_callable_that_no_monitor_knows_is_said_once_and_left_to_those_who_know_it(
+async def test_a_callable_that_this_monitor_does_not_know_is_left_to_others(
     bench: Bench, redis_url: str, namespace: str, said: list[str]
 ) -> None:
     async with watching(redis_url, namespace, said):

@@ -40,7 +40,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_last_worker_to_leave_removes_the_folder_and_the_next_to_come_makes_it_again(folder: Path) -> None:
+def test_the_last_worker_to_leave_removes_the_folder(folder: Path) -> None:
     keys = Keys("ceylon")
     one, other = Neighbours("redis://a", keys), Neighbours("redis://a", keys)
     for _ in range(2):
@@ -122,7 +122,7 @@ async def test_a_file_whose_content_the_host_lost_holds_nobody_up(bench: Bench, 
     mine.leave()
 
 
-async def test_whoever_leaves_has_nothing_to_be_buried_and_other_namespaces_are_not_neighbours(
+async def test_only_dead_workers_of_the_same_namespace_are_buried(
     bench: Bench, connection: Connection, redis_url: str, folder: Path
 ) -> None:
     mine, other = Neighbours(redis_url, bench.keys), Neighbours(redis_url, Bench(redis_url, "other").keys)

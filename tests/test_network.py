@@ -227,7 +227,7 @@ def _all_run(workers: list[Worker]) -> bool:
     return all(len(worker.turns.running()) == 2 for worker in workers)
 
 
-async def test_the_lease_thread_says_that_a_worker_is_stopping_though_a_handler_blocks_its_event_loop(
+async def test_a_blocked_worker_notes_all_the_same_that_it_is_stopping(
     app: Ceylon, client: Client, redis_url: str, namespace: str
 ) -> None:
     started, may_end = threading.Event(), threading.Event()
@@ -272,7 +272,7 @@ async def test_a_subscription_that_goes_silent_is_opened_anew(
 
 
 # ---- a Redis that hangs ----------------------------------------------------------------------------------------------
-async def test_submissions_to_a_redis_that_hangs_give_up_together_and_not_one_behind_the_other(
+async def test_submissions_to_a_redis_that_hangs_give_up_together(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(session, "ANSWER_S", 0.5)
@@ -292,9 +292,7 @@ async def test_submissions_to_a_redis_that_hangs_give_up_together_and_not_one_be
 
 
 # ---- a Redis that is not there yet -----------------------------------------------------------------------------------
-async def test_a_worker_and_a_monitor_wait_for_a_redis_that_is_not_there_yet_and_say_so_once(
-    fleet: Fleet, said: list[str]
-) -> None:
+async def test_a_worker_and_a_monitor_wait_for_redis_and_say_so_once(fleet: Fleet, said: list[str]) -> None:
     port = free_port()
     app = Ceylon(f"redis://127.0.0.1:{port}")
     begun: list[str] = []

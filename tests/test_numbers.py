@@ -37,7 +37,7 @@ async def test_a_busy_worker_needs_few_round_trips_and_commands_per_task(
     assert sum(made) / tasks <= 0.08
 
 
-async def test_a_single_task_is_with_its_role_after_one_round_trip_and_its_result_takes_one_look(
+async def test_a_single_task_takes_one_round_trip_and_its_result_one_look(
     bench: Bench, redis_url: str, namespace: str, trips: list[list[str]]
 ) -> None:
     async with Client(redis_url, namespace=namespace) as client:

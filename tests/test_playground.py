@@ -382,7 +382,7 @@ def test_in_another_process_a_task_is_of_the_class_that_was_submitted(kind: type
     assert (there.name, there.group_id) == ("Dated", "elsewhere")
 
 
-def test_a_class_that_this_process_does_not_have_gives_a_plain_task_with_its_fields_as_metadata() -> None:
+def test_a_class_that_is_not_there_gives_a_plain_task_with_its_fields() -> None:
     there = arrived({"class": "Nowhere", "kind": "sum"})
 
     assert type(there) is TaskMessage

@@ -137,9 +137,7 @@ SERVED_HEAD = {
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_a_blocked_loop_keeps_neither_the_first_signal_nor_the_second_from_being_heard(
-    loop: str, commands: Commands
-) -> None:
+def test_a_blocked_loop_still_hears_the_first_and_the_second_signal(loop: str, commands: Commands) -> None:
     process = served(
         commands,
         loop,

@@ -59,7 +59,7 @@ def test_a_failed_task_keeps_its_payload_and_skips_those_that_need_it(bench: Ben
     assert bench.meta("g")["outcome"] == "failed"
 
 
-def test_closing_a_group_cancels_what_has_not_started_and_counts_what_still_completes(bench: Bench) -> None:
+def test_closing_a_group_cancels_what_has_not_started(bench: Bench) -> None:
     goal = Goal("completed >= 1", on_achieved="drain")
     bench.queued("g", ["a", "b", "c", "d"], goal=goal)
     first, second, third = bench.fetch("w", 3)
@@ -75,7 +75,7 @@ def test_closing_a_group_cancels_what_has_not_started_and_counts_what_still_comp
     assert bench.meta("g")["outcome"] == "completed"
 
 
-def test_cancelling_a_staged_group_removes_it_and_cancelling_a_running_one_stops_what_runs(bench: Bench) -> None:
+def test_cancelling_removes_a_staged_group_and_stops_a_running_one(bench: Bench) -> None:
     bench.submit("staged", ["a"], last=False)
     assert bench.run(transitions.cancel_group(bench.keys, "staged")) == ["OK", "pruned"]
     assert not bench.redis.keys(f"{bench.keys.prefix}{{g:staged}}*")
@@ -255,7 +255,7 @@ def test_a_task_that_outlives_its_crash_limit_fails_as_poison(bench: Bench) -> N
     assert bench.claim("w", delivery) == ["DONE"]
 
 
-def test_a_task_without_a_limit_of_its_own_survives_as_many_crashes_as_the_pages_say(bench: Bench) -> None:
+def test_a_task_survives_as_many_crashes_as_the_docs_say(bench: Bench) -> None:
     bench.queued("g")
     crashed(bench, "g", 1 + DEFAULT_MAX_CRASHES)
     (delivery,) = bench.fetch("w")
@@ -538,7 +538,7 @@ def test_nothing_is_reclaimed_for_a_lease_after_no_worker_was_there(bench: Bench
     assert len(bench.fetch("w")) == 1
 
 
-def test_what_a_dead_worker_held_comes_back_though_the_survivor_fetches_late_each_time(bench: Bench) -> None:
+def test_a_survivor_that_fetches_late_still_reclaims_what_is_overdue(bench: Bench) -> None:
     bench.queued("g")
     bench.started("dead", "g")
     bench.age(LEASE_MS + 1)
@@ -616,7 +616,7 @@ def test_a_dead_workers_entry_is_found_behind_any_number_of_renewed_ones(bench: 
     assert got == ["40"]
 
 
-def test_an_entry_that_was_deleted_while_pending_is_acknowledged_when_it_is_recovered(bench: Bench) -> None:
+def test_an_entry_deleted_while_pending_is_acknowledged_when_recovered(bench: Bench) -> None:
     bench.queued("g")
     (delivery,) = bench.fetch("w")
     normal = bench.keys.role_part("p", "normal")
@@ -635,7 +635,7 @@ def test_acknowledgements_sent_twice_count_once(bench: Bench) -> None:
     assert bench.redis.hmget(bench.keys.role_part("p", "meta"), *fields) == ["1", "5", "1"]
 
 
-def test_a_worker_whose_fetch_was_not_answered_gets_what_it_delivered_with_the_next_one(bench: Bench) -> None:
+def test_a_fetch_without_an_answer_is_made_good_by_the_next(bench: Bench) -> None:
     bench.queued("g", ["a"])
     turns = turns_of(bench, ["p"], slots=1)
     (fetch,) = turns.plan(1)
@@ -680,7 +680,7 @@ def test_a_worker_gives_back_only_what_is_its_own(bench: Bench) -> None:
     assert bench.renew("w", taken.entry) == ["MINE"]
 
 
-def test_what_is_given_back_goes_before_all_that_waits_whatever_the_pause_of_reclaiming(bench: Bench) -> None:
+def test_what_is_given_back_goes_first_even_during_the_pause(bench: Bench) -> None:
     for gid in ("low", "normal", "high"):
         bench.queued(gid, ["a", "b"], priority={"high": 1, "normal": 2, "low": 3}[gid])
     first = bench.fetch("v", 6)
@@ -729,7 +729,7 @@ def test_a_release_that_arrives_once_more_takes_nothing_from_its_sender(bench: B
     assert bench.renew("v", copy.entry) == ["MINE"]
 
 
-def test_a_task_of_unknown_name_waits_for_a_worker_that_knows_it_and_goes_to_it_at_once(bench: Bench) -> None:
+def test_a_task_of_unknown_name_goes_to_a_worker_that_knows_it_at_once(bench: Bench) -> None:
     bench.queued("g", ["b", "a"], priority=3)
     bench.queued("h", ["c"], priority=1)
     bench.queued("other", ["d"])
@@ -761,7 +761,7 @@ def test_two_entries_of_one_task_that_wait_by_name_end_no_lease_of_each_other(be
     assert bench.meta("g")["crashes"] == "0"
 
 
-def test_what_waits_by_name_is_given_to_any_worker_once_no_worker_that_knows_it_has_asked_for_an_hour(
+def test_what_waits_by_name_goes_to_any_worker_after_an_hour_without_one(
     bench: Bench,
 ) -> None:
     names = bench.keys.role_part("p", "names")
@@ -839,9 +839,7 @@ def test_a_role_whose_streams_were_wiped_is_built_anew(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("slots", [1, 2, 4, 8, 100])
-def test_of_every_eight_deliveries_one_is_low_and_one_normal_however_many_are_read_at_once(
-    bench: Bench, slots: int
-) -> None:
+def test_of_every_eight_deliveries_one_is_low_and_one_normal(bench: Bench, slots: int) -> None:
     for gid, priority in (("low", 3), ("normal", 2), ("high", 1)):
         bench.queued(gid, [str(n) for n in range(400)], priority=priority)
         bench.relay(gid)
@@ -910,7 +908,7 @@ def test_a_worker_that_gets_a_lost_entry_again_holds_it_when_the_old_handler_end
     assert (list(turns.held.values()), again.delivery.entry) == ([again], lost.delivery.entry)
 
 
-def test_a_worker_renews_in_time_for_the_shortest_lease_of_its_roles_and_leaves_each_as_it_is(bench: Bench) -> None:
+def test_a_worker_renews_in_time_for_the_shortest_lease_of_its_roles(bench: Bench) -> None:
     for role, lease_ms in (("short", 10_000), ("long", 60_000)):
         bench.run(transitions.fetch(bench.keys, role, "v", budget=0, lease_ms=lease_ms))
     turns = turns_of(bench, ["short", "long"], slots=1, lease_ms=30_000)
@@ -1021,7 +1019,7 @@ def test_what_a_dead_worker_ran_in_a_paused_group_waits_for_it_to_go_on(bench: B
     assert bench.meta("g")["status"] == "finished"
 
 
-def test_a_sleeper_that_acknowledges_late_what_was_parked_takes_no_entry_from_anybody(bench: Bench) -> None:
+def test_a_late_acknowledgement_of_what_was_parked_removes_no_other_entry(bench: Bench) -> None:
     bench.queued("g")
     (first,) = bench.fetch("sleeper")
     bench.run(transitions.pause_group(bench.keys, "g"))
@@ -1101,7 +1099,7 @@ def depend(bench: Bench, gid: str, *others: str) -> None:
         bench.run(transitions.register(bench.keys, other, gid))
 
 
-def test_a_group_starts_when_all_on_which_it_depends_have_completed_and_its_deadlines_with_it(bench: Bench) -> None:
+def test_a_group_and_its_deadlines_start_when_all_it_depends_on_completed(bench: Bench) -> None:
     bench.queued("first")
     bench.queued("second")
     bench.queued("g", depends_on=["first", "second"], goal=Goal("completed >= 1", deadline=60))
@@ -1186,7 +1184,7 @@ def test_a_released_dependent_of_a_group_that_waited_is_due_counted_from_its_sta
     assert 50_000 < due_in_ms(bench) <= 60_000
 
 
-def test_what_was_lost_of_a_group_that_waited_is_put_back_as_due_counted_from_its_start(bench: Bench) -> None:
+def test_what_a_group_that_waited_lost_is_due_from_its_start(bench: Bench) -> None:
     waited(bench, 3_600_000, delay_ms=60_000)
     (early,) = bench.fetch("w")
     bench.fetch("w", 0, acks=[early.entry])
@@ -1195,7 +1193,7 @@ def test_what_was_lost_of_a_group_that_waited_is_put_back_as_due_counted_from_it
     assert 50_000 < due_in_ms(bench) <= 60_000
 
 
-def test_a_group_is_cancelled_with_the_reason_when_one_on_which_it_depends_did_not_complete(bench: Bench) -> None:
+def test_a_group_is_cancelled_when_one_it_depends_on_did_not_complete(bench: Bench) -> None:
     bench.queued("first")
     bench.queued("g", ["a", "b"], depends_on=["first"], goal=Goal("completed >= 1", deadline=60))
     bench.queued("h", depends_on=["g"])
@@ -1210,7 +1208,7 @@ def test_a_group_is_cancelled_with_the_reason_when_one_on_which_it_depends_did_n
     assert bench.meta("h")["outcome"] == "cancelled"
 
 
-def test_a_verdict_that_ends_a_waiting_group_settles_its_other_goals_by_what_they_say(bench: Bench) -> None:
+def test_a_verdict_that_ends_a_waiting_group_settles_its_other_goals(bench: Bench) -> None:
     bench.queued("first")
     enough = Goal(name="enough", call="enough", on_achieved="cancel")
     bench.queued("g", depends_on=["first"], goal=[enough, Goal("cancelled >= 1", name="none", deadline=60)])
@@ -1386,7 +1384,7 @@ def test_a_probe_looks_at_all_that_is_delivered_and_all_that_waits_by_name(
     assert len(bench.probe("g", horizon, to_the_end=True)) == 30
 
 
-def test_a_probe_counts_what_is_delayed_and_a_late_acknowledgement_moves_no_horizon_back(
+def test_a_probe_counts_what_is_delayed_and_no_horizon_moves_back(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transitions, "PROBE_ENTRIES", 100)
@@ -1519,7 +1517,7 @@ def test_a_task_that_is_released_before_its_time_waits_for_it(bench: Bench) -> N
     assert bench.redis.zcard(bench.keys.role_part("p", "delayed")) == 1
 
 
-def test_whoever_fills_its_budget_or_finds_due_entries_while_it_is_full_wakes_another(bench: Bench) -> None:
+def test_a_full_worker_wakes_another_for_what_is_left(bench: Bench) -> None:
     bell, delayed = bench.keys.role_part("p", "bell"), bench.keys.role_part("p", "delayed")
     bench.queued("g", ["a", "b"])
     bench.redis.delete(bell)

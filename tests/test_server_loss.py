@@ -185,7 +185,7 @@ def rewrite_append_only_file(server: Running) -> None:
 
 
 @pytest.mark.every_engine
-def test_a_file_that_a_crash_cut_in_the_middle_of_a_script_is_mended_by_writing_it_anew(
+def test_a_file_cut_in_the_middle_of_a_script_is_mended_by_writing_it_anew(
     binary: str, short_tmp_path: Path, namespace: str
 ) -> None:
     """Without that, Redis 7.0 runs what it left of the script at the second restart, and 49 tasks stand there twice."""

@@ -28,7 +28,7 @@ def listen(path: Path) -> closing[socket.socket]:
     return closing(listener)
 
 
-def test_the_argument_wins_then_our_variable_then_the_common_one_then_the_running_server(short_tmp_path: Path) -> None:
+def test_the_argument_wins_then_the_variables_then_the_running_server(short_tmp_path: Path) -> None:
     environ = {
         "CEYLON_REDIS_URL": "redis://ours",
         "REDIS_URL": "redis://common",
@@ -72,7 +72,7 @@ def test_the_namespace_is_argument_then_variable_then_ceylon() -> None:
         resolve("embedded://", namespace="a{b}", environ={})
 
 
-def test_what_a_command_line_leaves_open_is_the_applications_own_and_the_environment_is_asked_last(
+def test_the_command_line_wins_then_the_application_then_the_environment(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("CEYLON_NAMESPACE", "staging")
@@ -245,7 +245,7 @@ def test_without_a_home_a_given_redis_is_used_and_a_missing_one_said(monkeypatch
         server_folder({})
 
 
-def test_a_socket_lies_in_its_folder_or_where_that_is_too_long_at_a_short_path_of_its_own() -> None:
+def test_a_socket_whose_path_is_too_long_lies_at_a_short_path() -> None:
     fits = Path("/" + "a" * 87)
     too_long = Path("/" + "a" * 88)
     long_too = Path("/" + "ä" * 60)

@@ -1,4 +1,4 @@
-"""No function is longer than a reader keeps in mind."""
+"""No function, and no name of a test, is longer than a reader keeps in mind."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ PACKAGE = Path(__file__).parent.parent / "rq_ceylon"
 
 FUNCTION_LINES_MAX = 60
 """Lines of code in the body: no comments, docstrings or blank lines, and not the signature."""
+
+TEST_NAME_MAX = 80
 
 _NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
@@ -42,3 +44,15 @@ def test_a_long_function_is_named_with_its_lines() -> None:
 
     assert list(long_functions(f'def f(\n):\n    """\n    Text.\n    """\n{body}')) == ["f: 61"]
     assert list(long_functions(f"def f():\n{body}".replace("    x = 0\n", ""))) == []
+
+
+def test_the_name_of_a_test_is_short() -> None:
+    names = [
+        node.name
+        for path in Path(__file__).parent.glob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_")
+    ]
+
+    assert len(names) > 900
+    assert [name for name in names if len(name) >= TEST_NAME_MAX] == []

@@ -216,7 +216,7 @@ async def test_a_process_that_waits_for_redis_is_left_alone(said: list[str], mon
 
 
 # ---- how many --------------------------------------------------------------------------------------------------------
-def test_a_scale_grows_at_once_to_what_the_backlog_needs_while_half_of_the_slots_are_busy() -> None:
+def test_a_backlog_grows_the_processes_at_once_while_half_of_the_slots_are_busy() -> None:
     scale = Scale(1, 8, quiet_s=10)
 
     assert scale.look(2, 4, busy=4, queued=9, now=0) == 4

@@ -104,7 +104,7 @@ def test_what_another_worker_holds_is_forgotten_and_never_acknowledged(bench: Be
     assert bench.redis.xlen(bench.keys.role_part("p", "normal")) == 1
 
 
-def test_a_delivery_that_was_overtaken_before_its_claim_is_forgotten_and_never_acknowledged(bench: Bench) -> None:
+def test_a_delivery_overtaken_before_its_claim_is_never_acknowledged(bench: Bench) -> None:
     bench.queued("g", ["a"])
     worker = Hand(bench, "w")
     worker.turn()
@@ -139,7 +139,7 @@ def test_acknowledgements_of_an_unanswered_fetch_are_sent_again(bench: Bench) ->
     assert worker.acknowledged() == [held.delivery.entry]
 
 
-def test_a_worker_that_reclaims_what_it_runs_itself_goes_on_under_the_fence_on_record(bench: Bench) -> None:
+def test_a_worker_that_reclaims_its_own_entry_keeps_the_recorded_fence(bench: Bench) -> None:
     bench.queued("g", ["a"])
     worker = Hand(bench, "w")
     held = worker.started()
@@ -153,7 +153,7 @@ def test_a_worker_that_reclaims_what_it_runs_itself_goes_on_under_the_fence_on_r
     assert bench.meta("g")["crashes"] == "0"
 
 
-def test_a_low_mark_is_the_smallest_fence_held_or_one_more_than_the_largest_ever_received(bench: Bench) -> None:
+def test_a_low_mark_is_the_smallest_fence_held_or_above_all_received(bench: Bench) -> None:
     bench.queued("g", ["a", "b"])
     worker = Hand(bench, "w")
     worker.turn()
@@ -226,7 +226,7 @@ def test_a_group_that_was_told_goes_on_in_the_next_turns(bench: Bench, unanswere
     assert [held.delivery.gid for held in worker.turns.held.values()] == ["second"]
 
 
-def test_a_retry_is_with_its_role_in_the_next_turns_though_the_answer_to_its_commit_was_lost(bench: Bench) -> None:
+def test_a_retry_reaches_its_role_though_the_answer_to_its_commit_was_lost(bench: Bench) -> None:
     bench.queued("g")
     worker = Hand(bench, "w")
     worker.end(worker.started(), "retry")
@@ -254,7 +254,7 @@ async def test_what_a_worker_committed_before_it_died_is_handed_on_with_what_it_
     assert granted == [follows]
 
 
-def test_a_task_that_ended_while_it_waited_by_name_makes_no_worker_ask_for_hidden_pages(bench: Bench) -> None:
+def test_a_task_that_ended_while_it_waited_by_name_wants_no_hidden_pages(bench: Bench) -> None:
     bench.queued("g")
     first, second = Hand(bench, "v"), Hand(bench, "w", knows=["n"])
     first.end(first.started(), "release", "unknown:n")
@@ -277,7 +277,7 @@ class Direct:
         return [self.bench.run(call) for call in calls]
 
 
-def test_a_round_of_the_lease_thread_keeps_the_clock_of_every_role_though_nothing_is_held(bench: Bench) -> None:
+def test_the_lease_thread_keeps_the_clock_of_roles_with_nothing_held(bench: Bench) -> None:
     leases = Leases(url="", keys=bench.keys, worker="w", roles=["p", "q"], lease_ms=LEASE_MS)
     leases.adopt("q", 3 * LEASE_MS)
     leases.renew(Direct(bench))  # type: ignore[arg-type]
@@ -287,7 +287,7 @@ def test_a_round_of_the_lease_thread_keeps_the_clock_of_every_role_though_nothin
     assert leases.lease_s == LEASE_MS / 1000
 
 
-def test_a_new_lease_of_a_role_reaches_a_lease_thread_before_anything_may_be_reclaimed_by_it(bench: Bench) -> None:
+def test_a_new_lease_reaches_the_lease_thread_before_it_reclaims_anything(bench: Bench) -> None:
     bench.queued("g")
     (held,) = bench.fetch("w")
     leases = Leases(url="", keys=bench.keys, worker="w", roles=["p"], lease_ms=LEASE_MS)
@@ -388,7 +388,7 @@ def test_what_a_stopping_worker_has_not_started_is_given_back(bench: Bench) -> N
     assert [delivery.tid for delivery in bench.fetch("other")] == ["a"]
 
 
-def test_a_task_of_unknown_name_waits_and_a_worker_that_knows_it_has_it_two_turns_later(bench: Bench) -> None:
+def test_a_worker_that_knows_a_waiting_name_has_its_task_two_turns_later(bench: Bench) -> None:
     bench.queued("g", ["a"])
     old, new = Hand(bench, "old"), Hand(bench, "new", knows=["name"])
     old.end(old.started(), "release", "unknown:name")
@@ -406,7 +406,7 @@ def test_a_task_of_unknown_name_waits_and_a_worker_that_knows_it_has_it_two_turn
     assert bench.waiting_names("old") == []
 
 
-def test_a_worker_without_a_free_slot_that_knows_a_name_does_not_ask_again_and_again(bench: Bench) -> None:
+def test_a_full_worker_that_knows_a_name_does_not_ask_again_and_again(bench: Bench) -> None:
     bench.queued("g", ["a"])
     bench.unknown("old", bench.fetch("old")[0])
     full = Hand(bench, "full", slots=0, knows=["name"])
@@ -428,7 +428,7 @@ def test_a_task_of_unknown_name_is_with_its_role_though_an_answer_was_lost(bench
     assert len(bench.fetch("new", names=["name"])) >= 1
 
 
-def test_an_entry_that_could_not_start_for_two_seconds_is_given_back_and_not_fetched_beside_that(
+def test_an_entry_that_cannot_start_is_given_back_and_not_fetched_at_once(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench.queued("g", ["a", "b"])
@@ -446,7 +446,7 @@ def test_an_entry_that_could_not_start_for_two_seconds_is_given_back_and_not_fet
     assert [delivery.tid for delivery in bench.fetch("idle")] == ["a", "b"]
 
 
-def test_all_roles_of_a_worker_together_give_no_more_than_can_start_and_each_gets_its_turn(bench: Bench) -> None:
+def test_all_roles_together_give_no_more_than_can_start_in_turns(bench: Bench) -> None:
     roles = [f"r{number}" for number in range(5)]
     for role in roles:
         bench.queued(role, [str(n) for n in range(20)], role=role)
@@ -475,7 +475,7 @@ def test_a_worker_of_many_roles_with_one_slot_finds_the_one_that_has_a_task(benc
     assert [held.delivery.role for held in worker.turns.held.values()] == ["r6"]
 
 
-def test_a_worker_that_found_no_role_to_have_a_task_says_so_and_has_nothing_more_to_ask(bench: Bench) -> None:
+def test_a_worker_whose_roles_are_empty_says_so_and_asks_no_more(bench: Bench) -> None:
     worker = Hand(bench, "w", roles=["a", "b", "c"], slots=1)
     for _ in range(3):
         assert worker.turns.is_due(1)

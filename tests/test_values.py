@@ -339,7 +339,7 @@ def endless() -> list[Any]:
         (tuple, (endless(),), "[0]" * 100, "or inside itself"),
     ],
 )
-def test_a_value_that_would_come_back_as_another_is_refused_with_its_place_and_the_remedy(
+def test_a_value_that_would_come_back_as_another_is_refused(
     annotation: Any, value: Any, place: str, words: str
 ) -> None:
     with pytest.raises(BadValueError) as caught:

@@ -26,9 +26,7 @@ def shown(commands: Commands, bench: Bench, target: str) -> dict[str, Any]:
     return {task["id"].partition("/")[2]: task["waits"] for task in json.loads(ended.stdout)["tasks"]}
 
 
-def test_a_task_waits_for_a_worker_of_its_role_then_for_one_that_knows_it_then_for_its_turn(
-    app: Ceylon, commands: Commands, bench: Bench
-) -> None:
+def test_why_a_task_waits_names_role_then_name_then_backlog(app: Ceylon, commands: Commands, bench: Bench) -> None:
     with app.sync_client() as client:
         gid = client.submit(TaskGroup("g", [Task(role="pictures", uses="resise")])).id
     assert shown(commands, bench, gid) == {"1": "no worker serves role 'pictures' (no worker is running)"}

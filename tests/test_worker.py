@@ -181,9 +181,7 @@ async def test_a_failing_task_is_retried_until_it_failed_with_its_traceback(app:
     assert (view.status, view.attempt) == (TaskStatus.FAILED, 3)
 
 
-async def test_a_task_that_survives_no_crash_does_not_run_again_after_its_worker_was_stopped(
-    app: Ceylon, client: Client
-) -> None:
+async def test_a_task_that_survives_no_crash_does_not_run_again_after_a_stop(app: Ceylon, client: Client) -> None:
     starts: list[str] = []
 
     @app.task(role="r", max_crashes=0)
@@ -235,9 +233,7 @@ async def test_delay_and_expiry_of_a_group_that_waits_for_another_count_from_its
     assert (late or 0) - (began.ended_ms or 0) >= 1000
 
 
-async def test_the_error_of_the_attempt_before_is_shown_while_a_task_waits_for_the_next_and_while_that_runs(
-    app: Ceylon, client: Client
-) -> None:
+async def test_the_error_of_the_attempt_before_is_shown_until_the_task_ends(app: Ceylon, client: Client) -> None:
     may_end = asyncio.Event()
 
     @app.task(role="r", backoff=Backoff(first="1s", jitter=False))
@@ -284,9 +280,7 @@ async def test_a_handler_that_leaves_does_not_take_the_worker_with_it(app: Ceylo
             await handle.result(LIMIT_S)
 
 
-async def test_a_task_unknown_here_waits_for_a_worker_that_knows_it_and_goes_to_it_within_a_second(
-    app: Ceylon, client: Client
-) -> None:
+async def test_a_task_unknown_here_goes_to_a_worker_that_knows_it_in_a_second(app: Ceylon, client: Client) -> None:
     newer = Ceylon(app.settings.redis_url)
 
     @newer.task(role="r")
@@ -796,9 +790,7 @@ async def test_what_a_handler_says_of_its_progress_is_seen_while_it_runs(app: Ce
     assert (await handle.view()).progress == (None, "")
 
 
-async def test_a_task_that_no_worker_has_known_for_an_hour_fails_and_one_unknown_since_now_waits(
-    app: Ceylon, client: Client
-) -> None:
+async def test_a_task_that_no_worker_has_known_for_an_hour_fails(app: Ceylon, client: Client) -> None:
     group = await client.submit(TaskGroup("g", [Task(id=name, uses=name, role="r") for name in ("old", "new")]))
     async with running(worker_of(app)):
         await unknown_for_an_hour(client, "old")
