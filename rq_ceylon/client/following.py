@@ -80,7 +80,8 @@ class Follower:
 
     - `_results`: per task, the futures of its waiters; `_new`: the tasks that were not asked for yet.
     - `_changes`: per waiter for a change of the group, the view that it has seen.
-    - `_seq`: the number of the last event that needs no reading: it was read, or all results were read after it.
+    - `_seq`: events up to this number need no reading: each was read, or the results of all waited-for tasks were read
+      after it.
     - `_created_ms`: when the group was created, as the first look told; None before that. A group under the same id
       with another time is another group.
 
@@ -121,7 +122,7 @@ class Follower:
         self._results.setdefault(tid, []).append(future)
         self._new.add(tid)
         try:
-            self._read()
+            self._start_or_wake()
             return await future
         finally:
             waiting = self._results.get(tid, [])
@@ -140,12 +141,13 @@ class Follower:
         future: asyncio.Future[GroupView] = asyncio.get_running_loop().create_future()
         self._changes[future] = seen
         try:
-            self._read()
+            self._start_or_wake()
             return await future
         finally:
             self._changes.pop(future, None)
 
     def wake(self) -> None:
+        """Look at once, as after a notification."""
         if self._watch is not None:
             self._watch.tell(self._gid)
 
@@ -153,7 +155,7 @@ class Follower:
         self._closed = True
         self._fail(_closed_words())
 
-    def _read(self) -> None:
+    def _start_or_wake(self) -> None:
         if self._closed:
             raise _closed_words()
         if self._reader is None or self._reader.done():
@@ -167,16 +169,17 @@ class Follower:
     async def _run(self) -> None:
         try:
             async with self._hub.watch(self._gid) as self._watch:
-                await self._read_on(self._watch)
+                await self._follow(self._watch)
         except Exception as error:  # of any kind: without a reader, the waiters would wait for ever
             self._fail(error)
 
-    async def _read_on(self, watch: Watch) -> None:
+    async def _follow(self, watch: Watch) -> None:
         """
         Look again and again, until the last waiter has left: after each notification, and at least every `LOOK_S`.
 
-        A look is *fresh* if it may not trust what earlier ones have read, since the group may have changed without a
-        notification: the first look, one after a lost connection, and one that no notification of this group caused.
+        A look is *fresh* if it may not trust what earlier ones have read, since the group may have changed unheard: the
+        first look, one after a lost connection, and one after a wait in which nothing was told or the subscription was
+        made anew.
         """
         fresh, is_away = True, False
         waited: set[str] = set(self._results)
@@ -197,7 +200,7 @@ class Follower:
                 await asyncio.sleep(RECONNECT_S)
                 continue
             told = await watch.wait(min(LOOK_S, max(0.0, remind_at - time.monotonic())))
-            fresh = not told or None in told
+            fresh = not told or None in told  # None: the subscription is new
 
     async def _look(self, *, fresh: bool) -> None:
         """
@@ -206,15 +209,14 @@ class Follower:
         A fresh look asks for the results of all tasks with waiters, and so does every look if they are few. Any other
         look asks for the tasks with new waiters, and for those that ended according to the events since `_seq`.
 
-        A *doubtful* question asks also whether the tasks exist, so that a waiter for a task that the group does not
-        have is told. A task that was once found exists until it ends, unless Redis lost it: hence for new waiters, and
-        in fresh looks.
+        With new waiters, and in a fresh look, it asks too whether the tasks exist, so that a waiter for a task that the
+        group does not have is told. Otherwise not: what was found once exists until it ends, unless Redis lost it.
         """
-        new, self._new = self._new, set()
-        doubtful = fresh or bool(new)
+        new, self._new = self._new, set()  # if this look fails, the next one is fresh and asks for them
+        check_exist = fresh or bool(new)
         asks_for_all = fresh or len(self._results) <= FEW
-        view = await self._ask(list(self._results if asks_for_all else new), doubtful=doubtful)
-        # `view` was read before the results. So if all were asked for, no event up to `view.events` is left to follow.
+        view = await self._ask(list(self._results if asks_for_all else new), check_exist=check_exist)
+        # `view` was read before the results. So if all were asked for, events up to `view.events` need no reading.
         if asks_for_all:
             self._seq = view.events
         # Closing a group ends its open tasks without an event for each, so ask for all. Likewise if there are fewer
@@ -228,42 +230,48 @@ class Follower:
             if view != seen and not future.done():
                 future.set_result(view)
 
-    async def _ask(self, tids: Sequence[str], *, doubtful: bool = False) -> GroupView:
+    async def _ask(self, tids: Sequence[str], *, check_exist: bool = False) -> GroupView:
         """
         Give the results of these tasks to their waiters, as far as they have one. Returns the group as it was before
-        the first result was read. With `doubtful`, waiters for tasks that do not exist get a NotFoundError.
+        the first result was read. With `check_exist`, waiters for tasks that do not exist get a NotFoundError.
         """
-        view = None  # of the first batch: a later one may include events whose tasks were asked for before they ended
+        # That of the first batch. A later one knows more events, and tasks of earlier batches may have ended in them
+        # after they were asked for.
+        view = None
         for first in range(0, len(tids) or 1, RESULTS_PER_READ):
             some = tids[first : first + RESULTS_PER_READ]
-            seen, found, missing = await self._seen(some, doubtful=doubtful)
-            view = view or seen
+            now, found, missing = await self._ask_once(some, check_exist=check_exist)
+            view = view or now
             for tid, result in found.items():
                 self._tell(tid, result)
             for tid in missing:
                 self._tell(tid, NotFoundError(f"group {self._gid!r} has no task {tid!r}, or no longer"))
             left = [tid for tid in some if tid not in found]
             # In a closed group, an open task that does not run is cancelled, though no result was written for it.
-            if seen.status in CLOSED and left:
+            if now.status in CLOSED and left:
                 for task in await queries.some_tasks(self._connection, self._keys, self._gid, left):
                     if task.result is not None:
                         self._tell(task.task_id, task.result)
         assert view is not None
         return view
 
-    async def _seen(self, tids: Sequence[str], *, doubtful: bool) -> tuple[GroupView, dict[str, TaskResult], set[str]]:
+    async def _ask_once(
+        self, tids: Sequence[str], *, check_exist: bool
+    ) -> tuple[GroupView, dict[str, TaskResult], set[str]]:
         try:
-            seen = await queries.look(self._connection, self._keys, self._gid, tids, doubtful=doubtful)
+            answer = await queries.group_and_results(
+                self._connection, self._keys, self._gid, tids, check_exist=check_exist
+            )
         except NotFoundError:
             if self._created_ms is None:  # never seen; else the group was there, and Redis lost it
                 raise
             raise self._lost() from None
         # A key always gives the same id, so the group may have been submitted again. Then this is another group, whose
         # events begin at 1.
-        if self._created_ms not in (None, seen[0].created_ms):
+        if self._created_ms not in (None, answer[0].created_ms):
             raise self._lost()
-        self._created_ms = seen[0].created_ms
-        return seen
+        self._created_ms = answer[0].created_ms
+        return answer
 
     def _lost(self) -> NotFoundError:
         return NotFoundError(

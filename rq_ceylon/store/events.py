@@ -70,8 +70,8 @@ class Watch:
 
     async def wait(self, timeout_s: float = LOOK_S) -> set[str | None]:
         """
-        Wait for a notification, or for the timeout. Returns the ids of the changed groups. If None is among them, or
-        the set is empty, the caller must look at everything.
+        Wait for a notification, or for the timeout. Returns the ids of the groups that changed. If it is empty (nothing
+        was told), or None is in it (the subscription is new), any group may have changed unheard.
         """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):

@@ -38,21 +38,21 @@ async def group(connection: Connection, keys: Keys, gid: str) -> GroupView:
     Raises:
         NotFoundError: there is no such group; it may have been pruned.
     """
-    view, _, _ = await look(connection, keys, gid, ())
+    view, _, _ = await group_and_results(connection, keys, gid, ())
     return view
 
 
-async def look(
-    connection: Connection, keys: Keys, gid: str, tids: Sequence[str], *, doubtful: bool = False
+async def group_and_results(
+    connection: Connection, keys: Keys, gid: str, tids: Sequence[str], *, check_exist: bool = False
 ) -> tuple[GroupView, dict[str, TaskResult], set[str]]:
     """
     Read, in one round trip, a group and the results of the tasks `tids`, for those that have one.
 
     Args:
-        doubtful: also check whether every one of these tasks exists.
+        check_exist: also check whether every one of these tasks exists.
 
     Returns:
-        the group, the results by task id, and if `doubtful` the ids of tasks that are neither open nor ended.
+        the group, the results by task id, and if `check_exist` the ids of tasks that are neither open nor ended.
 
     Raises:
         NotFoundError: there is no such group; it may have been pruned.
@@ -60,7 +60,7 @@ async def look(
     calls = _view_calls(keys, gid)
     if tids:
         # Results are read last: a task that ends after its HEXISTS has a result by then. HEXISTS transfers no payload.
-        calls += [command("HEXISTS", keys.group_part(gid, "tasks"), tid) for tid in (tids if doubtful else ())]
+        calls += [command("HEXISTS", keys.group_part(gid, "tasks"), tid) for tid in (tids if check_exist else ())]
         calls.append(command("HMGET", keys.group_part(gid, "results"), *tids))
     meta, events, *rest = await connection.run(calls)
     view = _view(gid, meta, events)
@@ -107,7 +107,7 @@ async def group_ids(connection: Connection, keys: Keys) -> list[str]:
 
 
 async def stored_groups(connection: Connection, keys: Keys) -> AsyncIterator[list[str]]:
-    """All groups that exist, in the index or not. This scans every key of every node, so it is for rare checks."""
+    """The ids of all groups that exist, in the index or not, in batches. It scans every key of every node."""
     before, after = f"{keys.prefix}{{g:", "}:meta"
     async for found in connection.keys(f"{before}*{after}", SCAN):
         yield [key.removeprefix(before).removesuffix(after) for key in found]

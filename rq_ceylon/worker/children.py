@@ -236,7 +236,7 @@ def _cause(code: int) -> str:
     if code >= 0:
         return f"exit code {code}"
     name = signal.Signals(-code).name if -code in set(signal.Signals) else "unknown"
-    hint = ": killed from outside, or for want of memory" if -code == signal.SIGKILL else ""
+    hint = ": killed from outside, or because memory ran out" if -code == signal.SIGKILL else ""
     return f"signal {-code}, {name}{hint}"
 
 
