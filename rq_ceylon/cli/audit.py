@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 @with_client
 async def audit(client: Client, group: str | None, repair: bool, json: bool) -> int:
     """
-    Recount one group, or all, from their records, and compare with their counters and events.
+    Recount groups from their records.
 
-    Prints each difference (drift). Exit code 0 if there is none or all were repaired, else 1.
+    It compares one group, or all, with their counters and events, and prints each difference (drift). Exit code 0 if
+    there is none or all were repaired, else 1.
     """
     from rq_ceylon.audit import audit as recount
 

@@ -58,9 +58,10 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
 @with_client
 async def status(client: Client, json: bool) -> None:
     """
-    Show roles with their backlog, workers and totals, and groups by status.
+    Show what is queued, running and done.
 
-    QUEUED and DELIVERED are current. BUSY/SLOTS comes from the workers' heartbeats and may be 5 s old.
+    It lists roles with their backlog, workers and totals, and counts groups by status. QUEUED and DELIVERED are
+    current. BUSY/SLOTS comes from the workers' heartbeats and may be 5 s old.
     """
     roles, groups, workers = await client.roles(), await client.groups(), await client.workers()
     counts: dict[str, int] = {}
@@ -254,10 +255,10 @@ def _in_order(task: TaskView) -> tuple[bool, list[str | int]]:
 @with_client
 async def watch(client: Client, group: str) -> int:
     """
-    Follow a group until it has finished: its progress, the time left, and the running tasks.
+    Follow a group until it has finished.
 
-    Without a terminal it prints a plain line per change, or per percent of a large group. Ctrl-C stops watching, but
-    the group goes on.
+    It shows progress, the time left, and the running tasks. Without a terminal it prints a plain line per change, or
+    per percent of a large group. Ctrl-C stops watching, but the group goes on.
     """
     from rq_ceylon.cli.live import follow
 
@@ -319,7 +320,9 @@ ROLE = click.option("--role", metavar="ROLE", help="A role, in place of one grou
 @with_client
 async def pause(client: Client, group: str | None, role: str | None) -> int:
     """
-    Pause a group or role: no further task starts, but running tasks and deadlines go on.
+    Pause a group or a role.
+
+    No further task starts, but running tasks and deadlines go on.
 
     Exit code 1 if the group has not started yet, or starts nothing more anyway.
     """
@@ -332,7 +335,7 @@ async def pause(client: Client, group: str | None, role: str | None) -> int:
 @with_client
 async def resume(client: Client, group: str | None, role: str | None) -> int:
     """
-    Resume a paused group or role.
+    Resume a paused group or a role.
 
     Exit code 1 if the group has not started yet, or starts nothing more.
     """
@@ -345,11 +348,11 @@ async def resume(client: Client, group: str | None, role: str | None) -> int:
 @with_client
 async def lease(client: Client, role: str, duration: str) -> None:
     """
-    Change how long a worker of a role that stops responding keeps its tasks.
+    Change the lease of a role.
 
-    A role that workers serve keeps its lease, whatever --lease further workers are started with; only this command
-    changes it. Workers learn of the change within 10 s. Until 30 s have passed, or the new lease if that is longer, no
-    task is taken from a worker.
+    This is how long a worker of the role that stops responding keeps its tasks. A role that workers serve keeps its
+    lease, whatever --lease further workers are started with; only this command changes it. Workers learn of the change
+    within 10 s. Until 30 s have passed, or the new lease if that is longer, no task is taken from a worker.
 
     \b
     Example:
@@ -426,10 +429,11 @@ async def _is_paused(client: Client, role: str) -> bool:
 @reported
 def demo(chaos: str | None) -> None:
     """
-    Run a demo on a throw-away server: two worker processes, a monitor, ten tasks, a goal at five.
+    Run the main job on a throw-away server.
 
-    With --chaos, four workers and a monitor run a larger group while they are killed at random and replaced. An audit
-    follows: exit code 0 if every task counted once and the goal settled once, else 1.
+    That is two worker processes, a monitor, ten tasks, and a goal at five. With --chaos, four workers and a monitor run
+    a larger group while they are killed at random and replaced. An audit follows: exit code 0 if every task counted
+    once and the goal settled once, else 1.
     """
     from rq_ceylon.cli.chaos import run_chaos
     from rq_ceylon.dev.demo import run_demo
@@ -462,9 +466,10 @@ def server(port: int | None) -> None:
 @reported
 def up(app: str, concurrency: int | None) -> None:
     """
-    Run a server, a worker and a monitor for one application, for development. Ctrl-C ends them all.
+    Run all that one application needs.
 
-    No server is started if the application or a variable names a Redis, since clients use that one too.
+    For development: a server, a worker and a monitor. Ctrl-C ends them all. No server is started if the application or
+    a variable names a Redis, since clients use that one too.
     """
     from rq_ceylon.dev.up import run_up
     from rq_ceylon.settings import require_unix
