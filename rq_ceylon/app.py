@@ -334,6 +334,7 @@ class AppTask(Generic[P, R, C]):
         priority: str | None = None,
         delay: Duration | None = None,
         expires: Duration | None = None,
+        retention: Duration | None = None,
         timeout: Duration | None = None,
         max_attempts: int | None = None,
         max_crashes: int | None = None,

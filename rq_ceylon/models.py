@@ -224,6 +224,8 @@ class Task:
         priority: tasks of a higher priority run first within their role; default: the group's.
         delay: earliest start, counted from the submission, or from the moment its group no longer waits for others.
         expires: latest start, counted in the same way; a task not started by then is cancelled (expired).
+        retention: how long a task that is submitted by itself is kept after it has ended, at least; default:
+            CEYLON_RETENTION, else 24 h. A task of a group is kept as long as its group.
         metadata: any JSON; passed to the handler and shown, but never interpreted.
         handler: set by `AppTask.bind`; its rules apply, whichever application's client submits the task.
     """
@@ -240,6 +242,7 @@ class Task:
     priority: Priority | str | None = None
     delay: Duration | None = None
     expires: Duration | None = None
+    retention: Duration | None = None
     metadata: Mapping[str, Any] | None = None
     handler: Any = field(default=None, repr=False, compare=False)
 
@@ -289,7 +292,7 @@ class TaskGroup:
             characters.
         defaults: fields for tasks that leave them out; at most 64 KiB of JSON.
         priority: the priority of tasks that name none.
-        retention: how long the group is kept after it has finished.
+        retention: how long the group is kept after it has finished; default: CEYLON_RETENTION, else 24 h.
         description: shown to people; at most 10,000 characters.
         depends_on: ids of groups that must complete before this one starts; if one of them ends otherwise, this one is
             cancelled.
@@ -304,7 +307,7 @@ class TaskGroup:
     key: str | None = None
     defaults: Task = field(default_factory=Task)
     priority: Priority | str | None = None
-    retention: Duration = DEFAULT_RETENTION_S
+    retention: Duration | None = None
     description: str = ""
     depends_on: Sequence[str] = ()
     on_need_failed: NeedPolicy = "skip"

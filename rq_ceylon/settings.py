@@ -18,7 +18,7 @@ from typing import Literal
 from urllib.parse import parse_qs, parse_qsl, quote, unquote, urlencode, urlsplit
 
 from rq_ceylon.errors import InvalidInputError, RedisError
-from rq_ceylon.models import check_namespace
+from rq_ceylon.models import DEFAULT_RETENTION_S, Duration, check_namespace, seconds
 
 DEFAULT_NAMESPACE = "ceylon"
 
@@ -102,6 +102,22 @@ def configured(redis_url: str | None = None, *, environ: Mapping[str, str] = os.
         "REDIS_URL": environ.get("REDIS_URL"),
     }
     return next(((url, source) for source, url in given.items() if url), None)
+
+
+def retention_ms(given: Duration | None, where: str, *, environ: Mapping[str, str] = os.environ) -> int:
+    """
+    How long something is kept after it has ended: the given time, else CEYLON_RETENTION, else 24 h.
+
+    Args:
+        where: names the field that gave the time.
+
+    Raises:
+        InvalidInputError: it is not a duration.
+    """
+    if given is None:
+        variable = environ.get("CEYLON_RETENTION")
+        given, where = (variable, "CEYLON_RETENTION") if variable else (DEFAULT_RETENTION_S, where)
+    return round(seconds(given, where) * 1000)
 
 
 def masked(url: str) -> str:

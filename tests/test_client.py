@@ -10,6 +10,7 @@ import tempfile
 import tracemalloc
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -427,6 +428,40 @@ async def test_concurrent_single_tasks_share_round_trips(app: Ceylon, trips: lis
         handles = await asyncio.gather(*(client.submit(Task(role="p")) for _ in range(300)))
         assert len({handle.id for handle in handles}) == 300
         assert 1 <= len(trips) <= 8
+
+
+async def test_what_is_submitted_is_kept_for_its_retention_else_for_that_of_the_environment(
+    app: Ceylon, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def kept_ms(work: Task | TaskGroup) -> int:
+        gid, _, _ = (await client.submit(work)).id.partition("/")
+        return int(bench.meta(gid)["retention"])
+
+    group = partial(TaskGroup, "g", [Task(role="p")])
+    async with app.client() as client:
+        assert await kept_ms(Task(role="p")) == await kept_ms(group()) == 24 * 3_600_000
+        assert await kept_ms(Task(role="p", retention="2h")) == await kept_ms(group(retention="2h")) == 2 * 3_600_000
+        nightly = await client.submit(group(key="nightly"))
+
+        monkeypatch.setenv("CEYLON_RETENTION", "30m")
+        assert await kept_ms(Task(role="p")) == await kept_ms(group()) == 30 * 60_000
+        assert await kept_ms(Task(role="p", retention=1)) == await kept_ms(group(retention=1)) == 1000
+        assert (await client.submit(group(key="nightly"))).id == nightly.id
+
+        monkeypatch.setenv("CEYLON_RETENTION", "soon")
+        for work in (Task(role="p"), group()):
+            with pytest.raises(InvalidInputError, match="CEYLON_RETENTION: 'soon'"):
+                await client.submit(work)
+
+
+@pytest.mark.parametrize("place", ["task 'a'", "defaults"])
+async def test_a_task_is_kept_as_long_as_its_group(place: str, app: Ceylon) -> None:
+    kept = Task(role="p", retention="1h")
+    group = TaskGroup("g", [Task()], defaults=kept) if place == "defaults" else TaskGroup("g", [replace(kept, id="a")])
+    async with app.client() as client:
+        with pytest.raises(InvalidInputError, match=f"{place}: retention: '1h' .*give the retention to the group"):
+            await client.submit(group)
+        assert await client.groups() == []
 
 
 async def test_a_rolling_group_is_sealed_and_its_tasks_all_run(app: Ceylon) -> None:

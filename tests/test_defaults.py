@@ -16,13 +16,13 @@ from commands import ROOT
 
 from rq_ceylon import Backoff, Goal, TaskGroup, cli, graph, models
 from rq_ceylon.cli.worker import PLAIN_SLOTS, SLOTS
-from rq_ceylon.client import following, rolling, session
+from rq_ceylon.client import following, session
 from rq_ceylon.client.sync import SyncClient, SyncTaskHandle
 from rq_ceylon.expression import MAX_CHARACTERS
 from rq_ceylon.goals import MAX_GOALS
 from rq_ceylon.groupfile import matrix, reader, tasks
 from rq_ceylon.process import ALLOWANCE_S
-from rq_ceylon.settings import DEFAULT_NAMESPACE
+from rq_ceylon.settings import DEFAULT_NAMESPACE, retention_ms
 from rq_ceylon.store.transitions import UNROUTABLE_MS
 from rq_ceylon.worker import executor, outcome
 
@@ -59,8 +59,8 @@ VALUES = {
     "choice of the pause": "between half and all of it" if BACKOFF.jitter else "all of it",
     "time limit of one attempt": span(models.DEFAULT_TIMEOUT_S),
     "crashes that a task survives": models.DEFAULT_MAX_CRASHES,
-    "a finished group, with results and errors": span(default(TaskGroup, "retention")),
-    "tasks sent by `enqueue`, after all tasks of their group have ended": span(rolling.FACTS.retention_ms / 1000),
+    "a finished group, with results and errors": span(retention_ms(None, "", environ={}) / 1000),
+    "a task sent by `enqueue`, after it has ended, at least": span(retention_ms(None, "", environ={}) / 1000),
     "a task whose name no live worker of its role knows, before it fails": span(UNROUTABLE_MS / 1000),
     "role of a task": f"`{models.DEFAULT_ROLE}`",
     "goals of a group": default(TaskGroup, "goal"),

@@ -12,6 +12,7 @@ from rq_ceylon.client.submission import Submission
 from rq_ceylon.errors import InvalidInputError, NotFoundError
 from rq_ceylon.handlers import Registry
 from rq_ceylon.models import Durability, Duration, Task, TaskGroup, check_id, check_lease
+from rq_ceylon.settings import retention_ms
 from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.durability import check_durability
 from rq_ceylon.views import GroupView, RoleView, WorkerView
@@ -40,7 +41,7 @@ class Client(Session):
 
     def __init__(self, url: str, *, namespace: str = "ceylon", registry: Registry | None = None) -> None:
         super().__init__(url, namespace, registry)
-        self._rolling: dict[tuple[bool, Durability], Rolling] = {}
+        self._rolling: dict[tuple[bool, Durability, int], Rolling] = {}
 
     async def open(self) -> Self:
         """
@@ -117,9 +118,10 @@ class Client(Session):
         ready = stage(work, self.registry)
         if require_workers:
             await self.require_workers([ready.role])
-        kind = (ready.delay_ms or 0) > LONG_DELAY_MS, durability
+        keep_ms = retention_ms(work.retention, "retention")
+        kind = (ready.delay_ms or 0) > LONG_DELAY_MS, durability, keep_ms
         if kind not in self._rolling:
-            self._rolling[kind] = Rolling(self, durability)
+            self._rolling[kind] = Rolling(self, durability, keep_ms)
         rolling = self._rolling[kind]
         gid, tid = await rolling.submit(ready)
         handler = handler_of(work, work.uses, self.registry)

@@ -31,8 +31,6 @@ ROLLING_TASKS_MAX, ROLLING_S = 1000, 60.0
 ACKNOWLEDGED_S = 1.0
 """How long an acknowledgement waits for a part to go with: far less than a relay lease, so no relay takes the page."""
 
-FACTS = GroupFacts(name="single tasks", retention_ms=3_600_000)
-
 
 class _Waiting(NamedTuple):
     """A task to be sent, the future that gets its ids, and since when it waits (monotonic seconds)."""
@@ -64,15 +62,16 @@ class _Group:
 
 class Rolling:
     """
-    Sends the single tasks of one client.
+    Sends single tasks of one client, which are kept for `retention_ms` after they have ended.
 
     The state is `_waiting` (tasks to be sent), `_group` (the group that takes them), and what goes with the next part.
     One task of the event loop, `_pump`, sends the parts, and ends when nothing is left to send. Two timers start it
     again: `_tidying` when acknowledgements have waited for long enough, and `_ageing` when the group must be sealed.
     """
 
-    def __init__(self, session: Session, durability: Durability = "none") -> None:
+    def __init__(self, session: Session, durability: Durability, retention_ms: int) -> None:
         self._session, self._durability = session, durability
+        self._facts = GroupFacts(name="single tasks", retention_ms=retention_ms)
         self._waiting: deque[_Waiting] = deque()
         self._group = _Group()
         self._answered_at = 0.0
@@ -158,7 +157,7 @@ class Rolling:
         part = transitions.submit(
             keys,
             group.gid,
-            FACTS,
+            self._facts,
             tasks,
             part=group.part + 1,
             last=last,

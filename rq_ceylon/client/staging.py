@@ -10,6 +10,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, get_args
 
 from pydantic_core import from_json
@@ -20,6 +21,7 @@ from rq_ceylon.goals import compile_goals
 from rq_ceylon.graph import in_order
 from rq_ceylon.handlers import Handler, Registry
 from rq_ceylon.models import (
+    DEFAULT_RETENTION_S,
     DEFAULT_ROLE,
     DEFAULTS_BYTES_MAX,
     DEPENDS_ON_MAX,
@@ -36,6 +38,7 @@ from rq_ceylon.models import (
     check_timeout,
     seconds,
 )
+from rq_ceylon.settings import retention_ms
 from rq_ceylon.store.codec import encode, task_text
 from rq_ceylon.store.keys import STREAMS
 from rq_ceylon.store.transitions import SUBMIT_TASKS_MAX, GroupFacts, StagedTask, in_batches
@@ -71,6 +74,7 @@ class StagedGroup:
             raise InvalidInputError(f"group: name: {group.name!r} is not usable; give 1 to 200 characters")
         _check_text(group.description, "group: description", DESCRIPTION_MAX)
         _check_text(group.key or "", "group: key", KEY_MAX)
+        _check_kept_with_group(group.defaults, "defaults")
         defaults = _present(_shared(group.defaults, "defaults"))
         if (size := len(_encoded(defaults, "defaults"))) > DEFAULTS_BYTES_MAX:
             raise PayloadTooLargeError(
@@ -82,7 +86,7 @@ class StagedGroup:
         self.goals = compile_goals(group.goal)
         self.facts = GroupFacts(
             name=group.name,
-            retention_ms=round(seconds(group.retention, "retention") * 1000),
+            retention_ms=retention_ms(group.retention, "retention"),
             key=group.key or "",
             description=group.description,
             defaults=defaults,
@@ -96,7 +100,9 @@ class StagedGroup:
 
     def digest(self) -> bytes:
         """The digest of everything but the tasks. The digests of the parts are chained from it."""
-        facts = [self.facts.meta()[1::2], self.facts.programs(), list(self.facts.depends_on)]
+        # The default for what is kept may change between two submissions of the same content.
+        own = self.facts if self.group.retention is not None else replace(self.facts, retention_ms=_DEFAULT_MS)
+        facts = [own.meta()[1::2], own.programs(), list(own.depends_on)]
         return hashlib.sha256(encode(facts)).digest()
 
     def parts(self) -> Iterator[list[StagedTask]]:
@@ -104,6 +110,7 @@ class StagedGroup:
 
     def _staged(self) -> Iterator[StagedTask]:
         for tid, task in self._tasks():
+            _check_kept_with_group(task, f"task {tid!r}")
             ready = stage(task, self._registry, tid, self.group.defaults, self.group.priority)
             self.roles.add(ready.role)
             self.count += 1
@@ -155,6 +162,7 @@ class ReadyTask(NamedTuple):
 
 
 _NOTHING = Task()
+_DEFAULT_MS = round(DEFAULT_RETENTION_S * 1000)
 _ANY_JSON = JsonType(None)
 
 
@@ -217,6 +225,14 @@ def _added(task: Task, registry: Registry, where: str) -> dict[str, Any]:
             raise InvalidInputError(f"{where}: on_submit gave {more!r}; return an object of metadata, or None")
         added |= more or {}
     return added
+
+
+def _check_kept_with_group(task: Task, where: str) -> None:
+    if task.retention is not None:
+        raise InvalidInputError(
+            f"{where}: retention: {task.retention!r} cannot be kept: a task is kept as long as its group; give the "
+            "retention to the group"
+        )
 
 
 def _encoded(fields: dict[str, Any], where: str) -> bytes:

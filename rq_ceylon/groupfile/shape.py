@@ -208,7 +208,7 @@ class GroupFields(BaseModel, extra="forbid", strict=True):
     description: Annotated[str, Field(max_length=models.DESCRIPTION_MAX)] = ""
     key: Annotated[str, Field(min_length=1, max_length=models.KEY_MAX)] | None = None
     priority: Level | None = _else(Priority.NORMAL)
-    retention: Seconds = models.DEFAULT_RETENTION_S
+    retention: Seconds | None = _else(models.DEFAULT_RETENTION_S)
     defaults: SkipValidation[DefaultFields | None] = None
     tasks: SkipValidation[
         Annotated[

@@ -392,7 +392,7 @@ class Timer(Actor):
 
 class _Rolling(Rolling):
     def __init__(self, client: LoneClient) -> None:
-        super().__init__(_Session(client))
+        super().__init__(_Session(client), "none", 3_600_000)
         self._client = client
 
     def submit_some(self) -> None:
