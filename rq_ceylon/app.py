@@ -103,6 +103,7 @@ class Ceylon:
         backoff: Backoff | None = None,
         retry: Mapping[type[Exception], Backoff | None] | None = None,
         cpu: bool = False,
+        store_result: bool = True,
     ) -> _Decorator: ...
 
     def task(self, function: Any = None, /, *, name: str | None = None, **rules: Any) -> Any:
@@ -121,6 +122,8 @@ class Ceylon:
             backoff: the wait between attempts.
             retry: a rule per exception type: a `Backoff`, or None to fail at once.
             cpu: run the function in a child process, which a timeout can end.
+            store_result: whether what the function returns is stored. If not, it need not be JSON, and the result is
+                None.
         """
 
         def register(function: Callable[..., Any]) -> AppTask[..., Any, Any]:

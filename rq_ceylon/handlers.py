@@ -47,6 +47,7 @@ class Handler(Generic[P, R]):
             cannot be made into a task.
         backoff: the wait between attempts, for exceptions that `retry` does not name.
         retry: maps an exception type to a backoff of its own, or to None: fail at once. The most specific type decides.
+        store_result: whether the returned value is stored; if not, it need not be JSON, and the result is None.
 
     Raises:
         InvalidInputError: the function cannot be called by name from JSON, or a rule cannot be used.
@@ -66,6 +67,7 @@ class Handler(Generic[P, R]):
         backoff: Backoff | None = None,
         retry: Mapping[type[Exception], Backoff | None] | None = None,
         cpu: bool = False,
+        store_result: bool = True,
     ) -> None:
         self.name = check_id(name, "task name")
         self.function = function
@@ -76,6 +78,7 @@ class Handler(Generic[P, R]):
         self.priority = None if priority is None else check_priority(priority, f"task {name!r}: priority")
         self.backoff = backoff or Backoff()
         self.retry = dict(retry or {})
+        self.store_result = store_result
         self.kind = _kind(name, function, cpu=cpu)
         self._signature = _signature(name, function)
         self.is_method = _is_method(function, self._signature)
@@ -164,12 +167,14 @@ class Handler(Generic[P, R]):
 
     def dump_result(self, value: Any) -> bytes:
         """
-        The JSON text of the returned value, according to the return annotation.
+        The JSON text of the returned value, according to the return annotation; null if no value is to be stored.
 
         Raises:
             InvalidInputError: the value is not JSON, or does not fit the annotation, so that `load_result` could not
                 read it.
         """
+        if not self.store_result:
+            return b"null"
         try:
             return to_json(self._plan.returns.write(value))
         except BadValueError as bad:
@@ -184,6 +189,8 @@ class Handler(Generic[P, R]):
         Raises:
             InvalidInputError: the value has another type, as when the worker runs another version of the function.
         """
+        if value is None and not self.store_result:
+            return cast(R, None)
         try:
             return cast(R, self._plan.returns.read(value))
         except BadValueError as bad:

@@ -117,3 +117,8 @@ def inspect_context(context: TaskContext) -> dict[str, Any]:
     context.progress(0.5, "half")
     facts = {"id": context.id, "attempt": context.attempt, "metadata": dict(context.metadata)}
     return {**facts, "state": context.state}
+
+
+@app.task(name="nothing", cpu=True, store_result=False)
+def nothing_to_store() -> object:
+    return object()

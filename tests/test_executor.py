@@ -660,6 +660,24 @@ async def test_a_child_process_is_killed_at_its_timeout(tmp_path: Path) -> None:
     assert executor.hung == 0
 
 
+@pytest.mark.parametrize("kind", ["async", "thread", "process"])
+async def test_what_is_not_to_be_stored_need_not_be_json(kind: str) -> None:
+    async def later() -> object:
+        return object()
+
+    def now() -> object:
+        return object()
+
+    functions: dict[str, Callable[..., Any]] = {
+        "async": later, "thread": now, "process": cpu_jobs.nothing_to_store.function,
+    }  # fmt: skip
+    outcome = await executor_of(functions[kind], cpu=kind == "process", store_result=False).run(assigned())
+
+    assert (outcome.kind, outcome.blob) == ("completed", b"null")
+    if kind != "process":
+        assert (await executor_of(functions[kind]).run(assigned())).reason == "invalid"
+
+
 async def test_errors_of_a_child_process_count_as_those_of_any_other() -> None:
     async def outcome(function: Callable[..., Any], **body: Any) -> Outcome:
         return await executor_of(function, cpu=True, retry={ZeroDivisionError: None}).run(assigned(**body))

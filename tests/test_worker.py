@@ -52,6 +52,22 @@ def tasks(count: int, **fields: Any) -> list[Task]:
 
 
 # ---- what runs, and in which order -----------------------------------------------------------------------------------
+async def test_the_result_of_a_task_that_stores_none_is_none(app: Ceylon, client: Client) -> None:
+    @app.task(role="r", store_result=False)
+    async def shout(text: str) -> str:
+        return text.upper()
+
+    group = await client.submit(TaskGroup("g", [shout.bind("a")]))
+    await asyncio.wait_for(worker_of(app, burst=True).run(), LIMIT_S)
+
+    assert await shout("a") == "A"
+    assert [result.value async for result in group.results()] == [None]
+    with app.sync_client() as sync:
+        task = sync.submit(shout.bind("b"))
+        await asyncio.wait_for(worker_of(app, burst=True).run(), LIMIT_S)
+        assert task.result(timeout=LIMIT_S) is None
+
+
 async def test_a_burst_worker_runs_all_there_is_once_and_ends(app: Ceylon, client: Client) -> None:
     seen: list[int] = []
 

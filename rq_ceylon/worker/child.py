@@ -172,7 +172,8 @@ def _found(name: str, module: str, qualname: str, main: str | None, path: str | 
     else:
         with script.loading(path or f"module {main}"):
             found = attrgetter(qualname)(_load_main(main, path))
-    return Handler(name, getattr(found, "function", found)), getattr(found, "app", None)
+    stores = getattr(getattr(found, "handler", None), "store_result", True)
+    return Handler(name, getattr(found, "function", found), store_result=stores), getattr(found, "app", None)
 
 
 @cache
