@@ -430,7 +430,7 @@ async def test_concurrent_single_tasks_share_round_trips(app: Ceylon, trips: lis
         assert 1 <= len(trips) <= 8
 
 
-async def test_what_is_submitted_is_kept_for_its_retention_else_for_that_of_the_environment(
+async def test_what_is_submitted_is_kept_for_its_own_retention_or_the_default(
     app: Ceylon, bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def kept_ms(work: Task | TaskGroup) -> int:

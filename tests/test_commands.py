@@ -343,6 +343,33 @@ def test_the_tasks_of_a_group_are_shown_in_the_order_of_their_numbers(commands: 
     assert re.findall(r"^page-\S*", shown, re.MULTILINE) == ["page-1", "page-2", "page-10", "page-11"]
 
 
+def test_of_many_tasks_the_first_in_order_are_shown_or_those_of_a_status(commands: Commands, bench: Bench) -> None:
+    bench.queued("g", [f"t-{number}" for number in range(250)])
+    for kind in ("failed", "completed", "failed"):
+        bench.commit("w", bench.started("w", "g"), kind)
+    running = bench.started("w", "g").tid
+
+    def shown(*options: str) -> tuple[list[str], str]:
+        text = commands.run("ceylon", "show", "g", *options, "--namespace", bench.keys.namespace).stdout
+        return re.findall(r"^t-\S*", text, re.MULTILINE), text
+
+    every, _ = shown("--limit", "0")
+    first, text = shown()
+    assert (len(every), first) == (250, every[:100])
+    assert text.endswith("\nand 150 more; --limit 0 shows all\n")
+    assert shown("--running")[0] == [running]
+    failed, text = shown("--failed", "--limit", "1")
+    assert text.endswith("\nand 1 more; --limit 0 shows all\n")
+    assert shown("--failed")[0][:1] == failed
+    assert len(shown("--status", "failed", "--status", "completed")[0]) == 3
+    where = ("--json", "--namespace", bench.keys.namespace)
+    assert len(commands.json("ceylon", "show", "g", *where)["tasks"]) == 250
+    assert [task["status"] for task in commands.json("ceylon", "show", "g", "--failed", *where)["tasks"]] == [
+        "failed"
+    ] * 2
+    assert_refused(commands.run("ceylon", "show", "g/t-1", "--failed"), 2, "ceylon show g --failed")
+
+
 def test_a_goal_without_a_name_is_not_called_goal_twice(commands: Commands) -> None:
     (commands.folder / "goals.yaml").write_text(
         "name: G\ntasks: {a: {role: r}}\ngoal: [{when: completed >= 1}, {name: most, when: completed >= 1}]\n"

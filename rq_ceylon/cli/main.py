@@ -17,6 +17,8 @@ from rq_ceylon.cli.files import graph, schema, validate
 from rq_ceylon.log import plain
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from rq_ceylon.client import Client
     from rq_ceylon.views import GroupView, TaskView, WorkerView
 
@@ -165,22 +167,52 @@ async def groups(client: Client, json: bool) -> None:
     )
 
 
+SHOWN = 100
+"""How many tasks of a group a table shows, unless it is told another number."""
+
+
 @ceylon.command()
 @click.argument("target", metavar="GROUP[/TASK]")
+@click.option(
+    "--status",
+    "statuses",
+    type=click.Choice(["waiting", "pending", "in_progress", "completed", "failed", "cancelled"]),
+    multiple=True,
+    help="Only tasks of this status; may be repeated.",
+)
+@click.option("--failed", "statuses", flag_value="failed", multiple=True, help="Short for --status failed.")
+@click.option("--running", "statuses", flag_value="in_progress", multiple=True, help="Short for --status in_progress.")
+@click.option(
+    "--limit",
+    type=click.IntRange(0),
+    help=f"Show this many tasks at most; 0: all. Default: {SHOWN}, with --json all.",
+)
 @JSON
 @with_client
-async def show(client: Client, target: str, json: bool) -> None:
+async def show(client: Client, target: str, statuses: tuple[str, ...], limit: int | None, json: bool) -> None:
     """
-    Show one group with its goals and tasks, or one task. DETAIL is the result, the error, the progress, or why the task
-    waits.
+    Show one group with its goals and tasks, or one task.
+
+    DETAIL is the result, the error, the progress, or why the task waits.
+
+    \b
+    Examples:
+      ceylon show GROUP --failed
+      ceylon show GROUP --running --limit 20
     """
     from rq_ceylon.client import why_waiting
     from rq_ceylon.store import statistics
 
     gid, _, tid = target.partition("/")
+    if tid and (statuses or limit is not None):
+        raise click.UsageError(f"--status and --limit choose among the tasks of a group: ceylon show {gid} --failed")
     view = await client.group(gid).view()
-    tasks = [await client.task(target).view()] if tid else [task async for task in client.group(gid).tasks()]
-    tasks.sort(key=_in_order)
+    if tid:
+        tasks, left = [await client.task(target).view()], 0
+    else:
+        most = (0 if json else SHOWN) if limit is None else limit
+        found = (task async for task in client.group(gid).tasks() if not statuses or task.status in statuses)
+        tasks, left = await _first(found, most)
     why = await why_waiting(client, view, tasks)
     if json:
         facts = [{**task_facts(task), "waits": why.get(task.task_id)} for task in tasks]
@@ -200,8 +232,24 @@ async def show(client: Client, target: str, json: bool) -> None:
         ("TASK", "STATUS", "REASON", "ROLE", "ATTEMPT", "WORKER", "RUN MS", "DETAIL"),
         [_task_row(task, why.get(task.task_id, "")) for task in tasks],
     )
+    if left:
+        say(f"and {left:,} more; --limit 0 shows all")
     if tid:
         await _show_more(client, gid, tasks[0], why.get(tid, ""))
+
+
+async def _first(found: AsyncIterator[TaskView], most: int) -> tuple[list[TaskView], int]:
+    """The first `most` tasks in order (0: all), and how many there are beside them; holds twice as many in memory."""
+    kept: list[TaskView] = []
+    count = 0
+    async for task in found:
+        count += 1
+        kept.append(task)
+        if most and len(kept) >= 2 * most:
+            kept = sorted(kept, key=_in_order)[:most]
+    kept.sort(key=_in_order)
+    kept = kept[:most] if most else kept
+    return kept, count - len(kept)
 
 
 async def _show_more(client: Client, gid: str, task: TaskView, why: str) -> None:
