@@ -343,6 +343,19 @@ def test_the_tasks_of_a_group_are_shown_in_the_order_of_their_numbers(commands: 
     assert re.findall(r"^page-\S*", shown, re.MULTILINE) == ["page-1", "page-2", "page-10", "page-11"]
 
 
+def test_a_finished_group_is_removed_and_its_key_is_free(commands: Commands, bench: Bench) -> None:
+    (commands.folder / "a.yaml").write_text("name: a\nkey: nightly\ntasks: {a: {role: r}}\n")
+    gid = commands.run("submit", "a.yaml").stdout.strip()
+
+    assert_refused(commands.run("ceylon", "remove", gid), 1, f"ceylon cancel {gid}")
+    commands.run("ceylon", "cancel", gid)
+    assert commands.run("ceylon", "remove", gid).stdout == f"{gid}: removed\n"
+    assert_refused(commands.run("ceylon", "remove", gid), 2, "not known")
+    assert commands.json("ceylon", "groups", "--json")["groups"] == []
+    (commands.folder / "a.yaml").write_text("name: b\nkey: nightly\ntasks: {b: {role: r}}\n")
+    assert commands.run("submit", "a.yaml").stdout.strip() == gid
+
+
 def test_of_many_tasks_the_first_in_order_are_shown_or_those_of_a_status(commands: Commands, bench: Bench) -> None:
     bench.queued("g", [f"t-{number}" for number in range(250)])
     for kind in ("failed", "completed", "failed"):

@@ -1440,6 +1440,20 @@ def test_more_dependents_than_one_call_looks_at_are_released_by_the_next(bench: 
     assert bench.redis.xlen(bench.keys.role_part("p", "normal")) == 2501  # the root's entry is not acknowledged yet
 
 
+def test_a_group_is_removed_at_once_only_after_it_has_finished_and_told_others(bench: Bench) -> None:
+    bench.queued("g")
+    bench.run(transitions.register(bench.keys, "g", "other"))
+    removal = transitions.prune(bench.keys, "g", staging_ms=0, at_once=True)
+    assert bench.run(removal) == ["NO", "active", "0"]
+
+    _, pages = bench.commit_with_pages("w", bench.started("w", "g"))
+    assert bench.run(removal)[:2] == ["NO", "finished"]  # its message is on its way
+    bench.run(transitions.outbox(bench.keys, "g", acks=[PageAck(page) for page in pages]))
+
+    assert bench.run(removal)[0] == "OK"
+    assert not bench.redis.exists(*bench.keys.group("g"))
+
+
 def test_a_finished_group_has_a_ttl_on_every_key_and_is_pruned_after_its_retention(bench: Bench) -> None:
     bench.queued("g", ["a", "b"], needs={"b": ["a"]})
     for _ in range(2):

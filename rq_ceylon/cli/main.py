@@ -359,6 +359,24 @@ async def cancel(client: Client, target: str) -> int:
     return _told(target, word, problem)
 
 
+@ceylon.command()
+@click.argument("group")
+@with_client
+async def remove(client: Client, group: str) -> int:
+    """
+    Remove a finished group before its retention ends.
+
+    Its results go with it, and its key may be used again. Exit code 1 if it has not finished.
+    """
+    if await client.group(group).remove():
+        click.echo(f"{group}: removed")
+        return 0
+    view = await client.group(group).view()
+    now = "must still tell the groups that depend on it; try again in a few seconds"
+    problem = now if view.is_finished else f"is {view.status}; end it first: ceylon cancel {group}"
+    return _told(group, "", f"group {group} {problem}")
+
+
 ROLE = click.option("--role", metavar="ROLE", help="A role, in place of one group.")
 
 

@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any, Generic, Literal, TypeVar
 
+from rq_ceylon import maintenance
 from rq_ceylon.client.session import Session
 from rq_ceylon.errors import NotFoundError, TaskCancelledError, TaskFailedError, WaitTimeoutError
 from rq_ceylon.handlers import Handler
@@ -244,6 +245,19 @@ class GroupHandle:
     async def resume(self) -> str:
         """Resume after `pause`. Returns the group's status."""
         return await self._control(transitions.resume_group(self._session.keys, self.id))
+
+    async def remove(self) -> bool:
+        """
+        Remove a group that has finished, with its results, before its retention ends. Its key may be used again.
+
+        Returns:
+            False if it has not finished, or still has to tell a group that depends on it; then nothing was removed.
+
+        Raises:
+            NotFoundError: the group is not known.
+        """
+        await self.view()
+        return await maintenance.prune(self._session.connection, self._session.keys, self.id, at_once=True) is None
 
     async def _control(self, call: Call) -> str:
         (reply,) = await self._session.call([call])

@@ -257,6 +257,9 @@ class SyncGroupHandle:
     def tasks(self) -> Iterator[TaskView]:
         return self._client.iterate(self._bound.tasks())
 
+    def remove(self) -> bool:
+        return self._client.call(self._bound.remove())
+
     def cancel(self) -> str:
         return self._client.call(self._bound.cancel())
 

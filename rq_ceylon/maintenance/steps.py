@@ -262,12 +262,13 @@ async def seal(connection: Connection, keys: Keys, gid: str) -> str | None:
     return None if reply[0] == "GONE" else str(reply[1])
 
 
-async def prune(connection: Connection, keys: Keys, gid: str) -> int | None:
+async def prune(connection: Connection, keys: Keys, gid: str, *, at_once: bool = False) -> int | None:
     """
-    Remove a group that is past its retention, or whose client never sent the last part. Returns None if it is gone now,
-    the time from which it can be removed (ms), or 0 if it is neither finished nor staging any more.
+    Remove a group that is past its retention (`at_once`: that has finished), or whose client never sent the last part.
+    Returns None if it is gone now, the time from which it can be removed (ms), or 0 if it is neither finished nor
+    staging.
     """
-    (reply,) = await connection.run([transitions.prune(keys, gid, staging_ms=STAGING_MS)])
+    (reply,) = await connection.run([transitions.prune(keys, gid, staging_ms=STAGING_MS, at_once=at_once)])
     if reply[0] == "NO":
         return int(reply[2])
     await drop(connection, keys, gid)

@@ -572,8 +572,9 @@ def set_lease(keys: Keys, role: str, lease_ms: int, now_ms: int) -> Call:
     return command("HSET", keys.role_part(role, "meta"), "lease", lease_ms, "pause_until", pause_until)
 
 
-def prune(keys: Keys, gid: str, *, staging_ms: int) -> Call:
-    return Call("control", keys.group(gid), ["prune", staging_ms])
+def prune(keys: Keys, gid: str, *, staging_ms: int, at_once: bool = False) -> Call:
+    """`at_once`: also before the retention of a finished group has passed."""
+    return Call("control", keys.group(gid), ["prune", staging_ms, *(["now"] if at_once else [])])
 
 
 def repair(keys: Keys, gid: str, counters: Mapping[str, tuple[int, int]], ended: Sequence[str]) -> Call:

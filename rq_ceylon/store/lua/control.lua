@@ -8,8 +8,8 @@
 --       repair n (counter is should)... tid...
 --                              set n counters, unless one has moved, and remove what is left of
 --                              these ended tasks
---       prune staging-ms       remove a group past its retention, or a staging one that no part has
---                              reached for this long
+--       prune staging-ms [now] remove a group past its retention (now: as soon as it has finished),
+--                              or a staging one that no part has reached for this long
 -- Reply: GONE | OK status ... | NO status. cancel_tasks: OK status, then per tid cancelled,
 --        stopping, ended or unknown. prune: NO status and when to look again (epoch
 --        ms; 0: not by time).
@@ -27,7 +27,8 @@ if not load_group() then return {'GONE'} end
 if action == 'prune' then
   local facts = call('HMGET', META, 'finished', 'retention', 'touched')
   local due = 0
-  if group.status == 'finished' then due = tonumber(facts[1]) + tonumber(facts[2])
+  if group.status == 'finished' then
+    due = tonumber(facts[1]) + (ARGV[3] == 'now' and 0 or tonumber(facts[2]))
   elseif group.status == 'staging' then due = tonumber(facts[3]) + tonumber(ARGV[2]) end
   -- Keep the group until its messages to dependents have arrived; else they would ask about a group
   -- that no longer exists.
