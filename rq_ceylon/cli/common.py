@@ -10,7 +10,7 @@ import pkgutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -150,6 +150,14 @@ def logs(function: Callable[..., Any]) -> Callable[..., Any]:
 def say(words: object, *, err: bool = False) -> None:
     """Print words for people; text that others wrote may be in them, so control characters are escaped."""
     click.echo(log.plain(str(words)), err=err)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Columns in plain text: the same on a terminal and in a pipe."""
+    lines = [[log.plain(str(cell), keep="") for cell in row] for row in (head, *rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    for line in lines:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 def reported(function: Callable[..., Any]) -> Callable[..., Any]:

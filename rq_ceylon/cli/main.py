@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 import socket
 import sys
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import click
 
 from rq_ceylon.cli.audit import audit
-from rq_ceylon.cli.common import CONTEXT, EXIT_CODES, load_app, logs, reported, say, with_client
+from rq_ceylon.cli.common import CONTEXT, EXIT_CODES, load_app, logs, reported, say, table, with_client
 from rq_ceylon.cli.facts import group_facts, result_facts, task_facts, to_json
+from rq_ceylon.cli.failures import failures
 from rq_ceylon.cli.files import graph, schema, validate
 from rq_ceylon.log import plain
 
@@ -43,16 +43,8 @@ def ceylon() -> None:
     """
 
 
-for _command in (validate, schema, graph, audit):
+for _command in (validate, schema, graph, audit, failures):
     ceylon.add_command(_command)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Columns in plain text: the same on a terminal and in a pipe."""
-    lines = [[plain(str(cell), keep="") for cell in row] for row in (head, *rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    for line in lines:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 @ceylon.command()
@@ -73,7 +65,7 @@ async def status(client: Client, json: bool) -> None:
     if json:
         click.echo(to_json({"schema": 1, "roles": roles, "groups": counts, "monitors": monitors}))
         return
-    _table(
+    table(
         ("ROLE", "QUEUED", "DELIVERED", "DELAYED", "WORKERS", "BUSY/SLOTS", "COMPLETED", "FAILED"),
         [
             (
@@ -111,7 +103,7 @@ async def workers(client: Client, json: bool, check: bool) -> int:
     if json:
         click.echo(to_json({"schema": 1, "workers": found}))
         return 0
-    _table(
+    table(
         ("NAME", "KIND", "HOST", "PID", "ROLES", "BUSY/SLOTS", "TASKS", "STATE"),
         [
             (
@@ -149,7 +141,7 @@ async def groups(client: Client, json: bool) -> None:
         facts = [group_facts(view) for view in found]
         click.echo(to_json({"schema": 1, "groups": facts}))
         return
-    _table(
+    table(
         ("GROUP", "NAME", "STATUS", "COMPLETED", "FAILED", "CANCELLED", "TOTAL", "GOALS"),
         [
             (
@@ -228,7 +220,7 @@ async def show(client: Client, target: str, statuses: tuple[str, ...], limit: in
                 f"  {goal.title}: {goal.when}: {goal.status}"
                 + (f" at {at.counters.completed} of {at.counters.total} completed{by}" if at else "")
             )
-    _table(
+    table(
         ("TASK", "STATUS", "REASON", "ROLE", "ATTEMPT", "WORKER", "RUN MS", "DETAIL"),
         [_task_row(task, why.get(task.task_id, "")) for task in tasks],
     )

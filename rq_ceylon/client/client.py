@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import Any, Self, overload
 
 from rq_ceylon.client.handles import GroupHandle, TaskHandle
@@ -11,11 +12,11 @@ from rq_ceylon.client.staging import handler_of, stage
 from rq_ceylon.client.submission import Submission
 from rq_ceylon.errors import InvalidInputError, NotFoundError
 from rq_ceylon.handlers import Registry
-from rq_ceylon.models import Durability, Duration, Task, TaskGroup, check_id, check_lease
+from rq_ceylon.models import Durability, Duration, Task, TaskGroup, check_id, check_lease, seconds
 from rq_ceylon.settings import retention_ms
 from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.durability import check_durability
-from rq_ceylon.views import GroupView, RoleView, WorkerView
+from rq_ceylon.views import GroupView, RoleView, TaskView, WorkerView
 
 LONG_DELAY_MS = 600_000
 """Tasks due later than this go to a rolling group of their own, so that they do not pin the results of others."""
@@ -154,6 +155,43 @@ class Client(Session):
     async def groups(self) -> list[GroupView]:
         """All groups of the namespace, oldest first."""
         return await queries.groups(self.connection, self.keys)
+
+    async def failures(
+        self,
+        *,
+        group: str | None = None,
+        role: str | None = None,
+        name: str | None = None,
+        error: str | None = None,
+        since: Duration | None = None,
+    ) -> AsyncIterator[TaskView]:
+        """
+        Yield the failed tasks of all groups that are kept, by group, the oldest group first.
+
+        Args:
+            group: id of the only group to look at.
+            role, name: only tasks of this role, or of this function.
+            error: only tasks whose error contains this text, as `type: message`; capitals do not matter.
+            since: only tasks that failed within this time.
+
+        Raises:
+            NotFoundError: the group is not known.
+        """
+        found = [await self.group(group).view()] if group is not None else await self.groups()
+        after = 0
+        if since is not None:
+            after = await queries.server_ms(self.connection, self.keys) - round(seconds(since, "since") * 1000)
+        for view in found:
+            if not view.counters.failed:
+                continue
+            async for task in queries.tasks(self.connection, self.keys, view.id):
+                result = task.result
+                if result is None or result.error is None or (result.ended_ms or 0) < after:
+                    continue
+                words = f"{result.error['type']}: {result.error['message']}"
+                wanted = (role in (None, task.role), name in (None, task.uses), (error or "").lower() in words.lower())
+                if all(wanted):
+                    yield task
 
     async def workers(self) -> list[WorkerView]:
         """Live workers and monitors, by name."""

@@ -151,6 +151,17 @@ class SyncClient:
     def groups(self) -> list[GroupView]:
         return self.call(self.inner.groups())
 
+    def failures(
+        self,
+        *,
+        group: str | None = None,
+        role: str | None = None,
+        name: str | None = None,
+        error: str | None = None,
+        since: Duration | None = None,
+    ) -> Iterator[TaskView]:
+        return self.iterate(self.inner.failures(group=group, role=role, name=name, error=error, since=since))
+
     def workers(self) -> list[WorkerView]:
         return self.call(self.inner.workers())
 

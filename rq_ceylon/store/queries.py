@@ -248,7 +248,7 @@ async def some_tasks(connection: Connection, keys: Keys, gid: str, tids: Sequenc
             with reading(f"task {gid}/{tid}"):
                 # A task that ended between these reads shows up as open too; its result wins.
                 if result:
-                    found.append(_ended(gid, result_of(tid, result)))
+                    found.append(_ended(gid, result_of(tid, result), facts.uses))
                 elif text:
                     found.append(_open(gid, tid, text, claim, int(needs or 0), facts))
         except RecordError as error:
@@ -281,8 +281,11 @@ def _results(gid: str, tids: Sequence[str], texts: Sequence[str | None]) -> dict
     return found
 
 
-def _ended(gid: str, result: TaskResult) -> TaskView:
+def _ended(gid: str, result: TaskResult, uses: str = "") -> TaskView:
+    """`uses`: the function of the group's tasks that name none. That of others is kept only if they failed."""
+    payload = result.payload
     return TaskView(
+        uses="" if payload is None else payload.get("uses") or uses,
         group_id=gid,
         task_id=result.task_id,
         status=result.status,
