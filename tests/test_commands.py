@@ -20,6 +20,7 @@ from rq_ceylon.cli.common import EXIT_CODES
 from rq_ceylon.cli.main import _task_row
 from rq_ceylon.dev.server import EmbeddedServer
 from rq_ceylon.models import TaskStatus
+from rq_ceylon.store import transitions
 from rq_ceylon.views import TaskResult, TaskView
 from rq_ceylon.worker.loop import HUNG_EXIT_CODE
 
@@ -341,6 +342,27 @@ def test_the_tasks_of_a_group_are_shown_in_the_order_of_their_numbers(commands: 
     shown = commands.run("ceylon", "show", gid).stdout
 
     assert re.findall(r"^page-\S*", shown, re.MULTILINE) == ["page-1", "page-2", "page-10", "page-11"]
+
+
+def test_groups_are_listed_by_status_name_and_number(commands: Commands, bench: Bench) -> None:
+    for number in range(102):
+        bench.submit(f"g{number:03}")
+    bench.run(transitions.cancel_group(bench.keys, "g001"))
+    bench.run(transitions.pause_group(bench.keys, "g002"))
+
+    def listed(*options: str) -> tuple[list[str], str]:
+        text = commands.run("ceylon", "groups", *options, "--namespace", bench.keys.namespace).stdout
+        return re.findall(r"^g\d+", text, re.MULTILINE), text
+
+    every, _ = listed("--limit", "0")
+    newest, text = listed()
+    assert (len(every), newest) == (102, every[2:])
+    assert text.endswith("\nand 2 older; --limit 0 shows all\n")
+    assert listed("--status", "cancelled", "--status", "paused")[0] == ["g001", "g002"]
+    assert listed("--limit", "1")[0] == every[-1:]
+    assert listed("--name", "h")[0] == []
+    where = ("--json", "--namespace", bench.keys.namespace)
+    assert len(commands.json("ceylon", "groups", *where)["groups"]) == 102
 
 
 def test_a_finished_group_is_removed_and_its_key_is_free(commands: Commands, bench: Bench) -> None:

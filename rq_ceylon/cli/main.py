@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 JSON = click.option("--json", is_flag=True, help="Print JSON.")
 
+SHOWN = 100
+"""How many tasks or groups a table shows, unless it is told another number."""
+
 
 @click.group(context_settings={**CONTEXT, "auto_envvar_prefix": "CEYLON"}, epilog=EXIT_CODES)
 @click.version_option(package_name="rq-ceylon")
@@ -132,11 +135,31 @@ def _health(worker: WorkerView) -> str:
 
 
 @ceylon.command()
+@click.option(
+    "--status",
+    "statuses",
+    type=click.Choice(["staging", "waiting", "active", "paused", "closing", "completed", "failed", "cancelled"]),
+    multiple=True,
+    help="Only groups of this status or outcome; may be repeated.",
+)
+@click.option("--name", metavar="TEXT", default="", help="Only groups whose name contains this text.")
+@click.option(
+    "--limit",
+    type=click.IntRange(0),
+    help=f"Show this many of the newest at most; 0: all. Default: {SHOWN}, with --json all.",
+)
 @JSON
 @with_client
-async def groups(client: Client, json: bool) -> None:
-    """List all groups, oldest first."""
-    found = await client.groups()
+async def groups(client: Client, statuses: tuple[str, ...], name: str, limit: int | None, json: bool) -> None:
+    """List groups, oldest first."""
+    found = [
+        view
+        for view in await client.groups()
+        if name in view.name and (not statuses or (view.outcome or view.status) in statuses)
+    ]
+    most = (0 if json else SHOWN) if limit is None else limit
+    older = len(found) - most if most else 0
+    found = found[-most:]
     if json:
         facts = [group_facts(view) for view in found]
         click.echo(to_json({"schema": 1, "groups": facts}))
@@ -157,10 +180,8 @@ async def groups(client: Client, json: bool) -> None:
             for view in found
         ],
     )
-
-
-SHOWN = 100
-"""How many tasks of a group a table shows, unless it is told another number."""
+    if older > 0:
+        say(f"and {older:,} older; --limit 0 shows all")
 
 
 @ceylon.command()
