@@ -157,7 +157,9 @@ def test_a_settled_goal_is_read_whatever_counters_it_keeps(counts: str, found: C
 def in_lua(bench: Bench, name: str, record: Record, text: str, changes: str = "") -> list[str]:
     """The record as a script reads it, and as it writes it again; a nil is `nil`."""
     behind = f", {name}_json(ARGV[1])" if record.json else ""
-    script = f"""{record.lua(name)}
+    script = f"""{record.lua(name, "of")}
+        {record.lua(name, "text")}
+        {record.lua(name, "json") if record.json else ""}
         local t = {name}_of(ARGV[1])
         local read = {{}}
         for i, field in ipairs({{{", ".join(f"'{field}'" for field in record.fields)}}}) do

@@ -1,6 +1,6 @@
 """
 The records that Python and the scripts share, each described once. Python packs and reads them with the methods of
-`Record`; for a line such as `-- include: records.claim`, `scripts.source` puts in the Lua functions for the same.
+`Record`; for `-- include: records.claim_of`, say, `scripts.source` puts in that Lua function.
 
 A record is its fields, joined with `|`, and perhaps a JSON text behind them. A new field comes last: then it reads as
 empty, in both languages, where a record was written before it was added. Any other number of fields is refused: a newer
@@ -72,49 +72,42 @@ class Record:
         texts = ("" if (value := values.get(name)) is None else str(value) for name in self.fields)
         return "|".join(texts) + ("|" if self.json else "")
 
-    def lua(self, name: str) -> str:
+    def lua(self, name: str, what: str) -> str:
         """
-        Functions for scripts: `NAME_fields(text)` returns the fields, and nil if the text is no such record;
-        `NAME_of(text)` the same as a table; `NAME_text(table, json)` packs, and `NAME_json(text)` returns the JSON.
+        The Lua function NAME_WHAT. `NAME_fields(text)` returns the fields, and nil if the text is no such record;
+        `NAME_of(text)` returns them as a table. `NAME_text(table, json)` packs, and `NAME_json(text)` returns the JSON.
 
         A record of all fields costs one match. If fields were added since the first version, a record without them
         costs a second match, on its fields with more `|` behind.
         """
-        names, count = ", ".join(self.fields), len(self.fields)
-        begin = "%" + self.json if self.json else ""
-        one = f"([^|{begin}]*)"
-        whole = "^" + "|".join([one] * count) + (f"|{begin}" if self.json else "$")
-        short = f"(string.match(record, '^([^{begin}]*)|{begin}') or '')" if self.json else "record"
-        added = count - self.first
-        padded = "^" + "|".join([one] * count) + "|*$"
-        values = ", ".join(f"tonumber({name})" if name in self.numbers else name for name in self.fields)
-        table = ", ".join(f"{name} = {name}" for name in self.fields)
-        texts = ", ".join(f"t.{name} or ''" for name in self.fields)
+        names, begin = ", ".join(self.fields), "%" + self.json if self.json else ""
+        match what:
+            case "json":
+                return f"local function {name}_json(record) return string.match(record, '{begin}.*$') end"
+            case "text":
+                json = ", json" if self.json else ""
+                texts = ", ".join(f"t.{field} or ''" for field in self.fields)
+                return f"local function {name}_text(t{json}) return table.concat({{{texts}{json}}}, '|') end"
+            case "fields":
+                answer = ", ".join(self._in_lua(field) for field in self.fields)
+            case "of":
+                answer = "{" + ", ".join(f"{field} = {self._in_lua(field)}" for field in self.fields) + "}"
+            case _:
+                raise ValueError(f"no function {name}_{what}")
+        all_fields = "^" + "|".join([f"([^|{begin}]*)"] * len(self.fields))
         lines = [
-            f"local function {name}_fields(record)",
-            f"  local {names} = string.match(record, '{whole}')",
-            *(
-                [
-                    f"  if not {self.fields[0]} then",
-                    f"    {names} = string.match({short} .. '{'|' * added}', '{padded}')",
-                    "  end",
-                ]
-                if added
-                else []
-            ),
-            f"  return {values}",
-            "end",
-            f"local function {name}_of(record)",
-            f"  local {names} = {name}_fields(record)",
-            f"  return {{{table}}}",
-            "end",
-            f"local function {name}_text(t{', json' if self.json else ''})",
-            f"  return table.concat({{{texts}{', json' if self.json else ''}}}, '|')",
-            "end",
+            f"local function {name}_{what}(record)",
+            f"  local {names} = string.match(record, '{all_fields}{'|' + begin if begin else '$'}')",
         ]
-        if self.json:
-            lines.append(f"local function {name}_json(record) return string.match(record, '{begin}.*$') end")
-        return "\n".join(lines)
+        if added := len(self.fields) - self.first:
+            head = f"(string.match(record, '^([^{begin}]*)|{begin}') or '')" if begin else "record"
+            lines.append(f"  if not {self.fields[0]} then")
+            lines.append(f"    {names} = string.match({head} .. '{'|' * added}', '{all_fields}|*$')")
+            lines.append("  end")
+        return "\n".join([*lines, f"  return {answer}", "end"])
+
+    def _in_lua(self, field: str) -> str:
+        return f"tonumber({field})" if field in self.numbers else field
 
 
 TASK = Record(
@@ -166,8 +159,9 @@ _RECORDS = {"task": TASK, "claim": CLAIM, "result": RESULT, "goal": GOAL, "settl
 
 
 def lua(name: str) -> str:
-    """What a script includes as `records.NAME`."""
+    """What a script includes as `records.NAME`: `numbers`, or one function of a record, such as `claim_of`."""
     if name == "numbers":
         numbers = ", ".join(f"'{number}'" for number in NUMBERS)
         return f"local COUNTERS, NUMBERS = {len(COUNTERS)}, {{{numbers}}}"
-    return _RECORDS[name].lua(name)
+    record, _, what = name.partition("_")
+    return _RECORDS[record].lua(record, what)

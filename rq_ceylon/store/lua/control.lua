@@ -57,6 +57,7 @@ if action == 'pause' or action == 'resume' then
   return {'OK', group.status}
 end
 
+-- include: records.result_of
 if action == 'repair' then
   local first = 3 + 3 * tonumber(ARGV[2])
   -- The audit read without a lock: where a counter has moved since, its numbers do not hold.

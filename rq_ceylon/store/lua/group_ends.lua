@@ -1,5 +1,5 @@
 -- How tasks end: results, errors of attempts, and the dependents of what has ended.
--- include: group_records group_outbox records.result
+-- include: group_records group_outbox records.result_text
 local ERRORS_KEPT = 5      -- errors of a task's last attempts
 local CHILDREN_MAX = 1000  -- dependents looked at in one call; the rest waits in an internal page
 

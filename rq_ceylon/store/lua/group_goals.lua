@@ -1,5 +1,5 @@
 -- Goals: what each program says of the counters, and what follows when a goal is settled.
--- include: group_outbox records.goal records.settled
+-- include: group_outbox records.goal_of records.goal_text records.settled_text
 
 -- Runs a program over intervals, {what is certain now, what the open tasks can still make of it}.
 -- 1: it holds however the open tasks end; 0: it never does; nil: undecided.

@@ -1,6 +1,6 @@
 -- The records of a task and of its claim. store/records.py tells their fields, and makes the
 -- functions that read and pack them.
--- include: group_state records.task records.claim
+-- include: group_state records.task_fields records.task_json records.claim_of records.claim_text
 
 -- Delay and expiry of a task were counted from its submission; they hold from when its group
 -- became active.

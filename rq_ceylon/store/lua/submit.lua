@@ -88,6 +88,7 @@ for first = 1, #needed, 1000 do
   end
 end
 
+-- include: records.task_of records.task_text
 local tasks, unmet, children, parents, roles = {}, {}, {}, {}, {}
 for i = first_task, #ARGV, 3 do
   local tid, task, count = ARGV[i], ARGV[i + 1], 0
