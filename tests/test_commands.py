@@ -493,7 +493,7 @@ def test_a_worker_needs_a_role_or_an_application_that_names_one(commands: Comman
 
     assert ended.returncode == 0, ended.stderr
     first = json.loads(ended.stderr.splitlines()[0])
-    assert "serves role r with 16 slots" in first["message"]
+    assert "serves r with 16 slots" in first["message"]
     assert_refused(commands.run("worker"), 2, "--role")
 
 
@@ -516,7 +516,7 @@ def test_options_of_a_worker_with_several_processes_may_end_before_its_applicati
     ended = commands.run("worker", "--processes", "2", "--burst", "--", "jobs:app")
 
     assert ended.returncode == 0, ended.stderr
-    assert ended.stderr.count("serves role resize") == 2
+    assert ended.stderr.count("serves resize with") == 2
 
 
 @pytest.mark.parametrize("name", ["queue", "redis", "click", "types"])
@@ -531,7 +531,7 @@ def test_a_file_named_like_a_module_of_ours_takes_the_place_of_none(name: str, c
     ended = commands.python("-P", "-c", installed, "jobs:app", "--burst", "--processes", "2")
 
     assert ended.returncode == 0, ended.stderr
-    assert ended.stderr.count("serves role resize") == 2
+    assert ended.stderr.count("serves resize with") == 2
 
 
 @pytest.mark.parametrize("command", [("worker", "-r", "r"), ("monitor", "--app")], ids=["worker", "monitor"])

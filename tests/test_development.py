@@ -97,7 +97,7 @@ def test_up_runs_server_worker_and_monitor_and_ends_them_together(commands: Comm
     said = commands.said(up)
     assert "Traceback" not in said
     messages = [json.loads(line)["message"] for line in said.splitlines() if line.startswith("{")]
-    assert any("serves role r" in message for message in messages)
+    assert any("serves r with" in message for message in messages)
     assert any(message.startswith("Goal achieved: two") for message in messages)
 
 
@@ -170,7 +170,7 @@ def test_a_log_on_a_terminal_has_colours_unless_they_are_not_wanted(
         )
 
     assert code == 0, drawn
-    assert "serves role r" in drawn
+    assert "serves r with" in drawn
     assert ("\x1b[" in drawn) is coloured
 
 

@@ -179,11 +179,10 @@ class Worker:
         await until_reached(lambda: self.connection.run(self.background.heartbeat()), self._stop)
         self.leases.start(lambda role, entry: loop.call_soon_threadsafe(self._lost, role, entry))
         self.neighbours.enter(self.name, self.roles)
-        which = "role" if len(self.roles) == 1 else "roles"
         names = sorted({handler.name for handler in self.registry.own()}) or self.registry.names()
-        words = "Worker {} serves {} {} with {}; it knows {}: {}"
+        words = "Worker {} serves {} with {}; it knows {}: {}"
         slots, tasks = counted(self.slots, "slot"), "the task" if len(names) == 1 else "the tasks"
-        logger.info(words, self.name, which, ", ".join(self.roles), slots, tasks, ", ".join(names))
+        logger.info(words, self.name, ", ".join(self.roles), slots, tasks, ", ".join(names))
         self.background.start()
         try:
             await self._work()
