@@ -96,9 +96,8 @@ class _Comparison:
             return f"{counted}, {phrase} the {counter_words(getattr(counters, self.other), self.other)} {purpose}"
         edge = self.edge(counters.total)
         if self.is_reach:
-            return (
-                f"{count} of {counter_words(edge, self.counter)}" if count <= edge else f"{counted}, {edge} {purpose}"
-            )
+            of_all = "" if self.counter in _NOUNS else f"{count} of {counters.total} {self.counter}"
+            return f"{of_all or counted}, {edge} {purpose}"
         if edge == 0:
             return f"{counted}, none {purpose}"
         return f"{counted}, {f'fewer than {edge + 1}' if self.sign == '<' else f'at most {edge}'} {purpose}"
@@ -154,7 +153,7 @@ class Expression:
     _node: _Node = field(repr=False, compare=False)
 
     def words(self, counters: Counters) -> str:
-        """How far it is, for people: `12 of 190 completed; and 2 failed, fewer than 10 allowed`."""
+        """How far it is, for people: `12 of 200 completed, 190 needed; and 2 failed, fewer than 10 allowed`."""
         return _say(self._node, counters)
 
     def mark(self, total: int) -> int | None:

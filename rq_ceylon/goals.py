@@ -15,8 +15,8 @@ from rq_ceylon.expression import (
     listed,
     parse,
 )
-from rq_ceylon.models import Goal, GoalPolicy, check_id, seconds
-from rq_ceylon.views import Counters
+from rq_ceylon.models import Goal, GoalPolicy, GoalStatus, check_id, seconds
+from rq_ceylon.views import Counters, GoalView
 
 MAX_GOALS = 16
 MAX_MESSAGE = 1000
@@ -135,3 +135,22 @@ def impossible_words(goal: CompiledGoal, counters: Counters) -> str:
             remedy = "lower the share" if isinstance(comparison.other, Share) else "lower the number or add tasks"
             return f"{label}: {goal.when} can never hold: the group has {tasks}; {remedy}"
     return f"{label}: {goal.when} can never hold, whatever becomes of the group's {tasks}; correct the expression"
+
+
+def how_settled(goal: GoalView) -> str:
+    """What settled a goal, for people: `1 of 5 completed, 3 needed, 3 failed; it can no longer hold`."""
+    assert goal.settled is not None
+    counters = goal.settled.counters
+    if goal.call:
+        words = f"{counters.completed} of {counters.total} completed"
+    else:
+        words = parse(goal.when, goal.name).words(counters)
+    if goal.status is not GoalStatus.ACHIEVED and counters.failed and "failed" not in goal.when:
+        words += f", {counters.failed} failed"
+    if goal.settled.by == "deadline":
+        return f"{words}; its deadline has passed"
+    if goal.call:
+        return f"{words}; {goal.when}"
+    if goal.status is GoalStatus.ACHIEVED:
+        return words
+    return f"{words}; {goal.fail_when} holds" if goal.settled.by == "fail_when" else f"{words}; it can no longer hold"

@@ -17,6 +17,7 @@ from loguru import logger
 
 from rq_ceylon.checks import CHECK_S, CheckHangsError, Checks
 from rq_ceylon.errors import CeylonError, ConnectionLostError
+from rq_ceylon.goals import how_settled
 from rq_ceylon.handlers import GoalCheck, Registry
 from rq_ceylon.maintenance import judge, maintain
 from rq_ceylon.models import GoalStatus, GroupStatus, counted
@@ -213,7 +214,7 @@ class Monitor:
     def _announce(self, view: GroupView, goal: GoalView) -> None:
         achieved = goal.status is GoalStatus.ACHIEVED
         level, message = ("INFO", goal.success_message) if achieved else ("WARNING", goal.failure_message)
-        words = f'Goal {goal.status}: {goal.name} of "{view.name}" ({_how_it_stood(goal)}).'
+        words = f'Goal {goal.status}: {goal.name} of "{view.name}" ({how_settled(goal)}).'
         logger.log(level, "{}{}", words, f" {message}" if message else "")
 
     # ---- deadlines and callables -------------------------------------------------------------------------------------
@@ -314,16 +315,3 @@ class Monitor:
             calls = transitions.sample(self.keys, role.name, minute, encode(facts), previous=self._minute)
             await connection.run(calls)
         self._minute = minute
-
-
-def _how_it_stood(goal: GoalView) -> str:
-    if goal.settled is None:
-        return "not settled"
-    counters = goal.settled.counters
-    words = f"{counters.completed} of {counters.total} completed"
-    if counters.failed:
-        words += f", {counters.failed} failed"
-    if goal.status is GoalStatus.ACHIEVED:
-        return words
-    reasons = {"deadline": "its deadline has passed", "fail_when": f"{goal.fail_when} holds", "callable": goal.when}
-    return f"{words}; {reasons.get(goal.settled.by, f'{goal.when} can no longer hold')}"

@@ -31,8 +31,8 @@ _FORMS = (
 )
 
 REMEDIES = (
-    "Start one in another terminal: ceylon server · ceylon up MODULE:APP · docker compose up -d redis\n"
-    "Or give its URL: --redis redis://host:6379/0, or the variable CEYLON_REDIS_URL."
+    "Start one in another terminal: ceylon server (or ceylon up MODULE:APP, with a worker).\n"
+    'Or give its URL: the variable CEYLON_REDIS_URL, the option --redis of a command, or Ceylon("redis://host:6379/0").'
 )
 
 _OPTIONS = {"db", "username", "password", "client_name", "socket_connect_timeout", "socket_keepalive"}

@@ -161,8 +161,8 @@ class TaskView:
         due_ms: set while the task waits for a delay or a retry; for a delay, not before its group is active.
         needs: how many of the tasks that it needs have not ended.
         progress: the last progress that its handler reported, up to 5 s old: a fraction, if any, and a message.
-        last_error: `{"type", "message", "traceback"}` of the attempt before, while the task waits for the next or runs
-            again.
+        last_error: `{"type", "message", "traceback"}` of the attempt before, if the task waits for the next one, runs
+            again, or was cancelled after it. That of a failed task is in its result.
         result: set once the task has ended.
     """
 

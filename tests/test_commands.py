@@ -130,7 +130,7 @@ def test_quiet_beside_a_log_level_is_refused(tmp_path: Path) -> None:
 def test_without_redis_each_command_says_how_to_get_one(arguments: tuple[str, ...], tmp_path: Path) -> None:
     ended = Commands("", tmp_path).run(*arguments)
 
-    assert_refused(ended, 3, "No Redis is configured", "ceylon server", "--redis redis://host:6379/0")
+    assert_refused(ended, 3, "No Redis is configured", "ceylon server", "--redis")
 
 
 @pytest.mark.parametrize(
@@ -440,7 +440,21 @@ def test_the_error_of_the_attempt_before_is_shown_of_a_task_that_waits_for_the_n
     shown = commands.run("ceylon", "show", "g/a", "--namespace", bench.keys.namespace).stdout
 
     assert (task["error"], task["last_error"]["message"], task["status"]) == (None, "no answer", "pending")
-    assert "  attempt 1 failed: E: no answer" in shown.splitlines()
+    assert "  the attempt before failed: E: no answer" in shown.splitlines()
+
+
+def test_a_task_that_is_cancelled_while_it_waits_for_a_retry_keeps_its_error(commands: Commands, bench: Bench) -> None:
+    bench.queued("g", role="r")
+    (delivery,) = bench.fetch("w", role="r")
+    assert bench.claim("w", delivery) == ["GRANTED"]
+    bench.commit("w", delivery, "retry", delay_ms=60_000, message="no answer")
+
+    commands.run("ceylon", "cancel", "g", "--namespace", bench.keys.namespace)
+    row = commands.run("ceylon", "show", "g/a", "--namespace", bench.keys.namespace).stdout.splitlines()[1].split()
+    facts = json.loads(commands.run("ceylon", "results", "g/a", "--namespace", bench.keys.namespace).stdout)
+
+    assert row == ["a", "cancelled", "closed", "r", "1", "-", "-", "E:", "no", "answer"]
+    assert (facts["id"], facts["status"], facts["attempts"]) == ("g/a", "cancelled", 1)
 
 
 def test_status_workers_and_groups_are_told_as_json_and_as_tables(commands: Commands) -> None:

@@ -69,7 +69,7 @@ def test_other_commands_find_this_users_server_and_a_second_one_says_that_it_run
     commands.run("worker", "jobs:app", "--burst")
     told = commands.json("ceylon", "show", gid, "--json")
 
-    assert second.returncode == 3
+    assert second.returncode == 2
     assert second.stderr.startswith("Error: A server already runs in ")
     assert "unix://" in second.stderr
     assert told["group"]["counters"]["completed"] == 2

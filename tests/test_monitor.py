@@ -92,10 +92,12 @@ async def test_an_achieved_goal_and_a_finished_group_are_logged(
         finish_all(bench)
         await until_said(said, "finished")
 
-    assert about(said, "Goal") == ['INFO: Goal achieved: partial of "g" (5 of 10 completed). Enough {of} them!\n']
+    assert about(said, "Goal") == [
+        'INFO: Goal achieved: partial of "g" (5 of 10 completed, 5 needed). Enough {of} them!\n'
+    ]
     (line,) = about(said, "finished")
     assert 'Group "g" finished as completed: 10 completed, 0 failed, 0 cancelled in ' in line
-    assert re.search(r"; p: run mean 5 ms, p50 5, p95 5, p99 5; wait mean \d+ ms, p50 ", line)
+    assert re.search(r"; role p: run mean 5 ms, p50 5, p95 5, p99 5; wait mean \d+ ms, p50 ", line)
 
 
 async def test_a_group_that_waits_for_others_has_no_deadline_yet(
@@ -123,7 +125,7 @@ async def test_a_failed_goal_is_a_warning_that_tells_why(
         await until_said(said, "Goal")
 
     assert about(said, "Goal") == [
-        'WARNING: Goal failed: goal of "g" (0 of 2 completed, 1 failed; completed >= 2 can no longer hold). Pity.\n'
+        'WARNING: Goal failed: goal of "g" (0 of 2 completed, 2 needed, 1 failed; it can no longer hold). Pity.\n'
     ]
 
 
@@ -281,7 +283,7 @@ async def test_a_deadline_is_judged_on_time(
         started = int(bench.meta("g")["created"])
         await until_said(said, "Goal")
 
-    assert "(0 of 1 completed; its deadline has passed)" in about(said, "Goal")[0]
+    assert "(0 of 1 completed, 1 needed; its deadline has passed)" in about(said, "Goal")[0]
     settled = int(bench.meta("g")["goal:goal"].split("|")[1])
     assert 250 <= settled - started < 1000 * LOOK_S / 2  # a look would have found it later
 

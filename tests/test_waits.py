@@ -7,7 +7,7 @@ import pytest
 from bench import Bench
 from commands import Commands
 
-from rq_ceylon import Ceylon, Task, TaskGroup
+from rq_ceylon import Ceylon, Task, TaskGroup, WaitTimeoutError
 from rq_ceylon.store import transitions
 
 
@@ -92,3 +92,14 @@ def test_what_has_started_or_ended_waits_for_nothing(commands: Commands, bench: 
     bench.started("w", "g")
 
     assert shown(commands, bench, "g") == {"a": None, "b": None}
+
+
+def test_a_wait_that_takes_too_long_says_what_the_task_waits_for(app: Ceylon, bench: Bench) -> None:
+    with app.sync_client() as client:
+        run = client.submit(TaskGroup("g", [Task(role="pictures", uses="resise")]))
+        with pytest.raises(WaitTimeoutError, match=r"within 0\.1 s; it waits: no worker serves role 'pictures'"):
+            run.task("1").result(timeout=0.1)
+        (delivery,) = bench.fetch("w", role="pictures")
+        assert bench.claim("w", delivery) == ["GRANTED"]
+        with pytest.raises(WaitTimeoutError, match=r"within 0\.1 s; it runs on worker w$"):
+            run.task("1").result(timeout=0.1)

@@ -17,6 +17,7 @@ from rich.text import Text
 from rq_ceylon.client import is_over, not_over, succeeded
 from rq_ceylon.errors import WaitTimeoutError
 from rq_ceylon.expression import parse
+from rq_ceylon.goals import how_settled
 from rq_ceylon.log import plain
 from rq_ceylon.models import GoalStatus, counted, span_words
 from rq_ceylon.process import SUPERVISED
@@ -227,11 +228,8 @@ def _marks(view: GroupView) -> dict[str, int]:
 
 def settled_words(goal: GoalView) -> str:
     """A settled goal with the numbers that settled it, and its success or failure message."""
-    assert goal.settled is not None
-    words = goal.when if goal.call else parse(goal.when, goal.name).words(goal.settled.counters)
     message = goal.success_message if goal.status is GoalStatus.ACHIEVED else goal.failure_message
-    why = "deadline passed; " if goal.settled.by == "deadline" else ""
-    return f"Goal {goal.status}: {goal.name} ({why}{words})" + (f". {message}" if message else "")
+    return f"Goal {goal.status}: {goal.name} ({how_settled(goal)})" + (f". {message}" if message else "")
 
 
 def _running_words(task: TaskView) -> str:
@@ -241,14 +239,12 @@ def _running_words(task: TaskView) -> str:
 
 
 def _last_words(view: GroupView) -> str:
-    """Say how the group ended, and how many tasks never had to run."""
+    """Say how the group ended."""
     counters = view.counters
     parts = [f"{counters.completed} completed", f"{counters.failed} failed", f"{counters.cancelled} cancelled"]
     words = f"{plain(view.name, keep='')}: {', '.join(parts)} of {counters.total}"
     if view.outcome:
         words += f"; {view.outcome}"
-    if view.goals and counters.cancelled:
-        words += f". {counted(counters.cancelled, 'task')} never had to run"
-    elif counters.open:
+    if counters.open:
         words += f"; {counted(counters.open, 'task goes on', 'tasks go on')}"
     return words

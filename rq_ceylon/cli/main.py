@@ -57,8 +57,9 @@ async def status(client: Client, json: bool) -> None:
     """
     Show what is queued, running and done.
 
-    It lists roles with their backlog, workers and totals, and counts groups by status. QUEUED and DELIVERED are
-    current. BUSY/SLOTS comes from the workers' heartbeats and may be 5 s old.
+    It lists roles with their backlog, workers and totals, and counts groups by status. QUEUED tasks wait for a worker,
+    DELIVERED ones are at a worker, DELAYED ones wait for their time or for their next attempt. BUSY/SLOTS may be 5 s
+    old.
     """
     roles, groups, workers = await client.roles(), await client.groups(), await client.workers()
     counts: dict[str, int] = {}
@@ -214,6 +215,7 @@ async def show(client: Client, target: str, statuses: tuple[str, ...], limit: in
       ceylon show GROUP --running --limit 20
     """
     from rq_ceylon.client import why_waiting
+    from rq_ceylon.goals import how_settled
     from rq_ceylon.store import statistics
 
     gid, _, tid = target.partition("/")
@@ -234,13 +236,7 @@ async def show(client: Client, target: str, statuses: tuple[str, ...], limit: in
     if not tid:
         say(statistics.summary(view, await statistics.of_group(client.connection, client.keys, gid)))
         for goal in view.goals:
-            at = goal.settled
-            # That the end of a task has settled it is the usual case, and goes without saying.
-            by = f", by {at.by}" if at and at.by != "commit" else ""
-            say(
-                f"  {goal.title}: {goal.when}: {goal.status}"
-                + (f" at {at.counters.completed} of {at.counters.total} completed{by}" if at else "")
-            )
+            say(f"  {goal.title}: {goal.when}: {goal.status}" + (f" ({how_settled(goal)})" if goal.settled else ""))
     table(
         ("TASK", "STATUS", "REASON", "ROLE", "ATTEMPT", "WORKER", "RUN MS", "DETAIL"),
         [_task_row(task, why.get(task.task_id, "")) for task in tasks],
@@ -278,7 +274,7 @@ async def _show_more(client: Client, gid: str, task: TaskView, why: str) -> None
     if why:
         say(f"  waits: {why}")
     if error := task.last_error:
-        say(f"  attempt {task.attempt - 1} failed: {error.get('type')}: {error.get('message')}")
+        say(f"  the attempt before failed: {error.get('type')}: {error.get('message')}")
         say(error.get("traceback", "").rstrip())
     if task.result and task.result.error:
         say(task.result.error.get("traceback", "").rstrip())
@@ -287,11 +283,13 @@ async def _show_more(client: Client, gid: str, task: TaskView, why: str) -> None
 def _task_row(task: TaskView, why: str = "") -> tuple[object, ...]:
     result = task.result
     fraction, message = task.progress
-    shown = why or " ".join(filter(None, ("" if fraction is None else f"{fraction:.0%}", message))) or "-"
-    if result is not None:
-        error = result.error
+    shown = why or " ".join(filter(None, ("" if fraction is None else f"{fraction:.0%}", message)))
+    if result is not None and result.status == "completed":
+        shown = to_json(result.value)
+    elif error := (result and result.error) or (not shown and task.last_error):
         # What no handler raised, a poison say, has no type.
-        shown = ": ".join(filter(None, (error["type"], error["message"]))) if error else to_json(result.value)
+        shown = ": ".join(filter(None, (error.get("type"), error.get("message"))))
+    shown = shown or "-"
     shown = plain(shown, keep="")
     return (
         task.task_id,
@@ -300,7 +298,7 @@ def _task_row(task: TaskView, why: str = "") -> tuple[object, ...]:
         task.role,
         task.attempt,
         task.worker or "-",
-        result.run_ms if result else "-",
+        result.run_ms if result and result.started_ms else "-",
         shown if len(shown) <= 60 else shown[:57] + "...",
     )
 
@@ -328,7 +326,7 @@ async def watch(client: Client, group: str) -> int:
 
 
 @ceylon.command()
-@click.argument("group")
+@click.argument("target", metavar="GROUP[/TASK]")
 @click.option(
     "-f",
     "--follow",
@@ -336,8 +334,16 @@ async def watch(client: Client, group: str) -> int:
     help="Also print each further result as its task ends, until the group has finished.",
 )
 @with_client
-async def results(client: Client, group: str, follow: bool) -> None:
+async def results(client: Client, target: str, follow: bool) -> None:
     """Print the results of the tasks that have ended, as JSON Lines."""
+    group, _, tid = target.partition("/")
+    if tid:
+        if follow:
+            raise click.UsageError(f"--follow follows a whole group: ceylon results --follow {group}")
+        result = (await client.task(target).view()).result
+        if result is not None:
+            click.echo(to_json(result_facts(group, result)))
+        return
     handle = client.group(group)
     if follow:
         async for result in handle.results():

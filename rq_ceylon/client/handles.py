@@ -6,12 +6,14 @@ from an id, in any process.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from typing import Any, Generic, Literal, TypeVar
 
 from rq_ceylon import maintenance
 from rq_ceylon.client.session import Session
-from rq_ceylon.errors import NotFoundError, TaskCancelledError, TaskFailedError, WaitTimeoutError
+from rq_ceylon.client.waits import why_waiting
+from rq_ceylon.errors import CeylonError, NotFoundError, TaskCancelledError, TaskFailedError, WaitTimeoutError
 from rq_ceylon.handlers import Handler
 from rq_ceylon.models import GoalStatus, TaskStatus, check_id
 from rq_ceylon.store import queries, transitions
@@ -44,7 +46,7 @@ class TaskHandle(Generic[R]):
         return f"{self._gid}/{self._tid}"
 
     def __repr__(self) -> str:
-        return f"<TaskHandle {self.id}>"
+        return f"<{type(self).__name__} {self.id}>"
 
     def through(self, session: Session) -> TaskHandle[R]:
         """A handle of the same task that uses another client."""
@@ -69,7 +71,8 @@ class TaskHandle(Generic[R]):
                 async with asyncio.timeout(timeout):
                     result = await follower.result(self._tid)
         except TimeoutError:
-            raise WaitTimeoutError(f"task {self.id} has not ended within {timeout} s; it goes on") from None
+            words = f"task {self.id} has not ended within {timeout} s; {await self._standing()}"
+            raise WaitTimeoutError(words) from None
         if result.status is TaskStatus.FAILED:
             error = result.error or {}
             raise TaskFailedError(
@@ -83,6 +86,18 @@ class TaskHandle(Generic[R]):
             raise TaskCancelledError(self.id, result.reason)
         value: R = result.value if self._handler is None else self._handler.load_result(result.value)
         return value
+
+    async def _standing(self) -> str:
+        """What the task does now, or why it waits, as far as Redis tells within a second."""
+        with contextlib.suppress(CeylonError, TimeoutError):
+            async with asyncio.timeout(1.0):
+                view = await self.view()
+                if view.status is TaskStatus.IN_PROGRESS:
+                    return f"it runs on worker {view.worker}"
+                group = await GroupHandle(self._session, self._gid).view()
+                for why in (await why_waiting(self._session, group, [view])).values():
+                    return f"it waits: {why}"
+        return "it goes on"
 
     async def view(self) -> TaskView:
         """
@@ -128,7 +143,7 @@ class GroupHandle:
         self._session, self.id, self.name, self.repeated = session, gid, name, repeated
 
     def __repr__(self) -> str:
-        return f"<GroupHandle {self.id} {self.name!r}>"
+        return f"<{type(self).__name__} {self.id}{self.name and f' {self.name!r}'}>"
 
     def through(self, session: Session) -> GroupHandle:
         """A handle of the same group that uses another client."""
@@ -233,7 +248,7 @@ class GroupHandle:
 
     async def cancel(self) -> str:
         """
-        End the group: tasks that have not started are cancelled, running tasks are asked to stop. Returns the group's
+        End the group: tasks that do not run are cancelled, running tasks are asked to stop. Returns the group's
         status.
         """
         return await self._control(transitions.cancel_group(self._session.keys, self.id))

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import BinaryIO, Self
 from urllib.parse import urlsplit
 
-from rq_ceylon.errors import RedisError
+from rq_ceylon.errors import InvalidInputError, RedisError
 from rq_ceylon.script import refuse_while_loading
 from rq_ceylon.settings import fits_socket, is_private, require_unix, socket_path, socket_url
 
@@ -87,8 +87,8 @@ class EmbeddedServer:
             port: also listen on this port of 127.0.0.1.
 
         Raises:
-            InvalidInputError: this is Windows, which has no embedded server.
-            RedisError: no server is installed, the server ended at once, or one already runs in this folder.
+            InvalidInputError: this is Windows, which has no embedded server; or one already runs in this folder.
+            RedisError: no server is installed, or the server ended at once.
             CeylonError: a child process of `cpu=True` tasks is importing a script, whose program must not run again.
         """
         require_unix("a server of this process (embedded://)")
@@ -281,7 +281,8 @@ def _locked(home: Path, at: Path) -> BinaryIO:
         except BlockingIOError:
             if time.monotonic() > limit:
                 lock.close()
-                raise RedisError(f"A server already runs in {home}: use it at {socket_url(at)}, or stop it") from None
+                words = f"A server already runs in {home}: use it at {socket_url(at)}, or stop it"
+                raise InvalidInputError(words) from None
             time.sleep(POLL_S)
         else:
             return lock

@@ -257,16 +257,22 @@ async def some_tasks(connection: Connection, keys: Keys, gid: str, tids: Sequenc
 
 
 async def _with_errors(connection: Connection, keys: Keys, gid: str, views: list[TaskView]) -> list[TaskView]:
-    tried = [view for view in views if view.attempt > 1 and not view.status.is_final]
-    if not tried:
+    """With the last error of each task that was tried before and has neither completed nor failed."""
+    names = []
+    for view in views:
+        if view.status is TaskStatus.CANCELLED:  # by its last attempt, or while it waited for another one
+            names += [f"{view.task_id} {attempt}" for attempt in (view.attempt - 1, view.attempt) if attempt > 0]
+        elif not view.status.is_final and view.attempt > 1:
+            names.append(f"{view.task_id} {view.attempt - 1}")
+    if not names:
         return views
-    names = [f"{view.task_id} {view.attempt - 1}" for view in tried]
     (texts,) = await connection.run([command("HMGET", keys.group_part(gid, "errors"), *names)])
     errors = {}
-    for view, text in zip(tried, texts, strict=True):
+    for name, text in zip(names, texts, strict=True):
         try:
-            with reading(f"the last error of task {view.id}"):
-                errors[view.task_id] = dict(decode(text)) if text else None
+            with reading(f"the error of task {gid}/{name}"):
+                if text:
+                    errors[name.split()[0]] = dict(decode(text))
         except RecordError as error:
             warn_once(f"Left out: {error}")
     return [replace(view, last_error=errors.get(view.task_id)) for view in views]

@@ -78,12 +78,12 @@ def summary(view: GroupView, found: GroupStatistics) -> str:
     """The end or present state of a group in words: counts, rate, and the run and wait times of each role."""
     counters = view.counters
     how, so_far = (f"finished as {view.outcome}", "") if view.is_finished else (f"is {view.status}", " so far")
-    pace = f" in {found.seconds:.1f} s ({found.rate:.1f}/s)" if found.seconds else ""
+    pace = f" in {found.seconds:.1f} s ({found.rate:.1f}/s)" if found.rate >= 0.05 else ""
     lines = [
         f'Group "{view.name}" {how}: {counters.completed} completed, {counters.failed} failed, '
         f"{counters.cancelled} cancelled{so_far}{pace}"
     ]
     for name, role in sorted(found.roles.items()):
         if role.run.count:
-            lines.append(f"  {name}: run {role.run}; wait {role.wait}")
+            lines.append(f"  role {name}: run {role.run}; wait {role.wait}")
     return "\n".join(lines)

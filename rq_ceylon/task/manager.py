@@ -126,7 +126,7 @@ class TaskManager:
 
     async def cancel(self) -> None:
         """
-        End every group that has not finished: tasks that have not started are cancelled, running tasks are asked to
+        End every group that has not finished: tasks that do not run are cancelled, running tasks are asked to
         stop.
         """
         for follower in self._followers.values():

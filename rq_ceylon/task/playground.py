@@ -111,7 +111,7 @@ class TaskPlayGround:
 
     async def finish(self) -> None:
         """
-        Leave early: tasks that run here finish, tasks that have not started are cancelled, and tasks that run elsewhere
+        Leave early: tasks that run here finish, tasks that do not run are cancelled, and tasks that run elsewhere
         are asked to stop.
         """
         if self._crew is not None:
@@ -120,7 +120,7 @@ class TaskPlayGround:
             await self._hear_the_end()
 
     async def force_close(self) -> None:
-        """Leave at once: running tasks are stopped, and tasks that have not started are cancelled."""
+        """Leave at once: running tasks are stopped, and tasks that do not run are cancelled."""
         if self._crew is not None:
             await self.task_manager.cancel()
             await self._crew.stop(at_once=True)
