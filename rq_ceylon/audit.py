@@ -156,6 +156,8 @@ async def _read(connection: Connection, keys: Keys, gid: str, meta: Mapping[str,
             for task in event.tasks:
                 if task.is_end:
                     ends[task.tid].append(task.outcome)
+                elif task.outcome == "reopened":
+                    ends[task.tid].clear()
     (pages,) = await connection.run([command("ZRANGE", keys.group_part(gid, "outbox"), 0, -1)])
     return _Records(
         meta=meta,
@@ -187,7 +189,7 @@ def _drift(gid: str, records: _Records) -> list[Drift]:
             found.append(Drift(gid, tid, "errors of its attempts", "there", "gone: the task has completed"))
     for tid in sorted(records.results.keys() | records.ends.keys()):
         told, recorded = records.ends.get(tid, []), records.results.get(tid)
-        if told != [recorded]:
+        if told != [recorded] and (told or recorded):
             found.append(Drift(gid, tid, "end", ", ".join(told) or "untold by events", recorded or "none on record"))
     # An internal page stands for dependents that were not visited yet, so until it is done the counts may differ.
     if not records.has_internal_pages:

@@ -192,10 +192,10 @@ class Monitor:
             watched = self._groups[view.id] = _Watched(view.created_ms)
         elif view.events < watched.statistics.seq:  # Redis lost the newest of them.
             watched.statistics, watched.finished = GroupStatistics(), False
-            watched.announced &= {goal.name for goal in view.goals if goal.settled}
-        if watched.finished:
+        if watched.finished and watched.statistics.seq == view.events:  # else tasks were retried
             return
         await watched.statistics.read_on(connection, self.keys, view.id, view.events)
+        watched.announced &= {goal.name for goal in view.goals if goal.settled}  # a retry may have unsettled some
         for goal in view.goals:
             if goal.settled and goal.name not in watched.announced:
                 watched.announced.add(goal.name)

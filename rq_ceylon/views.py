@@ -130,8 +130,8 @@ class TaskResult:
         ended_ms: None for a task that ended because its group closed before it started.
         wait_ms: time from ready to started. `run_ms` is the time of the last attempt, by the worker's monotonic clock.
         error: `{"type", "message", "traceback"}` of a failed task.
-        payload: what a failed task was submitted with, as far as its group's defaults do not say it: `uses`,
-            `arguments`, `metadata` and rules. None for other tasks.
+        payload: what a failed or cancelled task was submitted with, as far as its group's defaults do not say it:
+            `uses`, `arguments`, `metadata` and rules. None for a completed task.
     """
 
     task_id: str

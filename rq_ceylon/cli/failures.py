@@ -1,11 +1,12 @@
-"""`ceylon failures`."""
+"""`ceylon failures` and `ceylon retry`."""
 
 from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -30,12 +31,25 @@ class _Kind:
     last: TaskView
 
 
+def which(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that choose among the failed tasks of all groups."""
+    for option in reversed(
+        (
+            click.option("--role", metavar="ROLE", help="Only tasks of this role."),
+            click.option("--name", metavar="NAME", help="Only tasks of this function."),
+            click.option("--error", metavar="TEXT", help="Only tasks whose error, as 'type: message', has this text."),
+            click.option(
+                "--since", metavar="DURATION", help="Only tasks that failed within this time, such as 30m or 2d."
+            ),
+        )
+    ):
+        function = option(function)
+    return function
+
+
 @click.command()
 @click.option("--group", metavar="GROUP", help="Only tasks of this group.")
-@click.option("--role", metavar="ROLE", help="Only tasks of this role.")
-@click.option("--name", metavar="NAME", help="Only tasks of this function.")
-@click.option("--error", metavar="TEXT", help="Only tasks whose error, as 'type: message', contains this text.")
-@click.option("--since", metavar="DURATION", help="Only tasks that failed within this time, such as 30m or 2d.")
+@which
 @click.option("--limit", type=click.IntRange(1), default=KINDS, show_default=True, help="Show this many kinds at most.")
 @click.option("--json", is_flag=True, help="Print each failed task as a line of JSON.")
 @with_client
@@ -89,6 +103,92 @@ async def failures(
     )
     if len(kinds) > len(shown):
         say(f"and {counted(len(kinds) - len(shown), 'more kind')}; --limit shows more")
+
+
+@click.command()
+@click.argument("targets", metavar="[GROUP[/TASK]]...", nargs=-1)
+@which
+@click.option("--cancelled", is_flag=True, help="Of these groups, also the tasks that were cancelled.")
+@click.option("--dry-run", is_flag=True, help="Only say how many tasks would run again.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@with_client
+async def retry(
+    client: Client,
+    targets: tuple[str, ...],
+    role: str | None,
+    name: str | None,
+    error: str | None,
+    since: str | None,
+    cancelled: bool,
+    dry_run: bool,
+    yes: bool,
+) -> int:
+    """
+    Run failed tasks again, of some groups or of all.
+
+    Tasks that were skipped because of them run too, and so do those that were cancelled because a goal had failed. What
+    has completed never runs again. A goal that failed is undecided again, unless it can still not be achieved; an
+    achieved one stays achieved. Exit code 1 if nothing is to be retried.
+
+    \b
+    Examples:
+      ceylon retry GROUP
+      ceylon retry GROUP/7 GROUP/9
+      ceylon retry --role gpu --error "out of memory" --since 2h
+    """
+    filters = {"role": role, "name": name, "error": error, "since": since}
+    is_filtered = any(value is not None for value in filters.values())
+    if not targets and not is_filtered:
+        raise click.UsageError("give a GROUP, or one of --role, --name, --error and --since")
+    if cancelled and (not targets or is_filtered):
+        raise click.UsageError("--cancelled needs a GROUP, and no --role, --name, --error or --since")
+    chosen = await _to_retry(client, targets, filters if is_filtered else None)
+    count = sum(len(tids or ()) for tids in chosen.values())
+    if is_filtered or dry_run:
+        for gid, tids in chosen.items():
+            known = await client.group(gid).view()
+            failed = known.counters.failed if tids is None else len(tids)
+            say(f"{gid} {known.name!r}: {counted(failed, 'failed task')}")
+    if dry_run:
+        return 0 if chosen else 1
+    if is_filtered and chosen and not yes:
+        click.confirm(f"Run {counted(count, 'task')} of {counted(len(chosen), 'group')} again?", abort=True, err=True)
+    total = 0
+    for gid, tids in chosen.items():
+        again = await client.group(gid).retry(tids, cancelled=cancelled)
+        total += again
+        say(f"{gid}: {counted(again, 'task runs', 'tasks run')} again")
+    if not total:
+        say("nothing to retry", err=True)
+    return 0 if total else 1
+
+
+async def _to_retry(
+    client: Client, targets: tuple[str, ...], filters: Mapping[str, str | None] | None
+) -> dict[str, set[str] | None]:
+    """The tasks to retry by group; None for all that failed. Each target is judged before anything is retried."""
+    chosen: dict[str, set[str] | None] = {}
+    for target in targets:
+        gid, _, tid = target.partition("/")
+        if tid:
+            await client.task(target).view()
+            known = chosen.setdefault(gid, set())
+            if known is not None:
+                known.add(tid)
+        else:
+            await client.group(gid).view()
+            chosen[gid] = None
+    if filters is None:
+        return chosen
+    found: dict[str, set[str] | None] = {}
+    for group in chosen or (None,):
+        async for task in client.failures(group=group, **filters):
+            only = None if group is None else chosen[group]
+            if only is None or task.task_id in only:
+                tids = found.setdefault(task.group_id, set())
+                assert tids is not None
+                tids.add(task.task_id)
+    return found
 
 
 def _words(task: TaskView) -> str:

@@ -139,6 +139,7 @@ class Display:
         self._ended.append((now, view.counters.ended))
         while now - self._ended[0][0] > RATE_S:
             self._ended.popleft()
+        self._told &= {goal.name for goal in view.goals if goal.settled}  # a retry may have unsettled some
         for goal in view.goals:
             if goal.settled and goal.name not in self._told:
                 self._told.add(goal.name)

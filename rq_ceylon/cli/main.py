@@ -12,7 +12,7 @@ import click
 from rq_ceylon.cli.audit import audit
 from rq_ceylon.cli.common import CONTEXT, EXIT_CODES, load_app, logs, reported, say, table, with_client
 from rq_ceylon.cli.facts import group_facts, result_facts, task_facts, to_json
-from rq_ceylon.cli.failures import failures
+from rq_ceylon.cli.failures import failures, retry
 from rq_ceylon.cli.files import graph, schema, validate
 from rq_ceylon.log import plain
 
@@ -46,7 +46,7 @@ def ceylon() -> None:
     """
 
 
-for _command in (validate, schema, graph, audit, failures):
+for _command in (validate, schema, graph, audit, failures, retry):
     ceylon.add_command(_command)
 
 

@@ -7,13 +7,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from typing import Any, Generic, Literal, TypeVar
 
 from rq_ceylon import maintenance
+from rq_ceylon.client.retrying import failed, retry
 from rq_ceylon.client.session import Session
 from rq_ceylon.client.waits import why_waiting
-from rq_ceylon.errors import CeylonError, NotFoundError, TaskCancelledError, TaskFailedError, WaitTimeoutError
+from rq_ceylon.errors import (
+    CeylonError,
+    InvalidInputError,
+    NotFoundError,
+    TaskCancelledError,
+    TaskFailedError,
+    WaitTimeoutError,
+)
 from rq_ceylon.handlers import Handler
 from rq_ceylon.models import GoalStatus, TaskStatus, check_id
 from rq_ceylon.store import queries, transitions
@@ -124,6 +132,33 @@ class TaskHandle(Generic[R]):
             await self._session.relay(self._gid)
         return str(words[1])
 
+    async def retry(self) -> None:
+        """
+        Run the task again, which failed or was cancelled, from its first attempt on; with it those tasks of its group
+        that were skipped because of it. Its group is active again, and a goal that failed is undecided again, unless
+        it can still not be achieved.
+
+        Raises:
+            InvalidInputError: the task has completed or is open, needs one that did not complete, or its group has not
+                started or is closing.
+            NotFoundError: the task is not known, or no longer.
+        """
+        view = await self.view()
+        told = await retry(self._session, self._gid, lambda one: one.task_id == self._tid or one.reason == "skipped")
+        word = told.get(self._tid, "completed" if view.status is TaskStatus.COMPLETED else "open")
+        if self._tid in told and word in ("reopened", "open"):
+            return
+        raise InvalidInputError(f"task {self.id} cannot be retried: {_NO_RETRY.get(word, word)}")
+
+
+_NO_RETRY = {
+    "completed": "it has completed",
+    "open": "it has not ended",
+    "blocked": "a task that it needs did not complete; retry that one",
+    "busy": "the tasks that need it are still being told of its end; try again",
+    "old": "an older version of rq-ceylon wrote its result; submit it again",
+}
+
 
 class GroupHandle:
     """
@@ -220,7 +255,7 @@ class GroupHandle:
     async def results(self) -> AsyncIterator[TaskResult]:
         """
         Yield each task's result as it ends, until the group has finished. Tasks that were cancelled because the group
-        closed come last.
+        closed come last. A task that is retried meanwhile comes once more.
 
         Raises:
             NotFoundError: the group is not known, or no longer; results may be missing.
@@ -229,6 +264,7 @@ class GroupHandle:
         told: set[str] = set()
         connection, keys = self._session.connection, self._session.keys
         async for event in self.events():
+            told.difference_update(task.tid for task in event.tasks if task.outcome == "reopened")
             tids = [task.tid for task in event.tasks if task.is_end and task.tid not in told]
             for result in (await queries.results(connection, keys, self.id, tids)).values():
                 told.add(result.task_id)
@@ -273,6 +309,34 @@ class GroupHandle:
         """
         await self.view()
         return await maintenance.prune(self._session.connection, self._session.keys, self.id, at_once=True) is None
+
+    async def retry(self, tasks: Iterable[str] | None = None, *, cancelled: bool = False) -> int:
+        """
+        Run the failed tasks of the group again, each from its first attempt on, and those that were skipped because of
+        them or cancelled because a goal had failed. What has completed never runs again. The group is active again. A
+        goal that failed is undecided again, unless it can still not be achieved; an achieved goal stays achieved.
+
+        Args:
+            tasks: only these tasks, and what was skipped because of them.
+            cancelled: also the tasks that were cancelled otherwise, by a user or by an achieved goal.
+
+        Returns:
+            the number of tasks that run again.
+
+        Raises:
+            InvalidInputError: the group has not started, or is closing.
+            NotFoundError: the group is not known.
+        """
+        only = None if tasks is None else set(tasks)
+        by_goal = await queries.closed_by(self._session.connection, self._session.keys, self.id) == "failed"
+
+        def chosen(result: TaskResult) -> bool:
+            if only is not None and result.task_id not in only and result.reason != "skipped":
+                return False
+            return cancelled or failed(result) or (by_goal and result.reason == "closed")
+
+        told = await retry(self._session, self.id, chosen)
+        return sum(word in ("reopened", "open") for word in told.values())
 
     async def _control(self, call: Call) -> str:
         (reply,) = await self._session.call([call])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from typing import Any, Generic, Literal, Self, TypeVar, overload
 
 from rq_ceylon.attempt import refuse_to_block
@@ -214,6 +214,9 @@ class SyncTaskHandle(Generic[R]):
     def cancel(self) -> str:
         return self._client.call(self._bound.cancel())
 
+    def retry(self) -> None:
+        self._client.call(self._bound.retry())
+
 
 class SyncGroupHandle:
     """
@@ -267,6 +270,9 @@ class SyncGroupHandle:
 
     def tasks(self) -> Iterator[TaskView]:
         return self._client.iterate(self._bound.tasks())
+
+    def retry(self, tasks: Iterable[str] | None = None, *, cancelled: bool = False) -> int:
+        return self._client.call(self._bound.retry(tasks, cancelled=cancelled))
 
     def remove(self) -> bool:
         return self._client.call(self._bound.remove())

@@ -40,7 +40,8 @@ STAGING_MS = 3_600_000
 """A staging group that no part has reached for this long is removed, since its client is gone."""
 
 SILENT_MS = 90_000
-"""A rolling group without a new part for this long is sealed. A client that lives seals it after 60 s."""
+"""A rolling group without a new part for this long is sealed. A client that lives seals it after 60 s. A retry without
+a new part for this long is completed."""
 
 HOURLY_EVERY_MS = 3_600_000
 """The time between two looks at all keys, which the processes share."""
@@ -85,7 +86,18 @@ class Maintenance:
             if next_ms is not None:
                 next_looks[gid] = next_ms
         await self._connection.run([transitions.look_again(self._keys, *one) for one in next_looks.items()])
+        await self._look_sooner([gid for gid, next_ms in next_looks.items() if next_ms > now_ms + STILL_MS])
         return await self._pause_s()
+
+    async def _look_sooner(self, gids: Sequence[str]) -> None:
+        """
+        Look soon at those of these groups that have not finished. They had, and were due at the end of their
+        retention. A retry that came meanwhile has set an earlier look, which may just have been overwritten.
+        """
+        calls = [command("HGET", self._keys.group_part(gid, "meta"), "status") for gid in gids]
+        statuses = await self._connection.run(calls, refusals=True)
+        active = [gid for gid, status in zip(gids, statuses, strict=True) if status != "finished"]
+        await self._connection.run([transitions.look_again(self._keys, gid, 0) for gid in active])
 
     async def _look_after(self, gid: str, now_ms: int) -> int | None:
         """
@@ -257,8 +269,13 @@ async def judge(
 
 
 async def seal(connection: Connection, keys: Keys, gid: str) -> str | None:
-    """Seal the group if it is a rolling group whose client fell silent. Returns its status (None: gone)."""
+    """
+    Seal the group if it is a rolling group whose client fell silent, or complete a retry whose client did. Returns its
+    status (None: gone).
+    """
     (reply,) = await connection.run([transitions.seal(keys, gid, untouched_ms=SILENT_MS)])
+    if reply[-1] == "reopening":
+        (reply,) = await connection.run([transitions.end_retry(keys, gid, untouched_ms=SILENT_MS)])
     return None if reply[0] == "GONE" else str(reply[1])
 
 

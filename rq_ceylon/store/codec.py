@@ -77,7 +77,7 @@ def result_of(tid: str, text: str) -> TaskResult:
         run_ms=result["run"],
         value=None if failed or not values else values[0],
         error=values[0] if failed else None,
-        payload=values[1] if failed and len(values) > 1 else None,
+        payload=values[1] if len(values) > 1 else None,
     )
 
 

@@ -22,7 +22,10 @@ LOOK_S = 5.0
 
 
 class TaskEvent(NamedTuple):
-    """A change of one task. `outcome` is completed, failed or cancelled (the task ended), or retry or release."""
+    """
+    A change of one task. `outcome` is completed, failed or cancelled (the task ended), retry or release, or reopened (a
+    task that had ended is open again).
+    """
 
     tid: str
     outcome: str
@@ -36,7 +39,10 @@ class TaskEvent(NamedTuple):
 
 
 class Event(NamedTuple):
-    """One state change of a group. `seq` counts from 1; `status` is the group's new status, '' if it did not change."""
+    """
+    One state change of a group. `seq` counts from 1; `status` is the group's new status, '' if it did not change.
+    `goals` are pairs of a name and the new status, `in_progress` for a failed goal that a retry made undecided.
+    """
 
     seq: int
     at_ms: int

@@ -119,6 +119,12 @@ async def depends_on(connection: Connection, keys: Keys, gid: str) -> list[str]:
     return (text or "").split()
 
 
+async def closed_by(connection: Connection, keys: Keys, gid: str) -> str:
+    """What closed a group: `achieved` or `failed` if a goal of this status did, `user`, `group`; '' if it is open."""
+    (text,) = await connection.run([command("HGET", keys.group_part(gid, "meta"), "closed_by")])
+    return text or ""
+
+
 async def due_groups(connection: Connection, keys: Keys, now_ms: int, limit: int) -> list[str]:
     """About `limit` groups whose next look is due, the same number at most from each shard."""
     share = -(-limit // INDEX_SHARDS)
@@ -262,7 +268,7 @@ async def _with_errors(connection: Connection, keys: Keys, gid: str, views: list
     for view in views:
         if view.status is TaskStatus.CANCELLED:  # by its last attempt, or while it waited for another one
             names += [f"{view.task_id} {attempt}" for attempt in (view.attempt - 1, view.attempt) if attempt > 0]
-        elif not view.status.is_final and view.attempt > 1:
+        elif not view.status.is_final:  # attempt 0 is that of a task that had failed and was reopened
             names.append(f"{view.task_id} {view.attempt - 1}")
     if not names:
         return views

@@ -17,10 +17,11 @@ from rq_ceylon.views import Counters
 COUNTERS = tuple(field.name for field in fields(Counters))
 """The counters of a group, in the order in which a settled goal keeps them."""
 
-NUMBERS = (*COUNTERS, "pages", "goals_failed", "waited")
+NUMBERS = (*COUNTERS, "pages", "goals_failed", "waited", "reopening")
 """
 The numbers in a group's meta hash that scripts change: the counters, the number of the last page, how many goals have
-failed, and how long (ms) the group waited for the groups on which it depends.
+failed, how long (ms) the group waited for the groups on which it depends, and when the last part of a retry came that
+is not complete (epoch ms; else 0).
 """
 
 
@@ -136,14 +137,16 @@ none; it stays text but where two are compared in size, since a Lua number would
 RESULT = Record(
     (
         "outcome", "reason", "role", "attempts", "crashes", "worker", "started", "ended", "wait", "run",
+        "issue", "priority", "crash_limit", "value_bytes",
     ),
     10,
-    ("attempts", "crashes", "started", "ended", "wait", "run"),
+    ("attempts", "crashes", "started", "ended", "wait", "run", "issue", "crash_limit", "value_bytes"),
     json="[",
 )  # fmt: skip
 """
-The result of a task. `started` and `ended` are epoch ms, `wait` and `run` ms. The JSON is `[value]`, of a failed task
-`[error, payload]`, else `[]`.
+The result of a task. `started` and `ended` are epoch ms, `wait` and `run` ms. The JSON of a completed task is
+`[value]`, of any other `[error or null, payload]`. The last four fields say what reopening a task needs: the issue of
+its last entry, its priority and crash limit, and the length of the first JSON value.
 """
 
 GOAL = Record(("name", "on_achieved", "on_failed", "deadline", "program", "fail_program"), 6, ("deadline",))

@@ -50,6 +50,8 @@ class GroupStatistics:
                 role = self.roles.setdefault(task.role, RoleStatistics())
                 if task.outcome == "retry":
                     role.retries += 1
+                elif task.outcome == "reopened":
+                    role.outcomes["reopened"] += 1
                 elif task.is_end:
                     role.outcomes[task.outcome] += 1
                     if task.outcome != "cancelled":

@@ -606,6 +606,32 @@ def drop_from_index(keys: Keys, gid: str) -> Call:
     return command("ZREM", keys.index_of(gid), gid)
 
 
+# ---- retry -----------------------------------------------------------------------------------------------------------
+def settle(keys: Keys, gid: str, cursor: str) -> Call:
+    """Write results for the tasks of a finished group that ended without one. Call it until the next cursor is 0."""
+    return Call("reopen", keys.group(gid), ["settle", cursor, SCAN_TASKS])
+
+
+def reopen(keys: Keys, gid: str, tasks: Iterable[tuple[str, Sequence[str]]]) -> Call:
+    """
+    Reopen tasks, each given with its needs. No goal of the group is judged until `end_retry`. The reply is the status,
+    then a word for each task.
+    """
+    return Call(
+        "reopen", keys.group(gid), ["tasks", *(word for tid, needs in tasks for word in (tid, " ".join(needs)))]
+    )
+
+
+def end_retry(keys: Keys, gid: str, *, untouched_ms: int = 0) -> Call:
+    """
+    Judge the goals of a group whose tasks were reopened.
+
+    Args:
+        untouched_ms: do nothing if a task was reopened within this time.
+    """
+    return Call("reopen", keys.group(gid), ["end", untouched_ms])
+
+
 # ---- groups on groups ------------------------------------------------------------------------------------------------
 def register(keys: Keys, gid: str, dependent: str) -> Call:
     """Ask a group to tell `dependent` how it finished. The reply is its status and, if it is finished, its outcome."""

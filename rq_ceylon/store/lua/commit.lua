@@ -83,7 +83,7 @@ local function record(outcome)
     end
   elseif outcome.kind == 'completed' then
     ends(outcome, claim, 'completed', '', outcome.blob)
-    forget_errors(tid, claim.attempt)
+    forget_errors(tid, claim.attempt, claim.releases)
   -- A success counts even in a closed group and after a cancel was asked for, as its work is done.
   -- Any other outcome becomes cancelled there.
   elseif closed() then

@@ -12,7 +12,7 @@
 --                              or a staging one that no part has reached for this long
 -- Reply: GONE | OK status ... | NO status. cancel_tasks: OK status, then per tid cancelled,
 --        stopping, ended or unknown. prune: NO status and when to look again (epoch
---        ms; 0: not by time).
+--        ms; 0: not by time). seal: NO status and `reopening` if a retry is not complete.
 -- Repeatable: each is a compare-and-set.
 -- include: group_state
 local action = ARGV[1]
@@ -73,14 +73,16 @@ if action == 'repair' then
       end
     end
     local result = result_of(call('HGET', RESULTS, ARGV[i]) or '')
-    if result.outcome == 'completed' then forget_errors(ARGV[i], result.attempts) end
+    if result.outcome == 'completed' then forget_errors(ARGV[i], result.attempts, 1) end
   end
   tail('repair', now)
   return {'OK', group.status}
 end
 
 if action == 'seal' then
-  if group.open ~= '1' then return {'NO', group.status} end
+  if group.open ~= '1' then
+    return {'NO', group.status, group.reopening > 0 and 'reopening' or ''}
+  end
   local touched = tonumber(call('HGET', META, 'touched'))
   if touched > now - tonumber(ARGV[2]) then return {'NO', group.status} end
   group.open = '0'
@@ -103,9 +105,9 @@ if action == 'cancel' then
     group.outcome = 'cancelled'
     call('HSET', META, 'outcome', 'cancelled')
   end
-  group.open = '0'
+  group.open, group.reopening = '0', 0
   call('HSET', META, 'open', '0')
-  close(true)
+  close('user', true)
   tail('cancel', now)
   tell_workers('stop')
   return {'OK', group.status}

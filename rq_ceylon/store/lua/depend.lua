@@ -44,7 +44,7 @@ else
   group.outcome = 'cancelled'
   local reason = 'group ' .. gid .. ' it depends on is ' .. outcome
   call('HSET', META, 'outcome', 'cancelled', 'reason', reason)
-  close(false)
+  close('group')
 end
 tail('depend', now)
 return {'OK', group.status, group.outcome or ''}

@@ -8,21 +8,33 @@ local function log_task(tid, what, role, wait, run)
   effects.log[#effects.log + 1] = table.concat(words, ',')
 end
 
--- Errors: 'tid attempt' -> the error with which that attempt ended, if another attempt followed.
--- Those of a completed task are removed.
+-- Errors: 'tid attempt' -> the error with which that attempt ended, if another attempt followed;
+-- 'tid 0' is that of a task that had failed and was reopened. Those of a completed task are removed.
 local function keep_error(tid, attempt, blob)
   call('HSET', ERRORS, tid .. ' ' .. attempt, blob)
-  if attempt > ERRORS_KEPT then call('HDEL', ERRORS, tid .. ' ' .. attempt - ERRORS_KEPT) end
+  if attempt >= ERRORS_KEPT then call('HDEL', ERRORS, tid .. ' ' .. attempt - ERRORS_KEPT) end
 end
 
-local function forget_errors(tid, attempts)
-  for attempt = math.max(1, attempts - ERRORS_KEPT), attempts - 1 do
+-- `releases`: only a task that has some may have been reopened.
+local function forget_errors(tid, attempts, releases)
+  for attempt = math.max(releases > 0 and 0 or 1, attempts - ERRORS_KEPT), attempts - 1 do
     call('HDEL', ERRORS, tid .. ' ' .. attempt)
   end
 end
 
--- Ends a task. `claim` is its record or nil, `run` the handler's ms, `blob` a JSON value or ''.
-local function record_end(tid, from, outcome, reason, role, claim, run, blob)
+-- A task that did not complete may be reopened: its result keeps what that needs. Returns the JSON
+-- values of the result: the error or null, and the payload.
+local function reopenable(result, blob, task, issue)
+  local _, priority, _, _, crash_limit = task_fields(task)
+  blob = blob == '' and 'null' or blob
+  result.priority, result.crash_limit = priority, crash_limit
+  result.issue, result.value_bytes = issue, #blob
+  return blob .. ',' .. task_json(task)
+end
+
+-- Writes the result of a task that has ended, and its end into the event. `claim` is its record or
+-- nil, `run` the handler's ms, `blob` a JSON value or ''.
+local function write_end(tid, outcome, reason, role, claim, run, blob)
   local attempts, crashes, worker, started, wait = 0, 0, '', '', 0
   if claim then
     attempts, crashes = claim.attempt, claim.crashes
@@ -38,22 +50,34 @@ local function record_end(tid, from, outcome, reason, role, claim, run, blob)
       wait = math.max(0, tonumber(started) - tonumber(arrived))
     end
   end
-  if outcome == 'failed' then
-    blob = (blob == '' and 'null' or blob) .. ',' .. task_json(call('HGET', TASKS, tid))
+  local result = {
+    outcome = outcome, reason = reason, role = role, attempts = attempts, crashes = crashes,
+    worker = worker, started = started, ended = now_text, wait = wait, run = run,
+  }
+  if outcome ~= 'completed' then
+    blob = reopenable(result, blob, call('HGET', TASKS, tid), issue_of(claim))
   end
-  move(from, outcome)
   effects.is_ended[tid] = true
   effects.ended[#effects.ended + 1] = tid
   effects.results[#effects.results + 1] = tid
-  effects.results[#effects.results + 1] = result_text({
-    outcome = outcome, reason = reason, role = role, attempts = attempts, crashes = crashes,
-    worker = worker, started = started, ended = now_text, wait = wait, run = run,
-  }, '[' .. blob .. ']')
+  effects.results[#effects.results + 1] = result_text(result, '[' .. blob .. ']')
   log_task(tid, outcome, role, wait, run)
+end
+
+-- Ends a task, which was counted as `from`.
+local function record_end(tid, from, outcome, reason, role, claim, run, blob)
+  move(from, outcome)
+  write_end(tid, outcome, reason, role, claim, run, blob)
   if group.dag == '1' and not closed() then
     local step = outcome == 'completed' and 'release' or 'miss'
     effects.walks[#effects.walks + 1] = {step, tid, 1}
   end
+end
+
+-- A task that was reopened has a claim before it is first claimed.
+local function issue_of_task(tid)
+  local record = call('HGET', CLAIMS, tid)
+  return issue_of(record and claim_of(record))
 end
 
 -- Ends a task that needs one that did not complete, as its group wants it; its own dependents are
@@ -62,14 +86,17 @@ local function miss(tid, task, role)
   local outcome, blob = 'cancelled', ''
   if group.on_need_failed == 'fail' then
     outcome = 'failed'
-    blob = error_text('a task that it needs did not complete') .. ',' .. task_json(task)
+    blob = error_text('a task that it needs did not complete')
   end
-  call('HDEL', NEEDS, tid)
-  call('HDEL', TASKS, tid)
-  call('HSET', RESULTS, tid, result_text({
+  local result = {
     outcome = outcome, reason = 'skipped', role = role, attempts = 0, crashes = 0,
     ended = now_text, wait = 0, run = 0,
-  }, '[' .. blob .. ']'))
+  }
+  blob = reopenable(result, blob, task, issue_of_task(tid))
+  call('HDEL', NEEDS, tid)
+  call('HDEL', TASKS, tid)
+  call('HDEL', CLAIMS, tid)
+  call('HSET', RESULTS, tid, result_text(result, '[' .. blob .. ']'))
   move('waiting', outcome)
   log_task(tid, outcome, role)
   effects.walks[#effects.walks + 1] = {'miss', tid, 1}
@@ -88,7 +115,7 @@ local function visit(tid, step)
     call('HDEL', NEEDS, tid)
     move('waiting', 'pending')
     local due = from_start(not_before)
-    enqueue_later(tid, role, priority, 1, due and due > now and due)
+    enqueue_later(tid, role, priority, issue_of_task(tid), due and due > now and due)
   end
 end
 

@@ -65,13 +65,17 @@ local function start_goals()
     lines[#lines + 1] = goal_text(goal)
   end
   keep_goals(lines)
+  -- A retry of the group finds here what a failed goal was.
+  call('HSET', META, 'goals_at_start', group.goals)
 end
 
 -- Closes the group in O(1): from now on a task without a claim counts as cancelled, and needs no
--- record of that. `stop`: running tasks are asked to end too.
-local function close(stop)
+-- record of that. `by`: achieved or failed, as a goal was, user or group. `stop`: running tasks are
+-- asked to end too.
+local function close(by, stop)
   if stop then call('HSET', META, 'stop', '1') end
   if closed() then return end
+  call('HSET', META, 'closed_by', by)
   if group.status == 'waiting' then start_goals() end
   group.cancelled = group.cancelled + group.waiting + group.pending
   group.waiting = 0
@@ -92,12 +96,12 @@ local function settle_goal(goal, status, by)
   if status == 'failed' then group.goals_failed = group.goals_failed + 1 end
   effects.settled[#effects.settled + 1] = goal.name .. ':' .. status
   local policy = status == 'achieved' and goal.on_achieved or goal.on_failed
-  if policy ~= 'continue' then close(policy == 'cancel') end
+  if policy ~= 'continue' then close(status, policy == 'cancel') end
 end
 
 -- A settled goal may close the group, and closing may decide others: judge until nothing moves.
 local function judge_goals(kind)
-  local moved = group.goals ~= '' and group.status ~= 'waiting'
+  local moved = group.goals ~= '' and group.status ~= 'waiting' and group.reopening == 0
   while moved do
     moved = false
     local kept = {}

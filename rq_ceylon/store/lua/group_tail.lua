@@ -43,7 +43,7 @@ end
 
 local function finish_if_over(visible)
   local open = group.waiting + group.pending + group.in_progress
-  if group.status == 'finished' or open > 0 then return end
+  if group.status == 'finished' or open > 0 or group.reopening > 0 then return end
   -- A rolling group that still takes parts, and a group that has not started, go on without an open
   -- task. A paused group ends all the same, and a closing one always does.
   local goes_on = group.open == '1' or group.status == 'staging' or group.status == 'waiting'

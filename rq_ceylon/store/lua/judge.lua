@@ -3,7 +3,7 @@
 -- KEYS: the group's.
 -- ARGV: goal name ('' to look only), achieved | failed.
 -- Reply: GONE | OK status next-deadline-ms | NO status next-deadline-ms (this goal is settled or
---        unknown).
+--        unknown, or the group is reopening, which comes to nothing).
 -- Repeatable: only an undecided goal can be settled, and only once.
 -- include: group_state
 local name, status = ARGV[1], ARGV[2]
@@ -14,7 +14,7 @@ if group.status == 'staging' or group.status == 'finished' then
 end
 -- include: group_tail
 pass_memory_limit()
-if name ~= '' then
+if name ~= '' and group.reopening == 0 then
   -- A deadline that has passed counts before a verdict that came late.
   judge_goals('deadline')
   local kept, goal = {}, nil

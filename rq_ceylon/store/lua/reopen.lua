@@ -1,0 +1,161 @@
+-- reopen: run tasks again that failed or were cancelled. What has completed never runs again. A
+-- retry takes several calls: `settle` until the cursor is 0 if the group has finished, `tasks` for
+-- each part, then `end`. From the first part on the group is `reopening`: no goal is judged, and
+-- the group cannot finish. Else a goal could fail between two parts, for tasks that the next part
+-- reopens, and its policy would cancel what was just reopened.
+-- KEYS: the group's.
+-- ARGV: settle cursor count       write results for tasks that ended without one, as their group
+--                                 closed
+--       tasks (tid needs)...      reopen these; `needs` ('' or 'a b c') are the tasks that it needs
+--       end untouched-ms          the retry is complete, if no part came for this long
+-- Reply: GONE | NO status         (not active, paused or finished; end: not reopening, or too soon)
+--        OK status, then
+--          settle: the next cursor
+--          tasks:  per tid  reopened   it is open again
+--                           open       it is open already, perhaps by this call itself, repeated
+--                           completed
+--                           blocked    a task that it needs did not complete, and is not reopened
+--                           busy       its dependents are still being told of its end; ask later
+--                           unknown    there is no such task
+--                           old        an older version wrote its result, without what is needed
+--        UNSETTLED status         (tasks: `settle` is not done)
+-- Repeatable: an open task stays as it is, and settle finds no task twice.
+-- include: group_state
+local action = ARGV[1]
+
+if not load_group() then return {'GONE'} end
+-- include: group_tail records.result_of records.result_json records.task_text
+pass_memory_limit()
+
+-- A failed goal is undecided again unless it must fail all the same; then nothing happens to it, and
+-- its policy does not act again. An achieved goal never unsettles.
+local function unsettle_failed_goals()
+  local lines = {}
+  for line in string.gmatch(group.goals, '[^;]+') do lines[#lines + 1] = line end
+  for line in string.gmatch(call('HGET', META, 'goals_at_start') or '', '[^;]+') do
+    local goal = goal_of(line)
+    local settled = call('HGET', META, 'goal:' .. goal.name) or ''
+    if string.find(settled, '^failed|') and judge_goal(goal, '') ~= 'failed' then
+      call('HDEL', META, 'goal:' .. goal.name)
+      group.goals_failed = group.goals_failed - 1
+      lines[#lines + 1] = line
+      effects.settled[#effects.settled + 1] = goal.name .. ':in_progress'
+    end
+  end
+  keep_goals(lines)
+end
+
+if action == 'settle' then
+  if group.status ~= 'finished' then return {'NO', group.status} end
+  local found = call('HSCAN', TASKS, ARGV[2], 'COUNT', ARGV[3])
+  for i = 1, #found[2], 2 do
+    local tid, record = found[2][i], call('HGET', CLAIMS, found[2][i])
+    local role = task_fields(found[2][i + 1])
+    -- The counters have these tasks as cancelled since the group closed.
+    if not effects.is_ended[tid] then
+      write_end(tid, 'cancelled', 'closed', role, record and claim_of(record) or nil, 0, '')
+    end
+  end
+  tail('settle', now)
+  -- It may be new, and then has no TTL yet.
+  call('PEXPIRE', RESULTS, call('PTTL', META))
+  return {'OK', group.status, found[1]}
+end
+
+if action == 'end' then
+  local is_silent = group.reopening > 0 and now - group.reopening >= tonumber(ARGV[2])
+  if not is_silent then return {'NO', group.status} end
+  group.reopening = 0
+  unsettle_failed_goals()
+  tail('reopen', now)
+  return {'OK', group.status}
+end
+
+if group.status ~= 'active' and group.status ~= 'paused' and group.status ~= 'finished' then
+  return {'NO', group.status}
+end
+-- A task that has no result is open again as soon as the group is.
+if group.status == 'finished' and call('EXISTS', TASKS) == 1 then
+  return {'UNSETTLED', group.status}
+end
+
+-- What hinders a task that ended as `result`. An old result lacks its issue.
+local function hindrance(tid, result)
+  if not result then return call('HEXISTS', TASKS, tid) == 1 and 'open' or 'unknown' end
+  if result.outcome == 'completed' then return 'completed' end
+  if not result.issue then return 'old' end
+  -- While the group is active, a task that ended keeps its list only until all of it is told.
+  if group.status ~= 'finished' and call('HEXISTS', CHILDREN, tid) == 1 then return 'busy' end
+end
+
+-- The needs of a task that are open; nil if one ended otherwise than completed.
+local function open_needs(needs)
+  local open = {}
+  for need in string.gmatch(needs, '%S+') do
+    if call('HEXISTS', TASKS, need) == 1 then
+      open[#open + 1] = need
+    elseif group.on_need_failed ~= 'continue' then
+      local record = call('HGET', RESULTS, need)
+      if not record or result_of(record).outcome ~= 'completed' then return nil end
+    end
+  end
+  return open
+end
+
+-- The finished group goes on. What its end left behind is of no use: no task is open.
+local function start_again()
+  group.status, group.outcome = 'active', nil
+  call('HDEL', META, 'outcome', 'finished', 'stop', 'reason', 'closed_by')
+  call('UNLINK', CLAIMS, NEEDS, CHILDREN)
+  for _, key in ipairs(KEYS) do call('PERSIST', key) end
+end
+
+local function reopen(tid, record, result, open)
+  local json = result_json(record)
+  local error = string.sub(json, 2, 1 + result.value_bytes)
+  local payload = string.sub(json, 3 + result.value_bytes, -2)
+  -- Delay and expiry are behind it.
+  local task = {role = result.role, priority = result.priority, crash_limit = result.crash_limit}
+  call('HSET', TASKS, tid, task_text(task, payload))
+  call('HDEL', RESULTS, tid)
+  -- It begins at attempt 1. The issue goes on, so that every older entry is OUTDATED.
+  local claim = {
+    state = 'l', attempt = 1, fence = '0', worker = '', lineage = '', started = '0', crashes = 0,
+    releases = result.issue, due = '', role = result.role, priority = result.priority,
+  }
+  call('HSET', CLAIMS, tid, claim_text(claim))
+  -- A task that was cancelled while it waited for another attempt has its last error here.
+  if error == 'null' then error = call('HGET', ERRORS, tid .. ' ' .. result.attempts) end
+  forget_errors(tid, result.attempts + 1, result.issue)
+  if error then keep_error(tid, 0, error) end
+  log_task(tid, 'reopened', result.role)
+  if #open == 0 then
+    move(result.outcome, 'pending')
+    enqueue_later(tid, result.role, result.priority, issue_of(claim))
+    return
+  end
+  move(result.outcome, 'waiting')
+  call('HSET', NEEDS, tid, #open)
+  for _, need in ipairs(open) do
+    local list = call('HGET', CHILDREN, need)
+    call('HSET', CHILDREN, need, list and list .. ' ' .. tid or tid)
+  end
+end
+
+group.on_need_failed = call('HGET', META, 'on_need_failed') or 'skip'
+local replies = {'OK', group.status}
+for i = 2, #ARGV, 2 do
+  local tid, record = ARGV[i], call('HGET', RESULTS, ARGV[i])
+  local result = record and result_of(record)
+  local word = hindrance(tid, result)
+  local open = not word and open_needs(ARGV[i + 1])
+  if open then
+    if group.status == 'finished' then start_again() end
+    group.reopening = now
+    reopen(tid, record, result, open)
+  end
+  replies[#replies + 1] = word or (open and 'reopened' or 'blocked')
+end
+tail('reopen', now)
+replies[2] = group.status
+return replies
