@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import redis
@@ -41,7 +41,7 @@ class Bench:
         gid: str,
         tasks: Sequence[str] = ("a",),
         *,
-        needs: dict[str, Sequence[str]] | None = None,
+        needs: Mapping[str, Sequence[str]] | None = None,
         goal: str | Goal | Sequence[Goal | str] = (),
         role: str = "p",
         priority: int = 2,

@@ -96,10 +96,10 @@ class Commands:
         own = self.environ(environ)
         return run_to_end(sys.executable, *words, folder=self.folder, environ=own, stdin=stdin, limit_s=limit_s)
 
-    def here(self, name: str, *arguments: str) -> Result:
+    def here(self, name: str, *arguments: str, input: str = "") -> Result:
         """Run a command, under the name that it is installed by, in this process, which spares a second."""
         with contextlib.chdir(self.folder):
-            return CliRunner(env=self.environ()).invoke(getattr(cli, NAMES[name]), arguments, prog_name=name)
+            return CliRunner(env=self.environ()).invoke(getattr(cli, NAMES[name]), arguments, input, prog_name=name)
 
     def json(self, name: str, *arguments: str, stdin: str = "") -> Any:
         """What a command that succeeds prints, read as JSON."""

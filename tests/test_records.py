@@ -30,7 +30,8 @@ pytestmark = pytest.mark.anyio
 # As this layout has always been written.
 TASK = 'p|2||||{"uses":"a|b"}'
 CLAIM = "l|2|17|w|2:5-0|5|1|1||p|2"
-RESULT = 'failed|error|p|2|1|w|5|9|1|3|[{"type":"E","message":"a|b","traceback":""},{"uses":"x"}]'
+RESULT = 'failed|error|p|2|1|w|5|9|1|3|2|1||44|[{"type":"E","message":"a|b","traceback":""},{"uses":"x"}]'
+OLD_RESULT = 'failed|error|p|2|1|w|5|9|1|3|[{"type":"E","message":"a|b","traceback":""},{"uses":"x"}]'
 GOAL = "most|drain|continue|0|completed,1,>=|"
 SETTLED = "achieved|9|3|commit|3,0,0,0,3,0,0,4,1"
 
@@ -202,6 +203,8 @@ def test_a_record_reads_alike_in_both_languages_and_a_new_field_is_one_word(name
 def test_records_of_this_layout_are_read(bench: Bench) -> None:
     assert task_parts(TASK) == ("p", 2, None, None, '{"uses":"a|b"}')
     result = result_of("a", RESULT)
+    assert result == result_of("a", OLD_RESULT)
+    assert in_lua(bench, "result", records.RESULT, OLD_RESULT)[10:14] == ["nil", "", "nil", "nil"]
     assert (result.status, result.attempts, result.run_ms, result.error) == (
         "failed", 2, 3, {"type": "E", "message": "a|b", "traceback": ""},
     )  # fmt: skip

@@ -265,7 +265,7 @@ DOCTORED: dict[str, tuple[Callable[[Case], object], str]] = {
     "an outcome turned": (lambda c: c.edit("results", "completed|", "failed|"), "events tell other ends"),
     "an event doubled": (
         lambda c: c.edit("events", f"{c.tid},completed,", f"{c.tid},completed,cpu,0,0 {c.tid},completed,"),
-        "ended in 2 events",
+        "ended in two events",
     ),
     "an end untold": (lambda c: c.edit("events", f"{c.tid},completed,", f"{c.tid},retry,"), "events tell other ends"),
     "a goal unsettled": (forget_goal, "settled 1 times"),

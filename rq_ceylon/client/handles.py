@@ -261,13 +261,12 @@ class GroupHandle:
             NotFoundError: the group is not known, or no longer; results may be missing.
             ConnectionLostError: Redis went away while the results were read; start again.
         """
-        told: set[str] = set()
+        told: dict[str, int] = {}  # by its end, since a task that was retried ends again
         connection, keys = self._session.connection, self._session.keys
         async for event in self.events():
-            told.difference_update(task.tid for task in event.tasks if task.outcome == "reopened")
-            tids = [task.tid for task in event.tasks if task.is_end and task.tid not in told]
+            tids = [task.tid for task in event.tasks if task.is_end and told.get(task.tid, 0) < event.at_ms]
             for result in (await queries.results(connection, keys, self.id, tids)).values():
-                told.add(result.task_id)
+                told[result.task_id] = result.ended_ms or event.at_ms
                 yield result
         async for task in self.tasks():
             if task.result is not None and task.task_id not in told:

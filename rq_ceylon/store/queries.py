@@ -341,10 +341,11 @@ def _open(gid: str, tid: str, text: str, claim: str | None, needs: int, facts: _
         due = int(record["due"]) if record["due"] else None
         if running:
             worker, started, due = record["worker"], int(record["started"]), None
-    uses = decode(body).get("uses") or facts.uses
+    payload = decode(body)
+    uses = payload.get("uses") or facts.uses
     if facts.closed and not running:  # closing a group writes no results for tasks that do not run
-        result = TaskResult(tid, TaskStatus.CANCELLED, "closed", role, attempts=attempts, crashes=crashes)
-        return replace(_ended(gid, result), uses=uses)
+        result = TaskResult(tid, TaskStatus.CANCELLED, "closed", role, attempts, crashes, payload=payload)
+        return _ended(gid, result, uses)
     status = TaskStatus.IN_PROGRESS if running else TaskStatus.WAITING if needs else TaskStatus.PENDING
     return TaskView(
         group_id=gid,

@@ -8,20 +8,22 @@ from __future__ import annotations
 import contextlib
 import inspect
 import random
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rq_ceylon.client.retrying import failed, retry
 from rq_ceylon.client.rolling import Rolling, _Waiting
 from rq_ceylon.client.session import Session
 from rq_ceylon.client.staging import keyed_id, stage
 from rq_ceylon.client.submission import Submission, check_groups
-from rq_ceylon.errors import ConnectionLostError, NotFoundError
+from rq_ceylon.errors import ConnectionLostError, InvalidInputError, NotFoundError
 from rq_ceylon.handlers import Registry
 from rq_ceylon.maintenance import Maintenance, judge
 from rq_ceylon.models import Goal, Task, TaskGroup
 from rq_ceylon.store import transitions
 from rq_ceylon.store.codec import decode, task_parts
 from rq_ceylon.store.transitions import Committed
+from rq_ceylon.views import TaskResult
 from rq_ceylon.worker.delivery import Granted
 from rq_ceylon.worker.loop import Worker
 from rq_ceylon.worker.neighbours import bury
@@ -311,6 +313,36 @@ class User(Actor):
 
     async def _do(self, call: Any) -> None:
         await self.line.run_until_answered([call], give_up_after=None)
+
+
+class Retrier(Actor):
+    """Retries groups: what failed, or all that did not complete; or a single task."""
+
+    def __init__(self, simulation: Simulation) -> None:
+        super().__init__(simulation, "retrier")
+        self.left = self.random.randint(15, 25)
+
+    async def live(self) -> None:
+        while self.left > 0:
+            await self.rest(self.random.uniform(10, 150))
+            accepted = sorted(self.simulation.ledger.accepted)
+            if not accepted:
+                continue
+            gid = self.random.choice(accepted)
+            self.left -= 1
+            with contextlib.suppress(ConnectionLostError, InvalidInputError):
+                await retry(_Session(self), gid, self._choice(sorted(self.simulation.ledger.plans[gid])))
+
+    def _choice(self, tids: Sequence[str]) -> Callable[[TaskResult], bool]:
+        tid = self.random.choice(tids)
+        return self.random.choice(
+            (
+                failed,
+                lambda result: failed(result) or result.reason == "closed",
+                lambda _: True,
+                lambda result: result.task_id == tid or result.reason == "skipped",
+            )
+        )
 
 
 # ---- producers -------------------------------------------------------------------------------------------------------

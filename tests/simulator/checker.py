@@ -28,6 +28,7 @@ from .ledger import (
     Plan,
     Released,
     Renewed,
+    Reopened,
     Started,
 )
 
@@ -160,6 +161,11 @@ def history(ledger: Ledger) -> Iterator[str]:
                 settled.update((gid, tid, grant.fence) for grant in grants[gid, tid])
             case Over(gid, tid):
                 ended.setdefault((gid, tid), "over")
+            case Reopened(gid, tid):
+                if ended.pop((gid, tid), "") == "completed":
+                    yield f"reopened although it has completed: {record}"
+                due.pop((gid, tid), None)
+                settled.update((gid, tid, grant.fence) for grant in grants[gid, tid])
             case Cancelled(gid, tid):
                 if (gid, tid) in ended:
                     yield f"cancelled after its end ({ended[gid, tid]}): {record}"
@@ -194,10 +200,13 @@ def _group(raw: Any, keys: Keys, gid: str, tasks: Mapping[str, Plan], ledger: Le
     events = [event_of(n, line) for n, line in enumerate(raw.lrange(part("events"), 0, -1), 1)]
     yield from _events(gid, events, {tid: result.status.value for tid, result in results.items()})
     yield from _goals(gid, meta, events, ledger)
+    # Where a failed need counts as met, it may be reopened after what needs it has run.
+    later = {task.tid for event in events for task in event.tasks if task.outcome == "reopened"}
+    later = later if ledger.policies[gid] == "continue" else set()
     for tid, result in results.items():
         if result.started_ms is None or tid not in tasks:
             continue
-        needed = [results.get(need) for need in tasks[tid].needs]
+        needed = [results.get(need) for need in tasks[tid].needs if need not in later]
         if any(need is None or (need.ended_ms or 0) > result.started_ms for need in needed):
             yield f"{gid}/{tid}: started before what it needs had ended"
         if ledger.policies[gid] != "continue" and any(need and need.status != "completed" for need in needed):
@@ -212,30 +221,56 @@ def _group(raw: Any, keys: Keys, gid: str, tasks: Mapping[str, Plan], ledger: Le
 
 
 def _events(gid: str, events: list[Event], ends: Mapping[str, str]) -> Iterator[str]:
-    told = [(task.tid, task.outcome) for event in events for task in event.tasks if task.outcome in ENDS]
-    for tid, count in collections.Counter(tid for tid, _ in told).items():
-        if count > 1:
-            yield f"{gid}/{tid}: ended in {count} events"
-    if dict(told) != ends:
-        yield f"{gid}: events tell other ends than the results: {sorted(dict(told).items() ^ ends.items())[:4]}"
-    statuses = [event.status for event in events if event.status not in ("", "active", "paused")]
+    told: dict[str, str] = {}
+    statuses: list[str] = []
+    for event in events:
+        for task in event.tasks:
+            if task.outcome == "reopened":
+                if told.pop(task.tid, "completed") == "completed":
+                    yield f"{gid}/{task.tid}: reopened although it was open or had completed"
+            elif task.outcome in ENDS:
+                if task.tid in told:
+                    yield f"{gid}/{task.tid}: ended in two events"
+                told[task.tid] = task.outcome
+        if event.status == "active" and event.kind == "reopen":
+            statuses.clear()
+        elif event.status not in ("", "active", "paused"):
+            statuses.append(event.status)
+    if told != ends:
+        yield f"{gid}: events tell other ends than the results: {sorted(told.items() ^ ends.items())[:4]}"
     if len(statuses) != len(set(statuses)) or statuses[-1:] != ["finished"]:
         yield f"{gid}: went through {statuses}"
 
 
 def _goals(gid: str, meta: Mapping[str, str], events: list[Event], ledger: Ledger) -> Iterator[str]:
     total = int(meta["total"])
-    closed_at = min((event.seq for event in events if event.status in ("closing", "finished")), default=len(events) + 1)
     counts = [collections.Counter[str]()]
+    ends: dict[str, str] = {}
+    unjudged: set[int] = set()  # events behind which a retry was not complete
     for event in events:
-        counts.append(counts[-1] + collections.Counter(task.outcome for task in event.tasks if task.outcome in ENDS))
+        ends |= {task.tid: task.outcome for task in event.tasks if task.outcome in ENDS}
+        again = {task.tid for task in event.tasks if task.outcome == "reopened"}
+        ends = {tid: end for tid, end in ends.items() if tid not in again}
+        counts.append(collections.Counter(ends.values()))
+        if again or (event.seq - 1 in unjudged and event.kind not in ("reopen", "cancel")):
+            unjudged.add(event.seq)
     for name, (when, fail_when, has_deadline, is_callable) in ledger.goals.get(gid, {}).items():
-        told = [(event.seq, status) for event in events for goal, status in event.goals if goal == name]
+        told: list[tuple[int, str]] = []
+        for seq, status in [(event.seq, status) for event in events for goal, status in event.goals if goal == name]:
+            if status != "in_progress":
+                told.append((seq, status))
+            elif [status for _, status in told] == ["failed"]:
+                told.clear()
+            else:
+                yield f"{gid}: goal {name} is unsettled by event {seq}, though it had settled as {told}"
         text = meta.get(f"goal:{name}")
         if len(told) != 1 or text is None:
             yield f"{gid}: goal {name} settled {len(told)} times: {told}, {text}"
             continue
         status, record = settled_of(text)
+        since = max((e.seq for e in events[: record.seq] if e.kind == "reopen" and e.status == "active"), default=0)
+        closed = [event.seq for event in events if event.seq > since and event.status in ("closing", "finished")]
+        closed_at = min(closed, default=len(events) + 1)
         if (record.seq, status.value) != told[0]:
             yield f"{gid}: goal {name} is {text}, its event tells {told[0]}"
         if is_callable:
@@ -254,7 +289,8 @@ def _goals(gid: str, meta: Mapping[str, str], events: list[Event], ledger: Ledge
         if truth != status.value:
             yield f"{gid}: goal {name} ({when}) {status.value} at {now} of {total}, should be {truth}"
         # Goals are looked at from the group's start on; one that waited for others starts late.
-        if record.seq <= closed_at and any(event.status == "active" for event in events[: record.seq - 1]):
+        judged = record.seq - 1 not in unjudged
+        if judged and record.seq <= closed_at and any(event.status == "active" for event in events[: record.seq - 1]):
             early = counts[record.seq - 1]
             if certain(when, early, total) is not None or (fail_when and certain(fail_when, early, total)):
                 yield f"{gid}: goal {name} ({when}) was certain before event {record.seq}, at {dict(early)} of {total}"

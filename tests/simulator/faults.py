@@ -12,7 +12,7 @@ from unittest import mock
 from redis.crc import key_slot
 
 from rq_ceylon import presence
-from rq_ceylon.client import rolling, staging
+from rq_ceylon.client import retrying, rolling, staging
 from rq_ceylon.errors import ConnectionLostError
 from rq_ceylon.maintenance import steps
 from rq_ceylon.maintenance.reissue import Reissue
@@ -36,6 +36,7 @@ RARE = {
     "judge": 3,
     "control": 0.7,
     "depend": 3,
+    "reopen": 8,
     "release": 6,
     "renew": 3,
 }
@@ -49,6 +50,7 @@ _TIMES: list[tuple[Any, str, float]] = [
     (presence, "TTL_MS", LEASE_MS * 1.5),
     (turn, "UNCLAIMED_S", 0.05),
     (steps, "MOVING_MS", 40),
+    (retrying, "MOVING_MS", 40),
     (steps, "STILL_MS", 300),
     (steps, "SILENT_MS", 400),
     (steps, "CONSUMER_IDLE_MS", 300),
@@ -104,7 +106,7 @@ def short_times(scale: float, *, reissue: bool, spawn: Spawn) -> Iterator[None]:
             stack.enter_context(mock.patch.object(module, name, size))
         stack.enter_context(mock.patch.object(scripts, "source", source))
         stack.enter_context(mock.patch.object(scripts, "digest", digest))
-        for user in (connection, lanes, loop, rolling):
+        for user in (connection, lanes, loop, retrying, rolling):
             stack.enter_context(mock.patch.object(user, "asyncio", _Asyncio(spawn)))
         for user in (lanes, loop):
             stack.enter_context(mock.patch.object(user, "own_task", _own_task(spawn)))

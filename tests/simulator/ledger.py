@@ -87,6 +87,13 @@ class Over(NamedTuple):
     tid: str
 
 
+class Reopened(NamedTuple):
+    """A retry was told that this task, which had ended, is open again."""
+
+    gid: str
+    tid: str
+
+
 class Parked(NamedTuple):
     """A claim was told that this task waits until its paused group goes on; a lease that was on it is over."""
 
@@ -125,7 +132,7 @@ class Lost(NamedTuple):
     gid: str
 
 
-Seen = Delivered | Acknowledged | Renewed | Granted | Started | Committed | Cancelled | Over | Parked
+Seen = Delivered | Acknowledged | Renewed | Granted | Started | Committed | Cancelled | Over | Parked | Reopened
 Record = Seen | Died | Buried | Released | Outage | Lost
 
 
@@ -220,6 +227,13 @@ class Ledger:
                 self.records.append(Committed(gid, tid, worker, int(fence), kind, verdict, due))
                 if verdict == "OK" and kind not in ("retry", "release"):
                     self.ended.add((gid, tid))
+
+    def _saw_reopen(self, gid: str, args: list[Any], reply: Any, *_: Any) -> None:
+        if args[0] == "tasks" and reply[0] == "OK":
+            for tid, word in zip(args[1::2], reply[2:], strict=True):
+                if word == "reopened":
+                    self.ended.discard((gid, tid))
+                    self.records.append(Reopened(gid, tid))
 
     def _saw_control(self, gid: str, args: list[Any], reply: Any, *_: Any) -> None:
         if args[0] == "cancel_tasks" and reply[0] == "OK":

@@ -24,7 +24,7 @@ from rq_ceylon.store.scripts import Call
 from rq_ceylon.views import COUNTERS
 
 from . import actors
-from .actors import ROLES, Actor, Judge, LoneClient, Maintainer, Neighbour, Producer, Side, User, WorkerActor
+from .actors import ROLES, Actor, Judge, LoneClient, Maintainer, Neighbour, Producer, Retrier, Side, User, WorkerActor
 from .checker import history, records
 from .faults import CRASH, LEASE_MS, LOSE, RARE, SCRIPTS, Crashed, Fault, Line, short_times
 from .ledger import Died, Ledger, Lost, Outage, Plan, Record
@@ -262,6 +262,7 @@ class Simulation:
         for number in range(LONE_CLIENTS):
             self.enter(LoneClient(self, number, 40))
         self.enter(User(self))
+        self.enter(Retrier(self))
         for number in range(2):
             self.enter(Maintainer(self, f"m{number}"))
             self.enter(Judge(self, f"j{number}"))
@@ -406,7 +407,7 @@ class Simulation:
                 self.found.append(f"{gid}: the counters {rest} do not sum to {total}")
 
     def _is_over(self) -> bool:
-        busy = any(isinstance(actor, (Producer, LoneClient, User, Neighbour)) for actor in self._cast.values())
+        busy = any(isinstance(actor, (Producer, LoneClient, User, Retrier, Neighbour)) for actor in self._cast.values())
         if busy or self._strays or self._rolled_back:
             return False
         statuses = [self.raw.hget(self.keys.group_part(gid, "meta"), "status") for gid in self.ledger.accepted]

@@ -9,7 +9,7 @@ local function log_task(tid, what, role, wait, run)
 end
 
 -- Errors: 'tid attempt' -> the error with which that attempt ended, if another attempt followed;
--- 'tid 0' is that of a task that had failed and was reopened. Those of a completed task are removed.
+-- 'tid 0' is that of a task that had failed and was reopened. A completed task keeps none.
 local function keep_error(tid, attempt, blob)
   call('HSET', ERRORS, tid .. ' ' .. attempt, blob)
   if attempt >= ERRORS_KEPT then call('HDEL', ERRORS, tid .. ' ' .. attempt - ERRORS_KEPT) end

@@ -27,8 +27,8 @@ if not load_group() then return {'GONE'} end
 -- include: group_tail records.result_of records.result_json records.task_text
 pass_memory_limit()
 
--- A failed goal is undecided again unless it must fail all the same; then nothing happens to it, and
--- its policy does not act again. An achieved goal never unsettles.
+-- A failed goal is undecided again, unless it must fail all the same; then its policy does not act
+-- again either. An achieved goal never unsettles.
 local function unsettle_failed_goals()
   local lines = {}
   for line in string.gmatch(group.goals, '[^;]+') do lines[#lines + 1] = line end
@@ -110,6 +110,26 @@ local function start_again()
   for _, key in ipairs(KEYS) do call('PERSIST', key) end
 end
 
+-- Need -> its list of children, and a set of them. A task that ended before all its needs had is
+-- still in the lists of the others, and must not be told twice.
+local lists, listed = {}, {}
+local function add_child(need, tid)
+  if not lists[need] then
+    lists[need], listed[need] = {}, {}
+    for child in string.gmatch(call('HGET', CHILDREN, need) or '', '%S+') do
+      table.insert(lists[need], child)
+      listed[need][child] = true
+    end
+  end
+  if listed[need][tid] then return end
+  table.insert(lists[need], tid)
+  listed[need][tid] = true
+end
+
+local function write_children()
+  for need, list in pairs(lists) do call('HSET', CHILDREN, need, table.concat(list, ' ')) end
+end
+
 local function reopen(tid, record, result, open)
   local json = result_json(record)
   local error = string.sub(json, 2, 1 + result.value_bytes)
@@ -136,10 +156,7 @@ local function reopen(tid, record, result, open)
   end
   move(result.outcome, 'waiting')
   call('HSET', NEEDS, tid, #open)
-  for _, need in ipairs(open) do
-    local list = call('HGET', CHILDREN, need)
-    call('HSET', CHILDREN, need, list and list .. ' ' .. tid or tid)
-  end
+  for _, need in ipairs(open) do add_child(need, tid) end
 end
 
 group.on_need_failed = call('HGET', META, 'on_need_failed') or 'skip'
@@ -156,6 +173,7 @@ for i = 2, #ARGV, 2 do
   end
   replies[#replies + 1] = word or (open and 'reopened' or 'blocked')
 end
+write_children()
 tail('reopen', now)
 replies[2] = group.status
 return replies
