@@ -38,7 +38,8 @@ SECTIONS = {
     "Tasks, groups and goals": "models.Task models.TaskGroup models.Goal models.Priority",
     "In a handler": "attempt.TaskContext attempt.RetryTask attempt.FailTask attempt.Backoff",
     "How things stand": "models.TaskStatus models.GroupStatus models.GoalStatus views.GroupView views.Counters "
-    "views.GoalView* views.Settled* views.TaskView views.TaskResult views.RoleView* views.WorkerView* "
+    "views.GoalView* views.Settled* views.TaskView views.TaskResult views.AttemptError* "
+    "views.RoleView* views.WorkerView* "
     "store.events.Event* store.events.TaskEvent*",
     "Workers and monitors": "worker.Worker monitor.Monitor",
     "Errors": "errors.CeylonError errors.InvalidInputError errors.PayloadTooLargeError errors.GoalImpossibleError "

@@ -151,6 +151,25 @@ class TaskResult:
 
 
 @dataclass(frozen=True, slots=True)
+class AttemptError:
+    """
+    How an attempt of a task failed. Times are server time, epoch ms; None, as `worker` is empty, where no worker saw
+    the end. `attempt` is 0 for what a task had failed with before it was retried by a user.
+    """
+
+    attempt: int
+    type: str
+    message: str
+    traceback: str = ""
+    worker: str = ""
+    started_ms: int | None = None
+    ended_ms: int | None = None
+
+    def __str__(self) -> str:
+        return ": ".join(filter(None, (self.type, self.message)))
+
+
+@dataclass(frozen=True, slots=True)
 class TaskView:
     """
     The current state of a task.

@@ -11,7 +11,7 @@ import pytest
 from bench import Bench
 from commands import LIMIT_S, Commands
 
-from rq_ceylon import Ceylon, Client, Goal, InvalidInputError, NotFoundError, Task, TaskGroup
+from rq_ceylon import Backoff, Ceylon, Client, Goal, InvalidInputError, NotFoundError, Task, TaskGroup
 from rq_ceylon.audit import audit
 from rq_ceylon.maintenance import steps
 from rq_ceylon.maintenance.steps import Maintenance
@@ -75,6 +75,25 @@ def test_no_goal_is_judged_between_two_parts_of_a_retry(bench: Bench) -> None:
     end_all(bench, "g", {})
     assert (bench.meta("g")["status"], bench.meta("g")["outcome"]) == ("finished", "completed")
     assert goals(bench, "g") == {"clean": "achieved"}
+
+
+def test_an_undecided_goal_does_not_fail_for_what_the_next_part_of_a_retry_reopens(bench: Bench) -> None:
+    bench.queued("g", list("abc"), goal=Goal("failed <= 2", name="few", on_failed="cancel"))
+    first, second, third = bench.fetch("w")
+    assert bench.claim("w", first, second) == ["GRANTED", "GRANTED"]
+    assert bench.commit("w", first, "failed") == bench.commit("w", second, "failed") == "OK"
+
+    assert reopen(bench, "g", first.tid)[2:] == ["reopened"]
+    assert bench.claim("w", third) == ["GRANTED"]
+    bench.commit("w", third, "failed")
+    bench.relay("g")
+    end_all(bench, "g", {first.tid: "failed"})
+    assert bench.counters("g") == {"total": 3, "failed": 3}
+    assert reopen(bench, "g", second.tid, third.tid) == ["OK", "active", "reopened", "reopened"]
+    assert end_retry(bench, "g") == ["OK", "active"]
+    end_all(bench, "g", {})
+
+    assert goals(bench, "g") == {"few": "achieved"}
 
 
 @pytest.mark.every_engine
@@ -306,7 +325,7 @@ class Batch:
         self.client, self.broken, self.runs = client, {3, 5}, Counter[int]()
         self.registry = app.registry
 
-        @app.task(role="r", max_attempts=2, backoff=None)
+        @app.task(role="r", max_attempts=2, backoff=Backoff(first=0.01, factor=1))
         async def work(number: int) -> int:
             self.runs[number] += 1
             if number in self.broken:
@@ -340,13 +359,17 @@ async def test_the_failures_alone_run_again_and_the_goal_is_judged_anew(batch: B
 
     batch.broken.clear()
     again = await run.retry()
-    view = await run.task("3").view()
+    view, before_retry = await run.task("3").view(), await run.task("3").errors()
     await batch.run()
+    assert await run.task("3").errors() == []
 
     assert again == 2
     assert (view.status, view.attempt, view.last_error and view.last_error["message"]) == (
         "pending", 1, "page 3 is broken",
     )  # fmt: skip
+    assert [(error.attempt, error.type) for error in before_retry] == [(0, "ValueError")]
+    assert before_retry[0].worker
+    assert before_retry[0].started_ms
     after = await run.view()
     assert (after.outcome, after.goals[0].status, after.counters.completed) == ("completed", "achieved", 10)
     assert {number for number, count in batch.runs.items() if count > 1} == {3, 5}
@@ -411,9 +434,13 @@ async def test_a_task_is_retried_with_what_was_skipped_because_of_it(batch: Batc
     assert not (await audit(batch.client.connection, batch.client.keys)).drift
 
 
-async def test_a_single_task_is_retried(batch: Batch) -> None:
-    handle = await batch.client.submit(batch.work.using(max_attempts=1).bind(3))
+async def test_a_single_task_is_retried_and_its_errors_are_kept_until_it_completes(batch: Batch) -> None:
+    handle = await batch.client.submit(batch.work.using(max_attempts=8).bind(3))
     await batch.run()
+    errors = await handle.errors()
+    assert [error.attempt for error in errors] == [3, 4, 5, 6, 7, 8]
+    assert {str(error) for error in errors} == {"ValueError: page 3 is broken"}
+    assert all(error.worker and error.traceback and error.started_ms and error.ended_ms for error in errors)
     batch.broken.clear()
 
     await handle.retry()

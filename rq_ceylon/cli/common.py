@@ -9,6 +9,7 @@ import os
 import pkgutil
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -150,6 +151,11 @@ def logs(function: Callable[..., Any]) -> Callable[..., Any]:
 def say(words: object, *, err: bool = False) -> None:
     """Print words for people; text that others wrote may be in them, so control characters are escaped."""
     click.echo(log.plain(str(words)), err=err)
+
+
+def clock(epoch_ms: int) -> str:
+    """A time in words, in the time zone of this machine."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(epoch_ms / 1000))
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from rq_ceylon.cli.common import say, table, with_client
+from rq_ceylon.cli.common import clock, say, table, with_client
 from rq_ceylon.cli.facts import task_facts, to_json
 from rq_ceylon.log import plain
 from rq_ceylon.models import counted
@@ -91,7 +90,7 @@ async def failures(
         [
             (
                 kind.count,
-                time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(_ended_ms(kind.last) / 1000)),
+                clock(_ended_ms(kind.last)),
                 kind.last.role,
                 kind.last.uses or "-",
                 kind.last.reason,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from rq_ceylon.cli.audit import audit
-from rq_ceylon.cli.common import CONTEXT, EXIT_CODES, load_app, logs, reported, say, table, with_client
+from rq_ceylon.cli.common import CONTEXT, EXIT_CODES, clock, load_app, logs, reported, say, table, with_client
 from rq_ceylon.cli.facts import group_facts, result_facts, task_facts, to_json
 from rq_ceylon.cli.failures import failures, retry
 from rq_ceylon.cli.files import graph, schema, validate
@@ -273,11 +273,18 @@ async def _show_more(client: Client, gid: str, task: TaskView, why: str) -> None
         say(f"  needs: {', '.join(need for need in needs if need not in ended)}")
     if why:
         say(f"  waits: {why}")
-    if error := task.last_error:
-        say(f"  the attempt before failed: {error.get('type')}: {error.get('message')}")
-        say(error.get("traceback", "").rstrip())
-    if task.result and task.result.error:
-        say(task.result.error.get("traceback", "").rstrip())
+    payload = task.result and task.result.payload
+    if payload:
+        for name in ("arguments", "metadata"):
+            if payload.get(name):
+                say(f"  {name}: {to_json(payload[name])}")
+    errors = await queries.errors(client.connection, client.keys, gid, task.task_id)
+    for error in errors:
+        run = f"attempt {error.attempt}" if error.attempt else "before it was retried"
+        at = clock(error.ended_ms) if error.ended_ms else ""
+        say(f"  {run}{error.worker and f', on {error.worker}'}{at and f', at {at}'}: {error}")
+    if errors:
+        say(errors[-1].traceback.rstrip())
 
 
 def _task_row(task: TaskView, why: str = "") -> tuple[object, ...]:

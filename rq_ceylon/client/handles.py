@@ -27,7 +27,7 @@ from rq_ceylon.models import GoalStatus, TaskStatus, check_id
 from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.events import Event
 from rq_ceylon.store.scripts import Call
-from rq_ceylon.views import GroupView, TaskResult, TaskView
+from rq_ceylon.views import AttemptError, GroupView, TaskResult, TaskView
 
 R = TypeVar("R")
 
@@ -115,6 +115,16 @@ class TaskHandle(Generic[R]):
             NotFoundError: the task is not known, or no longer.
         """
         return await queries.task(self._session.connection, self._session.keys, self._gid, self._tid)
+
+    async def errors(self) -> list[AttemptError]:
+        """
+        How the attempts of the task failed, oldest first: the last five, and what it had failed with before a retry. A
+        task that has completed keeps none.
+
+        Raises:
+            NotFoundError: the task is not known, or no longer.
+        """
+        return await queries.errors(self._session.connection, self._session.keys, self._gid, self._tid)
 
     async def status(self) -> TaskStatus:
         return (await self.view()).status

@@ -14,7 +14,7 @@ from rq_ceylon.client.handles import GroupHandle, TaskHandle
 from rq_ceylon.errors import CeylonError
 from rq_ceylon.models import Durability, Duration, Task, TaskGroup, TaskStatus
 from rq_ceylon.store.events import Event
-from rq_ceylon.views import GroupView, RoleView, TaskResult, TaskView, WorkerView
+from rq_ceylon.views import AttemptError, GroupView, RoleView, TaskResult, TaskView, WorkerView
 
 R = TypeVar("R")
 T = TypeVar("T")
@@ -207,6 +207,9 @@ class SyncTaskHandle(Generic[R]):
 
     def view(self) -> TaskView:
         return self._client.call(self._bound.view())
+
+    def errors(self) -> list[AttemptError]:
+        return self._client.call(self._bound.errors())
 
     def status(self) -> TaskStatus:
         return self._client.call(self._bound.status())

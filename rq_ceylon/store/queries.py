@@ -17,9 +17,11 @@ from rq_ceylon.store.keys import INDEX_SHARDS, STREAMS, Keys
 from rq_ceylon.store.records import CLAIM, GOAL
 from rq_ceylon.store.redis_errors import warn_once
 from rq_ceylon.store.scripts import Call, command
-from rq_ceylon.views import GoalView, GroupView, RoleView, TaskResult, TaskView, WorkerView
+from rq_ceylon.views import AttemptError, GoalView, GroupView, RoleView, TaskResult, TaskView, WorkerView
 
 SCAN = 500
+ERRORS_KEPT = 5
+"""How many errors of a task are kept beside that of its result; see lua/group_ends.lua."""
 RUNNING = "pcs"
 """States of a claim whose task is in progress; see lua/group_records.lua."""
 
@@ -282,6 +284,36 @@ async def _with_errors(connection: Connection, keys: Keys, gid: str, views: list
         except RecordError as error:
             warn_once(f"Left out: {error}")
     return [replace(view, last_error=errors.get(view.task_id)) for view in views]
+
+
+async def errors(connection: Connection, keys: Keys, gid: str, tid: str) -> list[AttemptError]:
+    """
+    How the attempts of a task failed, oldest first: at most the last five, and what it had failed with before a retry.
+
+    Raises:
+        NotFoundError: there is no such group or task.
+    """
+    view = await task(connection, keys, gid, tid)
+    attempts = [0, *range(max(1, view.attempt - ERRORS_KEPT), view.attempt + 1)]
+    (texts,) = await connection.run(
+        [command("HMGET", keys.group_part(gid, "errors"), *(f"{tid} {attempt}" for attempt in attempts))]
+    )
+    found = []
+    with reading(f"an error of task {gid}/{tid}"):
+        for attempt, text in zip(attempts, texts, strict=True):
+            if text:
+                found.append(_error(attempt, decode(text)))
+    if (result := view.result) and result.error:
+        facts = {"worker": result.worker, "started": result.started_ms, "ended": result.ended_ms}
+        found.append(_error(result.attempts, {**result.error, **facts}))
+    return found
+
+
+def _error(attempt: int, facts: Mapping[str, Any]) -> AttemptError:
+    kind, message, traceback, worker = (
+        str(facts.get(name) or "") for name in ("type", "message", "traceback", "worker")
+    )
+    return AttemptError(attempt, kind, message, traceback, worker, facts.get("started"), facts.get("ended"))
 
 
 def _results(gid: str, tids: Sequence[str], texts: Sequence[str | None]) -> dict[str, TaskResult]:

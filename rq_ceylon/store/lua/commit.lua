@@ -47,7 +47,7 @@ end
 -- raise its issue, so that the entry that was delivered now is out of date.
 local function again(outcome, claim)
   if outcome.kind == 'retry' then
-    keep_error(outcome.tid, claim.attempt, outcome.blob)
+    keep_error(outcome.tid, claim.attempt, outcome.blob, claim)
     claim.state = 'r'
     claim.attempt = claim.attempt + 1
   else

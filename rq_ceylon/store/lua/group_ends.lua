@@ -10,8 +10,11 @@ end
 
 -- Errors: 'tid attempt' -> the error with which that attempt ended, if another attempt followed;
 -- 'tid 0' is that of a task that had failed and was reopened. A completed task keeps none.
-local function keep_error(tid, attempt, blob)
-  call('HSET', ERRORS, tid .. ' ' .. attempt, blob)
+-- `run` is the record of the claim, or of the result, with the attempt's worker and times.
+local function keep_error(tid, attempt, blob, run)
+  local facts = string.format(',"attempt":%d,"worker":"%s","started":%s,"ended":%s}', attempt,
+                              run.worker, run.started, run.ended or now_text)
+  call('HSET', ERRORS, tid .. ' ' .. attempt, string.sub(blob, 1, -2) .. facts)
   if attempt >= ERRORS_KEPT then call('HDEL', ERRORS, tid .. ' ' .. attempt - ERRORS_KEPT) end
 end
 

@@ -130,6 +130,13 @@ local function write_children()
   for need, list in pairs(lists) do call('HSET', CHILDREN, need, table.concat(list, ' ')) end
 end
 
+local function times_of(result)
+  return {
+    worker = result.worker, started = text(result.started or result.ended),
+    ended = text(result.ended),
+  }
+end
+
 local function reopen(tid, record, result, open)
   local json = result_json(record)
   local error = string.sub(json, 2, 1 + result.value_bytes)
@@ -145,9 +152,10 @@ local function reopen(tid, record, result, open)
   }
   call('HSET', CLAIMS, tid, claim_text(claim))
   -- A task that was cancelled while it waited for another attempt has its last error here.
-  if error == 'null' then error = call('HGET', ERRORS, tid .. ' ' .. result.attempts) end
+  local kept = call('HGET', ERRORS, tid .. ' ' .. result.attempts)
   forget_errors(tid, result.attempts + 1, result.issue)
-  if error then keep_error(tid, 0, error) end
+  if error ~= 'null' then keep_error(tid, 0, error, times_of(result))
+  elseif kept then call('HSET', ERRORS, tid .. ' 0', kept) end
   log_task(tid, 'reopened', result.role)
   if #open == 0 then
     move(result.outcome, 'pending')
