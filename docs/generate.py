@@ -269,6 +269,7 @@ def _left_out(default: Any, options: Sequence[Any]) -> str:
     if default is None:
         return ""
     is_hours = options[0].get("$ref") == "#/$defs/duration"
+    default = str(default).lower() if isinstance(default, bool) else default
     return f"`{default / 3600:g}h`" if is_hours else f"`{default}`"
 
 
@@ -282,6 +283,10 @@ def _takes(option: dict[str, Any]) -> str:
             return link + (", more than 0" if option.get("exclusiveMinimum") == 0 else "")
         case {"enum": values}:
             return ", ".join(f"`{one}`" for one in values)
+        case {"type": "boolean"}:
+            return "`true`, `false`"
+        case {"const": value}:
+            return f"`{value}`"
         case {"type": "array"}:
             return f"a list of up to {option['maxItems']}" if "maxItems" in option else "a list"
         case {"type": "object"}:

@@ -32,6 +32,7 @@ DEFAULT_TIMEOUT_S = 3600.0
 DEFAULT_MAX_ATTEMPTS = 3
 DEFAULT_MAX_CRASHES = 3
 DEFAULT_RETENTION_S = 24 * 3600.0
+OPEN_TIMEOUT_S = 24 * 3600.0
 DEPENDS_ON_MAX = 64
 CRASHES_MAX = 1_000_000
 PAYLOAD_BYTES_MAX = 1024 * 1024
@@ -298,10 +299,13 @@ class TaskGroup:
             cancelled.
         on_need_failed: what happens to a task that needs one that did not complete. It is cancelled (`skip`), fails
             (`fail`), or runs all the same (`continue`).
+        open: whether tasks may be added later. With True they may until the group is sealed, with `until_idle` until
+            none of its tasks is open. A goal that asks for a share stays undecided until the group is sealed.
+        open_timeout: an open group is sealed when no task was added for so long.
     """
 
     name: str
-    tasks: Iterable[Task]
+    tasks: Iterable[Task] = ()
     goal: Goal | str | Sequence[Goal | str] | None = ()
     _: KW_ONLY
     key: str | None = None
@@ -311,3 +315,5 @@ class TaskGroup:
     description: str = ""
     depends_on: Sequence[str] = ()
     on_need_failed: NeedPolicy = "skip"
+    open: bool | Literal["until_idle"] = False
+    open_timeout: Duration = OPEN_TIMEOUT_S

@@ -88,6 +88,7 @@ class GroupView:
         reason: why the group was cancelled, if a group that it depends on did not complete.
         depends_on: groups that it still waits for.
         events: length of the group's event list.
+        is_open: tasks may still be added.
     """
 
     id: str
@@ -103,6 +104,7 @@ class GroupView:
     created_ms: int | None = None
     finished_ms: int | None = None
     events: int = 0
+    is_open: bool = False
 
     @property
     def is_finished(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import redis
 
@@ -54,10 +54,12 @@ class Bench:
         crash_limit: int | None = None,
         depends_on: Sequence[str] = (),
         on_need_failed: str = "skip",
+        open: Literal["0", "o", "i"] = "0",
     ) -> transitions.SubmitReply:
         facts = GroupFacts(
-            "g", 86_400_000, goals=compile_goals(goal), depends_on=depends_on, on_need_failed=on_need_failed
-        )
+            "g", 86_400_000, goals=compile_goals(goal), depends_on=depends_on, on_need_failed=on_need_failed,
+            open=open, open_timeout_ms=86_400_000,
+        )  # fmt: skip
         text = task_text(role, priority, delay_ms, expires_ms, crash_limit, b"{}")
         staged = [StagedTask(tid, text, (needs or {}).get(tid, ())) for tid in tasks]
         for call in transitions.announce(self.keys, gid, [role]):

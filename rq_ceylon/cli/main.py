@@ -235,6 +235,8 @@ async def show(client: Client, target: str, statuses: tuple[str, ...], limit: in
         return
     if not tid:
         say(statistics.summary(view, await statistics.of_group(client.connection, client.keys, gid)))
+        if view.is_open:
+            say(f"  open: takes tasks (ceylon add {gid} FILE) until it is sealed (ceylon seal {gid})")
         for goal in view.goals:
             say(f"  {goal.title}: {goal.when}: {goal.status}" + (f" ({how_settled(goal)})" if goal.settled else ""))
     table(
@@ -401,6 +403,46 @@ async def remove(client: Client, group: str) -> int:
     now = "must still tell the groups that depend on it; try again in a few seconds"
     problem = now if view.is_finished else f"is {view.status}; end it first: ceylon cancel {group}"
     return _told(group, "", f"group {group} {problem}")
+
+
+@ceylon.command()
+@click.argument("group")
+@click.argument("file", type=click.Path(allow_dash=True))
+@with_client
+async def add(client: Client, group: str, file: str) -> int:
+    """
+    Put the tasks of a group file into an open group.
+
+    A task whose id the group knows is not added. Goals and other settings of the file are not used.
+
+    \b
+    Example:
+      ceylon add GROUP more.yaml
+    """
+    from rq_ceylon.cli.files import read_groups
+    from rq_ceylon.client.adding import with_defaults
+    from rq_ceylon.models import counted
+
+    tasks = [with_defaults(task, one.defaults) for one in read_groups(file) for task in one.tasks]
+    added = await client.group(group).add(tasks)
+    known = len(tasks) - added
+    click.echo(f"{group}: {counted(added, 'task')} added" + (f", {known} known before" if known else ""))
+    return 0
+
+
+@ceylon.command()
+@click.argument("group")
+@with_client
+async def seal(client: Client, group: str) -> int:
+    """
+    Let an open group take no more tasks.
+
+    It finishes once its tasks have ended, and goals that ask for a share can be settled.
+    """
+    handle = client.group(group)
+    was_open = (await handle.view()).is_open
+    status = await handle.seal()
+    return _told(group, status, "" if was_open else f"group {group} is not open")
 
 
 ROLE = click.option("--role", metavar="ROLE", help="A role, in place of one group.")

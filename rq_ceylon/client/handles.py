@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Iterable
 from typing import Any, Generic, Literal, TypeVar
 
 from rq_ceylon import maintenance
+from rq_ceylon.client.adding import add
 from rq_ceylon.client.retrying import failed, retry
 from rq_ceylon.client.session import Session
 from rq_ceylon.client.waits import why_waiting
@@ -23,7 +24,7 @@ from rq_ceylon.errors import (
     WaitTimeoutError,
 )
 from rq_ceylon.handlers import Handler
-from rq_ceylon.models import GoalStatus, TaskStatus, check_id
+from rq_ceylon.models import GoalStatus, Task, TaskStatus, check_id
 from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.events import Event
 from rq_ceylon.store.scripts import Call
@@ -297,6 +298,29 @@ class GroupHandle:
         status.
         """
         return await self._control(transitions.cancel_group(self._session.keys, self.id))
+
+    async def add(self, tasks: Iterable[Task]) -> int:
+        """
+        Put tasks into the group, which was submitted with `open`. All are checked before the first is sent; they are
+        sent in parts of at most 500 tasks and 4 MiB. A task whose id the group knows already is not added, so that
+        several writers may add the same tasks, and an add may be repeated. A task without an id gets a new one. Tasks
+        may need tasks of the group, whether open or over.
+
+        Returns:
+            how many tasks were new.
+
+        Raises:
+            InvalidInputError: a task cannot be used, or needs one that the group does not have; or the group takes no
+                tasks, or no more.
+            NotFoundError: the group is not known.
+            QueueFullError: Redis is at its memory limit.
+            ConnectionLostError: no answer for 5 s. Adding tasks that have ids again is safe.
+        """
+        return await add(self._session, self.id, tasks)
+
+    async def seal(self) -> str:
+        """Let the open group take no more tasks: it finishes once its tasks have ended. Returns its status."""
+        return await self._control(transitions.seal(self._session.keys, self.id, untouched_ms=0))
 
     async def pause(self) -> str:
         """Start no further task; running tasks and deadlines go on. Returns the group's status."""

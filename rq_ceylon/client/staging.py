@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from pydantic_core import from_json
 
@@ -93,6 +93,9 @@ class StagedGroup:
             goals=self.goals,
             depends_on=_others(group.depends_on, f"{self.what}: depends_on"),
             on_need_failed=_need_policy(group.on_need_failed, f"{self.what}: on_need_failed"),
+            open=_open_word(group.open, f"{self.what}: open"),
+            open_timeout_ms=_open_ms(group.open_timeout, f"{self.what}: open_timeout"),
+            added_defaults=_added_defaults(group),
         )
         self.roles: set[str] = set()
         self.count = 0
@@ -110,12 +113,11 @@ class StagedGroup:
 
     def _staged(self) -> Iterator[StagedTask]:
         for tid, task in self._tasks():
-            _check_kept_with_group(task, f"task {tid!r}")
-            ready = stage(task, self._registry, tid, self.group.defaults, self.group.priority)
+            ready = stage_in_group(task, self._registry, tid, self.group.defaults, self.group.priority)
             self.roles.add(ready.role)
             self.count += 1
             yield StagedTask(tid, ready.text, ready.needs, ready.known)
-        if not self.count:
+        if not self.count and not self.group.open:
             raise InvalidInputError(f"{self.what} has no tasks; give at least one")
 
     def _tasks(self) -> Iterator[tuple[str, Task]]:
@@ -216,6 +218,14 @@ def stage(
     return ReadyTask(text, known, role, STREAMS[rank], list(dict.fromkeys(task.needs)), delay_ms)
 
 
+def stage_in_group(
+    task: Task, registry: Registry | None, tid: str, defaults: Task, priority: Priority | str | None = None
+) -> ReadyTask:
+    """`stage`, for a task of a group, which cannot be kept longer than its group."""
+    _check_kept_with_group(task, f"task {tid!r}")
+    return stage(task, registry, tid, defaults, priority)
+
+
 def _added(task: Task, registry: Registry, where: str) -> dict[str, Any]:
     """The metadata that the `on_submit` hooks add to a task."""
     added: dict[str, Any] = {}
@@ -294,6 +304,41 @@ def _others(gids: Sequence[str], where: str) -> list[str]:
     if isinstance(gids, str) or len(gids) > DEPENDS_ON_MAX:
         raise InvalidInputError(f"{where}: {gids!r} is not usable; give a list of at most {DEPENDS_ON_MAX} group ids")
     return list(dict.fromkeys(check_id(gid, where) for gid in gids))
+
+
+def _open_word(value: object, where: str) -> Literal["0", "o", "i"]:
+    match value:
+        case False:
+            return "0"
+        case True:
+            return "o"
+        case "until_idle":
+            return "i"
+    raise InvalidInputError(f"{where}: {value!r} is not usable; give True, False or 'until_idle'")
+
+
+def _open_ms(value: Duration, where: str) -> int:
+    timeout_s = seconds(value, where)
+    if timeout_s <= 0:
+        raise InvalidInputError(f"{where}: {value!r} is not usable; give a duration above 0")
+    return round(timeout_s * 1000)
+
+
+def _added_defaults(group: TaskGroup) -> dict[str, Any]:
+    """What tasks that are added later get from their group, beside the defaults that its workers read."""
+    if not group.open:
+        return {}
+    own, where = group.defaults, "defaults"
+    priority = own.priority or group.priority
+    return _present(
+        {
+            "role": None if own.role is None else check_id(own.role, f"{where}: role"),
+            "priority": None if priority is None else check_priority(priority, f"{where}: priority"),
+            "max_crashes": own.max_crashes,
+            "delay": None if own.delay is None else seconds(own.delay, f"{where}: delay"),
+            "expires": None if own.expires is None else seconds(own.expires, f"{where}: expires"),
+        }
+    )
 
 
 def _need_policy(policy: str, where: str) -> str:

@@ -274,6 +274,12 @@ class SyncGroupHandle:
     def tasks(self) -> Iterator[TaskView]:
         return self._client.iterate(self._bound.tasks())
 
+    def add(self, tasks: Iterable[Task]) -> int:
+        return self._client.call(self._bound.add(tasks))
+
+    def seal(self) -> str:
+        return self._client.call(self._bound.seal())
+
     def retry(self, tasks: Iterable[str] | None = None, *, cancelled: bool = False) -> int:
         return self._client.call(self._bound.retry(tasks, cancelled=cancelled))
 

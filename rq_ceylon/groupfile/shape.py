@@ -9,7 +9,7 @@ described here.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -226,6 +226,14 @@ class GroupFields(BaseModel, extra="forbid", strict=True):
         "or ids. If one of them ends otherwise, this one is cancelled.",
     )
     on_need_failed: models.NeedPolicy = "skip"
+    open: bool | Literal["until_idle"] = Field(
+        False,
+        description="Whether tasks may be added later (`ceylon add`): until the group is sealed (`ceylon seal`), or "
+        "with `until_idle` until none of its tasks is open.",
+    )
+    open_timeout: SomeSeconds = Field(
+        models.OPEN_TIMEOUT_S, description="An open group is sealed when no task was added for so long."
+    )
 
 
 def shape(document: Document, model: type[BaseModel], data: Any, path: Path) -> Any:

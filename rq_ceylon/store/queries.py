@@ -127,6 +127,13 @@ async def closed_by(connection: Connection, keys: Keys, gid: str) -> str:
     return text or ""
 
 
+async def added_defaults(connection: Connection, keys: Keys, gid: str) -> dict[str, Any]:
+    """The fields that a task added to this group has unless it says otherwise; {} if it is not open, or unknown."""
+    (texts,) = await connection.run([command("HMGET", keys.group_part(gid, "meta"), "defaults", "added_defaults")])
+    with reading(f"the defaults of group {gid!r}"):
+        return {name: value for text in texts if text for name, value in decode(text).items()}
+
+
 async def due_groups(connection: Connection, keys: Keys, now_ms: int, limit: int) -> list[str]:
     """About `limit` groups whose next look is due, the same number at most from each shard."""
     share = -(-limit // INDEX_SHARDS)
@@ -176,6 +183,7 @@ def _group_view(gid: str, meta: Mapping[str, str], events: int) -> GroupView:
         outcome=meta.get("outcome") if finished else None,
         reason=meta.get("reason", ""),
         depends_on=tuple(meta.get("depends_on", "").split()),
+        is_open=meta.get("open", "0") in ("o", "i"),
         description=meta.get("description", ""),
         created_ms=int(meta.get("created", 0)) or None,
         finished_ms=int(finished) if finished else None,

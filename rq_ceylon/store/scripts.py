@@ -12,7 +12,19 @@ from typing import Any
 
 from rq_ceylon.store import records
 
-GROUP_SCRIPTS = ("submit", "claim", "commit", "outbox", "judge", "control", "depend", "reissue", "reopen", "foresee")
+GROUP_SCRIPTS = (
+    "submit",
+    "add",
+    "claim",
+    "commit",
+    "outbox",
+    "judge",
+    "control",
+    "depend",
+    "reissue",
+    "reopen",
+    "foresee",
+)
 ROLE_SCRIPTS = ("enqueue", "fetch", "renew", "release", "probe")
 
 _INCLUDE = re.compile(r"^-- include: (.+)$", re.MULTILINE)

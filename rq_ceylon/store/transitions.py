@@ -190,6 +190,9 @@ class GroupFacts:
         retention_ms: how long the group is kept after it finished.
         depends_on: ids of groups that must complete before this one starts.
         on_need_failed: what happens to a task if a task that it needs does not complete: skip, fail or continue.
+        open: whether it takes further tasks: `0` no, `o` until it is sealed, `i` until no task is open.
+        open_timeout_ms: an open group is sealed when no task was added for so long.
+        added_defaults: what a task that is added later gets unless it says otherwise: role, priority and times.
     """
 
     name: str
@@ -200,6 +203,9 @@ class GroupFacts:
     description: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     goals: Sequence[CompiledGoal] = ()
+    open: Literal["0", "o", "i"] = "0"
+    open_timeout_ms: int = 0
+    added_defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def meta(self) -> list[Any]:
         fields: dict[str, Any] = {"name": self.name, "retention": self.retention_ms}
@@ -211,6 +217,10 @@ class GroupFacts:
             fields["on_need_failed"] = self.on_need_failed
         if self.defaults:
             fields["defaults"] = encode(self.defaults)
+        if self.open != "0":
+            fields["open_timeout"] = self.open_timeout_ms
+            fields["until_idle"] = int(self.open == "i")
+            fields["added_defaults"] = encode(self.added_defaults)
         if self.goals:
             fields["specs"] = encode([goal.to_json() for goal in self.goals])
             fields["goals_total"] = len(self.goals)
@@ -246,7 +256,7 @@ def submit(
     acks: Sequence[PageAck] = (),
 ) -> Call:
     meta = facts.meta() if part == 1 else []
-    args: list[Any] = [part, int(last), int(rolling), digest, RELAY_LEASE_MS, *_acks(acks)]
+    args: list[Any] = [part, int(last), 1 if rolling else facts.open, digest, RELAY_LEASE_MS, *_acks(acks)]
     args += (len(meta), *meta, facts.programs() if last else "", " ".join(facts.depends_on) if last else "")
     for task in tasks:
         args += (task.tid, task.text, " ".join(task.needs))
@@ -271,6 +281,31 @@ def submit_reply(gid: str, reply: list[Any]) -> SubmitReply:
     if word == "OK":
         return SubmitReply(word, rest[0], pages=[Page(gid, text) for text in rest[1]])
     return SubmitReply(word, *rest)
+
+
+def add(keys: Keys, gid: str, tasks: Iterable[StagedTask]) -> Call:
+    """Put tasks into an open group."""
+    args: list[Any] = [RELAY_LEASE_MS]
+    for task in tasks:
+        args += (task.tid, task.text, " ".join(task.needs))
+    return Call("add", keys.group(gid), args)
+
+
+@dataclass(frozen=True, slots=True)
+class AddReply:
+    """`word` is OK, GONE, CLOSED or REFUSED; `detail` the group's status, for REFUSED the task that is unknown."""
+
+    word: str
+    detail: str = ""
+    added: int = 0
+    pages: Sequence[Page] = ()
+    more: bool = False
+
+
+def add_reply(gid: str, reply: list[Any]) -> AddReply:
+    if reply[0] != "OK":
+        return AddReply(*reply)
+    return AddReply("OK", reply[1], int(reply[2]), [Page(gid, text) for text in reply[3]], reply[4] == "1")
 
 
 ANNOUNCED_BELOW = 1
@@ -525,7 +560,7 @@ def judge(keys: Keys, gid: str, *, goal: str = "", verdict: Literal["achieved", 
 
 def foresee(keys: Keys, gid: str, facts: GroupFacts, total: int) -> Call:
     """Judge the goals of a group before it exists, given its number of tasks. Replies `OK`, or `REFUSED` and a goal."""
-    return Call("foresee", keys.group(gid), [total, facts.programs()])
+    return Call("foresee", keys.group(gid), [total, facts.programs(), facts.open])
 
 
 def cancel_group(keys: Keys, gid: str) -> Call:
@@ -537,6 +572,7 @@ def cancel_tasks(keys: Keys, gid: str, tids: Sequence[str]) -> Call:
 
 
 def seal(keys: Keys, gid: str, *, untouched_ms: int) -> Call:
+    """`untouched_ms`: only if no task came for so long; an open group has a time of its own. 0: at once."""
     return Call("control", keys.group(gid), ["seal", untouched_ms])
 
 

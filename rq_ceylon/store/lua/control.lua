@@ -4,7 +4,8 @@
 --       cancel_tasks tid...    the same for single tasks
 --       pause                  start nothing; what runs goes on, and so do deadlines
 --       resume                 go on
---       seal untouched-ms      let a rolling group take no more parts, if none came for this long
+--       seal untouched-ms      let a rolling or open group take no more tasks; if this is not 0,
+--                              only if none came for this long (an open group: for its own limit)
 --       repair n (counter is should)... tid...
 --                              set n counters, unless one has moved, and remove what is left of
 --                              these ended tasks
@@ -80,13 +81,15 @@ if action == 'repair' then
 end
 
 if action == 'seal' then
-  if group.open ~= '1' then
+  if group.open == '0' then
     return {'NO', group.status, group.reopening > 0 and 'reopening' or ''}
   end
-  local touched = tonumber(call('HGET', META, 'touched'))
-  if touched > now - tonumber(ARGV[2]) then return {'NO', group.status} end
-  group.open = '0'
-  call('HSET', META, 'open', '0')
+  local facts = call('HMGET', META, 'touched', 'added', 'open_timeout')
+  local last, limit = math.max(tonumber(facts[1]), tonumber(facts[2] or 0)), tonumber(ARGV[2])
+  -- An open group is not the rolling group of one client, and has a limit of its own.
+  if limit > 0 and group.open ~= '1' then limit = tonumber(facts[3]) end
+  if last > now - limit then return {'NO', group.status} end
+  seal()
   tail('seal', now)
   return {'OK', group.status}
 end
@@ -105,8 +108,7 @@ if action == 'cancel' then
     group.outcome = 'cancelled'
     call('HSET', META, 'outcome', 'cancelled')
   end
-  group.open, group.reopening = '0', 0
-  call('HSET', META, 'open', '0')
+  group.reopening = 0
   close('user', true)
   tail('cancel', now)
   tell_workers('stop')

@@ -60,7 +60,7 @@ local function write_end(tid, outcome, reason, role, claim, run, blob)
   if outcome ~= 'completed' then
     blob = reopenable(result, blob, call('HGET', TASKS, tid), issue_of(claim))
   end
-  effects.is_ended[tid] = true
+  effects.is_ended[tid] = outcome
   effects.ended[#effects.ended + 1] = tid
   effects.results[#effects.results + 1] = tid
   effects.results[#effects.results + 1] = result_text(result, '[' .. blob .. ']')
@@ -96,6 +96,7 @@ local function miss(tid, task, role)
     ended = now_text, wait = 0, run = 0,
   }
   blob = reopenable(result, blob, task, issue_of_task(tid))
+  effects.is_ended[tid] = outcome
   call('HDEL', NEEDS, tid)
   call('HDEL', TASKS, tid)
   call('HDEL', CLAIMS, tid)

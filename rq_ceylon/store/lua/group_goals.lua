@@ -5,7 +5,7 @@
 -- 1: it holds however the open tasks end; 0: it never does; nil: undecided.
 local function evaluate(program)
   local open = group.waiting + group.pending + group.in_progress
-  local more = group.open == '1' and not closed() and math.huge or 0
+  local more = group.open ~= '0' and not closed() and math.huge or 0
   local stack = {}
   local function push(low, high) stack[#stack + 1] = {low, high} end
   local function pop() return table.remove(stack) end
@@ -75,7 +75,8 @@ end
 local function close(by, stop)
   if stop then call('HSET', META, 'stop', '1') end
   if closed() then return end
-  call('HSET', META, 'closed_by', by)
+  group.open = '0'
+  call('HSET', META, 'closed_by', by, 'open', '0')
   if group.status == 'waiting' then start_goals() end
   group.cancelled = group.cancelled + group.waiting + group.pending
   group.waiting = 0

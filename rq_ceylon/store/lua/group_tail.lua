@@ -44,11 +44,24 @@ end
 local function finish_if_over(visible)
   local open = group.waiting + group.pending + group.in_progress
   if group.status == 'finished' or open > 0 or group.reopening > 0 then return end
-  -- A rolling group that still takes parts, and a group that has not started, go on without an open
-  -- task. A paused group ends all the same, and a closing one always does.
-  local goes_on = group.open == '1' or group.status == 'staging' or group.status == 'waiting'
+  -- A group that still takes tasks, and a group that has not started, go on without an open task. A
+  -- paused group ends all the same, and a closing one always does.
+  local goes_on = group.open ~= '0' or group.status == 'staging' or group.status == 'waiting'
   if goes_on and group.status ~= 'closing' then return end
   if group.goals ~= '' then await_callables() else finish(visible) end
+end
+
+-- From now on the group takes no more tasks.
+local function seal()
+  group.open = '0'
+  call('HSET', META, 'open', '0')
+end
+
+-- A group that is open until it is idle.
+local function seal_if_idle()
+  local open = group.waiting + group.pending + group.in_progress
+  local has_run = group.total > 0 and group.status ~= 'waiting' and group.status ~= 'staging'
+  if group.open == 'i' and has_run and open == 0 and group.reopening == 0 then seal() end
 end
 
 -- Writes the numbers that moved, and the status. Returns the status if it is new, else ''.
@@ -89,9 +102,11 @@ local function tail(kind, visible)
   end
   -- Results before dependents: a task that ended in this call must be gone from TASKS when the walk
   -- meets it. Dependents before pages, as they become entries. Pages before goals, as a goal may
-  -- close the group, which removes them. Goals before the end, which waits for callable ones.
+  -- close the group, which removes them. Sealing before goals, as shares are certain only then.
+  -- Goals before the end, which waits for callable ones.
   walk_dependents()
   if not closed() then write_pages(visible) end
+  seal_if_idle()
   judge_goals(kind)
   finish_if_over(visible)
   local status = write_group()

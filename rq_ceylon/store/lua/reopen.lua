@@ -24,7 +24,7 @@
 local action = ARGV[1]
 
 if not load_group() then return {'GONE'} end
--- include: group_tail records.result_of records.result_json records.task_text
+-- include: group_tasks records.result_of records.result_json
 pass_memory_limit()
 
 -- A failed goal is undecided again, unless it must fail all the same; then its policy does not act
@@ -88,46 +88,12 @@ local function hindrance(tid, result)
   if group.status ~= 'finished' and call('HEXISTS', CHILDREN, tid) == 1 then return 'busy' end
 end
 
--- The needs of a task that are open; nil if one ended otherwise than completed.
-local function open_needs(needs)
-  local open = {}
-  for need in string.gmatch(needs, '%S+') do
-    if call('HEXISTS', TASKS, need) == 1 then
-      open[#open + 1] = need
-    elseif group.on_need_failed ~= 'continue' then
-      local record = call('HGET', RESULTS, need)
-      if not record or result_of(record).outcome ~= 'completed' then return nil end
-    end
-  end
-  return open
-end
-
 -- The finished group goes on. What its end left behind is of no use: no task is open.
 local function start_again()
   group.status, group.outcome = 'active', nil
   call('HDEL', META, 'outcome', 'finished', 'stop', 'reason', 'closed_by')
   call('UNLINK', CLAIMS, NEEDS, CHILDREN)
   for _, key in ipairs(KEYS) do call('PERSIST', key) end
-end
-
--- Need -> its list of children, and a set of them. A task that ended before all its needs had is
--- still in the lists of the others, and must not be told twice.
-local lists, listed = {}, {}
-local function add_child(need, tid)
-  if not lists[need] then
-    lists[need], listed[need] = {}, {}
-    for child in string.gmatch(call('HGET', CHILDREN, need) or '', '%S+') do
-      table.insert(lists[need], child)
-      listed[need][child] = true
-    end
-  end
-  if listed[need][tid] then return end
-  table.insert(lists[need], tid)
-  listed[need][tid] = true
-end
-
-local function write_children()
-  for need, list in pairs(lists) do call('HSET', CHILDREN, need, table.concat(list, ' ')) end
 end
 
 local function times_of(result)
@@ -163,11 +129,10 @@ local function reopen(tid, record, result, open)
     return
   end
   move(result.outcome, 'waiting')
-  call('HSET', NEEDS, tid, #open)
-  for _, need in ipairs(open) do add_child(need, tid) end
+  wait_for(tid, open)
 end
 
-group.on_need_failed = call('HGET', META, 'on_need_failed') or 'skip'
+note_policy()
 local replies = {'OK', group.status}
 for i = 2, #ARGV, 2 do
   local tid, record = ARGV[i], call('HGET', RESULTS, ARGV[i])

@@ -2,7 +2,8 @@
 -- last one, all or nothing; a rolling group (single tasks of one client) is active from its first
 -- part until it is sealed.
 -- KEYS: the group's.
--- ARGV: part, last (1|0), rolling (1|0), digest of all parts so far, relay lease ms,
+-- ARGV: part, last (1|0), open (0 no, 1 rolling, o until it is sealed, i until it is idle),
+--       digest of all parts so far, relay lease ms,
 --       page acknowledgements (see acknowledge_pages), n, n meta fields and values,
 --       goals (see goal_of; deadlines relative), groups that it depends on ('' or 'a b c'; both
 --       with the last part),
@@ -124,6 +125,7 @@ group.total = group.total + #tids
 
 -- An impossible goal refuses the whole group.
 local complete = rolling or last
+group.open = rolling and (last and '0' or '1') or (last and ARGV[3] or '0')
 if last and not rolling then
   group.goals = ARGV[goals_at]
   for line in string.gmatch(group.goals, '[^;]+') do
@@ -134,7 +136,6 @@ if last and not rolling then
 end
 
 -- From here on: writes only. The first must be one that may be refused at maxmemory.
-group.open = rolling and not last and '1' or '0'
 call('HSET', META, 'v', LAYOUT, 'status', group.status, 'open', group.open, 'dag', group.dag,
      'parts', part, 'digest', digest, 'touched', now_text)
 if not known then
@@ -150,7 +151,7 @@ if last and not rolling then
     start_goals()
   end
 end
-call('HSET', TASKS, unpack(tasks))
+if #tasks > 0 then call('HSET', TASKS, unpack(tasks)) end
 if #unmet > 0 then call('HSET', NEEDS, unpack(unmet)) end
 for _, parent in ipairs(parents) do
   local before_these = call('HGET', CHILDREN, parent)
