@@ -96,6 +96,21 @@ def test_an_undecided_goal_does_not_fail_for_what_the_next_part_of_a_retry_reope
     assert goals(bench, "g") == {"few": "achieved"}
 
 
+def test_a_callable_settles_no_goal_between_two_parts_of_a_retry(bench: Bench) -> None:
+    bench.queued("g", ["a", "b"], goal=Goal(call="enough", name="called", on_failed="cancel"))
+    first, second = bench.fetch("w")
+    assert bench.claim("w", first, second) == ["GRANTED", "GRANTED"]
+    bench.commit("w", first, "failed")
+    assert reopen(bench, "g", first.tid)[2:] == ["reopened"]
+
+    verdict = transitions.judge(bench.keys, "g", goal="called", verdict="failed")
+    assert bench.run(verdict)[:2] == ["NO", "active"]
+    assert goals(bench, "g") == {}
+    end_retry(bench, "g")
+    assert bench.run(verdict)[:2] == ["OK", "closing"]
+    assert goals(bench, "g") == {"called": "failed"}
+
+
 @pytest.mark.every_engine
 def test_a_finished_group_goes_on_without_ttl_and_its_retention_starts_anew(bench: Bench) -> None:
     bench.queued("g", ["a", "b"])

@@ -3,7 +3,7 @@
 -- KEYS: the group's.
 -- ARGV: goal name ('' to look only), achieved | failed.
 -- Reply: GONE | OK status next-deadline-ms | NO status next-deadline-ms (this goal is settled or
---        unknown, or the group is reopening, which comes to nothing).
+--        unknown, or the group is reopening).
 -- Repeatable: only an undecided goal can be settled, and only once.
 -- include: group_state
 local name, status = ARGV[1], ARGV[2]
@@ -14,7 +14,10 @@ if group.status == 'staging' or group.status == 'finished' then
 end
 -- include: group_tail
 pass_memory_limit()
-if name ~= '' and group.reopening == 0 then
+if name ~= '' and group.reopening > 0 then
+  return {'NO', group.status, text(next_deadline())}
+end
+if name ~= '' then
   -- A deadline that has passed counts before a verdict that came late.
   judge_goals('deadline')
   local kept, goal = {}, nil
