@@ -6,7 +6,7 @@ import asyncio
 import math
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -14,10 +14,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from loguru import logger
 
 from rq_ceylon.errors import CeylonError, InvalidInputError, Portable
-from rq_ceylon.models import CRASHES_MAX, Duration, seconds
+from rq_ceylon.models import CRASHES_MAX, Duration, Task, seconds
 
 if TYPE_CHECKING:
     from loguru import Logger
+
+SPAWN_TASKS_MAX = 1000
+SPAWN_BYTES_MAX = 4 * 1024 * 1024
+"""How much one attempt may spawn, since one call of a script adds it."""
 
 StopReason = Literal["cancelled", "lost", "shutdown", "timeout"]
 
@@ -92,9 +96,12 @@ class TaskContext:
         fence: grows with every delivery of a task, so an external store can refuse a write with an older fence.
         duration: expected run time in seconds, 0 if the task gave none.
         needs: results of the tasks that this one needed, by their ids.
+        is_open: the group was submitted with `open`, so the task may spawn others.
         state: the value that the application's lifespan yielded in this process; None without a lifespan.
         deadline: when this attempt times out, on the clock of `time.monotonic()`.
         reported: the last progress that was reported: the fraction, if any, and the message.
+        children, spawned_bytes: the tasks that were spawned, as they are sent, and their size. `stager` checks and
+            packs them; set by the worker.
         stopped: why the attempt is over although its handler still runs; set by the worker.
     """
 
@@ -110,9 +117,13 @@ class TaskContext:
     duration: float = 0.0
     metadata: Mapping[str, Any] = field(default_factory=dict)
     needs: Mapping[str, Any] = field(default_factory=dict)
+    is_open: bool = False
     state: Any = None
     deadline: float = math.inf
     reported: tuple[float | None, str] = field(init=False, default=(None, ""))
+    children: list[Any] = field(init=False, repr=False, default_factory=list)
+    spawned_bytes: int = field(init=False, repr=False, default=0)
+    stager: Callable[[Task], Any] | None = field(init=False, repr=False, default=None)
     stopped: StopReason | None = field(init=False, default=None)
 
     @property
@@ -139,6 +150,38 @@ class TaskContext:
         known = self.reported[0] if math.isnan(new) else min(max(new, 0.0), 1.0)
         # The heartbeat of the worker carries it, so it must be JSON: else this attempt would silence all others.
         self.reported = (known, str(message)[:200].encode(errors="replace").decode())
+
+    def spawn(self, task: Task) -> str:
+        """
+        Add a task to the group, which was submitted with `open`. It is added when this attempt has completed, in the
+        step that counts the completion: a task that runs twice spawns once, and one that fails spawns nothing. A task
+        whose id the group knows already is not added. A group that was sealed or closed meanwhile takes none.
+
+        Args:
+            task: `needs` may name tasks of the group, and tasks that were spawned before. Without an id it gets a new
+                one, without a role that of its handler, else the role of this task.
+
+        Returns:
+            the id of the task, `<group>/<task>`.
+
+        Raises:
+            InvalidInputError: the task cannot be used, the group takes no tasks, or the attempt has spawned too much:
+                at most 1,000 tasks, or 4 MiB.
+        """
+        if not self.is_open:
+            words = "its group takes no tasks; submit it with open=True or open='until_idle'"
+            raise InvalidInputError(f"task {self.id}: spawn: {words}")
+        if self.stager is None:
+            raise CeylonError("spawn: this context belongs to no worker, which would add the task")
+        child = self.stager(task)
+        self.spawned_bytes += child.size
+        if len(self.children) == SPAWN_TASKS_MAX or self.spawned_bytes > SPAWN_BYTES_MAX:
+            raise InvalidInputError(
+                f"task {self.id}: spawns more than {SPAWN_TASKS_MAX:,} tasks or {SPAWN_BYTES_MAX:,} bytes; "
+                "let the tasks that it spawns spawn the rest"
+            )
+        self.children.append(child)
+        return f"{self.group_id}/{child.tid}"
 
     @property
     def is_cancelled(self) -> bool:

@@ -158,9 +158,10 @@ class Bench:
         reason: str = "error",
         delay_ms: int = 0,
         message: str = "m",
+        children: Sequence[StagedTask] = (),
     ) -> tuple[str, Sequence[Page]]:
         blob = encode({"type": "E", "message": message})
-        outcome = Committed(delivery.tid, delivery.fence, kind, reason, delay_ms, 5, blob)
+        outcome = Committed(delivery.tid, delivery.fence, kind, reason, delay_ms, 5, blob, children)
         reply = self.run(transitions.commit(self.keys, delivery.gid, worker, [outcome]))
         answer = transitions.commit_reply(delivery.gid, reply, 1)
         return answer.verdicts[0], answer.pages

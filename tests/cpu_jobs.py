@@ -11,6 +11,7 @@ from typing import Any
 
 from rq_ceylon.app import Ceylon
 from rq_ceylon.attempt import FailTask, RetryTask, TaskContext
+from rq_ceylon.models import Task
 
 
 def square(number: int) -> int:
@@ -122,3 +123,8 @@ def inspect_context(context: TaskContext) -> dict[str, Any]:
 @app.task(name="nothing", cpu=True, store_result=False)
 def nothing_to_store() -> object:
     return object()
+
+
+@app.task(cpu=True, role="r")
+def spawning(context: TaskContext) -> str:
+    return context.spawn(Task(uses="leaf", id="from-process", arguments={"number": 1}))

@@ -18,7 +18,10 @@ from typing import NamedTuple
 
 from commands import ROOT, run_to_end
 
-TESTS = [f"tests/test_{name}.py" for name in ("protocol", "retry", "open_groups", "maintenance", "goals_lua", "turn", "model")]
+TESTS = [
+    f"tests/test_{name}.py"
+    for name in ("protocol", "retry", "open_groups", "spawn", "maintenance", "goals_lua", "turn", "model")
+]
 SEEDS, LOSSY_SEEDS = "1-6", "101-106"
 UNREADABLE = re.compile(r"Error compiling script|SyntaxError|ImportError|ModuleNotFoundError|errors? during collection")
 

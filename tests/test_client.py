@@ -43,10 +43,10 @@ from rq_ceylon import (
     Worker,
 )
 from rq_ceylon.client import rolling
-from rq_ceylon.client.staging import keyed_id, stage
 from rq_ceylon.dev.server import EmbeddedServer
 from rq_ceylon.handlers import Registry
 from rq_ceylon.maintenance.steps import drop
+from rq_ceylon.staging import keyed_id, stage
 from rq_ceylon.store import queries
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.scripts import Call, command

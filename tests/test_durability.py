@@ -18,9 +18,9 @@ from servers import Fleet, Running, start_cluster
 
 from rq_ceylon import Ceylon, Client, DurabilityError, InvalidInputError, Task, TaskGroup
 from rq_ceylon.client import session
-from rq_ceylon.client.staging import keyed_id
 from rq_ceylon.dev.server import EmbeddedServer
 from rq_ceylon.errors import QueueFullError
+from rq_ceylon.staging import keyed_id
 from rq_ceylon.store import durability
 from rq_ceylon.store.keys import Keys
 from rq_ceylon.store.scripts import Call, command

@@ -34,7 +34,7 @@ FLOORS: list[set[str]] = [
         "dev",
     },
     {"store"},
-    {"maintenance", "presence", "audit", "checks"},
+    {"maintenance", "presence", "audit", "checks", "staging"},
     {"client", "worker", "monitor"},
     {"app"},
     {"task", "cli"},

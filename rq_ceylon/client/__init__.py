@@ -9,10 +9,10 @@ await.
 
 from rq_ceylon.client.client import Client
 from rq_ceylon.client.handles import GroupHandle, TaskHandle, is_over, not_over, succeeded
-from rq_ceylon.client.staging import check_group, keyed_id, new_id
 from rq_ceylon.client.submission import check_groups
 from rq_ceylon.client.sync import SyncClient, SyncGroupHandle, SyncTaskHandle
 from rq_ceylon.client.waits import why_waiting
+from rq_ceylon.staging import check_group, keyed_id, new_id
 
 __all__ = [
     "Client",

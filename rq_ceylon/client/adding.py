@@ -8,10 +8,10 @@ from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 from rq_ceylon.client.session import Session
-from rq_ceylon.client.staging import new_id, stage_in_group
 from rq_ceylon.errors import CeylonError, InvalidInputError, NotFoundError
 from rq_ceylon.maintenance import hand_over
 from rq_ceylon.models import Task, check_id
+from rq_ceylon.staging import new_id, stage_in_group
 from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.transitions import SUBMIT_TASKS_MAX, AddReply, StagedTask, in_batches
 

@@ -8,12 +8,12 @@ from typing import Any, Self, overload
 from rq_ceylon.client.handles import GroupHandle, TaskHandle
 from rq_ceylon.client.rolling import Rolling
 from rq_ceylon.client.session import Session
-from rq_ceylon.client.staging import handler_of, stage
 from rq_ceylon.client.submission import Submission
 from rq_ceylon.errors import InvalidInputError, NotFoundError
 from rq_ceylon.handlers import Registry
 from rq_ceylon.models import Durability, Duration, Task, TaskGroup, check_id, check_lease, seconds
 from rq_ceylon.settings import retention_ms
+from rq_ceylon.staging import handler_of, stage
 from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.durability import check_durability
 from rq_ceylon.views import GroupView, RoleView, TaskView, WorkerView

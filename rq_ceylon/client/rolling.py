@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from rq_ceylon.client.session import Session
-from rq_ceylon.client.staging import ReadyTask, chain, new_id
 from rq_ceylon.errors import CeylonError, DurabilityError
 from rq_ceylon.maintenance import hand_over
 from rq_ceylon.models import Durability
+from rq_ceylon.staging import ReadyTask, chain, new_id
 from rq_ceylon.store import transitions
 from rq_ceylon.store.scripts import Call
 from rq_ceylon.store.transitions import GroupFacts, Page, PageAck, StagedTask

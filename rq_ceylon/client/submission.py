@@ -8,7 +8,6 @@ from contextlib import suppress
 from typing import NoReturn
 
 from rq_ceylon.client.session import Session
-from rq_ceylon.client.staging import StagedGroup, chain, keyed_id, new_id
 from rq_ceylon.errors import (
     CeylonError,
     ConnectionLostError,
@@ -22,6 +21,7 @@ from rq_ceylon.errors import (
 from rq_ceylon.goals import impossible_words
 from rq_ceylon.maintenance import hand_over
 from rq_ceylon.models import Durability, GroupStatus, TaskGroup
+from rq_ceylon.staging import StagedGroup, chain, keyed_id, new_id
 from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.scripts import command
 from rq_ceylon.store.transitions import StagedTask, SubmitReply

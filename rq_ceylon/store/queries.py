@@ -131,7 +131,7 @@ async def added_defaults(connection: Connection, keys: Keys, gid: str) -> dict[s
     """The fields that a task added to this group has unless it says otherwise; {} if it is not open, or unknown."""
     (texts,) = await connection.run([command("HMGET", keys.group_part(gid, "meta"), "defaults", "added_defaults")])
     with reading(f"the defaults of group {gid!r}"):
-        return {name: value for text in texts if text for name, value in decode(text).items()}
+        return {name: value for text in texts if text for name, value in decode(text).items() if name != "open"}
 
 
 async def due_groups(connection: Connection, keys: Keys, now_ms: int, limit: int) -> list[str]:

@@ -27,7 +27,7 @@ GROUP_SCRIPTS = (
 )
 ROLE_SCRIPTS = ("enqueue", "fetch", "renew", "release", "probe")
 
-_INCLUDE = re.compile(r"^-- include: (.+)$", re.MULTILINE)
+_INCLUDE = re.compile(r"^ *-- include: (.+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)

@@ -215,8 +215,9 @@ class GroupFacts:
             fields["description"] = self.description
         if self.on_need_failed != "skip":
             fields["on_need_failed"] = self.on_need_failed
-        if self.defaults:
-            fields["defaults"] = encode(self.defaults)
+        defaults = self.defaults if self.open == "0" else {**self.defaults, "open": True}  # tells workers of it
+        if defaults:
+            fields["defaults"] = encode(defaults)
         if self.open != "0":
             fields["open_timeout"] = self.open_timeout_ms
             fields["until_idle"] = int(self.open == "i")
@@ -334,6 +335,11 @@ def announce(
     return calls
 
 
+def announce_role(keys: Keys, role: str) -> Call:
+    """Enter a role in the registry, whose tasks a commit adds."""
+    return insist("SADD", keys.roles, role)
+
+
 # ---- claim, commit ---------------------------------------------------------------------------------------------------
 class Delivery(NamedTuple):
     """One entry as `fetch` delivered it, with the fence of this delivery."""
@@ -415,11 +421,19 @@ class Committed(NamedTuple):
     delay_ms: int
     run_ms: int
     blob: bytes
+    children: Sequence[StagedTask] = ()
+
+    @property
+    def size(self) -> int:
+        """Its weight in a batch, with which no more children come together than one attempt may spawn."""
+        return len(self.blob) + sum(max(child.size, SUBMIT_BYTES_MAX // 1000) for child in self.children)
 
 
 @dataclass(frozen=True, slots=True)
 class CommitReply:
-    verdicts: Sequence[Literal["OK", "DONE", "STALE"]]
+    """The verdict FULL: Redis is at its memory limit, so a task that spawned others was given back."""
+
+    verdicts: Sequence[Literal["OK", "DONE", "STALE", "FULL"]]
     pages: Sequence[Page] = ()
     more: bool = False
 
@@ -440,7 +454,10 @@ def commit(
     """
     args: list[Any] = [worker, RELAY_LEASE_MS if relay_lease_ms is None else relay_lease_ms, *_acks(acks)]
     for o in outcomes:
-        args += (f"{o.tid} {o.fence} {o.kind} {o.reason or '-'} {o.delay_ms} {o.run_ms}", o.blob)
+        count = f" {len(o.children)}" if o.children else ""
+        args += (f"{o.tid} {o.fence} {o.kind} {o.reason or '-'} {o.delay_ms} {o.run_ms}{count}", o.blob)
+        for child in o.children:
+            args += (child.tid, child.text, " ".join(child.needs))
     return Call("commit", keys.group(gid), args)
 
 

@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Awaitable
 from contextlib import AsyncExitStack
-from functools import cache
+from functools import cache, partial
 from operator import attrgetter
 from types import ModuleType
 from typing import Any
@@ -25,15 +25,18 @@ from rq_ceylon import log, script
 from rq_ceylon.attempt import TaskContext, said
 from rq_ceylon.errors import InvalidInputError
 from rq_ceylon.handlers import Handler
+from rq_ceylon.models import Task
 from rq_ceylon.process import end_fork
 from rq_ceylon.settings import Settings
+from rq_ceylon.staging import stage_child
 from rq_ceylon.worker.hooks import Hooks
 from rq_ceylon.worker.outcome import error_of
 from rq_ceylon.worker.wear import memory_in_use
 
-# The lines that a child writes. While a task runs: `p [fraction, message]`. At its end, with the child's memory in
-# bytes: `v memory result`, `e memory error`, or `i memory error` if the function returned a value that is no result.
-PROGRESS, VALUE, ERROR, INVALID = b"p", b"v", b"e", b"i"
+# The lines that a child writes. While a task runs: `p [fraction, message]`, and `s [tid, text, needs]` for each task
+# that it spawns. At its end, with the child's memory in bytes: `v memory result`, `e memory error`, or `i memory error`
+# if the function returned a value that is no result.
+PROGRESS, SPAWN, VALUE, ERROR, INVALID = b"p", b"s", b"v", b"e", b"i"
 
 
 def serve(descriptor: int, parent: int) -> None:
@@ -95,6 +98,7 @@ class _Child:
             handler, app = _found(name, module, qualname, main, path)
             context = _ChildContext(**facts, state=self._state(app))
             context.told = progress
+            context.stager = partial(stage_child, app.registry if app else None, context.role)
             value = handler.function(**handler.call_arguments(raw, context))
             if inspect.isawaitable(value):  # a plain wrapper around a coroutine function
                 value = self._runner.run(_awaited(value))
@@ -138,12 +142,12 @@ class _Progress:
     def __init__(self, connection: socket.socket) -> None:
         self._connection, self._guard, self._pid, self._is_open = connection, threading.Lock(), os.getpid(), True
 
-    def tell(self, reported: object) -> None:
+    def tell(self, kind: bytes, content: object) -> None:
         if os.getpid() != self._pid:  # a process that the task forked: the socket belongs to its parent
             return
         with self._guard:
             if self._is_open:
-                self._connection.sendall(b"%s %s\n" % (PROGRESS, to_json(reported)))
+                self._connection.sendall(b"%s %s\n" % (kind, to_json(content)))
 
     def close(self) -> None:
         with self._guard:
@@ -157,7 +161,13 @@ class _ChildContext(TaskContext):
 
     def progress(self, fraction: float | None = None, message: str = "") -> None:
         super().progress(fraction, message)
-        self.told.tell(self.reported)
+        self.told.tell(PROGRESS, self.reported)
+
+    def spawn(self, task: Task) -> str:
+        tid = super().spawn(task)
+        child = self.children[-1]
+        self.told.tell(SPAWN, [child.tid, child.text.decode(), list(child.needs)])
+        return tid
 
 
 def _told(error: BaseException) -> bytes:

@@ -24,7 +24,8 @@ from rq_ceylon.attempt import Said, TaskContext, facts_of
 from rq_ceylon.handlers import Handler
 from rq_ceylon.process import own_task
 from rq_ceylon.settings import Settings
-from rq_ceylon.worker.child import INVALID, PROGRESS, VALUE
+from rq_ceylon.store.transitions import StagedTask
+from rq_ceylon.worker.child import INVALID, PROGRESS, SPAWN, VALUE
 from rq_ceylon.worker.outcome import RemoteError
 from rq_ceylon.worker.places import Places
 from rq_ceylon.worker.wear import jittered
@@ -175,8 +176,12 @@ class Child:
         named = handler.name, function.__module__, function.__qualname__
         self._writer.write(to_json([*named, *_main(), raw, facts_of(context)]) + b"\n")
         kind, _, content = (await self.read()).partition(b" ")
-        while kind == PROGRESS:
-            context.progress(*from_json(content))
+        while kind in (PROGRESS, SPAWN):
+            if kind == SPAWN:
+                tid, text, needs = from_json(content)
+                context.children.append(StagedTask(tid, text.encode(), needs))
+            else:
+                context.progress(*from_json(content))
             kind, _, content = (await self.read()).partition(b" ")
         memory, _, content = content.partition(b" ")
         self._count(int(memory))

@@ -130,6 +130,7 @@ class Worker:
             neighbours=self.neighbours,
             on_bell=self._ring,
         )
+        self._announced: set[str] = set()
         self._running: dict[tuple[str, int], Held] = {}
         self._background: set[asyncio.Task[None]] = set()
 
@@ -336,10 +337,21 @@ class Worker:
         if outcome.kind == "lost":  # another worker has the task, so nothing is committed or acknowledged
             self.turns.forget(grant.held)
             return
+        if outcome.children:
+            roles = {task_parts(child.text.decode())[0] for child in outcome.children} - self._announced
+            self._announced |= roles
+            self._keep(self._announce(roles), "announcing roles")
         self.turns.finish(grant.held, Committed(delivery.tid, delivery.fence, *outcome))
         _log_end(grant, outcome)
         if outcome.kind != "release":  # a task that was given back was not done here
             self._count_end()
+
+    async def _announce(self, roles: set[str]) -> None:
+        """Enter the roles of spawned tasks in the registry, where people and maintenance find them."""
+        try:
+            await self.connection.run([transitions.announce_role(self.keys, role) for role in roles])
+        except CeylonError:
+            self._announced -= roles  # the next task that spawns tries again
 
     def _count_end(self) -> None:
         """Drain and end if this process is worn out or too much hangs in it; its supervisor starts a fresh one."""

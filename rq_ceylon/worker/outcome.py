@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from pydantic_core import from_json, to_json
@@ -13,7 +14,8 @@ from rq_ceylon.attempt import Said, StopReason, TaskContext, check_max_attempts,
 from rq_ceylon.errors import InvalidInputError, Portable, shown
 from rq_ceylon.handlers import DEFAULT_HANDLER, Handler, Registry
 from rq_ceylon.models import DEFAULT_MAX_ATTEMPTS, DEFAULT_TIMEOUT_S, check_id, seconds
-from rq_ceylon.store.transitions import Claimed, Delivery
+from rq_ceylon.staging import stage_child
+from rq_ceylon.store.transitions import Claimed, Delivery, StagedTask
 
 TRACEBACK_MAX = 8192
 TYPE_NAME_MAX = 256
@@ -61,6 +63,7 @@ class Outcome(NamedTuple):
             (another worker has the task, so nothing is recorded).
         run_ms: how long the handler ran, by the monotonic clock.
         blob: JSON: the result, or `{"type", "message", "traceback"}` of the error.
+        children: the tasks that it spawned, if it completed.
     """
 
     kind: Literal["completed", "failed", "retry", "release", "stopped", "lost"]
@@ -68,6 +71,7 @@ class Outcome(NamedTuple):
     delay_ms: int = 0
     run_ms: int = 0
     blob: bytes = b""
+    children: Sequence[StagedTask] = ()
 
     @property
     def error(self) -> dict[str, str]:
@@ -152,8 +156,10 @@ class Attempt:
             duration=seconds(body.get("duration") or 0, f"task {uses!r}: duration"),
             metadata=_object(body, uses, "metadata"),
             needs=needs,
+            is_open=bool(body.get("open")),
             state=state,
         )
+        self.context.stager = partial(stage_child, registry, delivery.role)
         self.raw = _object(body, uses, "arguments")
         self.began: float | None = None
 
@@ -164,7 +170,8 @@ class Attempt:
         mark_running(self.context)
 
     def completed(self, blob: bytes) -> Outcome:
-        return Outcome("completed", blob=blob, run_ms=self._run_ms())
+        children = tuple(self.context.children)
+        return Outcome("completed", blob=blob, run_ms=self._run_ms(), children=children)
 
     def failed(self, reason: str, error: BaseException) -> Outcome:
         return Outcome("failed", reason=reason, blob=_blob_of(error), run_ms=self._run_ms())

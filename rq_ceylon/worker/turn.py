@@ -242,7 +242,7 @@ class Turns:
                 continue
             acks, most = book.page_acks, transitions.COMMIT_TASKS_MAX
             # Without outcomes there is one empty batch, whose call carries the acknowledgements.
-            for batch in transitions.in_batches(book.outcomes, lambda ended: len(ended[1].blob), most):
+            for batch in transitions.in_batches(book.outcomes, lambda ended: ended[1].size, most):
                 call = transitions.commit(self.keys, gid, self.worker, [o for _, o in batch], acks)
                 acks = []  # the first call of the group carries all of them
                 yield Step(call, partial(self._committed, gid, batch))
@@ -369,6 +369,10 @@ class Turns:
         for (held, outcome), verdict in zip(batch, answer.verdicts, strict=True):
             if verdict == "STALE":
                 self.forget(held)  # another delivery holds the task, and may be of the same entry: never acknowledge it
+            elif verdict == "FULL":
+                words = "{}/{} was given back, since Redis is at its memory limit and takes no task that it spawns"
+                logger.warning(words, gid, held.delivery.tid)
+                self._acknowledge(held, "release", outcome.run_ms)
             else:
                 self.completed += verdict == "OK" and outcome.kind == "completed"
                 self._acknowledge(held, outcome.kind if verdict == "OK" else "stale", outcome.run_ms)

@@ -11,18 +11,19 @@ import random
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rq_ceylon.client.adding import add
 from rq_ceylon.client.retrying import failed, retry
 from rq_ceylon.client.rolling import Rolling, _Waiting
 from rq_ceylon.client.session import Session
-from rq_ceylon.client.staging import keyed_id, stage
 from rq_ceylon.client.submission import Submission, check_groups
 from rq_ceylon.errors import ConnectionLostError, InvalidInputError, NotFoundError
 from rq_ceylon.handlers import Registry
 from rq_ceylon.maintenance import Maintenance, judge
 from rq_ceylon.models import Goal, Task, TaskGroup
+from rq_ceylon.staging import keyed_id, stage, stage_child
 from rq_ceylon.store import transitions
 from rq_ceylon.store.codec import decode, task_parts
-from rq_ceylon.store.transitions import Committed
+from rq_ceylon.store.transitions import Committed, StagedTask
 from rq_ceylon.views import TaskResult
 from rq_ceylon.worker.delivery import Granted
 from rq_ceylon.worker.loop import Worker
@@ -197,7 +198,9 @@ class WorkerActor(Actor):
         reason = "error" if word == "failed" else reason
         delivery = grant.held.delivery
         blob = b"1" if word == "completed" else b'{"type":"E","message":"m","traceback":""}'
-        return Committed(delivery.tid, delivery.fence, word, reason, delay_ms, 1, blob)
+        adder = self.simulation.adders.get(delivery.gid)
+        children = adder.spawned(self.random) if adder is not None and word == "completed" else ()
+        return Committed(delivery.tid, delivery.fence, word, reason, delay_ms, 1, blob, children)
 
     def _drop(self, key: tuple[str, int]) -> None:
         del self.jobs[key]
@@ -313,6 +316,45 @@ class User(Actor):
 
     async def _do(self, call: Any) -> None:
         await self.line.run_until_answered([call], give_up_after=None)
+
+
+class Adder(Actor):
+    """
+    Adds tasks to an open group, some of them twice, and seals it in the end. `children` are what its tasks may spawn:
+    each of them may be spawned by several.
+    """
+
+    def __init__(self, simulation: Simulation, number: int, gid: str, tids: Sequence[str]) -> None:
+        self.gid = gid
+        super().__init__(simulation, f"a{number}")
+        self.tasks = [self._task(f"a{n}", [*tids[:4], *(f"a{m}" for m in range(n))]) for n in range(20)]
+        self.children = [self._task(f"s{n}", ()) for n in range(12)]
+
+    def _task(self, tid: str, others: Sequence[str]) -> Task:
+        needs = self.random.sample(others, min(len(others), self.random.choice((0, 0, 1, 2))))
+        kind, role = kind_of(self.random), self.random.choice(ROLES)
+        return Task(uses="work", id=tid, role=role, needs=needs, arguments={"kind": kind})
+
+    def spawned(self, rnd: random.Random) -> list[StagedTask]:
+        some = rnd.sample(self.children, rnd.choice((0, 0, 1, 2)))
+        return [stage_child(None, str(task.role), task) for task in some]
+
+    async def live(self) -> None:
+        while self.gid not in self.simulation.ledger.accepted:
+            await self.rest(20)
+            if self.simulation.is_draining:
+                return
+        left = list(self.tasks)
+        with contextlib.suppress(InvalidInputError):  # it was closed, or went back to before a task that is needed
+            while left:
+                await self.rest(self.random.uniform(5, 60))
+                count = self.random.randint(1, 6)
+                with contextlib.suppress(ConnectionLostError):
+                    await add(_Session(self), self.gid, left[:count])
+                    left = left[self.random.choice((count, count, count - 1)) :]
+        await self.line.run_until_answered(
+            [transitions.seal(self.simulation.keys, self.gid, untouched_ms=0)], give_up_after=None
+        )
 
 
 class Retrier(Actor):

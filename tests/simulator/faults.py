@@ -11,8 +11,8 @@ from unittest import mock
 
 from redis.crc import key_slot
 
-from rq_ceylon import presence
-from rq_ceylon.client import retrying, rolling, staging
+from rq_ceylon import presence, staging
+from rq_ceylon.client import retrying, rolling
 from rq_ceylon.errors import ConnectionLostError
 from rq_ceylon.maintenance import steps
 from rq_ceylon.maintenance.reissue import Reissue
@@ -37,6 +37,7 @@ RARE = {
     "control": 0.7,
     "depend": 3,
     "reopen": 8,
+    "add": 8,
     "release": 6,
     "renew": 3,
 }

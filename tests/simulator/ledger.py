@@ -144,6 +144,7 @@ class Ledger:
         ended: tasks of which somebody was told that they are over.
         goals: per group, name → (expression, fail_when, has a deadline, is a callable).
         lossy: Redis may lose data in this run, so leases and orders across losses prove nothing.
+        takes_tasks: the group of the call that is told next took tasks when the call came.
         rings: reissue may ring what is merely late, so delays prove nothing.
     """
 
@@ -156,6 +157,7 @@ class Ledger:
     goals: dict[str, dict[str, tuple[str, str, bool, bool]]] = field(default_factory=dict)
     plans: dict[str, Mapping[str, Plan]] = field(default_factory=dict)
     ended: set[tuple[str, str]] = field(default_factory=set)
+    takes_tasks: bool = False
     _staged: dict[str, list[str]] = field(default_factory=dict)
     _entries: dict[tuple[str, int], str] = field(default_factory=dict)
 
@@ -177,6 +179,13 @@ class Ledger:
             accepted = self.accepted.setdefault(gid, {})
             for tid in self._staged.pop(gid):
                 accepted[tid] = self.plans[gid][tid]
+
+    def _saw_add(self, gid: str, args: list[Any], reply: Any, *_: Any) -> None:
+        if reply[0] == "OK":
+            self._accept(gid, [str(tid) for tid in args[1::3]])
+
+    def _accept(self, gid: str, tids: Sequence[str]) -> None:
+        self.accepted[gid].update((tid, self.plans[gid][tid]) for tid in tids)
 
     def _saw_fetch(self, role: str, args: list[Any], reply: Any, worker: str, before: float, after: float) -> None:
         position = 6 + int(args[5])
@@ -219,14 +228,20 @@ class Ledger:
     def _saw_commit(self, gid: str, args: list[Any], reply: Any, worker: str, before: float, _: float) -> None:
         if reply[0] == "GONE":
             return
-        facts = args[3 + 3 * int(args[2]) :: 2]
-        for line, verdict in zip(facts, reply[2], strict=True):
-            tid, fence, kind, _reason, delay, _run = str(line).split(" ")
+        position, lines = 3 + 3 * int(args[2]), []
+        while position < len(args):
+            lines.append(str(args[position]).split(" "))
+            children = int(lines[-1][6]) if len(lines[-1]) > 6 else 0
+            lines[-1][6:] = [str(tid) for tid in args[position + 2 : position + 2 + 3 * children : 3]]
+            position += 2 + 3 * children
+        for (tid, fence, kind, _reason, delay, _run, *spawned), verdict in zip(lines, reply[2], strict=True):
             if kind != "stopping":
                 due = before + int(delay) if kind in ("retry", "release") and int(delay) else 0.0
                 self.records.append(Committed(gid, tid, worker, int(fence), kind, verdict, due))
                 if verdict == "OK" and kind not in ("retry", "release"):
                     self.ended.add((gid, tid))
+                if verdict == "OK" and kind == "completed" and self.takes_tasks:
+                    self._accept(gid, spawned)
 
     def _saw_reopen(self, gid: str, args: list[Any], reply: Any, *_: Any) -> None:
         if args[0] == "tasks" and reply[0] == "OK":

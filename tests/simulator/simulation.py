@@ -14,9 +14,9 @@ import redis
 from redis.cluster import ClusterNode
 from redis.crc import key_slot
 
-from rq_ceylon.client.staging import keyed_id
 from rq_ceylon.goals import compile_goals
 from rq_ceylon.models import NeedPolicy, TaskGroup
+from rq_ceylon.staging import keyed_id
 from rq_ceylon.store import scripts, transitions
 from rq_ceylon.store.keys import ROLE_PARTS, STREAMS, Keys
 from rq_ceylon.store.redis_errors import classified
@@ -24,7 +24,20 @@ from rq_ceylon.store.scripts import Call
 from rq_ceylon.views import COUNTERS
 
 from . import actors
-from .actors import ROLES, Actor, Judge, LoneClient, Maintainer, Neighbour, Producer, Retrier, Side, User, WorkerActor
+from .actors import (
+    ROLES,
+    Actor,
+    Adder,
+    Judge,
+    LoneClient,
+    Maintainer,
+    Neighbour,
+    Producer,
+    Retrier,
+    Side,
+    User,
+    WorkerActor,
+)
 from .checker import history, records
 from .faults import CRASH, LEASE_MS, LOSE, RARE, SCRIPTS, Crashed, Fault, Line, short_times
 from .ledger import Died, Ledger, Lost, Outage, Plan, Record
@@ -102,6 +115,7 @@ class Simulation:
         self.is_draining = self.was_starved = self._gave_up = False
         self._fetched: dict[str, float] = {}
         self.groups: dict[str, TaskGroup] = {}
+        self.adders: dict[str, Adder] = {}
         self._cast: dict[str, Actor] = {}
         self._workers = 0
         self._strays: list[tuple[float, Sequence[Call], str]] = []
@@ -167,6 +181,9 @@ class Simulation:
     # ---- calls -------------------------------------------------------------------------------------------------------
     def _send(self, call: Call, owner: str) -> Any:
         before = self.now_ms()
+        if call.script == "commit":
+            is_open, status = self.raw.hmget(call.keys[0], "open", "status")
+            self.ledger.takes_tasks = is_open in ("o", "i") and status not in ("closing", "finished")
         words = scripts.words(call)
         try:
             reply = self.raw.execute_command(*words)
@@ -250,8 +267,14 @@ class Simulation:
             gids.append(gid)
             self.groups[gid] = group
             self.ledger.policies[gid] = policy
+            if rnd.random() < 0.35:
+                group.open, group.open_timeout = rnd.choice((True, "until_idle")), 0.5 * self.scale
+                adder = self.adders[gid] = Adder(self, number, gid, [str(task.id) for task in group.tasks])
+                self.enter(adder)
+            added = [*self.adders[gid].tasks, *self.adders[gid].children] if group.open else []
             self.ledger.plans[gid] = {
-                str(task.id): Plan(str(task.role), list(task.needs), task.arguments["kind"]) for task in group.tasks
+                str(task.id): Plan(str(task.role), list(task.needs), task.arguments["kind"])
+                for task in (*group.tasks, *added)
             }
             self.ledger.goals[gid] = {
                 goal.name: (goal.when or "", goal.fail_when or "", goal.deadline_ms > 0, bool(goal.call))
@@ -407,7 +430,9 @@ class Simulation:
                 self.found.append(f"{gid}: the counters {rest} do not sum to {total}")
 
     def _is_over(self) -> bool:
-        busy = any(isinstance(actor, (Producer, LoneClient, User, Retrier, Neighbour)) for actor in self._cast.values())
+        busy = any(
+            isinstance(actor, (Producer, LoneClient, User, Retrier, Adder, Neighbour)) for actor in self._cast.values()
+        )
         if busy or self._strays or self._rolled_back:
             return False
         statuses = [self.raw.hget(self.keys.group_part(gid, "meta"), "status") for gid in self.ledger.accepted]
@@ -464,11 +489,21 @@ class Simulation:
             if dump is not None:
                 self.bytes.restore(key, max(ttl_ms, 0), dump)
         if gid:
+            self._forget_added(gid)
             self._rolled_back[gid] = {actor.name for actor in self._cast.values() if isinstance(actor, Maintainer)}
             self.ledger.ended = {task for task in self.ledger.ended if task[0] != gid}
         else:  # its user sees that it is paused, and resumes it again
             self.raw.hdel(keys[ROLE_PARTS.index("meta")], "paused")
         self._lost(f"{name.partition(' ')[0]} rolled back", gid)
+
+    def _forget_added(self, gid: str) -> None:
+        """Tasks that were added after the moment to which a group went back are not there."""
+        there = {
+            *self.raw.hkeys(self.keys.group_part(gid, "tasks")),
+            *self.raw.hkeys(self.keys.group_part(gid, "results")),
+        }
+        for tid in [tid for tid in self.ledger.accepted[gid] if tid[0] in "as" and tid not in there]:
+            del self.ledger.accepted[gid][tid]
 
     def _lost(self, what: str, gid: str) -> None:
         self.losses[what] += 1

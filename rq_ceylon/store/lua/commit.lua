@@ -1,7 +1,8 @@
 -- commit: record how attempts ended.
 -- KEYS: the group's.
 -- ARGV: worker, relay lease ms, page acknowledgements (see acknowledge_pages),
---       then per outcome: 'tid fence kind reason delay-ms run-ms', JSON value or error. The kind is
+--       then per outcome: 'tid fence kind reason delay-ms run-ms[ n]', JSON value or error, and n
+--         times a task that it spawned: tid, text, needs (as for `add`). The kind is
 --         completed, failed, retry
 --         release    given back (reason `interrupted`: its handler had begun)
 --         stopped    it was asked to cancel, and did
@@ -10,25 +11,38 @@
 --          OK      counted now: acknowledges
 --          DONE    this attempt is on record, or the task has ended: acknowledges
 --          STALE   another delivery holds the task: forgets, so it never acknowledges or renews
+--          FULL    given back, as Redis is at maxmemory and takes no task that it spawned:
+--                  acknowledges
 -- Repeatable: a second run finds no claim in progress and answers DONE. A caller that lost the
 -- answer asks `outbox` for the pages that it had. A batch may name one task twice.
 -- include: group_state
+local FULL_DELAY = 5000  -- ms until a task runs again whose children found no room
 local worker, relay_lease = ARGV[1], tonumber(ARGV[2])
 
 if not load_group() then return {'GONE'} end
 -- include: group_tail
-pass_memory_limit()
-local first = acknowledge_pages(3)
+local first, spawns = 4 + 3 * tonumber(ARGV[3]), false
 local outcomes, tids = {}, {}
-for i = first, #ARGV, 2 do
-  local tid, fence, kind, reason, delay, run =
-    string.match(ARGV[i], '^(%S+) (%d+) (%a+) (%S+) (%d+) (%d+)$')
+while first <= #ARGV do
+  local tid, fence, kind, reason, delay, run, children =
+    string.match(ARGV[first], '^(%S+) (%d+) (%a+) (%S+) (%d+) (%d+) ?(%d*)$')
   outcomes[#outcomes + 1] = {
     tid = tid, fence = fence, kind = kind, reason = reason, delay = tonumber(delay),
-    run = tonumber(run), blob = ARGV[i + 1],
+    run = tonumber(run), blob = ARGV[first + 1], children = tonumber(children) or 0,
+    first_child = first + 2,
   }
+  spawns = spawns or children ~= ''
+  first = first + 2 + 3 * (tonumber(children) or 0)
   tids[#tids + 1] = tid
 end
+-- Redis refuses this write at maxmemory, as it may allocate and is the first. The next one passes.
+local is_full = false
+if spawns then
+  local refusal = redis.pcall('HSET', META, 'added', now_text)
+  is_full = type(refusal) == 'table' and refusal.err ~= nil
+end
+pass_memory_limit()
+acknowledge_pages(3)
 if #tids == 0 then return {'OK', group.status, {}, {}, '0'} end
 local claims = {}
 for i, record in ipairs(call('HMGET', CLAIMS, unpack(tids))) do
@@ -46,7 +60,8 @@ end
 -- A retry or a release: the task is pending again, and its next entry is an item of a page. Both
 -- raise its issue, so that the entry that was delivered now is out of date.
 local function again(outcome, claim)
-  if outcome.kind == 'retry' then
+  local what = outcome.kind == 'retry' and 'retry' or 'release'
+  if what == 'retry' then
     keep_error(outcome.tid, claim.attempt, outcome.blob, claim)
     claim.state = 'r'
     claim.attempt = claim.attempt + 1
@@ -58,12 +73,25 @@ local function again(outcome, claim)
   claim.due = due and text(due) or ''
   call('HSET', CLAIMS, outcome.tid, claim_text(claim))
   move('in_progress', 'pending')
-  log_task(outcome.tid, outcome.kind, claim.role, 0, outcome.run)
+  log_task(outcome.tid, what, claim.role, 0, outcome.run)
   enqueue_later(outcome.tid, claim.role, claim.priority, issue_of(claim), due)
 end
 
 local function ends(outcome, claim, as, reason, blob)
   record_end(outcome.tid, 'in_progress', as, reason, claim.role, claim, outcome.run, blob)
+end
+
+-- What a task spawned is added by the step that counts its completion. A group that was sealed or
+-- closed meanwhile takes none.
+local function spawn(outcome)
+  if group.open ~= 'o' and group.open ~= 'i' then return end
+  -- include: group_tasks
+  note_policy()
+  for i = 0, outcome.children - 1 do
+    local at = outcome.first_child + 3 * i
+    add_task(ARGV[at], ARGV[at + 1], ARGV[at + 2])
+  end
+  write_children()
 end
 
 local function record(outcome)
@@ -81,9 +109,14 @@ local function record(outcome)
       claim.state = 's'
       call('HSET', CLAIMS, tid, claim_text(claim))
     end
+  elseif outcome.kind == 'completed' and outcome.children > 0 and is_full and not closed() then
+    outcome.delay = FULL_DELAY
+    again(outcome, claim)
+    return 'FULL'
   elseif outcome.kind == 'completed' then
     ends(outcome, claim, 'completed', '', outcome.blob)
     forget_errors(tid, claim.attempt, claim.releases)
+    if outcome.children > 0 then spawn(outcome) end
   -- A success counts even in a closed group and after a cancel was asked for, as its work is done.
   -- Any other outcome becomes cancelled there.
   elseif closed() then

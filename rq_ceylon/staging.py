@@ -18,7 +18,7 @@ from pydantic_core import from_json
 from rq_ceylon.attempt import check_max_attempts, check_max_crashes
 from rq_ceylon.errors import InvalidInputError, PayloadTooLargeError
 from rq_ceylon.goals import compile_goals
-from rq_ceylon.graph import in_order
+from rq_ceylon.graph import MAX_NEEDS, in_order
 from rq_ceylon.handlers import Handler, Registry
 from rq_ceylon.models import (
     DEFAULT_RETENTION_S,
@@ -224,6 +224,26 @@ def stage_in_group(
     """`stage`, for a task of a group, which cannot be kept longer than its group."""
     _check_kept_with_group(task, f"task {tid!r}")
     return stage(task, registry, tid, defaults, priority)
+
+
+def stage_child(registry: Registry | None, role: str, task: Task) -> StagedTask:
+    """
+    A task that another one spawns.
+
+    Args:
+        role: the role of the task that spawns it.
+
+    Raises:
+        InvalidInputError: it cannot be used.
+    """
+    tid = new_id() if task.id is None else check_id(task.id, "task id")
+    if len(task.needs) > MAX_NEEDS:
+        raise InvalidInputError(f"task {tid!r} needs {len(task.needs):,} tasks, {MAX_NEEDS} are allowed")
+    if task.role is None:
+        handler = handler_of(task, task.uses, registry)
+        task = replace(task, role=(handler and handler.role) or role)
+    ready = stage_in_group(task, registry, tid, _NOTHING)
+    return StagedTask(tid, ready.text, ready.needs)
 
 
 def _added(task: Task, registry: Registry, where: str) -> dict[str, Any]:
