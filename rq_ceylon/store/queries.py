@@ -431,6 +431,12 @@ async def results(connection: Connection, keys: Keys, gid: str, tids: Sequence[s
     return _results(gid, tids, texts)
 
 
+async def result_texts(connection: Connection, keys: Keys, gid: str, tids: Sequence[str]) -> dict[str, str]:
+    """The results of these tasks as they are stored, for those that have one."""
+    (texts,) = await connection.run([command("HMGET", keys.group_part(gid, "results"), *tids)])
+    return {tid: text for tid, text in zip(tids, texts, strict=True) if text}
+
+
 async def count_open(connection: Connection, keys: Keys, gid: str, tids: Iterable[str]) -> int:
     """The number of these tasks that have not ended."""
     tasks = keys.group_part(gid, "tasks")

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
 from loguru import logger
 
 from rq_ceylon.errors import CeylonError
+from rq_ceylon.graph import MAX_NEEDS
 from rq_ceylon.handlers import DEFAULT_HANDLER, Registry
 from rq_ceylon.models import check_id, counted
 from rq_ceylon.presence import Presence, is_unroutable
 from rq_ceylon.process import own_task
 from rq_ceylon.settings import require_unix
 from rq_ceylon.store import queries, transitions
-from rq_ceylon.store.codec import decode, task_parts
+from rq_ceylon.store.codec import decode, result_of, task_parts
 from rq_ceylon.store.connection import Connection, until_reached
 from rq_ceylon.store.keys import Keys
 from rq_ceylon.store.transitions import Committed
@@ -249,6 +251,7 @@ class Worker:
     # ---- running -----------------------------------------------------------------------------------------------------
     def _start_granted(self) -> None:
         granted, self.turns.granted = self.turns.granted, []
+        waiting: dict[str, list[_Needy]] = collections.defaultdict(list)
         for grant in granted:
             delivery = grant.held.delivery
             self._running[delivery.role, delivery.fence] = grant.held
@@ -257,24 +260,36 @@ class Worker:
             elif self.turns.stopping:
                 self._end(grant, Outcome("release"))
             else:
-                self._start(grant)
+                self._start(grant, waiting[delivery.gid])
+        for gid, some in waiting.items():
+            for part in _by_needs(some):
+                self._in_background(self._start_with_needs(gid, part), [grant for grant, *_ in part])
         self._wake.set()
 
-    def _start(self, grant: Granted) -> None:
+    def _start(self, grant: Granted, waiting: list[_Needy]) -> None:
+        """Start a granted task, or let it wait for the results of the tasks that it needs."""
         try:
             *_, text = task_parts(grant.claimed.task)
             body: dict[str, Any] = {**_defaults(grant.defaults), **decode(text)}
             grant.held.name = str(body.get("uses") or DEFAULT_HANDLER)
             if body.get("needs"):
-                self._in_background(self._start_with_needs(grant, body), grant)
+                waiting.append((grant, body, [str(tid) for tid in body["needs"]]))
             else:
                 self._execute(grant, body, {})
         except Exception as error:  # of any kind: without an outcome the task would be in progress for ever
             self._cannot_use(grant, error)
 
-    async def _start_with_needs(self, grant: Granted, body: Mapping[str, Any]) -> None:
-        found = await queries.results(self.connection, self.keys, grant.held.delivery.gid, body["needs"])
-        self._execute(grant, body, {tid: result.value for tid, result in found.items()})
+    async def _start_with_needs(self, gid: str, some: Sequence[_Needy]) -> None:
+        """Start tasks of one group that need others, with one read of what all of them need."""
+        needed = list({tid for *_, needs in some for tid in needs})
+        texts = await queries.result_texts(self.connection, self.keys, gid, needed)
+        for grant, body, needs in some:
+            try:
+                # Each task gets values of its own, since its handler may change them.
+                values = {tid: result_of(tid, texts[tid]).value for tid in needs if tid in texts}
+                self._execute(grant, body, values)
+            except Exception as error:
+                self._cannot_use(grant, error)
 
     def _execute(self, grant: Granted, body: Mapping[str, Any], needs: Mapping[str, Any]) -> None:
         delivery = grant.held.delivery
@@ -294,7 +309,7 @@ class Worker:
 
     def _ended(self, grant: Granted, body: Mapping[str, Any], outcome: Outcome) -> None:
         if outcome.reason.startswith(UNKNOWN):
-            self._in_background(self._end_unknown(grant, body, outcome), grant)
+            self._in_background(self._end_unknown(grant, body, outcome), [grant])
         else:
             self._end(grant, outcome)
 
@@ -303,19 +318,23 @@ class Worker:
             outcome = unroutable(grant.held.delivery.role, outcome)
         self._end(grant, outcome)
 
-    def _in_background(self, body: Coroutine[Any, Any, None], grant: Granted) -> None:
-        """Go on with a granted task in an asyncio task of the worker's own, which runs none of the users' code."""
+    def _in_background(self, body: Coroutine[Any, Any, None], grants: Sequence[Granted]) -> None:
+        """Go on with granted tasks in an asyncio task of the worker's own, which runs none of the users' code."""
 
         async def guarded() -> None:
             try:
                 await body
-            except CeylonError as error:  # its handler has not begun, so it is given back
-                logger.warning("{}/{} cannot start now: {}", delivery.gid, delivery.tid, error)
-                self._end(grant, Outcome("release", delay_ms=1000))
+            except CeylonError as error:  # no handler has begun, so the tasks are given back
+                for grant in grants:
+                    logger.warning(
+                        "{}/{} cannot start now: {}", grant.held.delivery.gid, grant.held.delivery.tid, error
+                    )
+                    self._end(grant, Outcome("release", delay_ms=1000))
             except Exception as error:
-                self._cannot_use(grant, error)
+                for grant in grants:
+                    self._cannot_use(grant, error)
 
-        delivery = grant.held.delivery
+        delivery = grants[0].held.delivery
         self._keep(guarded(), f"{delivery.gid}/{delivery.tid}")
 
     def _keep(self, body: Coroutine[Any, Any, None], name: str) -> None:
@@ -421,6 +440,24 @@ class Worker:
                 str(error) or "Redis did not answer in time",
             )
         logger.info("Worker {} stopped after {}", self.name, counted(self.completed, "completed task"))
+
+
+_Needy = tuple[Granted, Mapping[str, Any], list[str]]
+"""A granted task with its body and the tasks that it needs."""
+
+
+def _by_needs(some: Sequence[_Needy]) -> Iterator[list[_Needy]]:
+    """Tasks in parts that together need at most 256 others, since results may be large."""
+    part: list[_Needy] = []
+    needed: set[str] = set()
+    for one in some:
+        if part and len(needed.union(one[2])) > MAX_NEEDS:
+            yield part
+            part, needed = [], set()
+        part.append(one)
+        needed.update(one[2])
+    if part:
+        yield part
 
 
 @lru_cache(32)  # few, as each is up to 64 KiB of JSON
