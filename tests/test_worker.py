@@ -684,22 +684,52 @@ async def test_a_task_whose_lease_is_lost_before_it_begins_is_not_run_and_not_ke
         ran.append(context.task_id)
 
     worker = worker_of(app, lease_s=0.3)
-    results = queries.results
+    read = queries.result_texts
 
     async def losing(*args: Any) -> Any:
-        found = await results(*args)
-        monkeypatch.setattr(queries, "results", results)
+        found = await read(*args)
+        monkeypatch.setattr(queries, "result_texts", read)
         (held,) = worker.turns.running()
         worker._lost("r", held.delivery.entry)
         return found
 
-    monkeypatch.setattr(queries, "results", losing)
+    monkeypatch.setattr(queries, "result_texts", losing)
     async with running(worker):
         group = await client.submit(TaskGroup("g", [Task(uses="note", id="a"), Task(uses="note", id="b", needs=["a"])]))
         view = await group.wait("all", LIMIT_S)
 
     assert ran == ["a", "b"]
     assert (view.counters.completed, view.counters.attempts, view.counters.crashes) == (2, 3, 1)
+
+
+async def test_what_many_tasks_need_is_read_once_and_each_gets_values_of_its_own(
+    app: Ceylon, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @app.task(role="r")
+    async def give() -> list[int]:
+        return [1]
+
+    @app.task(role="r")
+    async def take(context: TaskContext) -> int:
+        context.needs["a"].append(2)
+        return sum(context.needs["a"])
+
+    reads, read = [], queries.result_texts
+
+    async def counting(*args: Any) -> Any:
+        reads.append(args[-1])
+        return await read(*args)
+
+    monkeypatch.setattr(queries, "result_texts", counting)
+    async with running(worker_of(app)):
+        tasks = [give.using(id="a").bind(), *(take.using(needs=["a"]).bind() for _ in range(100))]
+        group = await client.submit(TaskGroup("g", tasks))
+        await group.wait("all", LIMIT_S)
+        values = {result.value async for result in group.results() if result.task_id != "a"}
+
+    assert values == {3}
+    assert {tuple(read) for read in reads} == {("a",)}
+    assert len(reads) < 50
 
 
 def stall(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
