@@ -52,16 +52,16 @@ def default(function: Callable[..., Any], name: str) -> Any:
 
 BACKOFF = Backoff()
 VALUES = {
-    "attempts of a task, the first included": models.DEFAULT_MAX_ATTEMPTS,
+    "attempts of a task": models.DEFAULT_MAX_ATTEMPTS,
     "pause before attempt 2": span(models.seconds(BACKOFF.first, "")),
     "growth of the pause with each attempt": f"{BACKOFF.factor:g} ×",
     "longest pause": span(models.seconds(BACKOFF.cap, "")),
-    "choice of the pause": "between half and all of it" if BACKOFF.jitter else "all of it",
+    "a pause, at random": "between half and all of it" if BACKOFF.jitter else "all of it",
     "time limit of one attempt": span(models.DEFAULT_TIMEOUT_S),
     "crashes that a task survives": models.DEFAULT_MAX_CRASHES,
     "a finished group, with results and errors": span(retention_ms(None, "", environ={}) / 1000),
     "a task sent by `enqueue`, after it has ended, at least": span(retention_ms(None, "", environ={}) / 1000),
-    "a task whose name no live worker of its role knows, before it fails": span(UNROUTABLE_MS / 1000),
+    "a task that no live worker knows: how long it waits before it fails": span(UNROUTABLE_MS / 1000),
     "role of a task": f"`{models.DEFAULT_ROLE}`",
     "goals of a group": default(TaskGroup, "goal"),
     "the rest, once a goal is achieved": default(Goal, "on_achieved"),
@@ -128,10 +128,10 @@ def test_every_row_of_the_page_of_defaults_is_compared() -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        f"at once or after {executor.PLACE_S:g} seconds at most",
+        f"role within {executor.PLACE_S:g} seconds",
         f"clean up in a `finally` block, for {executor.CLEANUP_S:g} seconds",
         f"ends {ALLOWANCE_S:g} seconds after its grace at the latest",
-        f"as the worker has threads ({PLAIN_SLOTS})",
+        f"At most {PLAIN_SLOTS} may do so, as many as the worker has threads",
         f"one for each slot: {SLOTS} |",
         f"one for each thread: {PLAIN_SLOTS} |",
         f"| {SLOTS}, or {PLAIN_SLOTS} if every task of the application is a plain function |",

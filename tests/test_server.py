@@ -17,7 +17,7 @@ import redis
 from commands import until
 
 from rq_ceylon.dev.server import STOP_S, EmbeddedServer, find_binary, wheel_binary
-from rq_ceylon.errors import RedisError
+from rq_ceylon.errors import InvalidInputError, RedisError
 from rq_ceylon.settings import Settings, is_private, resolve, socket_path
 
 pytestmark = pytest.mark.every_engine
@@ -139,12 +139,12 @@ def test_a_second_server_in_the_same_folder_says_that_the_first_runs(
 ) -> None:
     first = start_server(folder=short_tmp_path)
 
-    with pytest.raises(RedisError) as caught:
+    with pytest.raises(InvalidInputError) as caught:
         start_server(folder=short_tmp_path)
 
     assert str(short_tmp_path) in str(caught.value)
     assert first.url in str(caught.value)
-    assert caught.value.exit_code == 3
+    assert caught.value.exit_code == 2
     assert client_of(first).ping()
 
 
