@@ -35,7 +35,7 @@ SECTIONS = {
     "The application": "app.AppTask app.Ceylon",
     "Clients": "client.Client client.TaskHandle client.GroupHandle client.SyncClient client.SyncTaskHandle "
     "client.SyncGroupHandle",
-    "Tasks, groups and goals": "models.Task models.TaskGroup models.Goal models.Priority",
+    "Tasks, groups and goals": "models.Task models.TaskGroup models.Dependency models.Goal models.Priority",
     "In a handler": "attempt.TaskContext attempt.RetryTask attempt.FailTask attempt.Backoff",
     "How things stand": "models.TaskStatus models.GroupStatus models.GoalStatus views.GroupView views.Counters "
     "views.GoalView* views.Settled* views.TaskView views.TaskResult views.AttemptError* "

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
         UnknownTaskError,
         WaitTimeoutError,
     )
-    from rq_ceylon.models import Goal, GoalStatus, GroupStatus, Priority, Task, TaskGroup, TaskStatus
+    from rq_ceylon.models import Dependency, Goal, GoalStatus, GroupStatus, Priority, Task, TaskGroup, TaskStatus
     from rq_ceylon.monitor import Monitor
     from rq_ceylon.task.agent import TaskExecutionAgent
     from rq_ceylon.task.data import TaskGroupGoal, TaskMessage
@@ -50,7 +50,7 @@ _HOME = {
     "GroupFileError InvalidInputError NotFoundError NoWorkerError PayloadTooLargeError QueueFullError RedisError "
     "TaskCancelledError TaskFailedError UnknownTaskError WaitTimeoutError",
     "attempt": "Backoff FailTask RetryTask TaskContext",
-    "models": "Goal GoalStatus GroupStatus Priority Task TaskGroup TaskStatus",
+    "models": "Dependency Goal GoalStatus GroupStatus Priority Task TaskGroup TaskStatus",
     "views": "Counters GroupView TaskResult TaskView",
     "monitor": "Monitor",
     "task.agent": "TaskExecutionAgent",
@@ -68,8 +68,8 @@ __all__ = [  # noqa: RUF022, in the order of the table above
     "GroupExistsError", "GroupFileError", "InvalidInputError", "NotFoundError", "NoWorkerError", "PayloadTooLargeError",
     "QueueFullError", "RedisError", "TaskCancelledError", "TaskFailedError", "UnknownTaskError", "WaitTimeoutError",
     "Backoff", "FailTask", "RetryTask", "TaskContext",
-    "Counters", "Goal", "GoalStatus", "GroupStatus", "GroupView", "Priority", "Task", "TaskGroup", "TaskResult",
-    "TaskStatus", "TaskView",
+    "Counters", "Dependency", "Goal", "GoalStatus", "GroupStatus", "GroupView", "Priority", "Task", "TaskGroup",
+    "TaskResult", "TaskStatus", "TaskView",
     "Monitor",
     "TaskExecutionAgent", "TaskGroupGoal", "TaskMessage", "TaskManager", "TaskPlayGround",
     "Worker",

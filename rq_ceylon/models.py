@@ -155,6 +155,20 @@ def check_timeout(value: Duration, name: str) -> float:
     return limit
 
 
+def check_when(value: object, name: str) -> str:
+    """
+    Return `value` if it may say how far a group must come.
+
+    Raises:
+        InvalidInputError: it is none of `completed`, `failed`, `finished` and `achieved:GOAL`.
+    """
+    if isinstance(value, str):
+        goal = value.partition(":")[2]
+        if value in ("completed", "failed", "finished") or (value.startswith("achieved:") and goal):
+            return f"achieved:{check_id(goal, f'{name}: goal')}" if goal else value
+    raise InvalidInputError(f"{name}: {value!r} is not known; use completed, failed, finished or achieved:GOAL")
+
+
 def check_id(value: object, name: str) -> str:
     """
     Return `value` if it may serve as an id or name in Redis.
@@ -280,6 +294,21 @@ class Goal:
     failure_message: str | None = None
 
 
+@dataclass(frozen=True)
+class Dependency:
+    """
+    A group on which another one depends, and how far it must come.
+
+    Attributes:
+        group: its id; in a group file also its key or name.
+        when: `completed` or `failed` (it has finished with this outcome), `finished` (with any outcome), or
+            `achieved:NAME` (it has achieved this goal, though it may go on).
+    """
+
+    group: str
+    when: str = "completed"
+
+
 @dataclass
 class TaskGroup:
     """
@@ -295,8 +324,8 @@ class TaskGroup:
         priority: the priority of tasks that name none.
         retention: how long the group is kept after it has finished; default: CEYLON_RETENTION, else 24 h.
         description: shown to people; at most 10,000 characters.
-        depends_on: ids of groups that must complete before this one starts; if one of them ends otherwise, this one is
-            cancelled.
+        depends_on: groups that must have come so far before this one starts: ids of groups that must complete, or a
+            `Dependency` for another condition. If it can no longer hold, this group is cancelled.
         on_need_failed: what happens to a task that needs one that did not complete. It is cancelled (`skip`), fails
             (`fail`), or runs all the same (`continue`).
         open: whether tasks may be added later. With True they may until the group is sealed, with `until_idle` until
@@ -313,7 +342,7 @@ class TaskGroup:
     priority: Priority | str | None = None
     retention: Duration | None = None
     description: str = ""
-    depends_on: Sequence[str] = ()
+    depends_on: Sequence[str | Dependency] = ()
     on_need_failed: NeedPolicy = "skip"
     open: bool | Literal["until_idle"] = False
     open_timeout: Duration = OPEN_TIMEOUT_S

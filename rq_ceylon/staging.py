@@ -28,6 +28,7 @@ from rq_ceylon.models import (
     DESCRIPTION_MAX,
     KEY_MAX,
     PAYLOAD_BYTES_MAX,
+    Dependency,
     Duration,
     NeedPolicy,
     Priority,
@@ -36,6 +37,7 @@ from rq_ceylon.models import (
     check_id,
     check_priority,
     check_timeout,
+    check_when,
     seconds,
 )
 from rq_ceylon.settings import retention_ms
@@ -66,6 +68,7 @@ class StagedGroup:
 
     Attributes:
         gid: the id of the group; the same for the same key.
+        others: the ids of the groups on which it depends.
         roles, count: the roles and the number of tasks in the parts that were made so far.
     """
 
@@ -97,6 +100,7 @@ class StagedGroup:
             open_timeout_ms=_open_ms(group.open_timeout, f"{self.what}: open_timeout"),
             added_defaults=_added_defaults(group),
         )
+        self.others = list(dict.fromkeys(other.partition("=")[0] for other in self.facts.depends_on))
         self.roles: set[str] = set()
         self.count = 0
         self._registry = registry
@@ -320,10 +324,16 @@ def _shared(task: Task, where: str) -> dict[str, Any]:
     }
 
 
-def _others(gids: Sequence[str], where: str) -> list[str]:
-    if isinstance(gids, str) or len(gids) > DEPENDS_ON_MAX:
-        raise InvalidInputError(f"{where}: {gids!r} is not usable; give a list of at most {DEPENDS_ON_MAX} group ids")
-    return list(dict.fromkeys(check_id(gid, where) for gid in gids))
+def _others(groups: Sequence[str | Dependency], where: str) -> list[str]:
+    """The groups on which another one depends, as `gid` or `gid=when`."""
+    if isinstance(groups, str | Dependency) or len(groups) > DEPENDS_ON_MAX:
+        raise InvalidInputError(f"{where}: {groups!r} is not usable; give a list of at most {DEPENDS_ON_MAX} group ids")
+    found = []
+    for one in groups:
+        gid, when = (one.group, one.when) if isinstance(one, Dependency) else (one, "completed")
+        when = check_when(when, f"{where}: when")
+        found.append(check_id(gid, where) + ("" if when == "completed" else f"={when}"))
+    return list(dict.fromkeys(found))
 
 
 def _open_word(value: object, where: str) -> Literal["0", "o", "i"]:

@@ -20,7 +20,17 @@ from commands import ROOT, run_to_end
 
 TESTS = [
     f"tests/test_{name}.py"
-    for name in ("protocol", "retry", "open_groups", "spawn", "maintenance", "goals_lua", "turn", "model")
+    for name in (
+        "protocol",
+        "retry",
+        "open_groups",
+        "spawn",
+        "dependencies",
+        "maintenance",
+        "goals_lua",
+        "turn",
+        "model",
+    )
 ]
 SEEDS, LOSSY_SEEDS = "1-6", "101-106"
 UNREADABLE = re.compile(r"Error compiling script|SyntaxError|ImportError|ModuleNotFoundError|errors? during collection")

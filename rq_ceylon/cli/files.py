@@ -161,7 +161,8 @@ def _of_file(file: str) -> list[Drawing]:
     drawn: list[tuple[TaskGroup, str]] = []
     found = []
     for number, group in enumerate(read_groups(file), 1):
-        drawing = Drawing(f"g{number}", group.name, depends_on=resolved(group, drawn))
+        others = [one if isinstance(one, str) else one.group for one in resolved(group, drawn)]
+        drawing = Drawing(f"g{number}", group.name, depends_on=others)
         for at, task in enumerate(group.tasks, 1):
             drawing.add(task.id or str(at), task.needs, task.role or group.defaults.role or DEFAULT_ROLE)
         drawn.append((group, drawing.id))

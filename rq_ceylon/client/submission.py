@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import NoReturn
 
@@ -17,6 +17,7 @@ from rq_ceylon.errors import (
     InvalidInputError,
     NotFoundError,
     RedisError,
+    guess,
 )
 from rq_ceylon.goals import impossible_words
 from rq_ceylon.maintenance import hand_over
@@ -28,14 +29,29 @@ from rq_ceylon.store.transitions import StagedTask, SubmitReply
 from rq_ceylon.views import Counters
 
 
-async def check_known(session: Session, gids: Sequence[str], where: str) -> None:
+async def check_known(session: Session, staged: StagedGroup, made: Mapping[str, Sequence[str]]) -> None:
     """
+    Check the groups on which a group depends.
+
+    Args:
+        made: the names of the goals of groups that are about to be submitted, by their ids.
+
     Raises:
-        NotFoundError: one of these groups is not known, or not any more.
+        NotFoundError: one of them is not known, or not any more.
+        InvalidInputError: one has no goal of the name that is waited for.
     """
-    async for gid, view in queries.views(session.connection, session.keys, gids):
+    where, goals = f"{staged.what}: depends_on", dict(made)
+    outside = [other for other in staged.others if other not in made]
+    async for gid, view in queries.views(session.connection, session.keys, outside):
         if view is None:
             raise NotFoundError(f"{where}: group {gid!r} is not known; submit it first")
+        goals[gid] = [goal.name for goal in view.goals]
+    for entry in staged.facts.depends_on:
+        gid, _, when = entry.partition("=")
+        name = when.removeprefix("achieved:")
+        if when.startswith("achieved:") and name not in goals[gid]:
+            remedy = guess(name, goals[gid], f"its goals: {', '.join(goals[gid]) or 'none'}")
+            raise InvalidInputError(f"{where}: group {gid!r} has no goal {name!r}; {remedy}")
 
 
 async def check_groups(
@@ -58,7 +74,7 @@ async def check_groups(
         GoalImpossibleError, GroupExistsError, NoWorkerError, DurabilityError: as `Client.submit`.
     """
     roles: set[str] = set()
-    made = {gid for _, gid in groups}
+    made: dict[str, list[str]] = {}
     known: list[str] = []
     for group, gid in groups:
         staged = StagedGroup(group, session.registry, gid=gid)
@@ -73,9 +89,9 @@ async def check_groups(
         )
         if foreseen[0] == "REFUSED":
             raise _impossible(staged, foreseen[1])
+        made[gid] = [goal.name for goal in staged.goals]
         if status in (None, GroupStatus.STAGING):
-            outside = [other for other in staged.facts.depends_on if other not in made]
-            await check_known(session, outside, f"{staged.what}: depends_on")
+            await check_known(session, staged, made)
             continue
         if stored != digest.hex()[:32]:
             raise GroupExistsError(f"{staged.what}: {_OTHER_CONTENT.format(group.key, gid)}; {_SAME_CONTENT}")
@@ -115,9 +131,8 @@ class Submission:
     async def run(self, *, require_workers: bool) -> bool:
         """Send the group. Returns False if the same group was submitted before, so that nothing changed."""
         await self._session.require_durable(self._durability, self.gid)
-        others = self._staged.facts.depends_on
-        if others and not (self._key and await self._is_known()):
-            await check_known(self._session, others, f"{self._staged.what}: depends_on")
+        if self._staged.others and not (self._key and await self._is_known()):
+            await check_known(self._session, self._staged, {})
         try:
             reply = await self._send_all(require_workers=require_workers)
         except ConnectionLostError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pydantic_core import to_json
@@ -15,7 +16,7 @@ from rq_ceylon.groupfile.matrix import MAX_COMBINATIONS
 from rq_ceylon.groupfile.reader import Document, Path, Problems, read
 from rq_ceylon.groupfile.shape import DefaultFields, GoalFields, GroupFields, shape
 from rq_ceylon.groupfile.tasks import Tasks, read_tasks, read_texts
-from rq_ceylon.models import DEFAULT_ROLE, DEFAULTS_BYTES_MAX, DEPENDS_ON_MAX, Goal, Task, TaskGroup
+from rq_ceylon.models import DEFAULT_ROLE, DEFAULTS_BYTES_MAX, DEPENDS_ON_MAX, Dependency, Goal, Task, TaskGroup
 
 GROUP_ID = re.compile("[0-9a-v]{20}|k[0-9a-f]{20}")
 """The form of the ids of submitted groups. Any other text in `depends_on` is the key or name of a group further up."""
@@ -52,13 +53,19 @@ def schema() -> str:
     return json.dumps(make(), indent=2) + "\n"
 
 
-def resolved(group: TaskGroup, submitted: Sequence[tuple[TaskGroup, str]]) -> list[str]:
+def resolved(group: TaskGroup, submitted: Sequence[tuple[TaskGroup, str]]) -> list[str | Dependency]:
     """
-    The ids of the groups on which this group of a file depends, given the groups of the file that were submitted so
+    The groups on which this group of a file depends, by their ids, given the groups of the file that were submitted so
     far.
     """
     names = {one.name: gid for one, gid in submitted} | {one.key: gid for one, gid in submitted if one.key}
-    return [names.get(name, name) for name in group.depends_on]
+    found: list[str | Dependency] = []
+    for one in group.depends_on:
+        if isinstance(one, Dependency):
+            found.append(replace(one, group=names.get(one.group, one.group)))
+        else:
+            found.append(names.get(one, one))
+    return found
 
 
 def samples(group: TaskGroup) -> Iterable[Task]:
@@ -155,4 +162,8 @@ def _titles(document: Document) -> tuple[str | None, str | None]:
 def _depends_on(document: Document) -> Iterator[tuple[Path, str]]:
     data = document.value.get("depends_on") if isinstance(document.value, dict) else None
     listed = data[:DEPENDS_ON_MAX] if isinstance(data, list) else [data]
-    return ((("depends_on", at), one) for at, one in enumerate(listed) if isinstance(one, str))
+    for at, one in enumerate(listed):
+        if isinstance(one, str):
+            yield ("depends_on", at), one
+        elif isinstance(one, dict) and isinstance(one.get("group"), str):
+            yield ("depends_on", at, "group"), one["group"]

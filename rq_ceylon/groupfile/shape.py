@@ -147,10 +147,36 @@ TaskId = Annotated[  # a number is accepted as an id, just as it is as a key
     _kind("id"),
 ]
 Needs = Annotated[list[TaskId], _listed(graph.MAX_NEEDS, graph.FEWER_NEEDS), _listing("id", graph.MAX_NEEDS)]
+
+
+def _dependency(value: Any) -> str | models.Dependency:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, dict) or not isinstance(value.get("group"), str) or value.keys() - {"group", "when"}:
+        raise InvalidInputError("it: not usable; write a group's name, or {group: NAME, when: failed}")
+    return models.Dependency(value["group"], models.check_when(value.get("when", "completed"), "it"))
+
+
+_DEPENDENCY = {
+    "anyOf": [
+        {"type": "string"},
+        {
+            "type": "object",
+            "additionalProperties": False,
+            "required": ["group"],
+            "properties": {
+                "group": {"type": "string"},
+                "when": {"type": "string", "pattern": "^(completed|failed|finished|achieved:.+)$"},
+            },
+        },
+    ]
+}
 Groups = Annotated[
-    list[str],
+    list[Annotated[str | models.Dependency, BeforeValidator(_dependency)]],
     _listed(models.DEPENDS_ON_MAX, f"a group may depend on {models.DEPENDS_ON_MAX}; put a group in between"),
-    _listing("string", models.DEPENDS_ON_MAX),
+    WithJsonSchema(
+        {"anyOf": [*_DEPENDENCY["anyOf"], {"type": "array", "maxItems": models.DEPENDS_ON_MAX, "items": _DEPENDENCY}]}
+    ),
 ]
 Expression = Annotated[str, AfterValidator(lambda text: expression.parse(text, "it").text), _kind("expression")]
 Seconds = Annotated[float, BeforeValidator(_seconds), _kind("duration")]
@@ -223,7 +249,8 @@ class GroupFields(BaseModel, extra="forbid", strict=True):
     depends_on: Groups = Field(
         [],
         description="Groups that must complete before this one starts: keys or names of groups further up in the file, "
-        "or ids. If one of them ends otherwise, this one is cancelled.",
+        "or ids. `{group: NAME, when: W}` waits for something else: `failed`, `finished`, or `achieved:GOAL`. If that "
+        "can no longer come, this one is cancelled.",
     )
     on_need_failed: models.NeedPolicy = "skip"
     open: bool | Literal["until_idle"] = Field(

@@ -236,19 +236,17 @@ async def _over(connection: Connection, keys: Keys, entries: Sequence[str]) -> l
 
 async def ask_dependencies(connection: Connection, keys: Keys, gid: str) -> tuple[str | None, int]:
     """
-    Ask the groups on which this one depends whether they have finished, in case a message of theirs was lost. It starts
-    once all have completed, and is cancelled if one ended otherwise. Returns the group's status (None: gone) and its
+    Ask the groups on which this one depends how they stand, in case a message of theirs was lost. It starts once all
+    have come as far as it wants, and is cancelled if one can no longer. Returns the group's status (None: gone) and its
     next deadline (ms), or 0.
     """
     others = await queries.depends_on(connection, keys, gid)
     # Registering tells how the other group stands, and makes it write a message when it finishes.
     asked = await connection.run([transitions.register(keys, other, gid) for other in others])
     for other, reply in zip(others, asked, strict=True):
-        word, *rest = reply
-        if word == "OK" and rest[0] != "finished":
-            continue
-        outcome = rest[1] if word == "OK" else "gone"
-        await connection.run([transitions.met(keys, gid, other, outcome)])
+        standing = reply[2] if reply[0] == "OK" else "gone"
+        if standing:
+            await connection.run([transitions.met(keys, gid, other, standing)])
     answer, _ = await relay(connection, keys, gid)
     return answer.status, answer.next_deadline_ms
 

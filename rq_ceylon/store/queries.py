@@ -118,7 +118,12 @@ async def stored_groups(connection: Connection, keys: Keys) -> AsyncIterator[lis
 async def depends_on(connection: Connection, keys: Keys, gid: str) -> list[str]:
     """The ids of the groups that this one still waits for."""
     (text,) = await connection.run([command("HGET", keys.group_part(gid, "meta"), "depends_on")])
-    return (text or "").split()
+    return _awaited(text)
+
+
+def _awaited(text: str | None) -> list[str]:
+    """The ids in a list of `gid` and `gid=when`."""
+    return list(dict.fromkeys(entry.partition("=")[0] for entry in (text or "").split()))
 
 
 async def closed_by(connection: Connection, keys: Keys, gid: str) -> str:
@@ -182,7 +187,7 @@ def _group_view(gid: str, meta: Mapping[str, str], events: int) -> GroupView:
         key=meta.get("key"),
         outcome=meta.get("outcome") if finished else None,
         reason=meta.get("reason", ""),
-        depends_on=tuple(meta.get("depends_on", "").split()),
+        depends_on=_awaited(meta.get("depends_on")),
         is_open=meta.get("open", "0") in ("o", "i"),
         description=meta.get("description", ""),
         created_ms=int(meta.get("created", 0)) or None,

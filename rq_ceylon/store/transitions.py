@@ -87,8 +87,8 @@ class PageAck(NamedTuple):
 
 def tell_group(keys: Keys, page: Page) -> Call:
     """The call that delivers a message to its group."""
-    _, _, outcome, gid = page.text.split("|")
-    return met(keys, gid, page.gid, outcome)
+    _, _, standing, gid = page.text.split("|")
+    return met(keys, gid, page.gid, standing)
 
 
 def _acks(acks: Sequence[PageAck]) -> list[Any]:
@@ -188,7 +188,7 @@ class GroupFacts:
     Attributes:
         defaults: JSON values that most tasks share; each claim's reply carries them to the worker.
         retention_ms: how long the group is kept after it finished.
-        depends_on: ids of groups that must complete before this one starts.
+        depends_on: groups that must have come so far before this one starts, as `gid` or `gid=when`.
         on_need_failed: what happens to a task if a task that it needs does not complete: skip, fail or continue.
         open: whether it takes further tasks: `0` no, `o` until it is sealed, `i` until no task is open.
         open_timeout_ms: an open group is sealed when no task was added for so long.
@@ -687,13 +687,16 @@ def end_retry(keys: Keys, gid: str, *, untouched_ms: int = 0) -> Call:
 
 # ---- groups on groups ------------------------------------------------------------------------------------------------
 def register(keys: Keys, gid: str, dependent: str) -> Call:
-    """Ask a group to tell `dependent` how it finished. The reply is its status and, if it is finished, its outcome."""
+    """Ask a group to tell `dependent` how it comes on. The reply is its status, and how it stands; see `met`."""
     return Call("depend", keys.group(gid), ["register", dependent])
 
 
-def met(keys: Keys, gid: str, other: str, outcome: str) -> Call:
-    """Tell a group that another group on which it depends has finished."""
-    return Call("depend", keys.group(gid), ["met", other, outcome])
+def met(keys: Keys, gid: str, other: str, standing: str) -> Call:
+    """
+    Tell a group how another group stands on which it depends: `outcome+achieved:goal…`, with an empty outcome while
+    that one goes on, and `gone` if it does not exist.
+    """
+    return Call("depend", keys.group(gid), ["met", other, standing])
 
 
 # ---- reissue ---------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from redis.cluster import ClusterNode
 from redis.crc import key_slot
 
 from rq_ceylon.goals import compile_goals
-from rq_ceylon.models import NeedPolicy, TaskGroup
+from rq_ceylon.models import Dependency, NeedPolicy, TaskGroup
 from rq_ceylon.staging import keyed_id
 from rq_ceylon.store import scripts, transitions
 from rq_ceylon.store.keys import ROLE_PARTS, STREAMS, Keys
@@ -261,8 +261,9 @@ class Simulation:
             policy = group.on_need_failed = rnd.choice(POLICIES)
             gid = keyed_id(self.keys.namespace, f"k{number}")
             if gids and rnd.random() < 0.3:
-                group.depends_on = rnd.sample(gids, min(len(gids), rnd.choice((1, 2))))
-                for other in group.depends_on:
+                others = rnd.sample(gids, min(len(gids), rnd.choice((1, 2))))
+                group.depends_on = [Dependency(other, self._condition(rnd, other)) for other in others]
+                for other in others:
                     producers[other].is_needed = True
             gids.append(gid)
             self.groups[gid] = group
@@ -291,6 +292,10 @@ class Simulation:
             self.enter(Judge(self, f"j{number}"))
         for _ in range(WORKERS):
             self._hire()
+
+    def _condition(self, rnd: random.Random, gid: str) -> str:
+        goals = [f"achieved:{name}" for name in self.ledger.goals[gid]]
+        return rnd.choice(["completed", "completed", "failed", "finished", *goals])
 
     # ---- the run -----------------------------------------------------------------------------------------------------
     def run(self) -> list[str]:

@@ -82,8 +82,31 @@ local function close(by, stop)
   group.waiting = 0
   group.pending = 0
   group.status = 'closing'
+  -- Messages that are on their way were in it too: what they tell is told again.
   call('UNLINK', OUTBOX)
-  effects.pages = {}
+  effects.pages, effects.tells = {}, true
+end
+
+-- How the group stands for those that depend on it: its outcome, '' while it goes on, and the goals
+-- that it has achieved, as outcome+achieved:name...
+local function standing()
+  local words = {group.status == 'finished' and group.outcome or ''}
+  for line in string.gmatch(call('HGET', META, 'goals_at_start') or '', '[^;]+') do
+    local name = goal_of(line).name
+    if string.find(call('HGET', META, 'goal:' .. name) or '', '^achieved|') then
+      words[#words + 1] = 'achieved:' .. name
+    end
+  end
+  return table.concat(words, '+')
+end
+
+local function tell_dependents(visible)
+  local dependents = call('HGET', META, 'dependents') or ''
+  if dependents == '' then return end
+  local words = standing()
+  for gid in string.gmatch(dependents, '%S+') do
+    effects.pages[#effects.pages + 1] = add_page('@|' .. words .. '|' .. gid, visible)
+  end
 end
 
 local function settle_goal(goal, status, by)
@@ -94,7 +117,8 @@ local function settle_goal(goal, status, by)
     status = status, at = now_text, seq = effects.event_number, by = by,
     counters = table.concat(counts, ','),
   }))
-  if status == 'failed' then group.goals_failed = group.goals_failed + 1 end
+  if status == 'achieved' then effects.tells = true
+  else group.goals_failed = group.goals_failed + 1 end
   effects.settled[#effects.settled + 1] = goal.name .. ':' .. status
   local policy = status == 'achieved' and goal.on_achieved or goal.on_failed
   if policy ~= 'continue' then close(status, policy == 'cancel') end

@@ -18,6 +18,7 @@ local effects = {
   more = '0',        -- '1': an internal page is left, so the caller calls `outbox` at once
   log = {},          -- ends and changes of tasks, for the event: tid,what,role,wait ms,run ms
   settled = {},      -- goals, for the event: name:status
+  tells = false,     -- groups that depend on this one must hear of a goal
 }
 
 local function enqueue_later(tid, role, priority, issue, due, supersedes)

@@ -32,11 +32,8 @@ local function finish(visible)
   call('HSET', META, 'outcome', group.outcome, 'finished', now_text)
   -- What is left there are pages that arrived and whose acknowledgement was lost: no task is open.
   call('UNLINK', OUTBOX)
-  local messages = {}
-  for gid in string.gmatch(call('HGET', META, 'dependents') or '', '%S+') do
-    messages[#messages + 1] = add_page('@|' .. group.outcome .. '|' .. gid, visible)
-  end
-  effects.pages = messages  -- and no pages of entries, for the same reason
+  effects.pages = {}  -- no pages of entries, for the same reason
+  tell_dependents(visible)
   local ttl = text(tonumber(facts[1]) + LATER)
   for _, key in ipairs(KEYS) do call('PEXPIRE', key, ttl) end
 end
@@ -109,6 +106,7 @@ local function tail(kind, visible)
   seal_if_idle()
   judge_goals(kind)
   finish_if_over(visible)
+  if effects.tells and group.status ~= 'finished' then tell_dependents(visible) end
   local status = write_group()
   if #effects.log > 0 or #effects.settled > 0 or status ~= '' then tell(kind, status) end
 end
