@@ -34,6 +34,7 @@ DEFAULT_MAX_CRASHES = 3
 DEFAULT_RETENTION_S = 24 * 3600.0
 OPEN_TIMEOUT_S = 24 * 3600.0
 DEPENDS_ON_MAX = 64
+MAX_RUNNING_MAX = 1_000_000
 CRASHES_MAX = 1_000_000
 PAYLOAD_BYTES_MAX = 1024 * 1024
 """Limit of one task as it is sent: its arguments, metadata and needs."""
@@ -331,6 +332,7 @@ class TaskGroup:
         open: whether tasks may be added later. With True they may until the group is sealed, with `until_idle` until
             none of its tasks is open. A goal that asks for a share stays undecided until the group is sealed.
         open_timeout: an open group is sealed when no task was added for so long.
+        max_running: how many tasks of the group run at once at most, on all workers together.
     """
 
     name: str
@@ -346,3 +348,4 @@ class TaskGroup:
     on_need_failed: NeedPolicy = "skip"
     open: bool | Literal["until_idle"] = False
     open_timeout: Duration = OPEN_TIMEOUT_S
+    max_running: int | None = None

@@ -27,6 +27,7 @@ from rq_ceylon.models import (
     DEPENDS_ON_MAX,
     DESCRIPTION_MAX,
     KEY_MAX,
+    MAX_RUNNING_MAX,
     PAYLOAD_BYTES_MAX,
     Dependency,
     Duration,
@@ -98,6 +99,7 @@ class StagedGroup:
             on_need_failed=_need_policy(group.on_need_failed, f"{self.what}: on_need_failed"),
             open=_open_word(group.open, f"{self.what}: open"),
             open_timeout_ms=_open_ms(group.open_timeout, f"{self.what}: open_timeout"),
+            max_running=_max_running(group.max_running, f"{self.what}: max_running"),
             added_defaults=_added_defaults(group),
         )
         self.others = list(dict.fromkeys(other.partition("=")[0] for other in self.facts.depends_on))
@@ -352,6 +354,14 @@ def _open_ms(value: Duration, where: str) -> int:
     if timeout_s <= 0:
         raise InvalidInputError(f"{where}: {value!r} is not usable; give a duration above 0")
     return round(timeout_s * 1000)
+
+
+def _max_running(value: object, where: str) -> int:
+    if value is None:
+        return 0
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= MAX_RUNNING_MAX:
+        raise InvalidInputError(f"{where}: {value!r} is not usable; give a whole number from 1 to {MAX_RUNNING_MAX:,}")
+    return value
 
 
 def _added_defaults(group: TaskGroup) -> dict[str, Any]:

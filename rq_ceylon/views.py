@@ -89,6 +89,7 @@ class GroupView:
         depends_on: groups that it still waits for.
         events: length of the group's event list.
         is_open: tasks may still be added.
+        max_running: how many of its tasks run at once at most; None if any number may.
     """
 
     id: str
@@ -105,6 +106,7 @@ class GroupView:
     finished_ms: int | None = None
     events: int = 0
     is_open: bool = False
+    max_running: int | None = None
 
     @property
     def is_finished(self) -> bool:

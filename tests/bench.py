@@ -55,10 +55,11 @@ class Bench:
         depends_on: Sequence[str] = (),
         on_need_failed: str = "skip",
         open: Literal["0", "o", "i"] = "0",
+        max_running: int = 0,
     ) -> transitions.SubmitReply:
         facts = GroupFacts(
             "g", 86_400_000, goals=compile_goals(goal), depends_on=depends_on, on_need_failed=on_need_failed,
-            open=open, open_timeout_ms=86_400_000,
+            open=open, open_timeout_ms=86_400_000, max_running=max_running,
         )  # fmt: skip
         text = task_text(role, priority, delay_ms, expires_ms, crash_limit, b"{}")
         staged = [StagedTask(tid, text, (needs or {}).get(tid, ())) for tid in tasks]

@@ -38,6 +38,8 @@ def _of_group(view: GroupView) -> list[str]:
             return [f"its group waits for {', '.join(view.depends_on) or 'another group'}"]
         case GroupStatus.PAUSED:
             return [f"its group is paused; go on with: ceylon resume {view.id}"]
+    if view.max_running and view.counters.in_progress >= view.max_running:
+        return [f"its group runs {view.max_running} tasks at once at most (max_running), and so many are running"]
     return []
 
 

@@ -253,6 +253,7 @@ class GroupFields(BaseModel, extra="forbid", strict=True):
         "can no longer come, this one is cancelled.",
     )
     on_need_failed: models.NeedPolicy = "skip"
+    max_running: Annotated[int, Field(ge=1, le=models.MAX_RUNNING_MAX)] | None = None
     open: bool | Literal["until_idle"] = Field(
         False,
         description="Whether tasks may be added later (`ceylon add`): until the group is sealed (`ceylon seal`), or "
@@ -286,7 +287,7 @@ def shape(document: Document, model: type[BaseModel], data: Any, path: Path) -> 
 
 _ELSEWHERE = {
     "strategy": "write matrix: without it",
-    "max-parallel": "a group cannot bound how many of its tasks run; give them a role whose workers have so many slots",
+    "max-parallel": "write max_running: without strategy",
     "fail-fast": "write goal: {when: completed >= 100%, fail_when: failed > 0, on_failed: cancel}",
     "continue-on-error": "put such tasks into a group of their own, on which none depends",
 }

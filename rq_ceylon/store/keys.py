@@ -11,7 +11,7 @@ import zlib
 
 from rq_ceylon.models import check_namespace
 
-GROUP_PARTS = ("meta", "tasks", "claims", "results", "needs", "children", "outbox", "events", "errors")
+GROUP_PARTS = ("meta", "tasks", "claims", "results", "needs", "children", "outbox", "events", "errors", "parked")
 ROLE_PARTS = ("high", "normal", "low", "front", "delayed", "meta", "bell", "quarantine", "by_name", "names")
 INDEX_SHARDS = 16
 

@@ -189,6 +189,7 @@ def _group_view(gid: str, meta: Mapping[str, str], events: int) -> GroupView:
         reason=meta.get("reason", ""),
         depends_on=_awaited(meta.get("depends_on")),
         is_open=meta.get("open", "0") in ("o", "i"),
+        max_running=int(meta.get("max_running") or 0) or None,
         description=meta.get("description", ""),
         created_ms=int(meta.get("created", 0)) or None,
         finished_ms=int(finished) if finished else None,
@@ -383,7 +384,7 @@ def _open(gid: str, tid: str, text: str, claim: str | None, needs: int, facts: _
         attempt, crashes, running = record["attempt"], record["crashes"], record["state"] in RUNNING
         # As lua/group_ends.lua counts them in a result.
         attempts = 0 if record["fence"] == "0" else attempt - (record["state"] == "r")
-        due = int(record["due"]) if record["due"] else None
+        due = int(record["due"]) if record["due"] not in ("", "room") else None
         if running:
             worker, started, due = record["worker"], int(record["started"]), None
     payload = decode(body)

@@ -131,7 +131,8 @@ CLAIM = Record(
 The record of a task that was claimed or parked. `state`: p in progress, c in progress and asked to cancel, s in
 progress at a worker that was told to stop, r retrying, l released. `fence`: that of the last grant, 0 if there was
 none; it stays text but where two are compared in size, since a Lua number would lose its last digits on the way back.
-`started` is when that was, `due` when the task may run again (epoch ms).
+`started` is when that was, `due` when the task may run again: epoch ms, or `room` if it waits in `parked` until its
+group may run one more.
 """
 
 RESULT = Record(

@@ -192,6 +192,7 @@ class GroupFacts:
         on_need_failed: what happens to a task if a task that it needs does not complete: skip, fail or continue.
         open: whether it takes further tasks: `0` no, `o` until it is sealed, `i` until no task is open.
         open_timeout_ms: an open group is sealed when no task was added for so long.
+        max_running: how many of its tasks run at once at most; 0: any number.
         added_defaults: what a task that is added later gets unless it says otherwise: role, priority and times.
     """
 
@@ -205,6 +206,7 @@ class GroupFacts:
     goals: Sequence[CompiledGoal] = ()
     open: Literal["0", "o", "i"] = "0"
     open_timeout_ms: int = 0
+    max_running: int = 0
     added_defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def meta(self) -> list[Any]:
@@ -218,6 +220,8 @@ class GroupFacts:
         defaults = self.defaults if self.open == "0" else {**self.defaults, "open": True}  # tells workers of it
         if defaults:
             fields["defaults"] = encode(defaults)
+        if self.max_running:
+            fields["max_running"] = self.max_running
         if self.open != "0":
             fields["open_timeout"] = self.open_timeout_ms
             fields["until_idle"] = int(self.open == "i")

@@ -199,8 +199,15 @@ class Simulation:
                 if before - self._fetched.get(call.keys[0], before) > self.lease_ms / 2.2:
                     self._still_ms = 0
                 self._fetched[call.keys[0]] = before
+            if call.script == "claim":
+                self._check_room(call.keys[0])
             self.ledger.saw(call, reply, owner, before, self.now_ms())
         return reply
+
+    def _check_room(self, meta: str) -> None:
+        running, most = self.raw.hmget(meta, "in_progress", "max_running")
+        if most is not None and int(running or 0) > int(most):
+            self.found.append(f"{meta}: {running} tasks run at once, {most} may")
 
     def _strike(self, script: str) -> Fault:
         """The fault of this step, at its first script call."""
@@ -268,6 +275,8 @@ class Simulation:
             gids.append(gid)
             self.groups[gid] = group
             self.ledger.policies[gid] = policy
+            if rnd.random() < 0.3:
+                group.max_running = rnd.choice((1, 2, 4))
             if rnd.random() < 0.35:
                 group.open, group.open_timeout = rnd.choice((True, "until_idle")), 0.5 * self.scale
                 adder = self.adders[gid] = Adder(self, number, gid, [str(task.id) for task in group.tasks])

@@ -82,9 +82,8 @@ local function grant(delivery, claim, role, priority)
   return 'GRANTED'
 end
 
--- Puts the entry back into the outbox, which withholds it until the group goes on. `due`: when it
--- may be delivered next; the time in the old entry counted from the submission.
-local function park(delivery, claim, role, priority, due)
+-- The entry is void, and a later one stands for the task. `due` as in the claim's record.
+local function give_up_entry(delivery, claim, role, priority, due)
   -- Fence 0 says that it was never granted.
   claim = claim or {
     state = 'l', attempt = 1, fence = '0', worker = '', lineage = '', started = '0', crashes = 0,
@@ -93,11 +92,25 @@ local function park(delivery, claim, role, priority, due)
   -- The issue rises as by a release. The old entry may be delivered once more after the task was
   -- granted under the new one; then its smaller issue is refused.
   claim.role, claim.priority, claim.releases = role, priority, claim.releases + 1
-  -- Reissue reads the due time from here, if Redis loses the new entry.
-  if due then claim.due = text(due) end
+  claim.due = due or claim.due
   claims[delivery.tid] = claim
   changed[delivery.tid] = true
+  return claim
+end
+
+-- Puts the entry back into the outbox, which withholds it until the group goes on. `due`: when it
+-- may be delivered next; the time in the old entry counted from the submission. Reissue reads it
+-- from the claim, if Redis loses the new entry.
+local function park(delivery, claim, role, priority, due)
+  claim = give_up_entry(delivery, claim, role, priority, due and text(due))
   enqueue_later(delivery.tid, role, priority, issue_of(claim), due)
+  return 'PARKED'
+end
+
+-- As many tasks of the group run as may: the entry waits for room, and the tail hands it out.
+local function park_for_room(delivery, claim, role, priority)
+  give_up_entry(delivery, claim, role, priority, 'room')
+  call('ZADD', PARKED, priority, role .. '|' .. priority .. ',' .. delivery.tid)
   return 'PARKED'
 end
 
@@ -189,6 +202,9 @@ local function answer(delivery, has_needs)
   end
   -- The task is a suspect, and this worker may not start one.
   if claim and is_suspect(claim.crashes) and not suspect_may_start then return 'LATER' end
+  if group.max_running > 0 and group.in_progress >= group.max_running then
+    return park_for_room(delivery, claim, role, priority)
+  end
   move('pending', 'in_progress')
   return grant(delivery, claim, role, priority)
 end

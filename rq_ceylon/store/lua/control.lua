@@ -137,6 +137,9 @@ for i = 2, #ARGV do
     word = 'ended'
   else
     word = 'cancelled'
+    if claim and claim.due == 'room' then
+      call('ZREM', PARKED, claim.role .. '|' .. claim.priority .. ',' .. tid)
+    end
     local waiting = call('HDEL', NEEDS, tid) == 1
     local from = waiting and 'waiting' or 'pending'
     record_end(tid, from, 'cancelled', 'cancelled', task_fields(task), claim, 0, '')

@@ -83,7 +83,7 @@ local function close(by, stop)
   group.pending = 0
   group.status = 'closing'
   -- Messages that are on their way were in it too: what they tell is told again.
-  call('UNLINK', OUTBOX)
+  call('UNLINK', OUTBOX, PARKED)
   effects.pages, effects.tells = {}, true
 end
 

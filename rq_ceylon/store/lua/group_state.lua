@@ -1,7 +1,8 @@
 -- The group of this call: read once at the start, written once by the tail.
--- KEYS: meta tasks claims results needs children outbox events errors, all of one group.
+-- KEYS: meta tasks claims results needs children outbox events errors parked, all of one group.
 -- include: prelude
-local META, TASKS, CLAIMS, RESULTS, NEEDS, CHILDREN, OUTBOX, EVENTS, ERRORS = unpack(KEYS)
+local META, TASKS, CLAIMS, RESULTS, NEEDS, CHILDREN, OUTBOX, EVENTS, ERRORS, PARKED =
+  unpack(KEYS)
 local LAYOUT = '1'
 
 -- The numbers of the group; the first of them are the counters that a settled goal keeps.
@@ -12,7 +13,7 @@ local before = {}  -- as this call found it
 -- Reads the group; false if there is none. A script writes nothing for an absent group or for a
 -- layout that it does not know.
 local function load_group()
-  local found = call('HMGET', META, 'v', 'status', 'open', 'dag', 'goals', 'outcome',
+  local found = call('HMGET', META, 'v', 'status', 'open', 'dag', 'goals', 'outcome', 'max_running',
                      unpack(NUMBERS))
   if not found[2] then return false end
   if found[1] ~= LAYOUT then
@@ -20,8 +21,9 @@ local function load_group()
   end
   group.status, group.open, group.dag = found[2], found[3], found[4]
   group.goals, group.outcome = found[5] or '', found[6]
+  group.max_running = tonumber(found[7] or 0)  -- 0: any number
   for i, name in ipairs(NUMBERS) do
-    group[name] = tonumber(found[6 + i] or 0)
+    group[name] = tonumber(found[7 + i] or 0)
     before[name] = group[name]
   end
   before.status = group.status

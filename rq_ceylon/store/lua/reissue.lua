@@ -58,7 +58,9 @@ if mode == 'scan' then
         running_here[#running_here + 1] = tid
         running_here[#running_here + 1] = claim.fence
         running_here[#running_here + 1] = claim.worker
-      elseif not closed() and call('HEXISTS', NEEDS, tid) == 0 then
+      -- A task that waits for room in its group has no entry, and has lost none.
+      elseif not closed() and call('HEXISTS', NEEDS, tid) == 0
+          and not (claim and claim.due == 'room') then
         local _, _, not_before = task_fields(found[2][i + 1])
         local due = claim and tonumber(claim.due) or not claim and from_start(not_before)
         local is_due = not due or due <= now

@@ -92,7 +92,7 @@ end
 local function start_again()
   group.status, group.outcome = 'active', nil
   call('HDEL', META, 'outcome', 'finished', 'stop', 'reason', 'closed_by')
-  call('UNLINK', CLAIMS, NEEDS, CHILDREN)
+  call('UNLINK', CLAIMS, NEEDS, CHILDREN, PARKED)
   for _, key in ipairs(KEYS) do call('PERSIST', key) end
 end
 
