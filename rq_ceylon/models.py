@@ -333,6 +333,9 @@ class TaskGroup:
             none of its tasks is open. A goal that asks for a share stays undecided until the group is sealed.
         open_timeout: an open group is sealed when no task was added for so long.
         max_running: how many tasks of the group run at once at most, on all workers together.
+        dispatch: `eager` starts tasks as workers have room. `lazy` starts no more than the nearest goal with the
+            policy `drain` or `cancel` still needs, and one more; so little is done in vain, but the goal is reached
+            later if tasks fail.
     """
 
     name: str
@@ -349,3 +352,4 @@ class TaskGroup:
     open: bool | Literal["until_idle"] = False
     open_timeout: Duration = OPEN_TIMEOUT_S
     max_running: int | None = None
+    dispatch: Literal["eager", "lazy"] = "eager"

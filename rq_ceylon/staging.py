@@ -17,7 +17,7 @@ from pydantic_core import from_json
 
 from rq_ceylon.attempt import check_max_attempts, check_max_crashes
 from rq_ceylon.errors import InvalidInputError, PayloadTooLargeError
-from rq_ceylon.goals import compile_goals
+from rq_ceylon.goals import CompiledGoal, compile_goals
 from rq_ceylon.graph import MAX_NEEDS, in_order
 from rq_ceylon.handlers import Handler, Registry
 from rq_ceylon.models import (
@@ -100,6 +100,7 @@ class StagedGroup:
             open=_open_word(group.open, f"{self.what}: open"),
             open_timeout_ms=_open_ms(group.open_timeout, f"{self.what}: open_timeout"),
             max_running=_max_running(group.max_running, f"{self.what}: max_running"),
+            lazy=_is_lazy(group.dispatch, self.goals, f"{self.what}: dispatch"),
             added_defaults=_added_defaults(group),
         )
         self.others = list(dict.fromkeys(other.partition("=")[0] for other in self.facts.depends_on))
@@ -362,6 +363,16 @@ def _max_running(value: object, where: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= MAX_RUNNING_MAX:
         raise InvalidInputError(f"{where}: {value!r} is not usable; give a whole number from 1 to {MAX_RUNNING_MAX:,}")
     return value
+
+
+def _is_lazy(value: object, goals: Sequence[CompiledGoal], where: str) -> bool:
+    if value not in ("eager", "lazy"):
+        raise InvalidInputError(f"{where}: {value!r} is not known; use eager or lazy")
+    if value == "lazy" and all(goal.on_achieved == "continue" for goal in goals):
+        raise InvalidInputError(
+            f"{where}: lazy needs a goal that ends the group; give it a goal with on_achieved: drain or cancel"
+        )
+    return value == "lazy"
 
 
 def _added_defaults(group: TaskGroup) -> dict[str, Any]:

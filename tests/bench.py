@@ -56,10 +56,11 @@ class Bench:
         on_need_failed: str = "skip",
         open: Literal["0", "o", "i"] = "0",
         max_running: int = 0,
+        lazy: bool = False,
     ) -> transitions.SubmitReply:
         facts = GroupFacts(
             "g", 86_400_000, goals=compile_goals(goal), depends_on=depends_on, on_need_failed=on_need_failed,
-            open=open, open_timeout_ms=86_400_000, max_running=max_running,
+            open=open, open_timeout_ms=86_400_000, max_running=max_running, lazy=lazy,
         )  # fmt: skip
         text = task_text(role, priority, delay_ms, expires_ms, crash_limit, b"{}")
         staged = [StagedTask(tid, text, (needs or {}).get(tid, ())) for tid in tasks]

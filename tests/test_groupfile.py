@@ -24,8 +24,8 @@ TASK_KEYS = (
 TASK_KEYS += "needs, matrix"
 DEFAULT_KEYS = "use one of uses, role, duration, timeout, max_attempts, max_crashes, priority, delay, expires, metadata"
 GROUP_KEYS = (
-    "use one of name, description, key, priority, retention, defaults, tasks, goal, depends_on, on_need_failed, open, "
-    "open_timeout"
+    "use one of name, description, key, priority, retention, defaults, tasks, goal, depends_on, on_need_failed, "
+    "max_running, dispatch, open, open_timeout"
 )
 DURATIONS = "give seconds (30) or text such as 30s, 5m, 1h30m, 250ms, 2d"
 IDS = "use 1 to 64 letters, digits and . _ : -"

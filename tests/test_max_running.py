@@ -203,3 +203,98 @@ def test_a_file_has_it_and_show_says_why_a_task_waits(commands: Commands, bench:
         + commands.here("ceylon", "show", f"{gid}/a", *where).stdout
     )
     assert "its group runs 1 tasks at once at most (max_running), and so many are running" in told
+
+
+# Lazy groups.
+
+ENOUGH = Goal("completed >= 10", name="enough", on_achieved="drain")
+
+
+@pytest.mark.every_engine
+def test_a_lazy_group_starts_what_its_goal_needs_and_one_more(bench: Bench) -> None:
+    bench.queued("g", [f"t{n}" for n in range(60)], lazy=True, goal=ENOUGH)
+    running = lazily(bench)
+    assert len(running) == 11
+    for delivery in running[:9]:
+        bench.commit("w", delivery)
+        assert lazily(bench) == []
+    bench.commit("w", running[9])
+
+    assert bench.meta("g")["goal:enough"].startswith("achieved|")
+    bench.commit("w", running[10])
+    assert bench.counters("g") == {"total": 60, "completed": 11, "cancelled": 49}
+
+
+def test_a_lazy_group_makes_up_for_tasks_that_fail(bench: Bench) -> None:
+    bench.queued("g", [f"t{n}" for n in range(60)], lazy=True, goal=ENOUGH)
+    started = 0
+    while running := lazily(bench):
+        started += len(running)
+        for number, delivery in enumerate(running):
+            bench.commit("w", delivery, "completed" if number % 2 else "failed")
+
+    assert bench.meta("g")["goal:enough"].startswith("achieved|")
+    assert 20 <= started <= 40
+
+
+@pytest.mark.parametrize("goals", [["completed >= 10%", "completed >= 50%"], ["completed >= 50%", "completed >= 10%"]])
+def test_the_nearest_goal_that_ends_the_group_counts(goals: list[str], bench: Bench) -> None:
+    bench.queued(
+        "g",
+        [f"t{n}" for n in range(60)],
+        lazy=True,
+        goal=[*(Goal(when, on_achieved="cancel") for when in goals), "completed >= 1"],
+    )
+    assert len(lazily(bench)) == 7
+
+
+async def test_a_task_that_hangs_does_not_hold_up_a_lazy_group(bench: Bench, connection: Connection) -> None:
+    goal = Goal("completed >= 1", name="enough", on_achieved="drain")
+    bench.queued("g", list("abcd"), lazy=True, goal=goal)
+    assert len(lazily(bench)) == 2  # both hang
+    for more in (1, 2):
+        long_ago = int(bench.meta("g")["touched"]) - 10_000 * more
+        bench.redis.hset(bench.keys.group_part("g", "meta"), "last_end", long_ago)
+        bench.redis.zadd(bench.keys.index_of("g"), {"g": 1})
+        await Maintenance(connection, bench.keys).run_once()
+        assert len(lazily(bench)) == 1
+    bench.redis.hset(bench.keys.group_part("g", "meta"), "max_running", 1)
+    assert lazily(bench) == []
+
+
+def lazily(bench: Bench) -> list[Delivery]:
+    """Fetch and claim all that is queued. Returns what was granted; the rest is parked, or its group is closed."""
+    granted = []
+    while deliveries := bench.fetch("w", 100):
+        verdicts = bench.claim("w", *deliveries)
+        granted += [one for one, verdict in zip(deliveries, verdicts, strict=True) if verdict == "GRANTED"]
+        bench.fetch("w", 0, acks=[one.entry for one in deliveries if one not in granted])
+    return granted
+
+
+async def test_a_lazy_group_needs_a_goal_that_ends_it(client: Client) -> None:
+    for dispatch, words in (("lazy", "lazy needs a goal that ends the group"), ("slow", "use eager or lazy")):
+        with pytest.raises(InvalidInputError, match=words):
+            await client.submit(TaskGroup("g", [Task()], goal="completed >= 1", dispatch=dispatch))  # type: ignore[arg-type]
+
+
+async def test_workers_start_little_in_vain_for_a_lazy_group(app: Ceylon, client: Client) -> None:
+    started = 0
+
+    @app.task(role="r")
+    async def work(number: int) -> int:
+        nonlocal started
+        started += 1
+        await asyncio.sleep(0.05)
+        return number
+
+    group = await client.submit(
+        TaskGroup("answers", [work.bind(number) for number in range(200)], goal=ENOUGH, dispatch="lazy")
+    )
+    worker = Worker(client.url, registry=app.registry, namespace=client.keys.namespace, roles=["r"], burst=True)
+    await asyncio.wait_for(worker.run(), LIMIT_S)
+
+    view = await group.wait("all", timeout=LIMIT_S)
+    assert view.goals[0].status == "achieved"
+    assert started <= 11
+    assert not (await audit(client.connection, client.keys)).drift

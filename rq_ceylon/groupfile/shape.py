@@ -254,6 +254,7 @@ class GroupFields(BaseModel, extra="forbid", strict=True):
     )
     on_need_failed: models.NeedPolicy = "skip"
     max_running: Annotated[int, Field(ge=1, le=models.MAX_RUNNING_MAX)] | None = None
+    dispatch: Literal["eager", "lazy"] = "eager"
     open: bool | Literal["until_idle"] = Field(
         False,
         description="Whether tasks may be added later (`ceylon add`): until the group is sealed (`ceylon seal`), or "

@@ -193,6 +193,7 @@ class GroupFacts:
         open: whether it takes further tasks: `0` no, `o` until it is sealed, `i` until no task is open.
         open_timeout_ms: an open group is sealed when no task was added for so long.
         max_running: how many of its tasks run at once at most; 0: any number.
+        lazy: start no more tasks than the nearest goal that ends the group needs.
         added_defaults: what a task that is added later gets unless it says otherwise: role, priority and times.
     """
 
@@ -207,6 +208,7 @@ class GroupFacts:
     open: Literal["0", "o", "i"] = "0"
     open_timeout_ms: int = 0
     max_running: int = 0
+    lazy: bool = False
     added_defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def meta(self) -> list[Any]:
@@ -222,6 +224,8 @@ class GroupFacts:
             fields["defaults"] = encode(defaults)
         if self.max_running:
             fields["max_running"] = self.max_running
+        if self.lazy:
+            fields["lazy"] = 1
         if self.open != "0":
             fields["open_timeout"] = self.open_timeout_ms
             fields["until_idle"] = int(self.open == "i")

@@ -277,6 +277,8 @@ class Simulation:
             self.ledger.policies[gid] = policy
             if rnd.random() < 0.3:
                 group.max_running = rnd.choice((1, 2, 4))
+            if rnd.random() < 0.5 and any(goal.on_achieved != "continue" for goal in goals):
+                group.dispatch = "lazy"
             if rnd.random() < 0.35:
                 group.open, group.open_timeout = rnd.choice((True, "until_idle")), 0.5 * self.scale
                 adder = self.adders[gid] = Adder(self, number, gid, [str(task.id) for task in group.tasks])

@@ -202,7 +202,7 @@ local function answer(delivery, has_needs)
   end
   -- The task is a suspect, and this worker may not start one.
   if claim and is_suspect(claim.crashes) and not suspect_may_start then return 'LATER' end
-  if group.max_running > 0 and group.in_progress >= group.max_running then
+  if is_limited() and group.in_progress >= may_run() then
     return park_for_room(delivery, claim, role, priority)
   end
   move('pending', 'in_progress')

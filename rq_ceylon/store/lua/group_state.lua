@@ -14,16 +14,17 @@ local before = {}  -- as this call found it
 -- layout that it does not know.
 local function load_group()
   local found = call('HMGET', META, 'v', 'status', 'open', 'dag', 'goals', 'outcome', 'max_running',
-                     unpack(NUMBERS))
+                     'lazy', unpack(NUMBERS))
   if not found[2] then return false end
   if found[1] ~= LAYOUT then
     error('LAYOUT group has layout ' .. tostring(found[1]) .. ', this version knows ' .. LAYOUT)
   end
   group.status, group.open, group.dag = found[2], found[3], found[4]
   group.goals, group.outcome = found[5] or '', found[6]
-  group.max_running = tonumber(found[7] or 0)  -- 0: any number
+  group.max_running = tonumber(found[7] or math.huge)
+  group.is_lazy = found[8] == '1'
   for i, name in ipairs(NUMBERS) do
-    group[name] = tonumber(found[7 + i] or 0)
+    group[name] = tonumber(found[8 + i] or 0)
     before[name] = group[name]
   end
   before.status = group.status

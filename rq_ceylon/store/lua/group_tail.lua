@@ -1,6 +1,6 @@
 -- The tail of every script that may end tasks: results, dependents, pages, goals, the end of the
 -- group, its counters, and the event that tells all of it.
--- include: group_ends group_goals
+-- include: group_ends group_goals group_room
 local CALLABLE_WAIT = 3600000  -- ms that a group waits for a callable goal without a deadline
 local LATER = 3600000          -- ms between maintenance's prune and the TTL, a backstop
 
@@ -61,32 +61,6 @@ local function seal_if_idle()
   if group.open == 'i' and has_run and open == 0 and group.reopening == 0 then seal() end
 end
 
--- Hands out entries that wait for room in the group, by priority: as many as tasks ended, or as are
--- missing by the numbers. Tasks that are due later count as if they were queued; so when no task
--- runs, all the room is filled. What is too much is parked again.
-local FILL_MAX = 500
-local function fill_room()
-  local room = group.max_running - group.in_progress
-  local parked = room > 0 and call('ZCARD', PARKED) or 0
-  if parked == 0 then return end
-  local queued = group.pending - parked
-  local count = math.max(before.in_progress - group.in_progress, room - queued)
-  if group.in_progress == 0 then count = room end
-  count = math.min(count, room, FILL_MAX)
-  if count <= 0 then return end
-  local popped = call('ZPOPMIN', PARKED, count)  -- member, score, member, score ...
-  for i = 1, #popped, 2 do
-    local role, priority, tid = string.match(popped[i], '^([^|]+)|(%d),(.+)$')
-    local record = call('HGET', CLAIMS, tid)
-    local claim = record and claim_of(record)
-    if claim and claim.due == 'room' then
-      claim.due = ''
-      call('HSET', CLAIMS, tid, claim_text(claim))
-      enqueue_later(tid, role, priority, issue_of(claim))
-    end
-  end
-end
-
 -- Writes the numbers that moved, and the status. Returns the status if it is new, else ''.
 local function write_group()
   local changes, status = {}, ''
@@ -129,7 +103,7 @@ local function tail(kind, visible)
   -- Goals before the end, which waits for callable ones.
   walk_dependents()
   if not closed() then
-    if group.max_running > 0 then fill_room() end
+    if is_limited() then fill_room() end
     write_pages(visible)
   end
   seal_if_idle()

@@ -28,7 +28,8 @@ if wanted > 0 then
       got[#got + 1] = page
     end
   end
-  if #effects.walks > 0 then tail('outbox', now + relay_lease) end
+  -- A lazy group may have waited long enough for what hangs.
+  if #effects.walks > 0 or group.is_lazy then tail('outbox', now + relay_lease) end
   for _, page in ipairs(effects.pages) do got[#got + 1] = page end
 end
 return {'OK', group.status, text(next_deadline()), got, effects.more}

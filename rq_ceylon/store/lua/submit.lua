@@ -56,7 +56,8 @@ elseif part ~= 1 then return {'GAP'}
 else
   group.status, group.open = 'staging', '0'
   if rolling then group.status, group.open = 'active', '1' end
-  group.dag, group.goals, group.max_running = '0', '', 0  -- nothing of it can be parked yet
+  group.dag, group.goals = '0', ''
+  group.max_running = math.huge  -- nothing of it can be parked yet
   for _, name in ipairs(NUMBERS) do group[name] = 0 end
 end
 
