@@ -161,6 +161,21 @@ def test_tasks_are_added_to_a_group_that_is_paused_or_waits_for_others(bench: Be
     assert bench.counters("g") == {"total": 3, "pending": 1, "completed": 2}
 
 
+def test_the_delay_of_a_task_added_to_a_group_that_waits_counts_from_its_start(bench: Bench) -> None:
+    opened(bench, ["a"], depends_on=["other"])
+    hour_ago = int(bench.meta("g")["touched"]) - 3_600_000
+    bench.redis.hset(bench.keys.group_part("g", "meta"), "touched", hour_ago)
+    add(bench, "b", delay_ms=60_000)
+    bench.run(transitions.met(bench.keys, "g", "other", "completed"))
+    bench.relay("g")
+    assert {one.tid: bench.claim("w", one) for one in bench.fetch("w")} == {"a": ["GRANTED"], "b": ["PARKED"]}
+    bench.relay("g")
+
+    (due,) = [score for _, score in bench.redis.zrange(bench.keys.role_part("p", "delayed"), 0, -1, withscores=True)]
+    seconds, _ = bench.redis.time()
+    assert 0 < due - int(seconds) * 1000 < 61_000
+
+
 async def test_an_open_group_is_sealed_when_no_task_was_added_for_its_time(
     bench: Bench, connection: Connection
 ) -> None:
