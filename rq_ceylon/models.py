@@ -329,6 +329,9 @@ class TaskGroup:
             `Dependency` for another condition. If it can no longer hold, this group is cancelled.
         on_need_failed: what happens to a task that needs one that did not complete. It is cancelled (`skip`), fails
             (`fail`), or runs all the same (`continue`).
+        then: a group that follows this one, or several by their conditions: `completed` or `failed` (this group has
+            finished with that outcome), `finished` (with any), or `achieved:GOAL`. Each is submitted when its condition
+            holds, also after a retry; the metadata of its tasks has the id of this group as `after`.
         open: whether tasks may be added later. With True they may until the group is sealed, with `until_idle` until
             none of its tasks is open. A goal that asks for a share stays undecided until the group is sealed.
         open_timeout: an open group is sealed when no task was added for so long.
@@ -349,6 +352,7 @@ class TaskGroup:
     description: str = ""
     depends_on: Sequence[str | Dependency] = ()
     on_need_failed: NeedPolicy = "skip"
+    then: TaskGroup | Mapping[str, TaskGroup] | None = None
     open: bool | Literal["until_idle"] = False
     open_timeout: Duration = OPEN_TIMEOUT_S
     max_running: int | None = None

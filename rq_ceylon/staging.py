@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from pydantic_core import from_json
 
 from rq_ceylon.attempt import check_max_attempts, check_max_crashes
-from rq_ceylon.errors import InvalidInputError, PayloadTooLargeError
+from rq_ceylon.errors import InvalidInputError, PayloadTooLargeError, guess
 from rq_ceylon.goals import CompiledGoal, compile_goals
 from rq_ceylon.graph import MAX_NEEDS, in_order
 from rq_ceylon.handlers import Handler, Registry
@@ -42,6 +42,7 @@ from rq_ceylon.models import (
     seconds,
 )
 from rq_ceylon.settings import retention_ms
+from rq_ceylon.store import transitions
 from rq_ceylon.store.codec import encode, task_text
 from rq_ceylon.store.keys import STREAMS
 from rq_ceylon.store.transitions import SUBMIT_TASKS_MAX, GroupFacts, StagedTask, in_batches
@@ -100,6 +101,7 @@ class StagedGroup:
             open=_open_word(group.open, f"{self.what}: open"),
             open_timeout_ms=_open_ms(group.open_timeout, f"{self.what}: open_timeout"),
             max_running=_max_running(group.max_running, f"{self.what}: max_running"),
+            then=_follow_ups(group, registry, gid, self.what),
             lazy=_is_lazy(group.dispatch, self.goals, f"{self.what}: dispatch"),
             added_defaults=_added_defaults(group),
         )
@@ -363,6 +365,45 @@ def _max_running(value: object, where: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= MAX_RUNNING_MAX:
         raise InvalidInputError(f"{where}: {value!r} is not usable; give a whole number from 1 to {MAX_RUNNING_MAX:,}")
     return value
+
+
+def _follow_ups(group: TaskGroup, registry: Registry | None, gid: str, what: str) -> list[dict[str, Any]]:
+    """The groups that follow this one, packed."""
+    if group.then is None:
+        return []
+    given = {"completed": group.then} if isinstance(group.then, TaskGroup) else group.then
+    if not isinstance(given, Mapping) or not all(isinstance(one, TaskGroup) for one in given.values()):
+        raise InvalidInputError(
+            f"{what}: then: {given!r} is not usable; give a TaskGroup, or a mapping of conditions to them"
+        )
+    packed = []
+    for when, follower in given.items():
+        where = f"{what}: then ({check_when(when, f'{what}: then')})"
+        _check_achieved(when, group, where)
+        if follower.key or follower.depends_on:
+            raise InvalidInputError(f"{where}: it can have neither a key nor depends_on; it follows this group alone")
+        defaults = replace(follower.defaults, metadata={**(follower.defaults.metadata or {}), "after": gid})
+        staged = StagedGroup(replace(follower, defaults=defaults), registry, gid=keyed_id(gid, f"then {when}"))
+        first, *more = staged.parts()
+        if more:
+            raise InvalidInputError(
+                f"{where}: it has more than {SUBMIT_TASKS_MAX} tasks; submit them from one of its tasks"
+            )
+        digest = chain(staged.digest(), first).hex()[:32]
+        packed.append(transitions.packed(when, staged.gid, staged.facts, first, digest))
+    if (size := len(encode(packed))) > DEFAULTS_BYTES_MAX:
+        raise PayloadTooLargeError(
+            f"{what}: then: {size:,} bytes, {DEFAULTS_BYTES_MAX:,} are allowed; "
+            "submit large groups from a task of a small one"
+        )
+    return packed
+
+
+def _check_achieved(when: str, group: TaskGroup, where: str) -> None:
+    names = [goal.name for goal in compile_goals(group.goal)]
+    goal = when.removeprefix("achieved:")
+    if when.startswith("achieved:") and goal not in names:
+        raise InvalidInputError(f"{where}: there is no goal {goal!r}; {guess(goal, names, 'give the group one')}")
 
 
 def _is_lazy(value: object, goals: Sequence[CompiledGoal], where: str) -> bool:

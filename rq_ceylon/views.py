@@ -90,6 +90,7 @@ class GroupView:
         events: length of the group's event list.
         is_open: tasks may still be added.
         max_running: how many of its tasks run at once at most; None if any number may.
+        then: the ids of the groups that follow it, by the condition; each exists once that holds.
     """
 
     id: str
@@ -107,6 +108,7 @@ class GroupView:
     events: int = 0
     is_open: bool = False
     max_running: int | None = None
+    then: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_finished(self) -> bool:

@@ -282,6 +282,25 @@ def test_a_task_whose_dependents_are_still_being_told_of_its_end_is_busy(bench: 
     assert reopen(bench, "g", "a")[2:] == ["reopened"]
 
 
+def test_a_task_that_is_still_to_be_told_of_a_need_is_busy(bench: Bench) -> None:
+    tids = [f"c{number}" for number in range(1100)]
+    needs = {**{tid: ["a"] for tid in tids}, "x": ["a", "b"]}
+    bench.submit("g", ["a", "b", *tids[:400]], needs=needs, part=1, last=False)
+    bench.submit("g", tids[400:800], needs=needs, part=2, last=False)
+    bench.submit("g", [*tids[800:], "x"], needs=needs, part=3)
+    bench.relay("g")
+    deliveries = {delivery.tid: delivery for delivery in bench.fetch("w")}
+    assert bench.claim("w", *deliveries.values()) == ["GRANTED", "GRANTED"]
+    bench.commit_with_pages("w", deliveries["b"], "failed")
+    bench.commit_with_pages("w", deliveries["a"], "completed")  # x comes last in its list, and waits in a page
+
+    assert reopen(bench, "g", "b", "x", needs=needs)[2:] == ["reopened", "busy"]
+    bench.relay("g")
+    assert reopen(bench, "g", "x", needs=needs)[2:] == ["reopened"]
+    assert bench.redis.hget(bench.keys.group_part("g", "needs"), "x") == "1"
+    assert bench.counters("g")["waiting"] == 1
+
+
 def test_results_of_an_older_version_are_not_reopened(bench: Bench) -> None:
     bench.queued("g", ["a", "b"])
     end_all(bench, "g", {"a": "failed"})

@@ -235,6 +235,8 @@ async def show(client: Client, target: str, statuses: tuple[str, ...], limit: in
         return
     if not tid:
         say(statistics.summary(view, await statistics.of_group(client.connection, client.keys, gid)))
+        for when, follower in view.then.items():
+            say(f"  then, when {when}: {follower}")
         if view.is_open:
             say(f"  open: takes tasks (ceylon add {gid} FILE) until it is sealed (ceylon seal {gid})")
         for goal in view.goals:

@@ -166,7 +166,7 @@ _NO_RETRY = {
     "completed": "it has completed",
     "open": "it has not ended",
     "blocked": "a task that it needs did not complete; retry that one",
-    "busy": "the tasks that need it are still being told of its end; try again",
+    "busy": "tasks are still being told of an end; try again",
     "old": "an older version of rq-ceylon wrote its result; submit it again",
 }
 

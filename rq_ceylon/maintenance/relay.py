@@ -5,7 +5,9 @@ from __future__ import annotations
 import collections
 from collections.abc import Sequence
 
-from rq_ceylon.store import transitions
+from loguru import logger
+
+from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.keys import Keys
 from rq_ceylon.store.scripts import Call, command
@@ -73,7 +75,8 @@ async def _relay_one(
 
 async def _hand_over(connection: Connection, keys: Keys, pages: Sequence[Page]) -> tuple[list[PageAck], list[str]]:
     by_role: dict[str, list[Page]] = collections.defaultdict(list)
-    messages = [page for page in pages if page.is_message]
+    messages = [page for page in pages if page.is_message and not page.is_for_follow_ups]
+    followed = [page for page in pages if page.is_for_follow_ups]
     for page in pages:
         if not page.is_message:
             by_role[page.role].append(page)
@@ -85,4 +88,31 @@ async def _hand_over(connection: Connection, keys: Keys, pages: Sequence[Page]) 
     # their pages.
     told = [page.text.rpartition("|")[2] for page, (word, *_) in answers if word != "GONE"]
     acks = [PageAck(page, horizon) for some, horizon in zip(by_role.values(), replies, strict=False) for page in some]
-    return acks + [PageAck(page) for page in messages], told
+    for page in followed:
+        told += await _submit_follow_ups(connection, keys, page)
+    return acks + [PageAck(page) for page in (*messages, *followed)], told
+
+
+async def _submit_follow_ups(connection: Connection, keys: Keys, page: Page) -> list[str]:
+    """
+    Submit those groups that follow the one of this message and whose time has come. They are data of that group until
+    then, so they exist exactly if it does. Returns the groups that got a message by that.
+    """
+    _, _, standing, _ = page.text.split("|")
+    followed: list[str] = []
+    for one in await queries.follow_ups(connection, keys, page.gid):
+        if not _holds(one["when"], standing):
+            continue
+        *_, reply = await connection.run(transitions.follow_up(keys, one))
+        if reply[0] not in ("OK", "REPEAT"):
+            logger.error("Group {} that follows {} cannot be submitted: {}", one["gid"], page.gid, " ".join(reply))
+            continue
+        # The reply had its pages, or an earlier one that was lost.
+        *_, told = await _relay_one(connection, keys, one["gid"], hidden=True)
+        followed += told
+    return followed
+
+
+def _holds(when: str, standing: str) -> bool:
+    outcome, *achieved = standing.split("+")
+    return when == outcome or when in achieved or (when == "finished" and outcome != "")

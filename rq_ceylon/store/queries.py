@@ -139,6 +139,13 @@ async def added_defaults(connection: Connection, keys: Keys, gid: str) -> dict[s
         return {name: value for text in texts if text for name, value in decode(text).items() if name != "open"}
 
 
+async def follow_ups(connection: Connection, keys: Keys, gid: str) -> list[dict[str, Any]]:
+    """The groups that follow this one, as `transitions.packed` made them."""
+    (text,) = await connection.run([command("HGET", keys.group_part(gid, "meta"), "then")])
+    with reading(f"what follows group {gid!r}"):
+        return list(decode(text)) if text else []
+
+
 async def due_groups(connection: Connection, keys: Keys, now_ms: int, limit: int) -> list[str]:
     """About `limit` groups whose next look is due, the same number at most from each shard."""
     share = -(-limit // INDEX_SHARDS)
@@ -189,6 +196,7 @@ def _group_view(gid: str, meta: Mapping[str, str], events: int) -> GroupView:
         reason=meta.get("reason", ""),
         depends_on=_awaited(meta.get("depends_on")),
         is_open=meta.get("open", "0") in ("o", "i"),
+        then={one["when"]: one["gid"] for one in decode(meta.get("then") or "[]")},
         max_running=int(meta.get("max_running") or 0) or None,
         description=meta.get("description", ""),
         created_ms=int(meta.get("created", 0)) or None,

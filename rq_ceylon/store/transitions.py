@@ -77,6 +77,15 @@ class Page:
     def is_message(self) -> bool:
         return self.role == "@"
 
+    @property
+    def is_for_follow_ups(self) -> bool:
+        """Whether it is a message for the groups that follow this one, which do not exist yet."""
+        return self.is_message and self.text.endswith(f"|{FOLLOW_UPS}")
+
+
+FOLLOW_UPS = "@then"
+"""Stands among the dependents of a group for the groups in its `then`."""
+
 
 class PageAck(NamedTuple):
     """A page that has arrived, and its horizon: the largest entry ms or due ms that the page got in its role."""
@@ -194,6 +203,7 @@ class GroupFacts:
         open_timeout_ms: an open group is sealed when no task was added for so long.
         max_running: how many of its tasks run at once at most; 0: any number.
         lazy: start no more tasks than the nearest goal that ends the group needs.
+        then: the groups that follow it, as JSON; see `follow_up`.
         added_defaults: what a task that is added later gets unless it says otherwise: role, priority and times.
     """
 
@@ -209,6 +219,7 @@ class GroupFacts:
     open_timeout_ms: int = 0
     max_running: int = 0
     lazy: bool = False
+    then: Sequence[Mapping[str, Any]] = ()
     added_defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def meta(self) -> list[Any]:
@@ -226,6 +237,9 @@ class GroupFacts:
             fields["max_running"] = self.max_running
         if self.lazy:
             fields["lazy"] = 1
+        if self.then:
+            fields["dependents"] = FOLLOW_UPS
+            fields["then"] = encode(self.then)
         if self.open != "0":
             fields["open_timeout"] = self.open_timeout_ms
             fields["until_idle"] = int(self.open == "i")
@@ -264,12 +278,46 @@ def submit(
     rolling: bool = False,
     acks: Sequence[PageAck] = (),
 ) -> Call:
+    return Call(
+        "submit",
+        keys.group(gid),
+        _submit_args(facts, tasks, part=part, last=last, digest=digest, rolling=rolling, acks=acks),
+    )
+
+
+def _submit_args(
+    facts: GroupFacts,
+    tasks: Iterable[StagedTask],
+    *,
+    part: int,
+    last: bool,
+    digest: str,
+    rolling: bool = False,
+    acks: Sequence[PageAck] = (),
+) -> list[Any]:
     meta = facts.meta() if part == 1 else []
     args: list[Any] = [part, int(last), 1 if rolling else facts.open, digest, RELAY_LEASE_MS, *_acks(acks)]
     args += (len(meta), *meta, facts.programs() if last else "", " ".join(facts.depends_on) if last else "")
     for task in tasks:
         args += (task.tid, task.text, " ".join(task.needs))
-    return Call("submit", keys.group(gid), args)
+    return args
+
+
+def packed(when: str, gid: str, facts: GroupFacts, tasks: Sequence[StagedTask], digest: str) -> dict[str, Any]:
+    """
+    A group that follows another one, as that one keeps it: ready to be submitted in one part.
+
+    Args:
+        when: how far the other group must come; see `models.Dependency`.
+    """
+    args = _submit_args(facts, tasks, part=1, last=True, digest=digest)
+    texts = [arg.decode() if isinstance(arg, bytes) else arg for arg in args]
+    return {"when": when, "gid": gid, "name": facts.name, "args": texts}
+
+
+def follow_up(keys: Keys, one: Mapping[str, Any]) -> list[Call]:
+    """Submit a group that follows another one. The last reply is that of `submit`; a repetition changes nothing."""
+    return [*announce(keys, one["gid"], ()), Call("submit", keys.group(one["gid"]), one["args"])]
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from loguru import logger
 from rq_ceylon.errors import CeylonError
 from rq_ceylon.graph import MAX_NEEDS
 from rq_ceylon.handlers import DEFAULT_HANDLER, Registry
+from rq_ceylon.maintenance import relay
 from rq_ceylon.models import check_id, counted
 from rq_ceylon.presence import Presence, is_unroutable
 from rq_ceylon.process import own_task
@@ -133,6 +134,7 @@ class Worker:
             on_bell=self._ring,
         )
         self._announced: set[str] = set()
+        self._relays = 0
         self._running: dict[tuple[str, int], Held] = {}
         self._background: set[asyncio.Task[None]] = set()
 
@@ -204,6 +206,9 @@ class Worker:
                 self._keep(self._shut_down(), "shutdown")
             self.background.check()
             self.lanes.check()
+            while self.turns.to_relay:
+                self._relays += 1
+                self._keep(self._relay(self.turns.to_relay.pop()), "relaying")
             self._wake.clear()
             if self.turns.is_due(self._free()):
                 self.lanes.send(self.turns.plan(self._free()))
@@ -213,6 +218,16 @@ class Worker:
             # A handler that returns at once needs this many passes of the event loop, so one turn commits all of those.
             for _ in range(4):
                 await asyncio.sleep(0)
+
+    async def _relay(self, gid: str) -> None:
+        """Submit the groups that follow this one."""
+        try:
+            await relay(self.connection, self.keys, gid, hidden=True)
+        except CeylonError as error:
+            logger.warning("What follows group {} is left to maintenance: {}", gid, error)
+        finally:
+            self._relays -= 1
+            self._wake.set()
 
     async def _rest(self) -> None:
         """
@@ -238,7 +253,7 @@ class Worker:
         return max(0, self.slots - len(self._running) - max(0, self.executor.hung - self.executor.hung_max))
 
     def _is_over(self) -> bool:
-        if self._running:
+        if self._running or self.turns.to_relay or (self._relays and not self._grace_is_over):
             return False
         if self.lanes.in_flight:  # commits may be among them; after the grace, do not wait for nodes that are cut off
             return self._grace_is_over and self.lanes.are_cut_off(LAST_WORD_S)

@@ -83,6 +83,7 @@ class Turns:
         self._groups: dict[str, GroupBook] = collections.defaultdict(GroupBook)
         self.held: dict[tuple[str, str], Held] = {}
         self.granted: list[Granted] = []
+        self.to_relay: set[str] = set()
         self.stopping, self.completed = False, 0
         # By role, also roles that this worker does not serve.
         self._to_enqueue: dict[str, list[Page]] = collections.defaultdict(list)
@@ -507,7 +508,9 @@ class Turns:
 
     def _take(self, pages: Iterable[Page]) -> None:
         for page in pages:
-            if page.is_message:
+            if page.is_for_follow_ups:
+                self.to_relay.add(page.gid)
+            elif page.is_message:
                 # For the group that is named last, which waits for the one that wrote the page.
                 self._groups[page.text.rpartition("|")[2]].messages.append(page)
             else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import json
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -218,6 +219,10 @@ def _group(raw: Any, keys: Keys, gid: str, tasks: Mapping[str, Plan], ledger: Le
             yield f"{gid}/{tid}: its success was acknowledged, but {result.status} is on record"
     if raw.zscore(keys.index_of(gid), gid) is None:
         yield f"{gid}: not in the index"
+    for one in json.loads(meta.get("then", "[]")):
+        achieved = meta.get("goal:" + one["when"].partition(":")[2], "").startswith("achieved|")
+        if (achieved or one["when"] in (meta["outcome"], "finished")) and one["gid"] not in ledger.accepted:
+            yield f"{gid}: what follows it when {one['when']} was never submitted"
 
 
 def _events(gid: str, events: list[Event], ends: Mapping[str, str]) -> Iterator[str]:

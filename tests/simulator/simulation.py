@@ -15,7 +15,7 @@ from redis.cluster import ClusterNode
 from redis.crc import key_slot
 
 from rq_ceylon.goals import compile_goals
-from rq_ceylon.models import Dependency, NeedPolicy, TaskGroup
+from rq_ceylon.models import Dependency, Goal, NeedPolicy, TaskGroup
 from rq_ceylon.staging import keyed_id
 from rq_ceylon.store import scripts, transitions
 from rq_ceylon.store.keys import ROLE_PARTS, STREAMS, Keys
@@ -273,6 +273,8 @@ class Simulation:
                 for other in others:
                     producers[other].is_needed = True
             gids.append(gid)
+            if rnd.random() < 0.4:
+                group.then = self._follow_ups(rnd, gid, goals)
             self.groups[gid] = group
             self.ledger.policies[gid] = policy
             if rnd.random() < 0.3:
@@ -303,6 +305,20 @@ class Simulation:
             self.enter(Judge(self, f"j{number}"))
         for _ in range(WORKERS):
             self._hire()
+
+    def _follow_ups(self, rnd: random.Random, gid: str, goals: Sequence[Goal]) -> dict[str, TaskGroup]:
+        """Groups that follow this one; which of them, its end and its goals decide."""
+        whens = ["completed", "failed", "finished", *(f"achieved:{goal.name}" for goal in compile_goals(goals))]
+        then = {}
+        for when in rnd.sample(whens, 2):
+            tasks = list(actors.graph(rnd, 4))
+            then[when] = TaskGroup("follower", tasks)
+            follower = keyed_id(gid, f"then {when}")
+            self.ledger.policies[follower] = "skip"
+            self.ledger.plans[follower] = {
+                str(task.id): Plan(str(task.role), list(task.needs), task.arguments["kind"]) for task in tasks
+            }
+        return then
 
     def _condition(self, rnd: random.Random, gid: str) -> str:
         goals = [f"achieved:{name}" for name in self.ledger.goals[gid]]

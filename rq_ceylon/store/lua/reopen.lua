@@ -15,7 +15,8 @@
 --                           open       it is open already, perhaps by this call itself, repeated
 --                           completed
 --                           blocked    a task that it needs did not complete, and is not reopened
---                           busy       its dependents are still being told of its end; ask later
+--                           busy       of its end, or that of a task that it needs, dependents are
+--                                      still being told; ask later
 --                           unknown    there is no such task
 --                           old        an older version wrote its result, without what is needed
 --        UNSETTLED status         (tasks: `settle` is not done)
@@ -79,13 +80,21 @@ if group.status == 'finished' and call('EXISTS', TASKS) == 1 then
   return {'UNSETTLED', group.status}
 end
 
+-- While the group is active, a task that ended keeps its list of children until all are told.
+local function tells(tid)
+  return group.status ~= 'finished' and call('HEXISTS', CHILDREN, tid) == 1 and outcome_of(tid)
+end
+
 -- What hinders a task that ended as `result`. An old result lacks its issue.
-local function hindrance(tid, result)
+local function hindrance(tid, result, needs)
   if not result then return call('HEXISTS', TASKS, tid) == 1 and 'open' or 'unknown' end
   if result.outcome == 'completed' then return 'completed' end
   if not result.issue then return 'old' end
-  -- While the group is active, a task that ended keeps its list only until all of it is told.
-  if group.status ~= 'finished' and call('HEXISTS', CHILDREN, tid) == 1 then return 'busy' end
+  -- Its children would be told of an end that is no longer one, or it of one that it counts as met.
+  if tells(tid) then return 'busy' end
+  for need in string.gmatch(needs, '%S+') do
+    if tells(need) then return 'busy' end
+  end
 end
 
 -- The finished group goes on. What its end left behind is of no use: no task is open.
@@ -137,7 +146,7 @@ local replies = {'OK', group.status}
 for i = 2, #ARGV, 2 do
   local tid, record = ARGV[i], call('HGET', RESULTS, ARGV[i])
   local result = record and result_of(record)
-  local word = hindrance(tid, result)
+  local word = hindrance(tid, result, ARGV[i + 1])
   local open = not word and open_needs(ARGV[i + 1])
   if open then
     if group.status == 'finished' then start_again() end
