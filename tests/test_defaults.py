@@ -14,7 +14,7 @@ import click
 import pytest
 from commands import ROOT
 
-from rq_ceylon import Backoff, Goal, TaskGroup, cli, graph, models
+from rq_ceylon import Backoff, Goal, TaskGroup, attempt, cli, graph, models
 from rq_ceylon.cli.worker import PLAIN_SLOTS, SLOTS
 from rq_ceylon.client import following, session
 from rq_ceylon.client.sync import SyncClient, SyncTaskHandle
@@ -67,6 +67,10 @@ VALUES = {
     "the rest, once a goal is achieved": default(Goal, "on_achieved"),
     "the rest, once a goal has failed": default(Goal, "on_failed"),
     "deadline of a goal": default(Goal, "deadline"),
+    "tasks of a group that run at once": default(TaskGroup, "max_running"),
+    "which tasks start (`lazy`: no more than a goal needs)": default(TaskGroup, "dispatch"),
+    "adding tasks later": default(TaskGroup, "open"),
+    "an open group without a new task, before it is sealed": span(default(TaskGroup, "open_timeout")),
     "a task whose need did not complete": default(TaskGroup, "on_need_failed"),
     "what a submission waits for": default(SyncClient.submit, "durability"),
     "tasks at once, some of them async": SLOTS,
@@ -88,6 +92,8 @@ VALUES = {
     "traceback that is kept of an error": size(outcome.TRACEBACK_MAX),
     "needs of one task": graph.MAX_NEEDS,
     "groups in `depends_on`": models.DEPENDS_ON_MAX,
+    "groups in `then`, together": size(models.DEFAULTS_BYTES_MAX),
+    "what one task spawns": f"{attempt.SPAWN_TASKS_MAX:,} tasks",
     "goals of a group (limit)": MAX_GOALS,
     "a goal's expression": f"{MAX_CHARACTERS} characters",
     "ids, roles and names of tasks": f"{ID_MAX} characters",
