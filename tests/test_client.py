@@ -145,7 +145,7 @@ async def test_results_of_needs_reach_the_task_that_needs_them(app: Ceylon) -> N
 async def test_a_task_whose_needs_cannot_be_read_now_is_given_back_and_runs_later(
     app: Ceylon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = queries.results
+    read = queries.result_texts
     failures: list[Sequence[str]] = []
 
     async def lost_once(connection: Any, keys: Any, gid: str, tids: Sequence[str]) -> Any:
@@ -154,7 +154,7 @@ async def test_a_task_whose_needs_cannot_be_read_now_is_given_back_and_runs_late
             raise ConnectionLostError("cut")
         return await read(connection, keys, gid, tids)
 
-    monkeypatch.setattr(queries, "results", lost_once)
+    monkeypatch.setattr(queries, "result_texts", lost_once)
     tasks = [
         Task(id="a", uses="double", arguments={"number": 1}, role="p"),
         Task(id="sum", uses="total", needs=["a"], role="p"),

@@ -91,8 +91,8 @@ def test_a_key_comes_before_a_name() -> None:
         (
             f"{ONE}depends_on: [5, {{a: b}}]\n",
             [
-                "3:14: depends_on[0]: 5 where text is needed; write text, in quotes",
-                "3:17: depends_on[1]: a mapping where text is needed; write text, in quotes",
+                "3:14: depends_on[0]: not usable; write a group's name, or {group: NAME, when: failed}",
+                "3:17: depends_on[1]: not usable; write a group's name, or {group: NAME, when: failed}",
             ],
         ),
         ("---\n".join([ONE] * 101), ["301:1: file: more than 100 documents; use several files"]),

@@ -194,7 +194,7 @@ def _group_view(gid: str, meta: Mapping[str, str], events: int) -> GroupView:
         key=meta.get("key"),
         outcome=meta.get("outcome") if finished else None,
         reason=meta.get("reason", ""),
-        depends_on=_awaited(meta.get("depends_on")),
+        depends_on=tuple(_awaited(meta.get("depends_on"))),
         is_open=meta.get("open", "0") in ("o", "i"),
         then={one["when"]: one["gid"] for one in decode(meta.get("then") or "[]")},
         max_running=int(meta.get("max_running") or 0) or None,
