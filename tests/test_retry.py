@@ -514,6 +514,17 @@ def test_failures_are_retried_by_the_command_line(app: Ceylon, commands: Command
         assert retry(one) == (1, f"{one}: 0 tasks run again\nnothing to retry\n")
 
 
+def test_a_key_that_is_submitted_again_names_the_retry(commands: Commands, bench: Bench) -> None:
+    where = ("--namespace", bench.keys.namespace, "--key", "nightly")
+    (commands.folder / "group.yaml").write_text("name: g\ntasks: {a: {role: p}}\n")
+    gid = commands.here("ceylon-submit", "group.yaml", *where).stdout.strip()
+    assert "retry" not in commands.here("ceylon-submit", "group.yaml", *where).output
+    end_all(bench, gid, {"a": "failed"})
+
+    again = commands.here("ceylon-submit", "group.yaml", *where)
+    assert f"has not completed; run its failures again with: ceylon retry {gid}" in again.output
+
+
 def test_a_result_keeps_what_a_retry_needs(bench: Bench) -> None:
     bench.queued("g", ["a"], priority=3, crash_limit=2)
     end_all(bench, "g", {"a": "failed"})

@@ -136,6 +136,8 @@ class _Sending:
 
         tasks = counted(len(cast("Sized", group.tasks)), "task")
         repeated = f"Group {handle.id} was already submitted, with {tasks}"
+        if handle.repeated and (await handle.view()).outcome in ("failed", "cancelled"):
+            repeated += f", and has not completed; run its failures again with: ceylon retry {handle.id}"
         click.echo(repeated if handle.repeated else f"Submitted {tasks} as group {handle.id}", err=True)
         registry, shared = self.client.registry, group.defaults
         names: set[tuple[str, str]] = set()

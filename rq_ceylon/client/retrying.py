@@ -42,8 +42,8 @@ async def retry(session: Session, gid: str, chosen: Callable[[TaskResult], bool]
     above = {tid: [need for need in some if need in needs] for tid, some in needs.items()}
     order = list(TopologicalSorter(above).static_order())  # a task is reopened behind those that it needs
     told: dict[str, str] = {}
-    for first in range(0, len(order), transitions.SUBMIT_TASKS_MAX):
-        part = order[first : first + transitions.SUBMIT_TASKS_MAX]
+    for first in range(0, len(order), transitions.REOPEN_TASKS_MAX):
+        part = order[first : first + transitions.REOPEN_TASKS_MAX]
         told |= await _reopen(session, gid, {tid: needs[tid] for tid in part})
     if told:
         # Behind the reopening, which may have ended a retention of days: maintenance looks again at once.

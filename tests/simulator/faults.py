@@ -61,6 +61,7 @@ _TIMES: list[tuple[Any, str, float]] = [
 
 _SIZES: list[tuple[Any, str, int]] = [
     (transitions, "SUBMIT_TASKS_MAX", 15),
+    (transitions, "REOPEN_TASKS_MAX", 4),
     (transitions, "PROBE_ENTRIES", 30),
     (transitions, "SCAN_TASKS", 25),
     (staging, "SUBMIT_TASKS_MAX", 15),
