@@ -125,7 +125,7 @@ async def test_conditions_are_checked_before_anything_is_sent(client: Client) ->
     group = TaskGroup("then", [Task(role="t")], depends_on=[Dependency(first.id, "achieved:one")])
     then = await client.submit(group)
     view = await then.view()
-    assert (view.status, view.depends_on) == ("waiting", [first.id])
+    assert (view.status, view.depends_on) == ("waiting", (first.id,))
     for when in ("done", "achieved", "achieved:", "achieved:a b", 1):
         with pytest.raises(InvalidInputError, match="depends_on"):
             await client.submit(TaskGroup("x", [Task()], depends_on=[Dependency(first.id, when)]))  # type: ignore[arg-type]
