@@ -11,7 +11,7 @@ from rq_ceylon.maintenance import reissue, steps
 from rq_ceylon.maintenance.relay import PAGES_PER_CALL, relay
 from rq_ceylon.maintenance.steps import MOVING_MS, STILL_MS, Maintenance, drop
 from rq_ceylon.models import Durability, Goal
-from rq_ceylon.store import transitions
+from rq_ceylon.store import queries, transitions
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.keys import Keys
 
@@ -680,3 +680,22 @@ async def test_consumers_of_dead_workers_go_after_an_hour_with_nothing_pending(
     await Maintenance(maintenance._connection, bench.keys).run_once()
     assert consumers(bench) == {"holding", "alive"}
     assert bench.redis.smembers(bench.keys.workers) == {"holding", "alive"}
+
+
+@pytest.mark.parametrize("closed", [False, True])
+async def test_states_are_what_the_tasks_say_but_read_no_task(
+    closed: bool, bench: Bench, connection: Connection
+) -> None:
+    bench.queued("g", ["a", "b", "c", "d"], needs={"d": ["a"]})
+    deliveries = {delivery.tid: delivery for delivery in bench.fetch("w")}
+    assert bench.claim("w", deliveries["a"], deliveries["b"]) == ["GRANTED", "GRANTED"]
+    bench.commit("w", deliveries["b"], "failed")
+    if closed:
+        bench.run(transitions.cancel_group(bench.keys, "g"))
+
+    states = [state async for some in queries.states(connection, bench.keys, "g") for state in some]
+    tasks = [task async for task in queries.tasks(connection, bench.keys, "g")]
+
+    assert {(one.tid, one.status, one.role) for one in states} == {(one.task_id, one.status, one.role) for one in tasks}
+    assert len({one.status for one in tasks}) == (3 if closed else 4)
+    assert [some async for some in queries.states(connection, bench.keys, "nosuch")] == []

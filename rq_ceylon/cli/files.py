@@ -179,8 +179,11 @@ async def _of_group(url: str, namespace: str, gid: str) -> Drawing:
         handle = client.group(gid)
         view = await handle.view()
         drawing = Drawing("g1", view.name)
-        async for task in handle.tasks():
-            drawing.add(task.task_id, (), task.role, str(task.status))
+        async for some in queries.states(client.connection, client.keys, gid):
+            for tid, status, role in some:
+                drawing.add(tid, (), role, status.value)
+        if not await queries.has_needs(client.connection, client.keys, gid):
+            return drawing
         for at in range(0, len(ids := list(drawing.needs)), 500):
             drawing.needs.update(await queries.needs(client.connection, client.keys, gid, ids[at : at + 500]))
         return drawing

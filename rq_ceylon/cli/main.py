@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import socket
 import sys
+from operator import itemgetter
 from typing import TYPE_CHECKING, Literal
 
 import click
@@ -17,7 +18,7 @@ from rq_ceylon.cli.files import graph, schema, validate
 from rq_ceylon.log import plain
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import Sequence
 
     from rq_ceylon.client import Client
     from rq_ceylon.views import GroupView, TaskView, WorkerView
@@ -226,8 +227,7 @@ async def show(client: Client, target: str, statuses: tuple[str, ...], limit: in
         tasks, left = [await client.task(target).view()], 0
     else:
         most = (0 if json else SHOWN) if limit is None else limit
-        found = (task async for task in client.group(gid).tasks() if not statuses or task.status in statuses)
-        tasks, left = await _first(found, most)
+        tasks, left = await _first(client, view, statuses, most)
     why = await why_waiting(client, view, tasks)
     if json:
         facts = [{**task_facts(task), "waits": why.get(task.task_id)} for task in tasks]
@@ -251,18 +251,27 @@ async def show(client: Client, target: str, statuses: tuple[str, ...], limit: in
         await _show_more(client, gid, tasks[0], why.get(tid, ""))
 
 
-async def _first(found: AsyncIterator[TaskView], most: int) -> tuple[list[TaskView], int]:
-    """The first `most` tasks in order (0: all), and how many there are beside them; holds twice as many in memory."""
-    kept: list[TaskView] = []
-    count = 0
-    async for task in found:
-        count += 1
-        kept.append(task)
-        if most and len(kept) >= 2 * most:
-            kept = sorted(kept, key=_in_order)[:most]
-    kept.sort(key=_in_order)
-    kept = kept[:most] if most else kept
-    return kept, count - len(kept)
+async def _first(client: Client, view: GroupView, statuses: Sequence[str], most: int) -> tuple[list[TaskView], int]:
+    """The first `most` tasks in order (0: all) of these states (none: of any), and how many more there are."""
+    from rq_ceylon.store import queries
+
+    connection, keys = client.connection, client.keys
+    kept: dict[str, tuple[bool, list[str | int]]] = {}
+    last: tuple[bool, list[str | int]] = (True, [chr(sys.maxunicode)])  # what comes behind it is not shown
+    async for some in queries.states(connection, keys, view.id):
+        for tid, status, _ in some:
+            place = (status.is_final, _as_counted(tid))
+            if place < last and (not statuses or status in statuses):
+                kept[tid] = place
+        if most and len(kept) > 20 * most:
+            kept = dict(sorted(kept.items(), key=itemgetter(1))[:most])
+            last = max(kept.values())
+    chosen = sorted(kept, key=kept.__getitem__)[: most or None]
+    tasks: list[TaskView] = []
+    for at in range(0, len(chosen), queries.SCAN):  # only what is shown is read in full
+        tasks += await queries.some_tasks(connection, keys, view.id, chosen[at : at + queries.SCAN])
+    wanted = sum(getattr(view.counters, status) for status in set(statuses)) if statuses else view.counters.total
+    return tasks, max(0, wanted - len(tasks)) if most else 0
 
 
 async def _show_more(client: Client, gid: str, task: TaskView, why: str) -> None:
@@ -314,10 +323,12 @@ def _task_row(task: TaskView, why: str = "") -> tuple[object, ...]:
     )
 
 
-def _in_order(task: TaskView) -> tuple[bool, list[str | int]]:
-    """Open tasks first, and of each kind as people count them: 2 before 10, `page-2` before `page-10`."""
-    parts = re.split(r"([0-9]+)", task.task_id)
-    return task.status.is_final, [int(part) if number % 2 else part for number, part in enumerate(parts)]
+def _as_counted(tid: str) -> list[str | int]:
+    """An order of ids as people count them: 2 before 10, `page-2` before `page-10`."""
+    if tid.isdecimal():
+        return ["", int(tid), ""]
+    parts = re.split(r"([0-9]+)", tid)
+    return [int(part) if number % 2 else part for number, part in enumerate(parts)]
 
 
 @ceylon.command()

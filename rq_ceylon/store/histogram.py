@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 GROWTH = 1.02
 """Each bucket stands for a duration 2 % longer than the one before it, so no duration differs by more than 1 % from the
@@ -15,6 +16,7 @@ EXACT_MS = 50
 up to the longest duration, ten years; only buckets in use take memory."""
 
 
+@lru_cache(4096)
 def bucket_of(ms: int) -> int:
     return max(ms, 0) if ms < EXACT_MS else round(math.log(ms, GROWTH))
 
@@ -36,7 +38,8 @@ class Histogram:
     def add(self, ms: int) -> None:
         self.buckets[bucket_of(ms)] += 1
         self.total_ms += ms
-        self.min_ms, self.max_ms = min(self.min_ms, ms), max(self.max_ms, ms)
+        self.min_ms = min(self.min_ms, ms)
+        self.max_ms = max(self.max_ms, ms)
 
     @property
     def count(self) -> int:

@@ -6,10 +6,11 @@ import collections
 import math
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from rq_ceylon.errors import CeylonError, NotFoundError, RecordError
 from rq_ceylon.models import GoalStatus, GroupStatus, TaskStatus
+from rq_ceylon.store import transitions
 from rq_ceylon.store.codec import counters_of, decode, reading, result_of, settled_of, task_parts
 from rq_ceylon.store.connection import Connection
 from rq_ceylon.store.events import Event, event_of
@@ -249,6 +250,34 @@ async def tasks(connection: Connection, keys: Keys, gid: str) -> AsyncIterator[T
                 yield view
 
 
+class TaskState(NamedTuple):
+    """What is known of a task without reading it."""
+
+    tid: str
+    status: TaskStatus
+    role: str
+
+
+async def states(connection: Connection, keys: Keys, gid: str) -> AsyncIterator[list[TaskState]]:
+    """
+    The state of every task of a group, in parts. Each is read when its turn comes, so two tasks may show different
+    moments, and a task that ends meanwhile may come twice: the later state is the newer one.
+    """
+    word = {status.value: status for status in TaskStatus}
+    parts: tuple[Literal["tasks"], Literal["results"]] = ("tasks", "results")
+    for part in parts:
+        cursor = ""
+        while cursor != "0":
+            ((answer, *rest),) = await connection.run([transitions.list_tasks(keys, gid, part, cursor or "0")])
+            if answer == "GONE":
+                return
+            cursor, *flat = rest
+            yield [
+                TaskState(tid, word[status], role)
+                for tid, status, role in zip(flat[::3], flat[1::3], flat[2::3], strict=True)
+            ]
+
+
 async def scan(connection: Connection, key: str) -> AsyncIterator[dict[str, str]]:
     """Read a hash in steps, in bounded memory. A field that changes meanwhile may be missed or come twice."""
     cursor = "0"
@@ -463,6 +492,12 @@ async def needs(connection: Connection, keys: Keys, gid: str, tids: Sequence[str
     with reading(f"a task of group {gid!r}"):
         bodies = {tid: decode(task_parts(text)[-1]) for tid, text in zip(tids, texts, strict=True) if text}
     return {tid: body["needs"] for tid, body in bodies.items() if body.get("needs")}
+
+
+async def has_needs(connection: Connection, keys: Keys, gid: str) -> bool:
+    """Whether tasks of this group need others."""
+    (dag,) = await connection.run([command("HGET", keys.group_part(gid, "meta"), "dag")])
+    return bool(dag == "1")
 
 
 async def stopping(connection: Connection, keys: Keys, wanted: Mapping[str, Sequence[str]]) -> set[tuple[str, str]]:

@@ -24,6 +24,7 @@ GROUP_SCRIPTS = (
     "reissue",
     "reopen",
     "foresee",
+    "list",
 )
 ROLE_SCRIPTS = ("enqueue", "fetch", "renew", "release", "probe")
 

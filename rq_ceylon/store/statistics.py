@@ -47,7 +47,9 @@ class GroupStatistics:
             self.first_ms = event.at_ms if self.first_ms is None else self.first_ms
             self.last_ms, self.seq = event.at_ms, event.seq
             for task in event.tasks:
-                role = self.roles.setdefault(task.role, RoleStatistics())
+                role = self.roles.get(task.role)
+                if role is None:
+                    role = self.roles[task.role] = RoleStatistics()
                 if task.outcome == "retry":
                     role.retries += 1
                 elif task.outcome == "reopened":

@@ -822,6 +822,15 @@ def orphans(keys: Keys, gid: str, found: Iterable[tuple[str, str]]) -> Call:
     return Call("reissue", keys.group(gid), ["orphans", *(word for pair in found for word in pair)])
 
 
+# ---- listing ---------------------------------------------------------------------------------------------------------
+LIST_TASKS = 1000
+
+
+def list_tasks(keys: Keys, gid: str, part: Literal["tasks", "results"], cursor: str) -> Call:
+    """Read which tasks a group has, their states and roles, without their records; it writes nothing."""
+    return Call("list", keys.group(gid), [part, cursor, LIST_TASKS])
+
+
 # ---- registry --------------------------------------------------------------------------------------------------------
 def heartbeat(keys: Keys, name: str, facts: Mapping[str, Any], *, ttl_ms: int, roles: Sequence[str] = ()) -> list[Call]:
     """

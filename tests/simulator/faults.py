@@ -25,7 +25,8 @@ Spawn = Callable[[Coroutine[Any, Any, None], str], Any]
 
 LEASE_MS = 90
 
-SCRIPTS = (*scripts.GROUP_SCRIPTS, *scripts.ROLE_SCRIPTS)
+SCRIPTS = tuple(name for name in (*scripts.GROUP_SCRIPTS, *scripts.ROLE_SCRIPTS) if name != "list")
+"""All but the one that people read by."""
 
 RARE = {
     "submit": 8,
