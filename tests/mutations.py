@@ -26,6 +26,8 @@ TESTS = [
         "open_groups",
         "spawn",
         "dependencies",
+        "follow_ups",
+        "max_running",
         "maintenance",
         "goals_lua",
         "turn",
