@@ -103,3 +103,11 @@ def test_a_wait_that_takes_too_long_says_what_the_task_waits_for(app: Ceylon, be
         assert bench.claim("w", delivery) == ["GRANTED"]
         with pytest.raises(WaitTimeoutError, match=r"within 0\.1 s; it runs on worker w$"):
             run.task("1").result(timeout=0.1)
+
+
+def test_handles_show_what_they_are_handles_of(app: Ceylon) -> None:
+    with app.sync_client() as client:
+        run = client.submit(TaskGroup("pages", [Task(id="a")]))
+        assert repr(run) == f"<SyncGroupHandle {run.id} 'pages'>"
+        assert repr(run.task("a")) == f"<SyncTaskHandle {run.id}/a>"
+        assert repr(client.group(run.id)) == f"<SyncGroupHandle {run.id}>"

@@ -187,6 +187,9 @@ class SyncTaskHandle(Generic[R]):
     def __init__(self, client: SyncClient, handle: TaskHandle[R]) -> None:
         self._client, self._handle = client, handle
 
+    def __repr__(self) -> str:
+        return f"<Sync{repr(self._handle)[1:]}"
+
     @property
     def _bound(self) -> TaskHandle[R]:
         return self._handle.through(self._client.inner)
@@ -229,6 +232,9 @@ class SyncGroupHandle:
 
     def __init__(self, client: SyncClient, handle: GroupHandle) -> None:
         self._client, self._handle = client, handle
+
+    def __repr__(self) -> str:
+        return f"<Sync{repr(self._handle)[1:]}"
 
     @property
     def _bound(self) -> GroupHandle:
