@@ -96,6 +96,17 @@ def test_at_the_memory_limit_a_task_that_spawns_is_given_back_and_others_count(b
     assert claim.startswith("l|1|")
 
 
+def test_at_the_memory_limit_a_task_that_may_run_once_fails(bench: Bench) -> None:
+    bench.queued("g", ["a"], open="o", crash_limit=0)
+    delivery = bench.started("w", "g")
+    bench.redis.config_set("maxmemory", 1)
+    try:
+        assert bench.commit("w", delivery, children=children("c")) == "OK"
+    finally:
+        bench.redis.config_set("maxmemory", 0)
+    assert bench.counters("g") == {"total": 1, "failed": 1}
+
+
 def make_jobs(app: Ceylon) -> dict[str, Task]:
     @app.task(role="r", name="leaf")
     async def leaf(number: int) -> int:

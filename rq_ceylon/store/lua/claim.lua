@@ -171,6 +171,9 @@ local function answer_in_progress(delivery, task, claim)
   return take_over(delivery, task, claim)
 end
 
+-- How many tasks of the group may run. What this call grants does not change it.
+local most_running
+
 local function answer(delivery, has_needs)
   local tid = delivery.tid
   local task, claim = tasks[tid], claims[tid]
@@ -202,7 +205,8 @@ local function answer(delivery, has_needs)
   end
   -- The task is a suspect, and this worker may not start one.
   if claim and is_suspect(claim.crashes) and not suspect_may_start then return 'LATER' end
-  if is_limited() and group.in_progress >= may_run() then
+  most_running = most_running or is_limited() and may_run() or math.huge
+  if group.in_progress >= most_running then
     return park_for_room(delivery, claim, role, priority)
   end
   move('pending', 'in_progress')

@@ -51,10 +51,13 @@ end
 
 -- At most once: a task with a crash limit of 0 whose handler had begun does not run again, though
 -- its worker gives it back.
-local function is_over(outcome)
-  if outcome.kind ~= 'release' or outcome.reason ~= 'interrupted' then return false end
-  local _, _, _, _, limit = task_fields(call('HGET', TASKS, outcome.tid))
+local function runs_once(tid)
+  local _, _, _, _, limit = task_fields(call('HGET', TASKS, tid))
   return limit == 0
+end
+
+local function is_over(outcome)
+  return outcome.kind == 'release' and outcome.reason == 'interrupted' and runs_once(outcome.tid)
 end
 
 -- A retry or a release: the task is pending again, and its next entry is an item of a page. Both
@@ -110,6 +113,11 @@ local function record(outcome)
       call('HSET', CLAIMS, tid, claim_text(claim))
     end
   elseif outcome.kind == 'completed' and outcome.children > 0 and is_full and not closed() then
+    if runs_once(tid) then
+      local words = 'Redis took no task that it spawned, and it may not run twice (max_crashes 0)'
+      ends(outcome, claim, 'failed', 'poison', error_text(words))
+      return 'OK'
+    end
     outcome.delay = FULL_DELAY
     again(outcome, claim)
     return 'FULL'
