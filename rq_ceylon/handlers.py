@@ -472,3 +472,5 @@ _BUILTINS: dict[str, Handler[..., Any]] = {
     DEFAULT_HANDLER: Handler(DEFAULT_HANDLER, _sleep),
     "echo": Handler("echo", _echo),
 }
+BUILTIN_NAMES = frozenset(_BUILTINS)
+"""The tasks that every worker knows."""

@@ -34,14 +34,14 @@ def note(word, number):
         ledger.write(f"{word} {number}\\n")
 
 
-@app.task(role="items", max_attempts=1, timeout="700ms")
+@app.task(role="items", max_attempts=1, timeout="2s")
 async def item(number: int) -> int:
     note("start", number)
     await asyncio.sleep(random.random() / 50)
     if not os.path.exists("mended"):
         if number % 97 == 0:
             await asyncio.sleep(3600)
-        if random.random() < 0.1:
+        if number % 10 == 0 or random.random() < 0.03:
             raise ConnectionError(number)
     note("end", number)
     return number

@@ -99,7 +99,13 @@ async def status(client: Client, json: bool) -> None:
 )
 @with_client
 async def workers(client: Client, json: bool, check: bool) -> int:
-    """List live workers and monitors."""
+    """
+    List live workers and monitors.
+
+    TASKS leaves out the built-in tasks default and echo where a worker knows others.
+    """
+    from rq_ceylon.handlers import BUILTIN_NAMES
+
     found = await client.workers()
     if check:
         here = [worker for worker in found if worker.host == socket.gethostname() and not worker.stopping]
@@ -118,7 +124,7 @@ async def workers(client: Client, json: bool, check: bool) -> int:
                 worker.pid,
                 ",".join(worker.roles) or "-",
                 f"{len(worker.tasks)}/{worker.slots}",
-                ",".join(worker.task_names) or "-",
+                ",".join([name for name in worker.task_names if name not in BUILTIN_NAMES] or worker.task_names) or "-",
                 ("stopping" if worker.stopping else "running") + (f", {worker.hung} hung" if worker.hung else ""),
             )
             for worker in found
