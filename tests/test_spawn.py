@@ -107,6 +107,18 @@ def test_at_the_memory_limit_a_task_that_may_run_once_fails(bench: Bench) -> Non
     assert bench.counters("g") == {"total": 1, "failed": 1}
 
 
+def test_at_the_memory_limit_a_task_that_is_to_stop_counts_without_its_children(bench: Bench) -> None:
+    bench.queued("g", ["a"], open="o")
+    delivery = bench.started("w", "g")
+    bench.run(transitions.cancel_tasks(bench.keys, "g", ["a"]))
+    bench.redis.config_set("maxmemory", 1)
+    try:
+        assert bench.commit("w", delivery, children=children("c")) == "OK"
+    finally:
+        bench.redis.config_set("maxmemory", 0)
+    assert bench.counters("g") == {"total": 1, "completed": 1}
+
+
 def make_jobs(app: Ceylon) -> dict[str, Task]:
     @app.task(role="r", name="leaf")
     async def leaf(number: int) -> int:

@@ -2,9 +2,10 @@
 Keeps the deliveries that a worker holds, and plans its turns. No I/O: `plan` returns calls, each with the function that
 reads its reply.
 
-A turn is one pipeline to each node. It commits the attempts that have ended since the last turn, claims the fetched
-entries, fetches from each role (a fetch also acknowledges the entries that earlier replies have dealt with), and
-enqueues the pages that earlier replies brought.
+A turn is one pipeline to one node; `plan` makes those to all nodes that are free. It commits the attempts that have
+ended since the last turn, claims the fetched entries, gives back what could not start, fetches from each role (a fetch
+also acknowledges the entries that earlier replies have dealt with), enqueues the pages that earlier replies brought,
+tells other groups, and reads outboxes.
 
 Replies take effect in the next turn, so an entry is never acknowledged in the pipeline that carries its commit: if the
 commit is lost, the entry is still pending, and Redis delivers it again. Calls to a node whose turn is still in flight
@@ -224,8 +225,9 @@ class Turns:
         Args:
             free: how many more tasks may run now.
         """
-        # In this order: each part reads the stages and marks that those before it have set. Claims in flight take slots
-        # from the fetches, and entries that are being given back keep a role from being fetched.
+        # Claims, releases, fetches in this order: claims in flight take slots from the fetches, and while entries are
+        # being given back, a fetch of their role delivers nothing. Enqueues come behind the fetches, as they make a
+        # role due again. The place of the others does not matter.
         groups = {gid: self._groups.pop(gid) for gid in list(self._groups) if self._is_open(gid=gid)}
         return [
             *self._commits(groups),
@@ -414,9 +416,8 @@ class Turns:
                         level = "WARNING" if claimed.reason == "expired" else "ERROR"  # expiry was asked for
                         task, words = f"{held.delivery.gid}/{held.delivery.tid}", "{} is over ({}): {}"
                         logger.log(level, words, task, claimed.reason, claimed.words)
-                    self._acknowledge(
-                        held, "stale", 0
-                    )  # a total of the role (deliveries that ended nothing), no verdict
+                    # "stale" is the role's total of deliveries that ran nothing, not the verdict STALE.
+                    self._acknowledge(held, "stale", 0)
 
     def _fetched(self, role: str, budget: int, names: Collection[str], reply: Any) -> None:
         book = self._roles[role]

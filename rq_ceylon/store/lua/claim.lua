@@ -4,6 +4,7 @@
 --       'tid issue lineage fence supersedes' ('-': it supersedes none).
 -- Reply: GONE | OK status defaults stop replies. The replies are 3 words per delivery:
 --          GRANTED, 'attempt crashes releases', task text
+--          (a single word may be GONE too: there is no such task)
 --          DONE, reason, why in words      (if this claim ended the task as expired or poison)
 --          any verdict, '', ''             (else)
 --        The worker runs on GRANTED; acknowledges on GONE DONE DUPLICATE OUTDATED NOTREADY CLOSED
@@ -46,8 +47,8 @@ end
 
 -- ---- what a claim may do to a task -------------------------------------------------------------
 -- Ends a task. What this batch noted for it before is void.
--- No worker saw this end: the worker that asked logs the words. If the task failed they are its
--- error too, inside a JSON text: no quotes.
+-- `words` say why. The worker that asked logs them, since no other saw this end; of a failed task
+-- they are also the error. They must have no quotes, as they are pasted into JSON.
 local endings = {}
 local function end_task(tid, counter, outcome, reason, claim, words)
   local error = outcome == 'failed' and error_text(words) or ''
@@ -89,8 +90,8 @@ local function give_up_entry(delivery, claim, role, priority, due)
     state = 'l', attempt = 1, fence = '0', worker = '', lineage = '', started = '0', crashes = 0,
     releases = 0, due = '',
   }
-  -- The issue rises as by a release. The old entry may be delivered once more after the task was
-  -- granted under the new one; then its smaller issue is refused.
+  -- The issue rises as by a release. So the old entry is OUTDATED if it is delivered again while
+  -- the task is pending.
   claim.role, claim.priority, claim.releases = role, priority, claim.releases + 1
   claim.due = due or claim.due
   claims[delivery.tid] = claim
@@ -181,13 +182,13 @@ local function answer(delivery, has_needs)
   if not task then
     return (effects.is_ended[tid] or call('HEXISTS', RESULTS, tid) == 1) and 'DONE' or 'GONE'
   end
-  -- The reply is full. The worker asks again once it may start a suspect, as after the other LATER.
+  -- The reply is full. The worker cannot tell this LATER from that for a suspect, and waits.
   if bytes > 0 and bytes + #task > REPLY_BYTES_MAX then return 'LATER' end
   if running(claim) then return answer_in_progress(delivery, task, claim) end
   -- In a closed group an open task that does not run is cancelled, and no record says so.
   if closed() then return 'CLOSED' end
-  -- An entry of an earlier group of this id. The task's own is made when it becomes ready, so this
-  -- one may go.
+  -- An entry from before: of an earlier group of this id, or of a run before a retry. The task's
+  -- own is made when it becomes ready, so this one may go.
   if group.status ~= 'active' and group.status ~= 'paused' or has_needs then return 'NOTREADY' end
   -- The task was retried, released or parked since this entry was made: a later one stands for it.
   if delivery.issue < issue_of(claim) then return 'OUTDATED' end
@@ -198,7 +199,7 @@ local function answer(delivery, has_needs)
   local never_granted = not claim or claim.fence == '0'
   local due = group.waited > 0 and never_granted and from_start(not_before)
   if due and due > now then return park(delivery, claim, role, priority, due) end
-  if expiry and now > from_start(expiry) then
+  if expiry and never_granted and now > from_start(expiry) then
     local late = text(now - from_start(expiry))
     local words = 'it had not started when it expired, ' .. late .. ' ms ago'
     return end_task(tid, 'pending', 'cancelled', 'expired', claim, words)

@@ -5,15 +5,18 @@
 --         times a task that it spawned: tid, text, needs (as for `add`). The kind is
 --         completed, failed, retry
 --         release    given back (reason `interrupted`: its handler had begun)
---         stopped    it was asked to cancel, and did
---         stopping   not an end: its worker was told to stop, so that losing it now is no crash
--- Reply: GONE | OK status verdicts pages more. The verdicts, and what the worker does:
+--         stopped    the task was asked to cancel, and did
+--         stopping   not an end: the worker was told to stop, so that losing it now is no crash
+-- Reply: GONE | OK status verdicts pages more. On GONE the worker acknowledges. The verdicts, and
+--        what it does:
 --          OK      counted now: acknowledges
 --          DONE    this attempt is on record, or the task has ended: acknowledges
---          STALE   another delivery holds the task: forgets, so it never acknowledges or renews
+--          STALE   this delivery is not the one on record, and the task has no result: forgets, so
+--                  it never acknowledges or renews
 --          FULL    given back, as Redis is at maxmemory and takes no task that it spawned:
 --                  acknowledges
--- Repeatable: a second run finds no claim in progress and answers DONE. A caller that lost the
+-- Repeatable: a second run finds no claim in progress and answers DONE, or STALE if the task was
+-- granted again meanwhile; `stopping` answers OK again. A caller that lost the
 -- answer asks `outbox` for the pages that it had. A batch may name one task twice.
 -- include: group_state
 local FULL_DELAY = 5000  -- ms until a task runs again whose children found no room
@@ -35,7 +38,8 @@ while first <= #ARGV do
   first = first + 2 + 3 * (tonumber(children) or 0)
   tids[#tids + 1] = tid
 end
--- Redis refuses this write at maxmemory, as it may allocate and is the first. The next one passes.
+-- At maxmemory Redis refuses this write, as it may allocate; pass_memory_limit makes one behind
+-- which all others pass. `added` is when a task last came to an open group.
 local is_full = false
 if spawns then
   local refusal = redis.pcall('HSET', META, 'added', now_text)
@@ -112,7 +116,8 @@ local function record(outcome)
       claim.state = 's'
       call('HSET', CLAIMS, tid, claim_text(claim))
     end
-  elseif outcome.kind == 'completed' and outcome.children > 0 and is_full and not closed() then
+  elseif outcome.kind == 'completed' and outcome.children > 0 and is_full and not closed()
+      and claim.state ~= 'c' then
     if runs_once(tid) then
       local words = 'Redis took no task that it spawned, and it may not run twice (max_crashes 0)'
       ends(outcome, claim, 'failed', 'poison', error_text(words))
@@ -124,7 +129,7 @@ local function record(outcome)
   elseif outcome.kind == 'completed' then
     ends(outcome, claim, 'completed', '', outcome.blob)
     forget_errors(tid, claim.attempt, claim.releases)
-    if outcome.children > 0 then spawn(outcome) end
+    if outcome.children > 0 and not is_full then spawn(outcome) end
   -- A success counts even in a closed group and after a cancel was asked for, as its work is done.
   -- Any other outcome becomes cancelled there.
   elseif closed() then

@@ -2,9 +2,9 @@
 -- group, its counters, and the event that tells all of it.
 -- include: group_ends group_goals group_room
 local CALLABLE_WAIT = 3600000  -- ms that a group waits for a callable goal without a deadline
-local LATER = 3600000          -- ms between maintenance's prune and the TTL, a backstop
+local TTL_MARGIN = 3600000          -- ms between maintenance's prune and the TTL, a backstop
 
--- No task is open, so every interval is one number, and judge_goals has settled all goals but those
+-- No task is open, so every counter is final, and judge_goals has settled all goals but those
 -- with a function. A monitor has until the deadline of such a goal, or an hour, to run it.
 -- Repeatable: a deadline that is there stays.
 local function await_callables()
@@ -30,25 +30,26 @@ local function finish(visible)
   end
   group.status = 'finished'
   call('HSET', META, 'outcome', group.outcome, 'finished', now_text)
-  -- What is left there are pages that arrived and whose acknowledgement was lost: no task is open.
+  -- No task is open. So what is left there are pages that arrived and whose acknowledgement was
+  -- lost, or a walk over dependents that have all ended.
   call('UNLINK', OUTBOX)
-  effects.pages = {}  -- no pages of entries, for the same reason
+  effects.pages = {}
   tell_dependents(visible)
-  local ttl = text(tonumber(facts[1]) + LATER)
+  local ttl = text(tonumber(facts[1]) + TTL_MARGIN)
   for _, key in ipairs(KEYS) do call('PEXPIRE', key, ttl) end
 end
 
 local function finish_if_over(visible)
   local open = group.waiting + group.pending + group.in_progress
   if group.status == 'finished' or open > 0 or group.reopening > 0 then return end
-  -- A group that still takes tasks, and a group that has not started, go on without an open task. A
-  -- paused group ends all the same, and a closing one always does.
+  -- A group that still takes tasks, and one that has not started, go on without an open task. A
+  -- closing group finishes even so. A paused group finishes too.
   local goes_on = group.open ~= '0' or group.status == 'staging' or group.status == 'waiting'
   if goes_on and group.status ~= 'closing' then return end
   if group.goals ~= '' then await_callables() else finish(visible) end
 end
 
--- From now on the group takes no more tasks.
+-- Lets the group take no more tasks.
 local function seal()
   group.open = '0'
   call('HSET', META, 'open', '0')
@@ -90,7 +91,8 @@ local function tell(kind, status)
 end
 
 -- `kind` names the event. `visible`: time (ms) from which a relay may take the pages and messages
--- written here. The reply carries them to the caller, which has until then to hand them over.
+-- written here. A script that returns them passes the end of the relay lease: so long its caller
+-- has to hand them over. One that does not passes `now`.
 local function tail(kind, visible)
   if #effects.ended > 0 then
     call('HSET', RESULTS, unpack(effects.results))
@@ -99,7 +101,8 @@ local function tail(kind, visible)
   end
   -- Results before dependents: a task that ended in this call must be gone from TASKS when the walk
   -- meets it. Dependents before pages, as they become entries. Pages before goals, as a goal may
-  -- close the group, which removes them. Sealing before goals, as shares are certain only then.
+  -- close the group, which removes them. Sealing before goals: a share of the total is certain only
+  -- once no task can be added.
   -- Goals before the end, which waits for callable ones.
   walk_dependents()
   if not closed() then

@@ -1,26 +1,30 @@
 -- reopen: run tasks again that failed or were cancelled. What has completed never runs again. A
 -- retry takes several calls: `settle` until the cursor is 0 if the group has finished, `tasks` for
--- each part, then `end`. From the first part on the group is `reopening`: no goal is judged, and
--- the group cannot finish. Else a goal could fail between two parts, for tasks that the next part
--- reopens, and its policy would cancel what was just reopened.
+-- each part, then `end`. From the first reopened task on the group is `reopening`: no goal is
+-- judged, and the group cannot finish. Else a goal could fail between two parts, for tasks that the
+-- next part reopens, and its policy would cancel what was just reopened.
 -- KEYS: the group's.
 -- ARGV: settle cursor count       write results for tasks that ended without one, as their group
 --                                 closed
---       tasks (tid needs)...      reopen these; `needs` ('' or 'a b c') are the tasks that it needs
---       end untouched-ms          the retry is complete, if no part came for this long
--- Reply: GONE | NO status         (not active, paused or finished; end: not reopening, or too soon)
+--       tasks (tid needs)...      reopen these, each behind those that it needs; `needs` ('' or
+--                                 'a b c') as in its payload
+--       end untouched-ms          the retry is complete, if no part came for this long (0: at once)
+-- Reply: GONE | NO status         (not active, paused or finished; settle: not finished; end: not
+--                                  reopening, or too soon)
 --        OK status, then
 --          settle: the next cursor
 --          tasks:  per tid  reopened   it is open again
 --                           open       it is open already, perhaps by this call itself, repeated
 --                           completed
---                           blocked    a task that it needs did not complete, and is not reopened
+--                           blocked    a task that it needs did not complete, and was not reopened
+--                                      before it
 --                           busy       of its end, or that of a task that it needs, dependents are
 --                                      still being told; ask later
 --                           unknown    there is no such task
 --                           old        an older version wrote its result, without what is needed
 --        UNSETTLED status         (tasks: `settle` is not done)
--- Repeatable: an open task stays as it is, and settle finds no task twice.
+-- Repeatable: an open task stays as it is, one that has failed again is reopened again, and settle
+-- finds no task twice.
 -- include: group_state
 local action = ARGV[1]
 
@@ -75,12 +79,12 @@ end
 if group.status ~= 'active' and group.status ~= 'paused' and group.status ~= 'finished' then
   return {'NO', group.status}
 end
--- A task that has no result is open again as soon as the group is.
+-- A cancelled task without a result would be open again as soon as the group is.
 if group.status == 'finished' and call('EXISTS', TASKS) == 1 then
   return {'UNSETTLED', group.status}
 end
 
--- While the group is active, a task that ended keeps its list of children until all are told.
+-- While the group is active, a task that ended stays in CHILDREN until its dependents were told.
 local function tells(tid)
   return group.status ~= 'finished' and call('HEXISTS', CHILDREN, tid) == 1 and outcome_of(tid)
 end
@@ -97,7 +101,7 @@ local function hindrance(tid, result, needs)
   end
 end
 
--- The finished group goes on. What its end left behind is of no use: no task is open.
+-- The finished group goes on. No task is open, so what is left of claims and needs is of no use.
 local function start_again()
   group.status, group.outcome = 'active', nil
   call('HDEL', META, 'outcome', 'finished', 'stop', 'reason', 'closed_by')
@@ -116,7 +120,7 @@ local function reopen(tid, record, result, open)
   local json = result_json(record)
   local error = string.sub(json, 2, 1 + result.value_bytes)
   local payload = string.sub(json, 3 + result.value_bytes, -2)
-  -- Delay and expiry are behind it.
+  -- Without its delay and expiry: it runs as soon as it can.
   local task = {role = result.role, priority = result.priority, crash_limit = result.crash_limit}
   call('HSET', TASKS, tid, task_text(task, payload))
   call('HDEL', RESULTS, tid)
