@@ -90,6 +90,22 @@ def test_a_goal_that_closes_its_group_is_told_though_closing_removes_the_outbox(
     assert status(bench) == "active"
 
 
+def test_a_goal_that_settles_while_its_group_waits_is_told(bench: Bench) -> None:
+    bench.queued("other", ["o"], role="q")
+    goals = [Goal(call="enough", name="called"), Goal("completed >= 1", name="one", deadline="1h")]
+    bench.submit("first", ["a"], role="f", goal=goals, depends_on=["other"])
+    bench.run(transitions.judge(bench.keys, "first", goal="called", verdict="achieved"))
+    bench.run(transitions.register(bench.keys, "first", "then"))
+    bench.submit("then", depends_on=["first=achieved:called"])
+
+    bench.run(transitions.cancel_group(bench.keys, "first"))
+    bench.relay("first")
+
+    assert status(bench) == "active"
+    lines = bench.meta("first")["goals_at_start"].split(";")
+    assert [line.split("|")[0] for line in lines] == ["called", "one"]
+
+
 def test_a_message_of_a_goal_that_closing_removed_is_written_again(bench: Bench) -> None:
     both(bench, "achieved:one", goal=GOALS[:1])
     (delivery,) = bench.fetch("w", 1, role="f")

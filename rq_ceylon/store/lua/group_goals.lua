@@ -55,18 +55,23 @@ local function keep_goals(lines)
   call('HSET', META, 'goals', group.goals)
 end
 
--- The goals and their deadlines start with the group.
-local function start_goals()
-  if group.goals == '' then return end
+local function started(lines_text)
   local lines = {}
-  for line in string.gmatch(group.goals, '[^;]+') do
+  for line in string.gmatch(lines_text, '[^;]+') do
     local goal = goal_of(line)
     if goal.deadline > 0 then goal.deadline = now + goal.deadline end
     lines[#lines + 1] = goal_text(goal)
   end
-  keep_goals(lines)
-  -- A retry of the group finds here what a failed goal was.
-  call('HSET', META, 'goals_at_start', group.goals)
+  return lines
+end
+
+-- The goals and their deadlines start with the group. `goals_at_start` has all of them, also those
+-- that settled while the group waited: a retry finds there what a failed goal was.
+local function start_goals()
+  local all = call('HGET', META, 'goals_at_start') or group.goals
+  if all == '' then return end
+  call('HSET', META, 'goals_at_start', table.concat(started(all), ';'))
+  keep_goals(started(group.goals))
 end
 
 -- Closes the group in O(1): from now on a task without a claim counts as cancelled, and needs no

@@ -147,7 +147,8 @@ acknowledge_pages(acknowledgements)
 if last and not rolling then
   -- The deadlines of a group that waits for others begin when it starts.
   if depends_on ~= '' then
-    call('HSET', META, 'depends_on', depends_on, 'goals', group.goals)
+    call('HSET', META, 'depends_on', depends_on, 'goals', group.goals,
+         'goals_at_start', group.goals)
   else
     start_goals()
   end
