@@ -41,6 +41,8 @@ RARE = {
     "add": 8,
     "release": 6,
     "renew": 3,
+    "reissue": 4,
+    "probe": 4,
 }
 """Scripts that a run calls seldom: faults hit them so much more often."""
 
